@@ -1,0 +1,42 @@
+"""Learning-rate schedules that know where training ends."""
+
+import gin
+import optax
+
+
+@gin.configurable
+def linear_warmup_linear_decay(
+    peak: float, warmup_steps: int, total_steps: int, first_step: int = 0
+) -> optax.Schedule:
+  """A straight line up to the peak, then a straight line down to zero.
+
+  T5X's own scheduler needs the slope of the decay as a number; this one takes
+  the number of steps, so that one macro (TRAIN_STEPS) sets it. Bind the same
+  schedule to the optimizer and to `Trainer.learning_rate_fn`: the first acts,
+  the second is what is logged.
+
+  Args:
+    peak: the learning rate reached after `warmup_steps`.
+    warmup_steps: length of the rise, in steps; 0 starts at the peak.
+    total_steps: the step at which the rate is zero, counted from `first_step`.
+    first_step: the step at which the schedule begins. 0 for the optimizer,
+      whose own count starts at zero; the step of the restored checkpoint for
+      `Trainer.learning_rate_fn`, whose steps are absolute.
+
+  Returns:
+    A function from a step to the learning rate.
+
+  Raises:
+    ValueError: if the warm-up does not fit into the total.
+  """
+  if not 0 <= warmup_steps < total_steps:
+    raise ValueError(
+        'linear_warmup_linear_decay needs 0 <= warmup_steps < total_steps. Got: '
+        f'{warmup_steps} / {total_steps}. Set WARMUP_STEPS or TRAIN_STEPS.'
+    )
+  decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
+  schedule = decay
+  if warmup_steps:
+    rise = optax.linear_schedule(0.0, peak, warmup_steps)
+    schedule = optax.join_schedules([rise, decay], boundaries=[warmup_steps])
+  return lambda step: schedule(step - first_step)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Runs the tests in .venv, which it makes if need be. Arguments go to pytest.
+#
+#   bash scripts/test.sh            the quick suite
+#   FULL=1 bash scripts/test.sh     everything, the PyTorch peer included
+#   bash scripts/test.sh -k noise   what matches
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/venv.sh
+
+make_venv .venv requirements-test.txt . runtime
+make_venv .venv-flax-peer requirements-flax-peer.txt
+export FLAX_PEER_PYTHON=$PWD/.venv-flax-peer/bin/python
+select=(-m 'not slow and not torch_peer')
+if [ -n "${FULL:-}" ]; then
+  make_venv .venv-torch-peer requirements-torch-peer.txt
+  export TORCH_PEER_PYTHON=$PWD/.venv-torch-peer/bin/python
+  select=()
+fi
+
+.venv/bin/ruff check .
+# A file stays on one worker, so that what it compiles is compiled once.
+exec .venv/bin/python -m pytest --numprocesses=auto --dist=loadfile --quiet \
+  ${select[@]+"${select[@]}"} "$@"

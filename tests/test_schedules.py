@@ -1,0 +1,37 @@
+"""The schedule at hand-worked steps."""
+
+import numpy as np
+import pytest
+
+from bart_t5x import schedules
+
+
+@pytest.mark.parametrize(
+    ('step', 'rate'),
+    [(0, 0.0), (5, 0.5), (10, 1.0), (55, 0.5), (100, 0.0), (500, 0.0)],
+)
+def test_rises_to_the_peak_and_falls_to_zero(step, rate):
+  schedule = schedules.linear_warmup_linear_decay(
+      peak=1.0, warmup_steps=10, total_steps=100
+  )
+  np.testing.assert_allclose(schedule(step), rate, atol=1e-7)
+
+
+def test_without_warmup_it_starts_at_the_peak():
+  schedule = schedules.linear_warmup_linear_decay(
+      peak=2.0, warmup_steps=0, total_steps=4
+  )
+  np.testing.assert_allclose([schedule(s) for s in range(5)], [2, 1.5, 1, 0.5, 0])
+
+
+def test_first_step_shifts_it():
+  plain = schedules.linear_warmup_linear_decay(1.0, 10, 100)
+  shifted = schedules.linear_warmup_linear_decay(1.0, 10, 100, first_step=1000)
+  for step in (0, 3, 10, 64, 100):
+    np.testing.assert_allclose(shifted(1000 + step), plain(step), atol=1e-7)
+
+
+@pytest.mark.parametrize('warmup_steps', [100, 101, -1])
+def test_a_warmup_that_does_not_fit_is_refused(warmup_steps):
+  with pytest.raises(ValueError, match=f'Got: {warmup_steps} / 100'):
+    schedules.linear_warmup_linear_decay(1.0, warmup_steps, 100)
