@@ -1,0 +1,276 @@
+"""Tokenizers as seqio vocabularies: lazy, equal by content, with BART's special ids.
+
+`tokenization` says what the ids mean and does the work; this file gives it the
+interface that seqio, T5X and `tf.data` ask for. A vocabulary may be named long before
+its file exists (tasks are registered when a corpus is yet to be prepared): nothing is
+read before a size, an id or a text is asked for.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+import tensorflow_text as tf_text
+from jaxtyping import Bool
+
+from bart_t5x import tokenization
+from bart_t5x.tokenization import (
+  BOS_ID,
+  EOS_ID,
+  PAD_ID,
+  UNK_ID,
+  from_hf_ids,
+  to_hf_ids,
+)
+
+__all__ = [
+  'BOS_ID',
+  'BartVocabulary',
+  'ByteLevelBPEVocabulary',
+  'EOS_ID',
+  'PAD_ID',
+  'SentencePieceBartVocabulary',
+  'UNK_ID',
+  'from_hf_ids',
+  'load_vocabulary',
+  'to_hf_ids',
+]
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer_of(content: bytes, name: str) -> tokenization.Tokenizer:
+  return tokenization.read_tokenizer(name, content)
+
+
+class BartVocabulary(seqio.Vocabulary):
+  """A vocabulary with BART's special tokens, read from a file when first needed.
+
+  Attributes:
+    path: a tokenizer's file, or a corpus folder in which there is one.
+    templates: whether the string `<mask>` in text is the mask token. In a corpus it
+      is not: there every character is text, and text yields no special id.
+  """
+
+  def __init__(self, path: str, templates: bool = False):
+    super().__init__(extra_ids=0)
+    self.path = os.fspath(path)
+    self.templates = templates
+    self._content: bytes | None = None
+
+  # What is read from the file.
+
+  def _file(self) -> str | None:
+    """The tokenizer's file; None where a folder has none yet."""
+    if self.path.endswith(('.json', '.model')):
+      return self.path if tf.io.gfile.exists(self.path) else None
+    return tokenization.find_tokenizer_file(self.path, tf.io.gfile.exists)
+
+  @property
+  def available(self) -> bool:
+    """Whether the file is there; reads nothing."""
+    return self._file() is not None
+
+  def _read(self) -> bytes:
+    if self._content is None:
+      path = self._file()
+      if path is None:
+        raise FileNotFoundError(
+          f'no tokenizer at {self.path!r}. Make it with: python -m bart_t5x.prepare '
+          '--source=… --output_dir=… (see --help; the environment variable '
+          'BART_T5X_DATA names the folder in which tasks look for corpora).'
+        )
+      with tf.io.gfile.GFile(path, 'rb') as f:
+        self._content = f.read()
+    return self._content
+
+  @property
+  def tokenizer(self) -> tokenization.Tokenizer:
+    return _tokenizer_of(self._read(), self.path)
+
+  @property
+  def sha256(self) -> str:
+    """Of the file's content."""
+    return hashlib.sha256(self._read()).hexdigest()
+
+  # Ids.
+
+  @property
+  def pad_id(self) -> int:
+    return PAD_ID
+
+  @property
+  def bos_id(self) -> int:
+    return BOS_ID
+
+  @property
+  def eos_id(self) -> int:
+    return EOS_ID
+
+  @property
+  def unk_id(self) -> int:
+    return UNK_ID
+
+  @property
+  def mask_id(self) -> int:
+    return self.tokenizer.mask_id
+
+  @property
+  def special_ids(self) -> tuple[int, ...]:
+    """Sorted ids that no text yields and no noise may draw."""
+    return self.tokenizer.special_ids
+
+  @property
+  def _base_vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
+
+  @property
+  def word_start_table(self) -> Bool[np.ndarray, ' vocab_size']:
+    """Whether a token begins a word; see `tokenization.Tokenizer`."""
+    return _word_start_table(self.tokenizer)
+
+  def piece(self, token_id: int) -> str:
+    """How the tokenizer spells one id, for people to look at."""
+    return self.tokenizer.piece(token_id)
+
+  # Text.
+
+  def _encode(self, s: str) -> list[int]:
+    tokenizer = self.tokenizer
+    return tokenizer.encode_template(s) if self.templates else tokenizer.encode(s)
+
+  def _decode(self, ids: Sequence[int]) -> str:
+    return self.tokenizer.decode(ids)
+
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    """int32 [n] of a scalar string.
+
+    Byte-level BPE runs in Python here (`tf.numpy_function`), which makes a `tf.data`
+    iterator impossible to save: tasks that tokenize on the fly with it resume at an
+    epoch's start. SentencePiece runs in the graph and has no such limit.
+    """
+    if isinstance(self.tokenizer, tokenization.SentencePieceTokenizer):
+      return self._encode_in_graph(s)
+
+    def encode(text) -> np.ndarray:
+      # bytes in a graph, an array that holds them when run eagerly
+      text = np.asarray(text, object).item().decode('utf-8')
+      return np.asarray(self._encode(text), np.int32)
+
+    ids = tf.numpy_function(encode, [s], tf.int32)
+    ids.set_shape([None])
+    return ids
+
+  def _encode_in_graph(self, s: tf.Tensor) -> tf.Tensor:
+    tokenizer = self.tokenizer
+    model = tf_text.SentencepieceTokenizer(model=self._read())
+
+    def plain(text):  # [n] strings -> [n, tokens]
+      parts = tf.strings.split(text, tokenization.SPACE_PIECE)
+      return _join_rows(model.tokenize(parts), tokenizer.space_bytes)
+
+    if not self.templates:
+      return plain(s[tf.newaxis]).values
+    parts = tf.strings.split(s, tokenization.MASK)
+    # What str.rstrip strips.
+    space = r'[\s\v\x1c-\x1f\x{85}\p{Z}]+$'
+    stripped = tf.strings.regex_replace(parts[:-1], space, '')
+    rows = plain(tf.concat([stripped, parts[-1:]], 0))
+    return _join_rows(rows[tf.newaxis], [tokenizer.mask_id]).values
+
+  def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+    """Strings of ids [..., n] (a leading axis or more stays); runs in Python."""
+
+    def decode(rows: np.ndarray) -> np.ndarray:
+      flat = rows.reshape(-1, rows.shape[-1])
+      texts = [self.decode(row.tolist()).encode('utf-8') for row in flat]
+      return np.array(texts, object).reshape(rows.shape[:-1])
+
+    ids = tf.convert_to_tensor(ids)
+    text = tf.numpy_function(decode, [ids], tf.string)
+    text.set_shape(ids.shape[:-1])
+    return text
+
+  # Identity: content decides, whatever the path.
+
+  def _identity(self) -> tuple:
+    if self._content is None and not self.available:
+      return (self.templates, self.path)
+    return (self.templates, self.sha256)
+
+  def __eq__(self, other) -> bool:
+    if not isinstance(other, BartVocabulary):
+      return NotImplemented
+    return self._identity() == other._identity()
+
+  def __hash__(self) -> int:
+    # The file may appear between two calls; what is hashed must not change then.
+    return hash((BartVocabulary, self.templates))
+
+  def __getstate__(self) -> dict:
+    return self.__dict__ | {'_content': None}
+
+  def __repr__(self) -> str:
+    return f'{type(self).__name__}({self.path!r}, templates={self.templates})'
+
+
+@functools.lru_cache(maxsize=8)
+def _word_start_table(tokenizer: tokenization.Tokenizer) -> np.ndarray:
+  table = tokenizer.word_start_table()
+  table.setflags(write=False)
+  return table
+
+
+def _join_rows(rows: tf.RaggedTensor, separator: list[int]) -> tf.RaggedTensor:
+  """[n, parts, tokens] -> [n, tokens], with `separator` between the parts."""
+  separator = tf.constant(separator, tf.int32)
+  rows = tf.cast(rows, tf.int32)
+  filler = tf.RaggedTensor.from_row_lengths(
+    tf.tile(separator, [rows.values.nrows()]),
+    tf.fill([rows.values.nrows()], tf.size(separator, tf.int64)),
+  )
+  joined = rows.with_values(tf.concat([filler, rows.values], axis=1))
+  merged = joined.merge_dims(1, 2)
+  # The separator that came before the first part goes.
+  return merged[:, tf.size(separator) :]
+
+
+class ByteLevelBPEVocabulary(BartVocabulary):
+  """Byte-level BPE from a `tokenizer.json` (or the folder that holds it)."""
+
+  @property
+  def tokenizer(self) -> tokenization.ByteLevelTokenizer:
+    return _checked_kind(self, super().tokenizer, tokenization.ByteLevelTokenizer)
+
+
+class SentencePieceBartVocabulary(BartVocabulary):
+  """SentencePiece, unigram or BPE, from a `tokenizer.model` (or its folder)."""
+
+  @property
+  def tokenizer(self) -> tokenization.SentencePieceTokenizer:
+    return _checked_kind(self, super().tokenizer, tokenization.SentencePieceTokenizer)
+
+
+def _checked_kind(vocabulary: BartVocabulary, tokenizer, kind: type):
+  if not isinstance(tokenizer, kind):
+    raise ValueError(
+      f'{vocabulary!r} holds a {type(tokenizer).__name__}, not a {kind.__name__}. '
+      'load_vocabulary(corpus_dir) takes either.'
+    )
+  return tokenizer
+
+
+def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
+  """The vocabulary of a prepared corpus, of whichever kind; reads nothing yet.
+
+  Args:
+    corpus_dir: the folder that `python -m bart_t5x.prepare` made, or will make.
+    templates: see `BartVocabulary`.
+
+  Returns:
+    A lazy vocabulary.
+  """
+  return BartVocabulary(corpus_dir, templates)
