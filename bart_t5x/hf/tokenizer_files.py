@@ -1,0 +1,76 @@
+"""The tokenizer's files of a Hugging Face model folder.
+
+`tokenizer.json` is the corpus's own: its ids are Hugging Face's, and its
+post-processor adds `<s> … </s>`. Beside it stand the two small files by which
+`AutoTokenizer` finds the class and the special tokens.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from bart_t5x import tokenization
+
+_SPECIAL_TOKENS = {
+    'bos_token': tokenization.BOS,
+    'eos_token': tokenization.EOS,
+    'unk_token': tokenization.UNK,
+    'sep_token': tokenization.EOS,
+    'pad_token': tokenization.PAD,
+    'cls_token': tokenization.BOS,
+}
+
+
+def tokenizer_config(tokenizer_json: dict[str, Any], max_length: int) -> dict[str, Any]:
+  """`tokenizer_config.json` for `AutoTokenizer` of transformers 4 and 5.
+
+  Args:
+    tokenizer_json: the parsed tokenizer.json.
+    max_length: longest input of the model, in tokens.
+
+  Returns:
+    The JSON object. The class is the generic `PreTrainedTokenizerFast`, which
+    takes everything from tokenizer.json: BartTokenizerFast would rebuild parts of
+    it, and lose its post-processor.
+  """
+  mask = next(
+      token
+      for token in tokenizer_json['added_tokens']
+      if token['content'] == tokenization.MASK
+  )
+  return {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'model_max_length': max_length,
+      'model_input_names': ['input_ids', 'attention_mask'],
+      # What makes decode(encode(text)) the text: no spaces are tidied away.
+      'clean_up_tokenization_spaces': False,
+      **_SPECIAL_TOKENS,
+      'mask_token': {
+          '__type': 'AddedToken',
+          **{k: v for k, v in mask.items() if k != 'id'},
+      },
+  }
+
+
+def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
+  """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+  Args:
+    source: the tokenizer.json of the corpus.
+    folder: where to write.
+    max_length: longest input of the model, in tokens.
+  """
+  text = source.read_text(encoding='utf-8')
+  config = tokenizer_config(json.loads(text), max_length)
+  (folder / tokenization.BYTE_LEVEL_FILE).write_text(text, encoding='utf-8')
+  write_json(folder / 'tokenizer_config.json', config)
+  special_tokens = _SPECIAL_TOKENS | {
+      'mask_token': {k: v for k, v in config['mask_token'].items() if k != '__type'}
+  }
+  write_json(folder / 'special_tokens_map.json', special_tokens)
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes JSON as people read it: indented, æøå as they are."""
+  text = json.dumps(content, ensure_ascii=False, indent=2) + '\n'
+  path.write_text(text, encoding='utf-8')

@@ -1,0 +1,101 @@
+"""Weight files of Hugging Face models: safetensors, Flax msgpack, PyTorch .bin.
+
+A model's weights are a flat dict from a dotted name to an array; which names there
+are is `mapping`'s business. Writing is for whole models, reading takes sharded ones
+too (`*.index.json`).
+"""
+
+import json
+import pathlib
+
+import flax.serialization
+import flax.traverse_util
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from bart_t5x.hf import torch_files
+
+Weights = dict[str, np.ndarray]
+
+SAFETENSORS = 'model.safetensors'
+MSGPACK = 'flax_model.msgpack'
+TORCH = 'pytorch_model.bin'
+
+
+def write_safetensors(path: pathlib.Path, weights: Weights) -> None:
+  """Writes PyTorch's names; `format: pt` is what transformers asks for."""
+  contiguous = {name: np.ascontiguousarray(w) for name, w in weights.items()}
+  safetensors.numpy.save_file(contiguous, path, metadata={'format': 'pt'})
+
+
+def write_msgpack(path: pathlib.Path, weights: Weights) -> None:
+  """Writes Flax's names as the nested dict that `FlaxPreTrainedModel` reads."""
+  nested = flax.traverse_util.unflatten_dict(weights, sep='.')
+  path.write_bytes(flax.serialization.msgpack_serialize(nested))
+
+
+def _read_safetensors(path: pathlib.Path) -> Weights:
+  try:
+    return safetensors.numpy.load_file(path)
+  except safetensors.SafetensorError as e:
+    raise ValueError(f'{path} is damaged or truncated ({e}). Download it again.') from e
+
+
+def _read_msgpack(path: pathlib.Path) -> Weights:
+  try:
+    nested = flax.serialization.msgpack_restore(path.read_bytes())
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged or truncated ({e}). Download it again.') from e
+  return flax.traverse_util.flatten_dict(nested, sep='.')
+
+
+def _read_torch(path: pathlib.Path) -> Weights:
+  weights = torch_files.load(path)
+  if not all(isinstance(w, np.ndarray) for w in weights.values()):
+    raise ValueError(f'{path} holds more than tensors: it is no state dict')
+  return weights
+
+
+# In the order in which they are looked for: the safest and fastest first.
+_READERS = {
+    SAFETENSORS: _read_safetensors,
+    MSGPACK: _read_msgpack,
+    TORCH: _read_torch,
+}
+
+
+def read_weights(folder: pathlib.Path) -> tuple[Weights, str]:
+  """Reads a model's weights from whichever file there is.
+
+  Args:
+    folder: with model.safetensors, flax_model.msgpack or pytorch_model.bin, whole
+      or sharded with an index.
+
+  Returns:
+    The weights under the file's own names, and which of the three it was
+    ('flax_model.msgpack' has Flax's names, the others PyTorch's).
+
+  Raises:
+    FileNotFoundError: there is none of them, or a shard is missing.
+    ValueError: a file is damaged.
+  """
+  for name, read in _READERS.items():
+    if (folder / name).exists():
+      return read(folder / name), name
+    index = folder / f'{name}.index.json'
+    if index.exists():
+      shards = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+      missing = [shard for shard in shards if not (folder / shard).exists()]
+      if missing:
+        raise FileNotFoundError(
+            f'{index} names shards that are not there: {", ".join(missing)}'
+        )
+      weights = {}
+      for shard in shards:
+        weights |= read(folder / shard)
+      return weights, name
+  raise FileNotFoundError(
+      f'{folder} holds no weights: expected one of {", ".join(_READERS)} (or its '
+      'sharded form with an index).'
+  )
