@@ -1,0 +1,169 @@
+"""Nested state dicts: flattening, intersecting, merging and renaming.
+
+A state dict nests string keys; its leaves are arrays or, in an index of the previous
+checkpoint layout, TensorStore specifications (dicts too, which are not taken apart).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from flax import traverse_util
+
+
+def tensorstore_leaf(_: Any, value: Mapping[str, Any]) -> bool:
+  """Whether a dict is a TensorStore specification and so a leaf.
+
+  Args:
+    _: the path to it, unused (`traverse_util.flatten_dict` passes it).
+    value: the dict.
+  """
+  return {'driver', 'kvstore', 'metadata'} <= set(value)
+
+
+def flatten_state_dict(
+    state_dict: Mapping[str, Any], keep_empty_nodes: bool = False
+) -> dict[str, Any]:
+  """Flattens to paths joined by '/', TensorStore specifications staying whole."""
+  return traverse_util.flatten_dict(
+      state_dict,
+      keep_empty_nodes=keep_empty_nodes,
+      is_leaf=tensorstore_leaf,
+      sep='/',
+  )
+
+
+def flatten_dict_string_keys(x: Mapping[str, Any]) -> dict[str, Any]:
+  """Flattens to paths joined by '/', without empty dicts."""
+  return traverse_util.flatten_dict(x, sep='/')
+
+
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  return traverse_util.unflatten_dict(dict(flat), sep='/')
+
+
+def get_name_tree(
+    state_dict: Mapping[str, Any], keep_empty_nodes: bool = False
+) -> dict[str, Any]:
+  """Replaces each leaf by its own path, joined by '/'."""
+  paths = traverse_util.flatten_dict(state_dict, keep_empty_nodes=keep_empty_nodes)
+  return traverse_util.unflatten_dict({path: '/'.join(path) for path in paths})
+
+
+def _report(what: str, names: Sequence[str]) -> None:
+  """Logs many names as one line: a checkpoint may lack hundreds."""
+  if names:
+    logging.warning('%s (%d): %s', what, len(names), ', '.join(sorted(names)))
+
+
+def intersect_state(
+    state_dict: Mapping[str, Any], intersect_state_dict: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Keeps of `state_dict` what `intersect_state_dict` has too, and logs the rest."""
+  kept = flatten_state_dict(intersect_state_dict)
+  flat = flatten_state_dict(state_dict)
+  _report('Not restored, not in the checkpoint', [k for k in flat if k not in kept])
+  return _unflatten({k: v for k, v in flat.items() if k in kept})
+
+
+def merge_state(
+    state_dict: Mapping[str, Any],
+    from_scratch_state: Mapping[str, Any],
+    overwrite: bool = False,
+) -> dict[str, Any]:
+  """Adds to `state_dict` what only `from_scratch_state` has, and logs it.
+
+  Args:
+    state_dict: what was restored.
+    from_scratch_state: what was initialised.
+    overwrite: take every value of `from_scratch_state`, those in both included.
+
+  Returns:
+    A new nested dict.
+  """
+  restored = flatten_state_dict(state_dict)
+  fresh = flatten_state_dict(from_scratch_state)
+  added = {k: v for k, v in fresh.items() if overwrite or k not in restored}
+  _report('Initialised from scratch', list(added))
+  return _unflatten(restored | added)
+
+
+def _first_rule(
+    name: str, assignment_map: Sequence[tuple[str, str | None]]
+) -> tuple[str, str | None] | None:
+  """Finds the rule for a name: (pattern, the source's name, or None to drop it)."""
+  for pattern, replacement in assignment_map:
+    match = re.fullmatch(pattern, name)
+    if match:
+      return pattern, None if replacement is None else match.expand(replacement)
+  return None
+
+
+def apply_assignment_map(
+    ckpt_optimizer_state: Mapping[str, Any],
+    optimizer_state: Mapping[str, Any],
+    assignment_map: Sequence[tuple[str, str | None]],
+    require_all_rules_match: bool = True,
+    *,
+    is_resuming: bool = False,
+) -> Mapping[str, Any]:
+  """Renames a checkpoint's entries to those of the current state.
+
+  For each name of the current state, by the first rule whose pattern matches it whole:
+
+  1. a replacement names the checkpoint's entry to take (two may take the same one);
+  2. None drops the name: it is not restored, even where the checkpoint has it.
+
+  Names that no rule matches take the checkpoint's entry of the same name. Entries of
+  the checkpoint that were taken under another name are gone; the others stay.
+
+  Args:
+    ckpt_optimizer_state: what the checkpoint holds.
+    optimizer_state: the current state (only its names matter).
+    assignment_map: (regular expression, replacement with group references, or None).
+    require_all_rules_match: whether a rule that matches nothing is an error.
+    is_resuming: whether the run's own checkpoint is read, which has the new names
+      already: nothing is changed then.
+
+  Returns:
+    The renamed state.
+
+  Raises:
+    ValueError: a rule names an entry that the checkpoint lacks, or matches nothing.
+  """
+  if is_resuming:
+    return ckpt_optimizer_state
+  source = flatten_state_dict(ckpt_optimizer_state)
+  renamed, taken, dropped, used, unmatched = {}, set(), set(), set(), []
+  for name in flatten_state_dict(optimizer_state):
+    rule = _first_rule(name, assignment_map)
+    if rule is None:
+      unmatched.append(name)
+      continue
+    pattern, old_name = rule
+    used.add(pattern)
+    if old_name is None:
+      dropped.add(name)
+      continue
+    if old_name not in source:
+      raise ValueError(
+          f'assignment_map: {pattern!r} maps {name!r} to {old_name!r}, which the '
+          f'checkpoint does not have. It has: {", ".join(sorted(source))}'
+      )
+    renamed[name] = source[old_name]
+    taken.add(old_name)
+
+  unused = [pattern for pattern, _ in assignment_map if pattern not in used]
+  if require_all_rules_match and unused:
+    raise ValueError(
+        'Every rule of assignment_map must match a name of the current state. Unused: '
+        + ', '.join(map(repr, unused))
+    )
+  # A name that no rule matches finds its entry even if another name has taken it too.
+  same_name = {name: source[name] for name in unmatched if name in source}
+  left_over = {k: v for k, v in source.items() if k not in taken | dropped}
+  absent = [name for name in unmatched if name not in source]
+  _report('Without a rule and not in the checkpoint', absent)
+  _report('Not restored, by the assignment map', list(dropped))
+  return _unflatten(left_over | same_name | renamed)
