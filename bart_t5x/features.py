@@ -1,0 +1,205 @@
+"""From task features to what the model is fed: one feature more, and fuller rows.
+
+seqio's packer closes a row as soon as the next example does not fit. This one keeps
+rows open and puts each example into the first that has room for it (first fit), which
+at typical document lengths fills 97 % of the slots and more, not 80–86 %.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import seqio
+import tensorflow as tf
+
+NOISED = 'targets_noised'
+DECODER_NOISED = 'decoder_targets_noised'
+
+# Examples placed at a time, and rows that stay open from one time to the next.
+WINDOW = 256
+OPEN_ROWS = 64
+
+_INT_VECTOR = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+
+
+class BartFeatureConverter(seqio.EncDecFeatureConverter):
+  """Encoder-decoder features, packed by first fit.
+
+  Gives what `seqio.EncDecFeatureConverter` gives. If the task has the feature
+  `targets_noised` (see `noise`), it gives `decoder_targets_noised` besides.
+  """
+
+  def __call__(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    """Converts a dataset.
+
+    Args:
+      ds: with `inputs` and `targets`, int32 [n], perhaps `targets_noised`, int32, as
+        long as `targets`.
+      task_feature_lengths: of `inputs` and `targets`.
+
+    Returns:
+      A dataset of model features with static shapes.
+    """
+    lengths = dict(task_feature_lengths)
+    if type(self) is BartFeatureConverter and NOISED in ds.element_spec:
+      lengths[NOISED] = lengths['targets']
+      converter = _NoisedFeatureConverter(
+        pack=self.pack,
+        use_custom_packing_ops=self._use_custom_packing_ops,
+        apply_length_check=self._apply_length_check,
+        bos_id=self.bos_id,
+        passthrough_features=self._passthrough_features or None,
+      )
+      return converter(ds, lengths)
+    return super().__call__(ds, lengths)
+
+  def _pack_or_pad(
+    self, ds: tf.data.Dataset, packed_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    if self.pack and not self._use_custom_packing_ops:
+      return pack_first_fit(ds, packed_lengths)
+    return super()._pack_or_pad(ds, packed_lengths)
+
+
+class _NoisedFeatureConverter(BartFeatureConverter):
+  """The same for tasks that have the codes."""
+
+  TASK_FEATURES = {**BartFeatureConverter.TASK_FEATURES, NOISED: _INT_VECTOR}
+  MODEL_FEATURES = {**BartFeatureConverter.MODEL_FEATURES, DECODER_NOISED: _INT_VECTOR}
+
+  def _convert_example(
+    self, features: Mapping[str, tf.Tensor]
+  ) -> Mapping[str, tf.Tensor]:
+    converted = super()._convert_example(features)
+    return {**converted, DECODER_NOISED: features[NOISED]}
+
+  def get_model_feature_lengths(
+    self, task_feature_lengths: Mapping[str, int]
+  ) -> Mapping[str, int]:
+    lengths = super().get_model_feature_lengths(task_feature_lengths)
+    return {**lengths, DECODER_NOISED: task_feature_lengths['targets']}
+
+
+def pack_first_fit(
+  ds: tf.data.Dataset,
+  lengths: Mapping[str, int],
+  window: int = WINDOW,
+  open_rows: int = OPEN_ROWS,
+) -> tf.data.Dataset:
+  """Packs examples into rows of fixed lengths, each into the first row with room.
+
+  Rows close in the order in which they were opened, when more than `open_rows` are
+  open; at the dataset's end all close. Features of one length share one layout:
+  `targets_noised` lies as `targets` does.
+
+  Args:
+    ds: of examples with the features of `lengths`, int32 [n] (longer ones are cut).
+    lengths: row length of each feature.
+    window: examples placed at a time.
+    open_rows: rows that stay open.
+
+  Returns:
+    A dataset of rows: each feature int32 [length], zeros behind; and for `inputs` and
+    `targets` `…_segment_ids` (from 1, 0 on padding) and `…_positions`.
+  """
+  groups = {'inputs': ['inputs'], 'targets': [k for k in lengths if k != 'inputs']}
+  caps = {group: lengths[group] for group in groups}
+
+  def trimmed(example):
+    return {k: example[k][:n] for k, n in lengths.items()}
+
+  def flattened(batch):
+    sizes = {k: tf.cast(batch[k].row_lengths(), tf.int32) for k in groups}
+    return {
+      'sizes': tf.stack([*sizes.values(), tf.ones_like(sizes['inputs'])], 1),
+      'close_all': tf.constant(False),
+      **{k: batch[k].flat_values for k in lengths},
+    }
+
+  windows = ds.map(trimmed, num_parallel_calls=tf.data.AUTOTUNE)
+  windows = windows.ragged_batch(window)
+  windows = windows.map(flattened, num_parallel_calls=tf.data.AUTOTUNE)
+  last = {
+    'sizes': tf.zeros([0, 3], tf.int32),
+    'close_all': tf.constant(True),
+    **{k: tf.zeros([0], tf.int32) for k in lengths},
+  }
+  windows = windows.concatenate(tf.data.Dataset.from_tensors(last))
+  state = {
+    # Slots taken in each open row (inputs, targets), and examples in it.
+    'used': tf.zeros([0, 3], tf.int32),
+    # A row's slots: its features, then segment id and position.
+    **{k: tf.zeros([0, caps[k], len(groups[k]) + 2], tf.int32) for k in groups},
+  }
+
+  def place(state, batch):
+    return _place_window(state, batch, groups, caps, open_rows)
+
+  def named(rows):
+    out = {}
+    for group, keys in groups.items():
+      names = [*keys, f'{group}_segment_ids', f'{group}_positions']
+      columns = tf.unstack(rows[group], axis=-1)
+      out.update(zip(names, columns, strict=True))
+    return out
+
+  rows = windows.scan(state, place).map(named, num_parallel_calls=tf.data.AUTOTUNE)
+  return rows.unbatch()
+
+
+def _place_window(
+  state: Mapping[str, tf.Tensor],
+  batch: Mapping[str, tf.Tensor],
+  groups: Mapping[str, Sequence[str]],
+  caps: Mapping[str, int],
+  open_rows: int,
+) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+  """One step of the scan: the new state, and the rows that are finished."""
+  sizes = batch['sizes']
+  used = tf.pad(state['used'], [[0, tf.shape(sizes)[0]], [0, 0]])
+  used, places = _first_fit(used, sizes, [*caps.values(), tf.int32.max])
+  count = tf.math.count_nonzero(used[:, 2], dtype=tf.int32)
+  keep = tf.where(batch['close_all'], 0, tf.minimum(count, open_rows))
+  done = {}
+  kept = {'used': used[count - keep : count]}
+  for column, (group, keys) in enumerate(groups.items()):
+    size = sizes[:, column]
+    positions = tf.ragged.range(size).flat_values
+    example = tf.repeat(tf.range(tf.size(size)), size)
+    place = tf.gather(places, example)
+    slots = tf.stack([place[:, 0], place[:, 1 + column] + positions], 1)
+    values = tf.stack([*(batch[k] for k in keys), place[:, 3] + 1, positions], 1)
+    old = tf.pad(state[group], [[0, count - tf.shape(state[group])[0]], [0, 0], [0, 0]])
+    rows = tf.tensor_scatter_nd_update(old, slots, values)
+    done[group] = rows[: count - keep]
+    kept[group] = rows[count - keep :]
+  return kept, done
+
+
+def _first_fit(
+  used: tf.Tensor, sizes: tf.Tensor, caps: Sequence[int]
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Gives each example, in turn, the first row in which all of it fits.
+
+  Args:
+    used: int32 [rows, 3], with one empty row for each example at the end.
+    sizes: int32 [examples, 3].
+    caps: three upper bounds of `used`.
+
+  Returns:
+    The new `used`, and int32 [examples, 4]: row, and `used` of that row before.
+  """
+  count = tf.shape(sizes)[0]
+  free = tf.constant(caps, tf.int32)
+
+  def put(i, used, places):
+    size = sizes[i]
+    fits = tf.reduce_all(used <= free - size, axis=1)
+    row = tf.argmax(fits, output_type=tf.int32)
+    places = places.write(i, tf.concat([row[tf.newaxis], used[row]], 0))
+    used = tf.tensor_scatter_nd_add(used, row[tf.newaxis, tf.newaxis], [size])
+    return i + 1, used, places
+
+  places = tf.TensorArray(tf.int32, size=count, element_shape=[4])
+  _, used, places = tf.while_loop(lambda i, *_: i < count, put, [0, used, places])
+  return used, places.stack()

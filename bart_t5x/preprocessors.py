@@ -1,0 +1,186 @@
+"""From documents to model examples: seqio preprocessors over `noise`.
+
+    documents   tokens, sentence_starts, example_id, and the stamps seed and epoch
+      split_documents: pieces of at most the target length, cut at sentence ends
+    pieces      the same and `piece`, the piece's number in its document
+      denoise: the noise of the recipe that gin binds, `<s>` … `</s>`
+    examples    inputs, targets, targets_noised
+"""
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+from bart_t5x import noise
+from bart_t5x.sources import EPOCH, SEED
+
+# Odd numbers that keep apart what goes into one seed (wrap-around is wanted).
+_MIX_SEED = -0x61C8864680B583EB
+_MIX_EPOCH = 0x2545F4914F6CDD1D
+_MIX_PIECE = 0x369DEA0F31A53F85
+
+
+def split_documents(
+  dataset: tf.data.Dataset, sequence_length: Mapping[str, int]
+) -> tf.data.Dataset:
+  """Cuts documents into pieces that fit the target with `<s>` and `</s>`.
+
+  A piece takes as many whole sentences as fit. A sentence longer than a piece is cut
+  where the piece is full.
+
+  Args:
+    dataset: of documents: `tokens` int32 [n], `sentence_starts` int32 [s],
+      `example_id`, `seed`, `epoch` int64 scalars.
+    sequence_length: of which `targets` is read.
+
+  Returns:
+    A dataset of pieces: the same features and `piece`, int64 scalar from 0.
+  """
+  room = _lengths(sequence_length)[1] - 2
+
+  def split(document):
+    tokens, starts = document['tokens'], document['sentence_starts']
+    cuts = cut_points(tf.size(tokens), starts, room)
+    pieces = tf.size(cuts) - 1
+    begins = tf.scatter_nd(
+      tf.concat([starts, cuts[:-1]], 0)[:, tf.newaxis],
+      tf.ones([tf.size(starts) + pieces], tf.int32),
+      tf.shape(tokens),
+    )
+
+    def rows(values):
+      return tf.RaggedTensor.from_row_splits(values, cuts, validate=False).to_tensor()
+
+    def repeated(value):
+      return tf.fill([pieces], value)
+
+    return {
+      'tokens': rows(tokens),
+      'begins': rows(begins),
+      'length': cuts[1:] - cuts[:-1],
+      'piece': tf.range(tf.cast(pieces, tf.int64)),
+      **{k: repeated(document[k]) for k in ('example_id', SEED, EPOCH)},
+    }
+
+  def trim(piece):
+    length = piece.pop('length')
+    begins = piece.pop('begins')[:length]
+    piece['tokens'] = piece['tokens'][:length]
+    piece['sentence_starts'] = tf.cast(tf.where(begins > 0)[:, 0], tf.int32)
+    return piece
+
+  pieces = dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+  return pieces.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def cut_points(
+  size: tf.Tensor, sentence_starts: tf.Tensor, room: int
+) -> tf.Tensor:
+  """Where a document is cut.
+
+  Args:
+    size: int32 scalar n, the document's tokens.
+    sentence_starts: int32 [s].
+    room: the most tokens of a piece.
+
+  Returns:
+    int32 [p + 1], from 0 to n; only [0] for an empty document.
+  """
+  ends = tf.concat([sentence_starts, size[tf.newaxis]], 0)
+
+  def following(cuts):
+    limit = cuts[-1] + room
+    fitting = tf.reduce_max(tf.where(ends <= limit, ends, 0))
+    cut = tf.where(fitting > cuts[-1], fitting, limit)
+    return (tf.concat([cuts, cut[tf.newaxis]], 0),)
+
+  (cuts,) = tf.while_loop(
+    lambda cuts: cuts[-1] < size,
+    following,
+    [tf.zeros([1], tf.int32)],
+    shape_invariants=[tf.TensorShape([None])],
+  )
+  return cuts
+
+
+def denoise(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int],
+  output_features: Mapping[str, seqio.Feature],
+  recipe: noise.Recipe | None = None,
+) -> tf.data.Dataset:
+  """Makes a denoising example of each piece.
+
+  The noise of a piece depends on its `seed`, `epoch`, `example_id` and `piece` only.
+
+  Args:
+    dataset: of pieces, see `split_documents`.
+    sequence_length: of `inputs` and `targets`.
+    output_features: of which the vocabulary of `targets` is read.
+    recipe: the noise; None for `noise.Recipe()` with what gin binds to it when the
+      dataset is built.
+
+  Returns:
+    A dataset with `inputs` int32 [m], `targets` int32 [n + 2], `targets_noised` int32
+    [n + 2], `dropped` int32 scalar (source tokens that found no room), and the piece's
+    `example_id`, `piece` and `epoch`.
+
+  Raises:
+    ValueError: the noise may outgrow the encoder's length.
+  """
+  recipe = noise.Recipe() if recipe is None else recipe
+  encoder_length, decoder_length = _lengths(sequence_length)
+  longest = recipe.longest_source(decoder_length)
+  if longest > encoder_length:
+    raise ValueError(
+      f'The noise makes sources of up to {longest} tokens from targets of '
+      f'{decoder_length}, but the encoder takes {encoder_length}. Set '
+      f"TASK_FEATURE_LENGTHS['inputs'] to {longest} or more, or use less noise: "
+      f'{recipe}'
+    )
+  ids = noise.Ids.of(output_features['targets'].vocabulary)
+
+  def corrupt(piece):
+    noised = noise.corrupt(
+      piece['tokens'],
+      piece['sentence_starts'],
+      piece_seed(piece),
+      recipe,
+      ids,
+      encoder_length,
+    )
+    return {
+      'inputs': noised.source,
+      'targets': noised.target,
+      'targets_noised': noised.codes,
+      'dropped': noised.dropped,
+      **{k: piece[k] for k in ('example_id', 'piece', EPOCH)},
+    }
+
+  return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def piece_seed(piece: Mapping[str, tf.Tensor]) -> tf.Tensor:
+  """int64 [2], different for each (seed, epoch, example id, piece)."""
+  mixed = (
+    piece[SEED] * _MIX_SEED + piece[EPOCH] * _MIX_EPOCH + piece['piece'] * _MIX_PIECE
+  )
+  return tf.stack([piece['example_id'], mixed])
+
+
+def _lengths(sequence_length: Mapping[str, int] | None) -> tuple[int, int]:
+  """The lengths of `inputs` and `targets`."""
+  lengths = sequence_length or {}
+  missing = {'inputs', 'targets'} - set(lengths)
+  if missing:
+    raise ValueError(
+      'A denoising task must know the length of inputs and targets, with <s> and </s>: '
+      f"TASK_FEATURE_LENGTHS = {{'inputs': 1024, 'targets': 1024}}. Got: {lengths}"
+    )
+  if lengths['targets'] < 3:
+    raise ValueError(
+      "TASK_FEATURE_LENGTHS['targets'] must hold <s>, a token and </s>, so at least 3. "
+      f'Got: {lengths["targets"]}'
+    )
+  return lengths['inputs'], lengths['targets']

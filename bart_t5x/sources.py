@@ -1,0 +1,239 @@
+"""Where a task's documents come from, and how they learn in which epoch they are read.
+
+`CorpusSource` reads the shards that `bart_t5x.prepare` writes. `EpochTask` is a seqio
+task that stamps each document with the seed and the epoch: a `seqio.Task` repeats its
+source without telling anyone, so noise that is new in each epoch and yet reproducible
+would have to follow the position in the stream, which depends on the number of hosts.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import seqio
+import tensorflow as tf
+
+CORPUS_FILE = 'corpus.json'
+TRAIN = 'train'
+VALIDATION = 'validation'
+
+# What `EpochTask` adds to each example.
+EPOCH = 'epoch'
+SEED = 'seed'
+
+# Evaluation sees the same noise whenever and wherever it runs.
+EVALUATION_SEED = 0
+
+# Files read at a time, and records of one before the next one's turn.
+_OPEN_FILES = 16
+_RECORDS_A_TURN = 16
+# Hosts take whole files if the shares then differ by at most one part in this many.
+_FILES_A_HOST = 16
+
+_FEATURES = {
+  'tokens': tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True),
+  'sentence_starts': tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True),
+  'example_id': tf.io.FixedLenFeature([], tf.int64),
+}
+
+
+class CorpusSource(seqio.DataSource):
+  """The documents of a corpus folder; reads nothing until it is asked for some.
+
+  An example holds `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id`
+  int64 scalar.
+  """
+
+  def __init__(self, corpus_dir: str):
+    """Names a folder, which need not exist yet.
+
+    Args:
+      corpus_dir: output folder of `python -m bart_t5x.prepare`.
+    """
+    self.corpus_dir = os.fspath(corpus_dir)
+    super().__init__(splits=(TRAIN, VALIDATION))
+
+  def __repr__(self) -> str:
+    return f'CorpusSource({self.corpus_dir!r})'
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def description(self) -> dict:
+    """What `prepare` wrote about the corpus in corpus.json, its last file.
+
+    Raises:
+      FileNotFoundError: there is no corpus, or `prepare` has not finished it.
+    """
+    path = os.path.join(self.corpus_dir, CORPUS_FILE)
+    if tf.io.gfile.exists(path):
+      with tf.io.gfile.GFile(path) as f:
+        return json.load(f)
+    begun = tf.io.gfile.exists(self.corpus_dir) and tf.io.gfile.listdir(self.corpus_dir)
+    state = 'is not complete (no corpus.json)' if begun else 'does not exist'
+    raise FileNotFoundError(
+      f'The corpus {self.corpus_dir!r} {state}. Make it with: python -m '
+      f'bart_t5x.prepare --source=… --output_dir={self.corpus_dir}'
+    )
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    """The split's files, sorted."""
+    self.description()
+    pattern = os.path.join(self.corpus_dir, f'{split}-*-of-*.tfrecord')
+    files = sorted(tf.io.gfile.glob(pattern))
+    if not files:
+      raise FileNotFoundError(
+        f'The corpus {self.corpus_dir!r} has no split {split!r}. It should have '
+        f'{TRAIN!r} and {VALIDATION!r}: prepare it again.'
+      )
+    return files
+
+  def num_input_examples(self, split: str) -> int | None:
+    """Documents in the split; None as long as there is no corpus."""
+    try:
+      splits = self.description()['splits']
+    except FileNotFoundError:
+      return None
+    return splits[split]['documents'] if split in splits else None
+
+  def get_dataset(
+    self,
+    split: str = TRAIN,
+    shuffle: bool = True,
+    seed: int | tf.Tensor | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    *,
+    sequence_length: Mapping[str, int] | None = None,
+    use_cached: bool = False,
+    num_epochs: int | None = 1,
+  ) -> tf.data.Dataset:
+    """One pass over the documents, or over one host's share of them.
+
+    The shares of all hosts are disjoint and together complete: whole files where there
+    are enough of them to be fair, else every so-manieth record of each file.
+
+    Args:
+      split: 'train' or 'validation'.
+      shuffle: whether the files come in an order drawn with `seed`.
+      seed: a number or an int64 scalar tensor; None for 0.
+      shard_info: which share; None for all.
+      sequence_length: of no use here, documents are whole.
+      use_cached: of no use here.
+      num_epochs: of no use here, `EpochTask` repeats.
+    """
+    del sequence_length, use_cached, num_epochs
+    paths = self.list_shards(split)
+    hosts = shard_info.num_shards if shard_info else 1
+    host = shard_info.index if shard_info else 0
+    whole_files = len(paths) % hosts == 0 or len(paths) >= hosts * _FILES_A_HOST
+    # With the files' numbers: which records a host takes must not follow the order.
+    numbers = tf.range(len(paths), dtype=tf.int64)
+    files = tf.constant(paths)
+    if whole_files:
+      numbers, files = numbers[host::hosts], files[host::hosts]
+    if shuffle:
+      pair = tf.stack([tf.cast(0 if seed is None else seed, tf.int64), 0])
+      order = tf.argsort(tf.random.stateless_uniform(tf.shape(files), seed=pair))
+      numbers, files = tf.gather(numbers, order), tf.gather(files, order)
+
+    def read(number, path):
+      records = tf.data.TFRecordDataset(path)
+      if not whole_files:
+        records = records.shard(hosts, (host + number) % hosts)
+      return records
+
+    records = tf.data.Dataset.from_tensor_slices((numbers, files)).interleave(
+      read, cycle_length=_OPEN_FILES, block_length=_RECORDS_A_TURN
+    )
+    return records.map(_parse, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
+  document = tf.io.parse_single_example(record, _FEATURES)
+  return {
+    'tokens': tf.cast(document['tokens'], tf.int32),
+    'sentence_starts': tf.cast(document['sentence_starts'], tf.int32),
+    'example_id': document['example_id'],
+  }
+
+
+class EpochTask(seqio.Task):
+  """A task whose preprocessors see `seed` and `epoch` (int64 scalars) in each example.
+
+  The seed is the one given to `get_dataset` (in T5X: `DatasetConfig.seed`), the epoch
+  counts from 0. Only the training split has epochs: all others keep epoch 0 and
+  `EVALUATION_SEED`, whatever seed orders them.
+
+  The source is opened anew for each epoch, so files also come in a new order; nothing
+  is kept in memory. Everything is a plain `tf.data` operation, whose iterator can be
+  saved.
+  """
+
+  def get_dataset(
+    self,
+    sequence_length: Mapping[str, int] | None = None,
+    split: str = TRAIN,
+    use_cached: bool = False,
+    shuffle: bool = True,
+    shuffle_buffer_size: int | None = None,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    num_epochs: int | None = 1,
+    trim_output_features: bool = True,
+    try_in_mem_cache: bool = True,
+  ) -> tf.data.Dataset:
+    """See `seqio.Task.get_dataset`; differs in two points.
+
+    A seed of None means 0: two runs without a seed are alike. `try_in_mem_cache` has no
+    effect, since the documents of an epoch are read in an order of its own.
+    """
+    del try_in_mem_cache
+    seed = 0 if seed is None else int(seed)
+    source = self._source_of(split, use_cached)
+    # Outside of the graph: a missing corpus is reported as it is.
+    source.list_shards(split)
+    training = split == TRAIN
+
+    def read(epoch):
+      documents = source.get_dataset(
+        split=split,
+        shuffle=shuffle,
+        seed=_epoch_seed(seed, epoch),
+        shard_info=shard_info,
+      )
+      if not use_cached:
+        documents = self.preprocess_precache(documents, seed=seed)
+      stamp = {
+        SEED: tf.constant(seed if training else EVALUATION_SEED, tf.int64),
+        EPOCH: epoch if training else tf.zeros_like(epoch),
+      }
+      return documents.map(lambda document: {**document, **stamp})
+
+    epochs = tf.data.Dataset.range(
+      tf.int64.max if num_epochs is None else num_epochs
+    )
+    examples = self.preprocess_postcache(
+      epochs.flat_map(read), sequence_length=sequence_length, seed=seed
+    )
+    examples = self._validate_preprocessing(examples)
+    if trim_output_features:
+      examples = self._trim_output_features(examples, sequence_length)
+    if shuffle:
+      examples = examples.shuffle(
+        shuffle_buffer_size or self.shuffle_buffer_size, seed=seed
+      )
+    return examples.prefetch(tf.data.AUTOTUNE)
+
+  def _source_of(self, split: str, use_cached: bool):
+    if not use_cached:
+      return self.source
+    if not self.supports_caching:
+      raise ValueError(
+        f'Task {self.name!r} has no step that seqio can cache. Set use_cached=False.'
+      )
+    return self._get_cached_source(split)
+
+
+def _epoch_seed(seed: int, epoch: tf.Tensor) -> tf.Tensor:
+  return tf.constant(seed, tf.int64) + epoch * 0x5851F42D4C957F2D

@@ -1,0 +1,70 @@
+"""The denoising tasks, and how to register one for a corpus of one's own.
+
+Importing this needs no file: corpus and tokenizer are read when data is asked for.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+
+import seqio
+
+from bart_t5x import noise, preprocessors
+from bart_t5x.sources import CorpusSource, EpochTask
+from bart_t5x.vocabularies import load_vocabulary
+
+# Examples kept to draw from: noised pieces, about 11 kB each at length 1024.
+SHUFFLE_BUFFER_SIZE = 2048
+
+
+def data_root() -> str:
+  """The folder with the corpora."""
+  return os.environ.get('BART_T5X_DATA', 'data')
+
+
+def add_denoising_task(
+  name: str,
+  corpus_dir: str,
+  recipe: noise.Recipe | None = None,
+  shuffle_buffer_size: int = SHUFFLE_BUFFER_SIZE,
+  metric_fns: Sequence = (),
+) -> seqio.Task:
+  """Registers a seqio task that denoises a prepared corpus.
+
+  Args:
+    name: of the task.
+    corpus_dir: output folder of `python -m bart_t5x.prepare`; may come later.
+    recipe: the noise. None for the one that gin binds (`noise.Recipe`), so that the
+      run's gin files decide.
+    shuffle_buffer_size: examples from which the next one is drawn.
+    metric_fns: for evaluation by generation.
+
+  Returns:
+    The task, with features `inputs`, `targets` and `targets_noised`.
+  """
+  vocabulary = load_vocabulary(corpus_dir)
+  text = seqio.Feature(vocabulary, add_eos=False)
+  return seqio.TaskRegistry.add(
+    name,
+    task_cls=EpochTask,
+    source=CorpusSource(corpus_dir),
+    preprocessors=[
+      seqio.CacheDatasetPlaceholder(),
+      preprocessors.split_documents,
+      functools.partial(preprocessors.denoise, recipe=recipe),
+    ],
+    output_features={
+      'inputs': text,
+      'targets': text,
+      # Codes, not ids: see `noise`.
+      'targets_noised': seqio.Feature(
+        seqio.PassThroughVocabulary(size=noise.END + 1), add_eos=False
+      ),
+    },
+    metric_fns=metric_fns,
+    shuffle_buffer_size=shuffle_buffer_size,
+  )
+
+
+add_denoising_task('norwegian_denoising', os.path.join(data_root(), 'no'))
+add_denoising_task('norwegian_denoising_mini', os.path.join(data_root(), 'mini'))
