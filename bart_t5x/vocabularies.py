@@ -274,3 +274,22 @@ def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
     A lazy vocabulary.
   """
   return BartVocabulary(corpus_dir, templates)
+
+
+def task_vocabulary(
+  mixture_or_task_name: str, feature: str = 'targets'
+) -> seqio.Vocabulary:
+  """The vocabulary of a registered task, so that a gin file names it in one place.
+
+  Args:
+    mixture_or_task_name: as registered with seqio.
+    feature: whose vocabulary.
+
+  Returns:
+    The very object that the task uses.
+
+  Raises:
+    ValueError: there is no such task, or it has no such feature.
+  """
+  provider = seqio.get_mixture_or_task(mixture_or_task_name)
+  return provider.output_features[feature].vocabulary

@@ -1,0 +1,162 @@
+"""A T5X checkpoint as a folder that transformers loads."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from bart_t5x import tokenization
+from bart_t5x.hf import (
+    checkpoints,
+    configs,
+    mapping,
+    model_card,
+    run_config,
+    tokenizer_files,
+    weights,
+)
+from bart_t5x.network import BartConfig
+
+_DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+
+
+def bart_config(run: run_config.RunConfig) -> BartConfig:
+  """The network's configuration as a run used it.
+
+  Raises:
+    ValueError: the run was none of this project's model.
+  """
+  bound = run.bindings_of('BartConfig')
+  if 'vocab_size' not in bound:
+    raise ValueError(
+        'config.gin binds no network.BartConfig.vocab_size: the run trained another '
+        'model than bart_t5x.network'
+    )
+  known = {field.name for field in dataclasses.fields(BartConfig)}
+  return BartConfig(**{k: v for k, v in bound.items() if k in known})
+
+
+def task_corpus_dir(run: run_config.RunConfig) -> pathlib.Path:
+  """The corpus folder of the task that a run trained on."""
+  import tasks  # noqa: F401  (late, as it imports TensorFlow; registers the tasks)
+  from bart_t5x import vocabularies
+
+  name = run.macro('MIXTURE_OR_TASK_NAME')
+  if name is None:
+    raise ValueError('config.gin has no MIXTURE_OR_TASK_NAME: give --corpus_dir')
+  return pathlib.Path(vocabularies.task_vocabulary(name).path)
+
+
+@contextmanager
+def new_folder(target: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+  """A temporary folder that becomes `target` when all has gone well.
+
+  Args:
+    target: the folder to make; may exist if it is empty.
+    overwrite: whether a folder with something in it is replaced.
+
+  Yields:
+    The folder to write into, beside the target.
+
+  Raises:
+    FileExistsError: the target is not empty and is not to be replaced.
+    NotADirectoryError: the target is a file.
+  """
+  if target.exists() and not target.is_dir():
+    raise NotADirectoryError(f'{target} is a file; name a folder')
+  if target.is_dir() and any(target.iterdir()) and not overwrite:
+    raise FileExistsError(f'{target} is not empty; add --overwrite to replace it')
+  target.parent.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
+  try:
+    work.chmod(0o755)
+    yield work
+    if target.exists():
+      shutil.rmtree(target)
+    work.rename(target)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _recipe(run: run_config.RunConfig) -> dict[str, Any]:
+  """The settings of a run that a card tells."""
+  names = (
+      'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', 'BATCH_SIZE', 'TRAIN_STEPS',
+      'WARMUP_STEPS', 'LEARNING_RATE', 'WEIGHT_DECAY', 'DROPOUT_RATE', 'COMPUTE_DTYPE',
+  )  # fmt: skip
+  values = {name: run.macro(name) for name in names}
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def export(
+    checkpoint: pathlib.Path,
+    output_dir: pathlib.Path,
+    command: str,
+    config_file: pathlib.Path | None = None,
+    corpus_dir: pathlib.Path | None = None,
+    dtype: str = 'float32',
+    overwrite: bool = False,
+) -> None:
+  """Writes a model folder for transformers 4 (Flax) and 5 (PyTorch).
+
+  Args:
+    checkpoint: MODEL_DIR/checkpoint_<step>.
+    output_dir: the folder to make; appears whole or not at all.
+    command: for the card: how this was called.
+    config_file: the run's config.gin; by default the one beside the checkpoint.
+    corpus_dir: with the tokenizer; by default that of the run's task.
+    dtype: of the stored weights, 'float32' or 'bfloat16'.
+    overwrite: replace what is in output_dir.
+
+  Raises:
+    FileNotFoundError, FileExistsError, ValueError: with what to do about it.
+  """
+  run = run_config.read(config_file or checkpoint.parent / 'config.gin')
+  config = bart_config(run)
+  corpus_dir = corpus_dir or task_corpus_dir(run)
+  tokenizer_file = tokenization.find_tokenizer_file(corpus_dir)
+  if tokenizer_file is None:
+    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
+  vocab_size = tokenization.read_tokenizer(tokenizer_file).vocab_size
+  if vocab_size != config.vocab_size:
+    raise ValueError(
+        f'the tokenizer {tokenizer_file} has {vocab_size} ids, the model '
+        f'{config.vocab_size}: it is not the one the model was trained with'
+    )
+  params = checkpoints.read_params(checkpoint)
+  torch_weights = mapping.to_hf(params, config.vocab_size, 'torch')
+  with new_folder(output_dir, overwrite) as folder:
+    weights.write_safetensors(
+        folder / weights.SAFETENSORS,
+        {name: w.astype(_DTYPES[dtype]) for name, w in torch_weights.items()},
+    )
+    # Flax reads parameters as they are stored, and trains in float32.
+    weights.write_msgpack(
+        folder / weights.MSGPACK, mapping.to_hf(params, config.vocab_size, 'flax')
+    )
+    tokenizer_files.write_json(folder / 'config.json', configs.to_hf(config, dtype))
+    tokenizer_files.write_json(
+        folder / 'generation_config.json', configs.generation_to_hf(config)
+    )
+    tokenizer_files.write(
+        pathlib.Path(tokenizer_file), folder, config.max_positions
+    )
+    corpus_file = corpus_dir / 'corpus.json'
+    facts = model_card.CardFacts(
+        name=output_dir.name,
+        config=config,
+        num_parameters=sum(w.size for w in torch_weights.values()) - vocab_size,
+        step=int(checkpoint.name.rpartition('_')[2]),
+        corpus=json.loads(corpus_file.read_text()) if corpus_file.exists() else {},
+        recipe=_recipe(run),
+        metrics=model_card.run_metrics(checkpoint.parent),
+        command=command,
+    )
+    (folder / 'README.md').write_text(model_card.render(facts), encoding='utf-8')

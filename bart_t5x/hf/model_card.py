@@ -1,0 +1,133 @@
+"""The README.md of an exported model: what it is, made of what, how to load it."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from bart_t5x.network import BartConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+  """What a card tells.
+
+  Attributes:
+    name: of the model, for its title and the loading examples.
+    config: the network's shape.
+    num_parameters: without rows that pad the vocabulary.
+    step: training steps taken.
+    corpus: the content of corpus.json; empty where it is not at hand.
+    recipe: settings of the run, name to value.
+    metrics: held-out metrics at the last evaluation, name to value.
+    command: that made the export.
+  """
+
+  name: str
+  config: BartConfig
+  num_parameters: int
+  step: int
+  corpus: dict[str, Any]
+  recipe: dict[str, Any]
+  metrics: dict[str, float]
+  command: str
+
+
+def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
+  lines = [f'| {header[0]} | {header[1]} |', '| --- | --- |']
+  for name, value in rows.items():
+    shown = f'{value:.4g}' if isinstance(value, float) else value
+    lines.append(f'| {name} | {shown} |')
+  return '\n'.join(lines)
+
+
+def _front_matter(corpus: dict[str, Any]) -> str:
+  """The block that the Hub reads: language, kind, licence of the data."""
+  lines = ['---', 'language: "no"', 'library_name: transformers']
+  lines += ['pipeline_tag: fill-mask', 'tags: [bart, t5x, norwegian]']
+  if corpus.get('license'):
+    lines += ['license: other', f'license_name: "{corpus["license"]}"']
+  return '\n'.join(lines + ['---'])
+
+
+def _corpus_section(corpus: dict[str, Any]) -> str:
+  if not corpus:
+    return 'The corpus was not at hand when this model was exported.'
+  counts = {
+      f'{split}, documents': f'{numbers["documents"]:,}'
+      for split, numbers in corpus['splits'].items()
+  }
+  facts = {'source': corpus['source'], 'licence': corpus.get('license') or 'not stated'}
+  return _table(('corpus', ''), facts | counts)
+
+
+def _loading(name: str) -> str:
+  return f"""```python
+# PyTorch (transformers 5)
+from transformers import AutoTokenizer, BartForConditionalGeneration
+tokenizer = AutoTokenizer.from_pretrained('{name}')
+model = BartForConditionalGeneration.from_pretrained('{name}')
+batch = tokenizer('Hovedstaden i Norge er <mask>.', return_tensors='pt')
+batch.pop('token_type_ids', None)
+print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))
+```
+
+```python
+# Flax (transformers 4.57 or earlier)
+from transformers import FlaxBartForConditionalGeneration
+model = FlaxBartForConditionalGeneration.from_pretrained('{name}')
+```"""
+
+
+def render(facts: CardFacts) -> str:
+  """The card's text.
+
+  Args:
+    facts: what it tells.
+
+  Returns:
+    Markdown with the Hub's front matter.
+  """
+  config = facts.config
+  shape = {
+      'parameters': f'{facts.num_parameters:,}',
+      'layers': f'{config.num_encoder_layers} + {config.num_decoder_layers}',
+      'width': config.emb_dim,
+      'heads': config.num_heads,
+      'feed-forward width': config.mlp_dim,
+      'vocabulary': f'{config.vocab_size:,}',
+      'longest input, tokens': config.max_positions,
+  }
+  sections = [
+      _front_matter(facts.corpus),
+      f'# {facts.name}',
+      'A BART for Norwegian, pre-trained to restore noised text '
+      '([Lewis et al. 2019](https://arxiv.org/abs/1910.13461)) for '
+      f'{facts.step:,} steps with bart-t5x.',
+      _table(('model', ''), shape),
+      '## Loading',
+      _loading(facts.name),
+      '## Training',
+      _corpus_section(facts.corpus),
+      _table(('setting', 'value'), facts.recipe),
+  ]
+  if facts.metrics:
+    sections += [
+        '## Held-out documents, at the last evaluation',
+        _table(('metric', 'value'), facts.metrics),
+    ]
+  sections += ['## Made by', f'```\n{facts.command}\n```']
+  return '\n\n'.join(sections) + '\n'
+
+
+def run_metrics(model_dir: pathlib.Path) -> dict[str, float]:
+  """The last value of each metric of a run's evaluation; empty without events."""
+  from bart_t5x import report  # late: it reads TensorBoard files
+
+  metrics = {}
+  for folder in sorted((model_dir / 'training_eval').glob('*/')):
+    metrics |= {
+        name: curve[-1][1]
+        for name, curve in sorted(report.read_curves(folder).items())
+        if name.endswith(('accuracy', 'loss'))
+    }
+  return metrics
