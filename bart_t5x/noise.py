@@ -1,4 +1,4 @@
-"""BART's noise: what becomes of one clean piece of text (arXiv 1910.13461, section 3.1).
+"""BART's noise: what becomes of one clean piece of text (arXiv 1910.13461, 2.2).
 
 Everything here is TensorFlow on one 1-D example and has no state: equal arguments give
 equal results, in eager mode and inside `tf.data`.

@@ -5,6 +5,8 @@
     pieces      the same and `piece`, the piece's number in its document
       denoise: the noise of the recipe that gin binds, `<s>` … `</s>`
     examples    inputs, targets, targets_noised
+
+`tokenize_for_bart` is for tasks made of text: fine-tuning, fill-in.
 """
 
 from collections.abc import Mapping
@@ -167,6 +169,54 @@ def piece_seed(piece: Mapping[str, tf.Tensor]) -> tf.Tensor:
     piece[SEED] * _MIX_SEED + piece[EPOCH] * _MIX_EPOCH + piece['piece'] * _MIX_PIECE
   )
   return tf.stack([piece['example_id'], mixed])
+
+
+def tokenize_for_bart(
+  dataset: tf.data.Dataset,
+  output_features: Mapping[str, seqio.Feature],
+  sequence_length: Mapping[str, int] | None = None,
+) -> tf.data.Dataset:
+  """Turns text into ids as a pre-trained BART knows them: `<s>` … `</s>`.
+
+  seqio's `tokenize` and `append_eos` would leave out the `<s>`. What is longer than
+  its feature's length loses its last tokens before the `</s>`.
+
+  Args:
+    dataset: of examples in which output features are scalar strings; other features
+      pass through.
+    output_features: with a `BartVocabulary` for each text.
+    sequence_length: of the features; None, or a feature not in it, for no limit.
+
+  Returns:
+    The dataset with int32 [n] in place of each text, the text itself as
+    `<feature>_pretokenized`, and `<feature>_truncated`, int32 scalar: how many tokens
+    it lost.
+
+  Raises:
+    ValueError: a feature's vocabulary has no `<s>`.
+  """
+  for name, feature in output_features.items():
+    if not isinstance(getattr(feature.vocabulary, 'bos_id', None), int):
+      raise ValueError(
+        f'tokenize_for_bart needs a vocabulary with <s> for feature {name!r}, such as '
+        f'bart_t5x.vocabularies.load_vocabulary(…). Got: {feature.vocabulary}'
+      )
+
+  def tokenize(example):
+    out = dict(example)
+    for name, feature in output_features.items():
+      if name not in example or example[name].dtype != tf.string:
+        continue
+      vocabulary = feature.vocabulary
+      ids = vocabulary.encode_tf(example[name])
+      room = (sequence_length or {}).get(name)
+      kept = ids if room is None else ids[: room - 2]
+      out[name] = tf.concat([[vocabulary.bos_id], kept, [vocabulary.eos_id]], 0)
+      out[f'{name}_pretokenized'] = example[name]
+      out[f'{name}_truncated'] = tf.size(ids) - tf.size(kept)
+    return out
+
+  return dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _lengths(sequence_length: Mapping[str, int] | None) -> tuple[int, int]:
