@@ -1,0 +1,343 @@
+"""How a script starts and ends: flags, quiet logs, gin, error messages, exit.
+
+A script calls `prepare` before it imports anything heavy, so that `--help`, a misspelt
+flag or a missing gin file are answered at once; and `run` with the function that gin
+configures.
+"""
+
+import contextlib
+import gc
+import os
+import pathlib
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import flags, logging
+
+import t5x
+from t5x import quiet
+
+FLAGS = flags.FLAGS
+
+# Run files are named from here: t5x/configs/runs/pretrain.gin.
+GIN_SEARCH_PATHS = (str(pathlib.Path(__file__).resolve().parent.parent),)
+
+TRACEBACK_VARIABLE = 'T5X_TRACEBACK'
+
+# What wrong input raises. Anything else is a fault of the code, shown in full.
+_INPUT_ERRORS = (ValueError, LookupError, OSError, ImportError)
+
+_GIN_TRAIL = '\n  In call to configurable'
+
+
+def define_flags(
+  multiprocess: bool = False, shard: bool = False, run_mode: bool = False
+) -> None:
+  """Defines the command line of a script.
+
+  Args:
+    multiprocess: also the flags by which several processes find each other.
+    shard: also `--shard_id`.
+    run_mode: also `--run_mode` and `--dry_run`.
+  """
+  if run_mode:
+    flags.DEFINE_enum(
+      'run_mode', None, ['train', 'eval', 'infer', 'precompile', 'export'],
+      'What to run: train, eval, infer or precompile.',
+    )
+    flags.DEFINE_boolean('dry_run', False, 'Read the configuration and stop.')
+  flags.DEFINE_multi_string(
+    'gin_file', [], 'A gin file; give the flag again for more. Later files win.'
+  )
+  flags.DEFINE_multi_string(
+    'gin_bindings', [], 'One more gin binding, after all files. --gin.NAME=VALUE is '
+    'short for --gin_bindings=NAME=VALUE.'
+  )
+  flags.DEFINE_list(
+    'gin_search_paths', ['.'], 'Folders in which gin files and what they include are '
+    'looked for, separated by commas; the first that has the file wins.'
+  )
+  flags.DEFINE_string(
+    'tfds_data_dir', None, 'Where TensorFlow Datasets are, for all tasks.'
+  )
+  flags.DEFINE_list(
+    'seqio_additional_cache_dirs', [], 'Further folders in which seqio looks for '
+    'cached tasks.'
+  )
+  if shard:
+    flags.DEFINE_integer(
+      'shard_id', None, 'Which share of the data to work on, from 0; wins over '
+      '--gin.infer.shard_id.'
+    )
+  if multiprocess:
+    _define_multiprocess_flags()
+
+
+def _define_multiprocess_flags() -> None:
+  flags.DEFINE_boolean(
+    'multiprocess_gpu', False, 'Join several processes into one run. Their number and '
+    'addresses are detected (Slurm, Open MPI, TPU VMs, Kubernetes) unless given below.'
+  )
+  flags.DEFINE_string(
+    'coordinator_address', None, 'HOST:PORT of process 0; joins the processes.'
+  )
+  flags.DEFINE_integer('process_count', None, 'How many processes there are.')
+  flags.DEFINE_integer('process_index', None, 'Which of them this one is, from 0.')
+  flags.DEFINE_integer(
+    'initialization_timeout', None, 'Seconds to wait for the other processes (300).'
+  )
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+  """Ends the program with one message on stderr."""
+  print(f'ERROR: {message}', file=sys.stderr, flush=True)
+  raise SystemExit(code)
+
+
+def show_help(description: str) -> NoReturn:
+  """Prints what the script does and its own flags, and ends the program."""
+  texts = {
+    f'--{flag.name}' + ('' if flag.boolean else '=...'): flag.help.partition(';\n')[0]
+    for flag in FLAGS.flags_by_module_dict()[__name__]
+  }
+  texts['--gin.NAME=VALUE'] = (
+    'Binds a macro or a parameter: --gin.TRAIN_STEPS=1000, '
+    '--gin.train.eval_period=100. Strings keep their quotes: '
+    '--gin.MODEL_DIR="\'/tmp/run\'".'
+  )
+  texts['-v=1'] = (
+    'Also show what the libraries log, and where an error came from (so does '
+    f'{TRACEBACK_VARIABLE}=1 in the environment).'
+  )
+  print(description.strip())
+  print('\nFlags:')
+  for flag, text in texts.items():
+    print(f'\n  {flag}')
+    print(textwrap.fill(text, 84, initial_indent=' ' * 6, subsequent_indent=' ' * 6))
+  raise SystemExit(0)
+
+
+def _gin_flags_as_bindings(argv: Sequence[str]) -> list[str]:
+  """Writes --gin.NAME=VALUE as --gin_bindings=NAME=VALUE."""
+  if not any(arg.startswith('--gin.') for arg in argv):
+    return list(argv)  # Without an import that takes two seconds.
+  from t5x import gin_utils
+
+  return list(gin_utils.rewrite_gin_args(argv))
+
+
+def _check_gin_files() -> None:
+  """Stops at once where a gin file given on the command line is not there."""
+  roots = [*FLAGS.gin_search_paths, *GIN_SEARCH_PATHS]
+  for name in FLAGS.gin_file:
+    if '://' in name or any(os.path.exists(os.path.join(root, name)) for root in roots):
+      continue
+    _fail(f'--gin_file={name} is not there. Looked in: {", ".join(roots)}.')
+
+
+def _import_tensorflow() -> None:
+  """Imports TensorFlow without its chatter, and without Keras, which it need not have.
+
+  TensorFlow imports Keras at once unless told that an older one will be used; the two
+  seconds and more are saved by saying so during the import only. `tf.keras` still works
+  afterwards: it is looked up when first used.
+  """
+  switch = 'TF_USE_LEGACY_KERAS'
+  chosen = os.environ.get(switch)
+  os.environ[switch] = '1'
+  gc.disable()
+  try:
+    with quiet.hidden_stderr():
+      import tensorflow as tf
+
+      # JAX owns the accelerators.
+      tf.config.set_visible_devices([], 'GPU')
+  finally:
+    gc.enable()
+    if chosen is None:
+      del os.environ[switch]
+    else:
+      os.environ[switch] = chosen
+
+
+def prepare(
+  description: str,
+  argv: Sequence[str] | None = None,
+  *,
+  multiprocess: bool = False,
+  shard: bool = False,
+  run_mode: bool = False,
+) -> None:
+  """Reads the command line and gets ready for the heavy imports.
+
+  Args:
+    description: what `--help` prints first.
+    argv: the command line, sys.argv by default.
+    multiprocess: see `define_flags`.
+    shard: see `define_flags`.
+    run_mode: see `define_flags`.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  define_flags(multiprocess, shard, run_mode)
+  if {'--help', '-help', '-h', '-?'} & set(argv[1:]):
+    show_help(description)
+  if any(arg.lstrip('-').startswith('jax_') for arg in argv[1:]):
+    import jax
+
+    jax.config.config_with_absl()
+  try:
+    rest = FLAGS(_gin_flags_as_bindings(argv))
+  except (flags.Error, ValueError) as error:
+    _fail(f'{error}\nTry --help.', 2)
+  if rest[1:]:
+    _fail(f'Unexpected arguments: {" ".join(rest[1:])}. Try --help.', 2)
+  if not FLAGS.gin_file and not FLAGS.gin_bindings:
+    _fail('Nothing to do: give at least one --gin_file. Try --help.', 2)
+  _check_gin_files()
+  quiet.set_up_logging(verbose=FLAGS.verbosity > 0)
+  logging.info('%s from %s', _script_name(), t5x.__file__)
+  _be_the_named_module()
+  _import_tensorflow()
+
+
+def _script_name() -> str:
+  spec = sys.modules['__main__'].__spec__
+  return spec.name if spec else os.path.basename(sys.argv[0])
+
+
+def _be_the_named_module() -> None:
+  """Lets `import t5x.train` find the running script instead of loading it again."""
+  main = sys.modules['__main__']
+  if main.__spec__ is not None:
+    sys.modules.setdefault(main.__spec__.name, main)
+
+
+def _several_processes_detected() -> bool:
+  """Whether a batch system or a TPU pod has started several of us."""
+  tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
+  return int(tasks) > 1 or ',' in hosts
+
+
+def join_processes() -> None:
+  """Joins this process with the others of the run, if there are others."""
+  given = {
+    'coordinator_address': FLAGS.coordinator_address,
+    'num_processes': FLAGS.process_count,
+    'process_id': FLAGS.process_index,
+  }
+  some = [name for name, value in given.items() if value is not None]
+  if some and len(some) < len(given) and not FLAGS.multiprocess_gpu:
+    _fail(
+      '--coordinator_address, --process_count and --process_index belong together. '
+      f'Got: {", ".join(f"{k}={v}" for k, v in given.items())}.'
+    )
+  if not (some or FLAGS.multiprocess_gpu or _several_processes_detected()):
+    return
+  import jax
+
+  if FLAGS.initialization_timeout is not None:
+    given['initialization_timeout'] = FLAGS.initialization_timeout
+  jax.distributed.initialize(**given)
+  quiet.name_process(jax.process_index(), jax.process_count())
+
+
+def _configure_seqio() -> None:
+  import seqio
+
+  if FLAGS.tfds_data_dir:
+    seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
+  if FLAGS.seqio_additional_cache_dirs:
+    seqio.add_global_cache_dirs(FLAGS.seqio_additional_cache_dirs)
+
+
+def configure(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes `function` configurable as `__main__.<name>` and reads the gin files."""
+  import gin
+
+  from t5x import gin_utils
+
+  configurable = gin.configurable(function, module='__main__')
+  gin_utils.parse_gin_flags(
+    [*FLAGS.gin_search_paths, *GIN_SEARCH_PATHS], FLAGS.gin_file, FLAGS.gin_bindings
+  )
+  return configurable
+
+
+def _gist(error: BaseException) -> str:
+  """The message of an error, without gin's list of who called whom."""
+  # KeyError's own text is the repr of its argument.
+  keyed = isinstance(error, KeyError) and len(error.args) == 1
+  text = str(error.args[0] if keyed else error).partition(_GIN_TRAIL)[0].strip()
+  if isinstance(error, ValueError | OSError) and text:
+    return text
+  return f'{type(error).__name__}: {text}' if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def reported_errors() -> Iterator[None]:
+  """Turns an exception into one message on stderr and exit code 1.
+
+  Wrong input gets no traceback unless asked for; a fault of the code always does.
+  """
+  try:
+    yield
+  except KeyboardInterrupt:
+    _fail('interrupted.', 130)
+  except Exception as error:  # Everything: this is the end of the program.
+    wanted = FLAGS.verbosity > 0 or os.environ.get(TRACEBACK_VARIABLE, '0') != '0'
+    expected = isinstance(error, _INPUT_ERRORS) or _GIN_TRAIL in str(error)
+    if wanted or not expected:
+      traceback.print_exc()
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    hint = '' if wanted or not expected else f'; {TRACEBACK_VARIABLE}=1 shows more'
+    logging.flush()
+    print(
+      f'ERROR: {_gist(error)}\n'
+      f'(raised in {os.path.basename(place.filename)}:{place.lineno}{hint})',
+      file=sys.stderr, flush=True,
+    )
+    leave(1)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the program at once: everything has been written and closed by now.
+
+  Python's own way out waits for idle threads of TensorFlow, Orbax and XLA and takes
+  apart some millions of objects, which takes seconds.
+  """
+  import jax
+
+  if jax.distributed.is_initialized() and code == 0:
+    jax.distributed.shutdown()
+  logging.flush()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def run(function: Callable[..., Any], **overrides: Any) -> NoReturn:
+  """Configures `function` by gin, calls it and ends the program.
+
+  Args:
+    function: `train`, `evaluate` or `infer`.
+    **overrides: arguments from the command line, which win over gin's.
+  """
+  run_main(lambda argv: configure(function)(**overrides))
+
+
+def run_main(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+  """Joins the processes, calls `main` with the program's name and ends the program.
+
+  Args:
+    main: configures and runs a script.
+  """
+  with reported_errors():
+    if 'multiprocess_gpu' in FLAGS:
+      join_processes()
+    _configure_seqio()
+    main(sys.argv[:1])
+  leave(0)

@@ -1,0 +1,110 @@
+"""Compiles the training step for a mesh of devices that need not be there.
+
+  python -m t5x.main --run_mode=precompile --gin_file=MODEL.gin \\
+    --gin_file=t5x/configs/runs/precompile.gin ...
+
+The program's text before and after XLA's optimisation and the devices' order land in
+MODEL_DIR, and the memory that it needs a device is logged.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from t5x import (
+  data,
+  data_iterators,
+  models,
+  partitioning,
+  restore,
+  task_vocabularies,
+)
+from t5x import trainer as trainer_lib
+from t5x.train import train
+
+__all__ = ['precompile', 'train']
+
+
+def precompile(
+  *,
+  model: models.BaseTransformerModel,
+  train_dataset_cfg: data.DatasetConfig,
+  partitioner: partitioning.BasePartitioner,
+  model_dir: str,
+  random_seed: int | None,
+  get_dataset_fn: data.GetDatasetCallable = data.get_dataset,
+  verify_matching_vocabs_fn: Callable[
+    [data.DatasetConfig, models.BaseTransformerModel], None
+  ]
+  | None = task_vocabularies.verify_matching_vocabs,
+) -> None:
+  """Lowers and compiles one training step and writes the program down.
+
+  Args:
+    model: the model.
+    train_dataset_cfg: gives the shapes of a batch; no example is read.
+    partitioner: the mesh, of devices that JAX can compile for.
+    model_dir: where `lowered_hlo_pre_optimization`, `lowered_hlo_post_optimization`
+      and `assignment` (device ids, NumPy format) are written.
+    random_seed: of dropout's key, a constant of the program.
+    get_dataset_fn: makes the dataset.
+    verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
+  """
+  if verify_matching_vocabs_fn is not None:
+    verify_matching_vocabs_fn(train_dataset_cfg, model)
+  layout = partitioner.get_data_layout(train_dataset_cfg.batch_size)
+  dataset = get_dataset_fn(
+    train_dataset_cfg, layout.shard_id, layout.num_shards, model.FEATURE_CONVERTER_CLS
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct((layout.batch_size, *zeros.shape[1:]), zeros.dtype)
+    for name, zeros in data_iterators.get_zeros_batch_like_dataset(dataset).items()
+  }
+  initializer = restore.TrainStateInitializer(
+    optimizer_def=model.optimizer_def,
+    init_fn=model.get_initial_variables,
+    input_shapes={name: spec.shape for name, spec in batch.items()},
+    input_types={name: spec.dtype for name, spec in batch.items()},
+    partitioner=partitioner,
+  )
+  _, dropout_key = jax.random.split(jax.random.PRNGKey(random_seed or 42))
+
+  def step(train_state: Any, batch: Any) -> Any:
+    return trainer_lib.train_with_lr(
+      train_state,
+      batch,
+      # Its value does not change the program.
+      learning_rate=1e-3,
+      dropout_rng=dropout_key,
+      model=model,
+      num_microbatches=None,
+      weight_metrics_computer=None,
+    )
+
+  axes = initializer.train_state_axes
+  lowered = partitioner.partition(
+    step,
+    in_axis_resources=(axes, partitioner.data_partition_spec),
+    out_axis_resources=(axes, None),
+    donate_argnums=(0,),
+  ).lower(initializer.global_train_state_shape, batch)
+
+  folder = epath.Path(model_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'lowered_hlo_pre_optimization').write_text(lowered.as_text(dialect='hlo'))
+  compiled = lowered.compile()
+  (folder / 'lowered_hlo_post_optimization').write_text(compiled.as_text())
+  with (folder / 'assignment').open('wb') as file:
+    np.save(file, partitioner.mesh.device_ids)
+  memory = compiled.memory_analysis()
+  if memory is not None:
+    logging.info(
+      'A device needs %.3f GiB for arguments and %.3f GiB for temporaries.',
+      memory.argument_size_in_bytes / 2**30,
+      memory.temp_size_in_bytes / 2**30,
+    )
+  logging.info('Programs: %s', model_dir)

@@ -1,0 +1,80 @@
+"""What a run needs before its first step: a folder, random numbers, a last step."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+
+def set_hardware_rng_ops() -> None:
+  """Makes new keys use XLA's RngBitGenerator, which is fast on TPU.
+
+  Its numbers depend on how an array is sharded, and on the hardware.
+  """
+  jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
+
+
+def open_model_dir(model_dir: str) -> None:
+  """Makes the run's folder and tries to write there, before any work is done.
+
+  Raises:
+    OSError: it cannot be written to.
+  """
+  folder = epath.Path(model_dir)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      trial = folder / '.writable'
+      trial.write_text('')
+      trial.unlink()
+  except OSError as error:
+    raise OSError(f'model_dir {model_dir} cannot be written to: {error}') from error
+
+
+def random_keys(seed: int | None, use_hardware_rng: bool) -> tuple[Any, Any]:
+  """Makes the keys for initialisation and for training.
+
+  Args:
+    seed: None takes the clock, the same on all processes, and hardware numbers.
+    use_hardware_rng: fast generator; its numbers depend on the sharding.
+
+  Returns:
+    (key of the initial parameters, key of dropout).
+  """
+  if use_hardware_rng or seed is None:
+    set_hardware_rng_ops()
+  if seed is None:
+    seed = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
+    logging.info('random_seed is None; this run takes %d.', seed)
+  init_key, train_key = jax.random.split(jax.random.PRNGKey(seed))
+  return init_key, train_key
+
+
+def last_step(
+  model_dir: str, first_step: int, total_steps: int, relative_steps: int | None
+) -> int:
+  """Says at which absolute step the run ends.
+
+  `relative_steps` count from where the run began, also when it is started again; that
+  step is noted in a file of the run's folder.
+
+  Raises:
+    ValueError: the checkpoint lies behind the end.
+  """
+  if relative_steps:
+    note = epath.Path(model_dir) / 'first_step.txt'
+    began = int(note.read_text()) if note.exists() else first_step
+    multihost_utils.sync_global_devices('first_step_read')
+    if jax.process_index() == 0 and not note.exists():
+      note.write_text(str(began))
+    total_steps = began + relative_steps
+  if first_step > total_steps:
+    raise ValueError(
+      f'The run is to end at step {total_steps}, but its checkpoint is at step '
+      f'{first_step} already. Raise TRAIN_STEPS, or set TRAIN_STEPS_RELATIVE.'
+    )
+  return total_steps

@@ -1,0 +1,544 @@
+"""Trains a model on a seqio task or mixture, from scratch or from a checkpoint.
+
+  python -m t5x.train --gin_file=MODEL.gin --gin_file=t5x/configs/runs/pretrain.gin \\
+    --gin.MODEL_DIR="'/tmp/run'" --gin.TRAIN_STEPS=1000 \\
+    --gin.MIXTURE_OR_TASK_NAME="'my_task'" \\
+    --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
+
+Everything lands in MODEL_DIR: checkpoint_<step>/, config.gin, model-info.txt, and for
+TensorBoard train/, training_eval/<task>/, inference_eval/<task>/. The same command,
+given again after an interruption, goes on from the last checkpoint. SIGTERM saves and
+ends the run.
+"""
+
+if __name__ == '__main__':
+  from t5x import launch
+
+  launch.prepare(__doc__, multiprocess=True)
+
+import contextlib
+import functools
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import seqio
+from absl import logging
+from clu import metric_writers
+from jax.experimental import multihost_utils
+
+from t5x import (
+  data,
+  data_iterators,
+  models,
+  multihost,
+  partitioning,
+  preemption,
+  restore,
+  run_schedule,
+  run_setup,
+  task_vocabularies,
+)
+from t5x import eval as eval_lib
+from t5x import train_state as train_state_lib
+from t5x import trainer as trainer_lib
+
+# Under this name actions find the training metrics among those of tasks.
+TRAIN_METRIC_KEY = 'train'
+
+
+def run_actions(
+  mode: trainer_lib.ActionMode,
+  actions: Mapping[trainer_lib.ActionMode, Sequence[trainer_lib.BaseAction]],
+  train_state: train_state_lib.TrainState,
+  metrics_by_task: Mapping[str, Mapping[str, Any]],
+) -> bool:
+  """Runs the actions of a mode on process 0 and tells all processes the verdict.
+
+  Args:
+    mode: after what the actions run.
+    actions: all actions by mode.
+    train_state: the current state.
+    metrics_by_task: {task: {metric: value}}.
+
+  Returns:
+    Whether an action asks to stop the training.
+
+  Raises:
+    RuntimeError: there are no metrics on process 0.
+  """
+  stop = False
+  if jax.process_index() == 0:
+    if not metrics_by_task:
+      raise RuntimeError(f'No metrics for the {mode.name} actions to look at.')
+    # A list, as every action is to run: the first verdict must not hide the others.
+    verdicts = [
+      action.run(train_state, metrics_by_task=metrics_by_task)
+      for action in actions.get(mode, ())
+    ]
+    stop = any(verdicts)
+  return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(stop)))
+
+
+def _restore_configs(
+  checkpoint_cfg: restore.CheckpointConfig, model_dir: str
+) -> list[restore.RestoreCheckpointConfig]:
+  """Where parameters may come from; the first that exists is taken.
+
+  1. The run's own last checkpoint: the run goes on.
+  2. The checkpoint that the configuration names: fine-tuning starts.
+  (3. Neither: random parameters.)
+
+  Raises:
+    ValueError: the configuration names several.
+  """
+  initial, save = checkpoint_cfg.restore, checkpoint_cfg.save
+  transformations = initial.state_transformation_fns if initial else ()
+  own = restore.RestoreCheckpointConfig(
+    path=model_dir,
+    mode='latest',
+    dtype=save.dtype if save else 'float32',
+    restore_dataset=bool(save and save.save_dataset),
+    state_transformation_fns=[
+      functools.partial(transform, is_resuming=True) for transform in transformations
+    ],
+    **({'checkpointer_cls': save.checkpointer_cls} if save else {}),
+  )
+  if initial is None or not initial.path:
+    return [own]
+  if initial.mode == 'all' or not isinstance(initial.path, str):
+    raise ValueError(
+      'Training starts from one checkpoint. Got RestoreCheckpointConfig.path = '
+      f'{initial.path!r}, mode = {initial.mode!r}.'
+    )
+  return [own, initial]
+
+
+def _named_actions(
+  actions: Mapping[str, Sequence[trainer_lib.BaseAction]] | None, concurrent: bool
+) -> dict[trainer_lib.ActionMode, Sequence[trainer_lib.BaseAction]]:
+  """Finds the modes behind the names that gin gives.
+
+  Raises:
+    ValueError: there is no such mode, or its metrics are not there in time.
+  """
+  known = trainer_lib.ActionMode.__members__
+  for name in actions or {}:
+    if name not in known:
+      raise ValueError(
+        f'train.actions knows the modes {", ".join(known)}. Got: {name!r}.'
+      )
+    if concurrent and name in ('TRAIN', 'INFER_EVAL'):
+      raise ValueError(
+        f'{name} actions need their metrics before training goes on. Set '
+        'train.concurrent_metrics = False.'
+      )
+  return {known[name]: chosen for name, chosen in (actions or {}).items()}
+
+
+class _Batches:
+  """Hands batches on until the run is asked to stop.
+
+  The question comes before a batch is taken, so that a saved position in the data is
+  that of the saved step.
+  """
+
+  def __init__(
+    self, iterator: Iterator[Any], watch: preemption.PreemptionWatch, step: int
+  ):
+    self._iterator = iterator
+    self._watch = watch
+    self._step = step
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self._watch.stop_before(self._step):
+      raise trainer_lib.PreemptionError(f'Asked to stop before step {self._step}.')
+    batch = next(self._iterator)
+    self._step += 1
+    return batch
+
+
+class _Evaluations:
+  """Train-eval with teacher forcing and infer-eval with decoding, after each other."""
+
+  def __init__(
+    self,
+    trainer: trainer_lib.BaseTrainer,
+    train_eval_datasets: Mapping[str, Any],
+    evaluator: eval_lib.InferenceEvaluator | None,
+    train_state_axes: Any,
+    actions: Mapping[trainer_lib.ActionMode, Sequence[trainer_lib.BaseAction]],
+    concurrent: bool,
+  ):
+    self._trainer = trainer
+    self._datasets = train_eval_datasets
+    self._evaluator = evaluator
+    self._axes = train_state_axes
+    self._actions = actions
+    self._concurrent = concurrent
+    self._compiled = False
+
+  def run(self, step: int) -> None:
+    """Evaluates the trainer's state and runs the actions on what comes out."""
+    if self._datasets:
+      self._train_eval()
+    if self._evaluator is not None:
+      self._infer_eval(step)
+
+  def _train_eval(self) -> None:
+    trainer = self._trainer
+    if not self._compiled:
+      trainer.compile_eval({
+        name: data_iterators.get_zeros_batch_like_dataset(dataset)
+        for name, dataset in self._datasets.items()
+      })
+      self._compiled = True
+    summaries = trainer.eval({
+      name: eval_lib.batches_of(dataset) for name, dataset in self._datasets.items()
+    })
+    self._act(trainer_lib.ActionMode.TRAIN_EVAL, summaries)
+
+  def _infer_eval(self, step: int) -> None:
+    start = time.monotonic()
+    metrics = self._evaluator.evaluate(self._trainer.train_state, self._axes)
+    if not self._concurrent:
+      self._act(trainer_lib.ActionMode.INFER_EVAL, metrics.result() or {})
+    self._trainer.train_metrics_manager.write_scalar(
+      'timing/evaluate_seconds', time.monotonic() - start, step
+    )
+
+  def after_training(self, summary: Any) -> None:
+    """Runs the actions on training metrics."""
+    if not self._concurrent:
+      metrics = {TRAIN_METRIC_KEY: summary.result()}
+      self._act(trainer_lib.ActionMode.TRAIN, metrics)
+
+  def _act(self, mode: trainer_lib.ActionMode, metrics: Mapping[str, Any]) -> None:
+    if self._actions.get(mode):
+      verdict = run_actions(mode, self._actions, self._trainer.train_state, metrics)
+      self._trainer.stop_training |= verdict
+
+  def close(self) -> None:
+    """Waits for metrics under way."""
+    if self._evaluator is not None:
+      self._evaluator.close()
+
+
+class _Saver:
+  """Saves the trainer's state, once a step."""
+
+  def __init__(
+    self,
+    manager: Any,
+    save_cfg: restore.SaveCheckpointConfig | None,
+    trainer: trainer_lib.BaseTrainer,
+  ):
+    self._manager = manager if save_cfg else None
+    self._save_cfg = save_cfg
+    self._trainer = trainer
+
+  def save(self, step: int) -> None:
+    """Starts writing a checkpoint, unless there is one of this step."""
+    if self._manager is None or step in self._manager.all_steps():
+      return
+    start = time.monotonic()
+    self._manager.save(
+      self._trainer.train_state, self._save_cfg.state_transformation_fns
+    )
+    self._trainer.train_metrics_manager.write_scalar(
+      'timing/checkpoint_seconds', time.monotonic() - start, step
+    )
+
+  def close(self) -> None:
+    """Waits until the last checkpoint is whole."""
+    if self._manager is not None:
+      self._manager.wait_until_finished()
+      self._manager.close()
+
+
+@contextlib.contextmanager
+def _garbage_collected_by_hand(wanted: bool) -> Iterator[None]:
+  """Keeps Python's garbage collector from running by itself."""
+  if not wanted:
+    yield
+    return
+  gc.disable()
+  try:
+    yield
+  finally:
+    gc.enable()
+
+
+def _train_until_done(
+  schedule: run_schedule.RunSchedule,
+  first_step: int,
+  train_iter: Iterator[Any],
+  trainer: trainer_lib.BaseTrainer,
+  saver: _Saver,
+  evaluations: _Evaluations,
+) -> int:
+  """Trains from stop to stop of the schedule.
+
+  Returns:
+    The step reached: the schedule's last, or earlier if an action or SIGTERM ended it.
+  """
+  step = first_step
+  with preemption.watch_for_preemption() as watch:
+    batches = _Batches(train_iter, watch, first_step)
+    for stop in schedule.stops_after(first_step):
+      try:
+        summary = trainer.train(batches, stop.step - step, start_step=step)
+      except trainer_lib.PreemptionError:
+        step = int(multihost.get_local_data(trainer.train_state.step))
+        logging.info('Asked to stop: saving at step %d.', step)
+        saver.save(step)
+        break
+      step = stop.step
+      evaluations.after_training(summary)
+      if stop.collect:
+        gc.collect()
+      if stop.save:
+        saver.save(step)
+      if stop.evaluate:
+        evaluations.run(step)
+      if trainer.stop_training:
+        logging.info('Stopped by an action at step %d.', step)
+        saver.save(step)
+        break
+  return step
+
+
+def train(
+  *,
+  model: models.BaseModel,
+  train_dataset_cfg: data.DatasetConfig,
+  train_eval_dataset_cfg: data.DatasetConfig | None,
+  infer_eval_dataset_cfg: data.DatasetConfig | None,
+  checkpoint_cfg: restore.CheckpointConfig,
+  partitioner: partitioning.BasePartitioner,
+  trainer_cls: trainer_lib.BaseTrainerConstructor,
+  model_dir: str,
+  total_steps: int,
+  eval_steps: int,
+  eval_period: int | None,
+  relative_steps: int | None = None,
+  stats_period: int | None = None,
+  random_seed: int | None,
+  use_hardware_rng: bool = False,
+  summarize_config_fn: Callable[[str, metric_writers.MetricWriter, int], None],
+  inference_evaluator_cls: data.EvaluatorConstructor = seqio.Evaluator,
+  get_dataset_fn: data.GetDatasetCallable = data.get_dataset,
+  concurrent_metrics: bool = True,
+  actions: Mapping[str, Sequence[trainer_lib.BaseAction]] | None = None,
+  train_eval_get_dataset_fn: data.GetEvalDatasetCallable = (
+    data.get_training_eval_datasets
+  ),
+  run_eval_before_training: bool = False,
+  train_state_initializer_cls: type[
+    restore.TrainStateInitializer
+  ] = restore.TrainStateInitializer,
+  use_orbax: bool = True,
+  verify_matching_vocabs_fn: Callable[
+    [data.DatasetConfig, models.BaseTransformerModel], None
+  ]
+  | None = task_vocabularies.verify_matching_vocabs,
+  gc_period: int = 0,
+) -> tuple[int, train_state_lib.TrainState]:
+  """Trains a model.
+
+  Every period counts absolute steps; 0 or None switches it off. What has a period also
+  happens at the last step.
+
+  Args:
+    model: the model.
+    train_dataset_cfg: what to train on.
+    train_eval_dataset_cfg: what to evaluate on with teacher forcing; None: nothing.
+    infer_eval_dataset_cfg: what to evaluate on by decoding or scoring; None: nothing.
+    checkpoint_cfg: what to start from, and when and how to save.
+    partitioner: lays parameters and data over the devices.
+    trainer_cls: builds the Trainer.
+    model_dir: where checkpoints and metrics go. A run found there goes on.
+    total_steps: the step at which training ends, counted with those of the checkpoint
+      it starts from.
+    eval_steps: batches in a train-eval.
+    eval_period: steps between evaluations.
+    relative_steps: ends this many steps behind the one the run began at, in place of
+      `total_steps`.
+    stats_period: steps between reports of the training metrics. None reports at each
+      evaluation and each checkpoint.
+    random_seed: of the initial parameters and of dropout; None takes the clock.
+    use_hardware_rng: see `run_setup.set_hardware_rng_ops`.
+    summarize_config_fn: writes the configuration down.
+    inference_evaluator_cls: builds the evaluator for infer-eval.
+    get_dataset_fn: reads the training data.
+    concurrent_metrics: whether infer-eval's metrics are computed while training goes
+      on.
+    actions: {mode: what runs on the metrics after it}; modes are TRAIN, TRAIN_EVAL and
+      INFER_EVAL.
+    train_eval_get_dataset_fn: reads the data for train-eval.
+    run_eval_before_training: whether to evaluate before the first step.
+    train_state_initializer_cls: builds the state.
+    use_orbax: see `restore.create_checkpoint_manager_and_restore`.
+    verify_matching_vocabs_fn: checks the tasks' vocabularies against the model's.
+    gc_period: steps between runs of Python's garbage collector, which then never runs
+      by itself; 0 leaves it alone.
+
+  Returns:
+    The step reached and the state at that step.
+
+  Raises:
+    ValueError: an argument makes no sense.
+    OSError: `model_dir` cannot be written to.
+  """
+  # ---- Arguments ----
+  run_setup.open_model_dir(model_dir)
+  actions = _named_actions(actions, concurrent_metrics)
+  save_cfg = checkpoint_cfg.save
+  init_key, train_key = run_setup.random_keys(random_seed, use_hardware_rng)
+
+  # ---- Data ----
+  for cfg in (train_dataset_cfg, train_eval_dataset_cfg):
+    if cfg and verify_matching_vocabs_fn and isinstance(
+      model, models.BaseTransformerModel
+    ):
+      verify_matching_vocabs_fn(cfg, model)
+  if train_dataset_cfg.seed is not None and not (save_cfg and save_cfg.save_dataset):
+    logging.warning(
+      'The data seed is fixed and the position in the data is not saved: after each '
+      'restart the data begins anew with the same examples. Set '
+      'SaveCheckpointConfig.save_dataset = True.'
+    )
+  layout = partitioner.get_data_layout(train_dataset_cfg.batch_size)
+  converter_cls = model.FEATURE_CONVERTER_CLS
+  train_iter = data_iterators.prepare_train_iter(
+    get_dataset_fn(
+      train_dataset_cfg, layout.shard_id, layout.num_shards, converter_cls
+    ),
+    checkpoint_cfg=checkpoint_cfg,
+    partitioner=partitioner,
+    data_layout=layout,
+  )
+  train_eval_datasets = {}
+  if train_eval_dataset_cfg:
+    train_eval_datasets = train_eval_get_dataset_fn(
+      train_eval_dataset_cfg,
+      layout.shard_id,
+      layout.num_shards,
+      eval_steps,
+      converter_cls,
+    )
+
+  # ---- State ----
+  start = time.monotonic()
+  initializer = train_state_initializer_cls(
+    optimizer_def=model.optimizer_def,
+    init_fn=model.get_initial_variables,
+    input_shapes={
+      name: (layout.batch_size, *spec.shape[1:])
+      for name, spec in train_iter.element_spec.items()
+    },
+    input_types={name: spec.dtype for name, spec in train_iter.element_spec.items()},
+    partitioner=partitioner,
+  )
+  restore_cfg, paths = restore.get_first_valid_restore_config_and_paths(
+    _restore_configs(checkpoint_cfg, model_dir)
+  )
+  train_state, manager = None, None
+  if restore_cfg or save_cfg:
+    train_state, manager = restore.create_checkpoint_manager_and_restore(
+      initializer,
+      partitioner,
+      restore_cfg,
+      paths[0] if paths else None,
+      init_key,
+      save_checkpoint_cfg=save_cfg,
+      model_dir=model_dir,
+      ds_iter=train_iter,
+      use_orbax=use_orbax,
+    )
+  if train_state is None:
+    train_state = initializer.from_scratch(init_key)
+  first_step = int(multihost.get_local_data(train_state.step))
+  total_steps = run_setup.last_step(model_dir, first_step, total_steps, relative_steps)
+  restore_seconds = time.monotonic() - start
+  logging.info(
+    '%s step %d of %d.',
+    f'Going on from {paths[0]} at' if paths else 'Starting at', first_step, total_steps,
+  )
+  restore.log_model_info(
+    os.path.join(model_dir, 'model-info.txt'),
+    initializer.global_train_state_shape,
+    partitioner,
+  )
+  axes = initializer.train_state_axes
+
+  # ---- Trainer and evaluator ----
+  trainer = trainer_cls(
+    model=model,
+    train_state=train_state,
+    partitioner=partitioner,
+    train_state_axes=axes,
+    eval_names=train_eval_datasets.keys(),
+    summary_dir=model_dir,
+    rng=train_key,
+  )
+  del train_state  # The trainer gives its memory to the next state.
+  metrics = trainer.train_metrics_manager
+  summarize_config_fn(model_dir, metrics.summary_writer, first_step)
+  metrics.write_scalar('timing/init_or_restore_seconds', restore_seconds, first_step)
+  evaluator = None
+  if infer_eval_dataset_cfg and (first_step < total_steps or run_eval_before_training):
+    evaluator = eval_lib.InferenceEvaluator(
+      infer_eval_dataset_cfg,
+      inference_evaluator_cls,
+      model,
+      partitioner,
+      log_dir=model_dir,
+      verify_matching_vocabs_fn=verify_matching_vocabs_fn,
+    )
+    if not evaluator.eval_tasks:
+      evaluator = None
+  evaluations = _Evaluations(
+    trainer, train_eval_datasets, evaluator, axes, actions, concurrent_metrics
+  )
+  saver = _Saver(manager, save_cfg, trainer)
+  schedule = run_schedule.RunSchedule(
+    total_steps=total_steps,
+    stats_period=stats_period,
+    checkpoint_period=save_cfg.period if save_cfg else None,
+    checkpoint_steps=tuple(save_cfg.checkpoint_steps or ()) if save_cfg else (),
+    eval_period=eval_period if train_eval_datasets or evaluator else None,
+    gc_period=gc_period,
+  )
+
+  # ---- Training ----
+  with contextlib.closing(trainer), contextlib.closing(evaluations):
+    if run_eval_before_training:
+      evaluations.run(first_step)
+    if schedule.checkpoint_period:
+      saver.save(first_step)
+    if first_step == total_steps:
+      logging.info('Nothing to train: the run is at its last step, %d.', total_steps)
+      step = first_step
+    else:
+      warm_up = train_iter.peek_async()
+      trainer.compile_train(warm_up.result())
+      with _garbage_collected_by_hand(bool(gc_period)):
+        step = _train_until_done(
+          schedule, first_step, train_iter, trainer, saver, evaluations
+        )
+    saver.close()
+  multihost.sync_global_devices('training complete')
+  logging.info('Finished at step %d.', step)
+  return step, trainer.train_state
+
+
+if __name__ == '__main__':
+  launch.run(train)
