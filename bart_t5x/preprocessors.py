@@ -133,7 +133,7 @@ def denoise(
   """
   recipe = noise.Recipe() if recipe is None else recipe
   encoder_length, decoder_length = _lengths(sequence_length)
-  longest = recipe.longest_source(decoder_length)
+  longest = noise.longest_source(recipe, decoder_length)
   if longest > encoder_length:
     raise ValueError(
       f'The noise makes sources of up to {longest} tokens from targets of '
