@@ -100,7 +100,7 @@ class LayerNorm(nn.Module):
 
 
 class TokenEmbedder(nn.Module):
-  """The token table, used to embed and, transposed, to give logits.
+  """The token table; transposed, it also gives the logits (see `loss`).
 
   Attributes:
     rows: number of rows, padding of the vocabulary included.
@@ -127,12 +127,6 @@ class TokenEmbedder(nn.Module):
   def __call__(self, ids: Int[Array, 'b l']) -> Float[Array, 'b l d']:
     """Embeds ids; an id outside the table gives NaN, never another row."""
     return jnp.take(self.embedding.astype(self.dtype), ids, axis=0)
-
-  def attend(self, x: Float[Array, 'b l d']) -> Float[Array, 'b l v']:
-    """Products with every row, accumulated in float32 at least."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    table = self.embedding.astype(x.dtype)
-    return jnp.einsum('bld,vd->blv', x, table, preferred_element_type=wide)
 
 
 def per_row(index: Int[Array, '...'], rows: int) -> Int[Array, 'rows']:

@@ -14,16 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from bart_t5x import attention, layers
+from bart_t5x import attention, layers, loss
 
 PAD_ID = 0
 DECODER_START_ID = 2  # </s>, which is also what ends a sequence
-
-# Added to no logit: it replaces those of rows that pad the vocabulary. Finite, so
-# that 0 * it is 0.
-PADDED_LOGIT = -1e9
 
 _ATTENTION_CORES = {'plain': attention.plain_attention}
 
@@ -78,6 +74,7 @@ class BartConfig:
   attention_impl: str = 'plain'
 
   def __post_init__(self):
+    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
     counts = (
         'vocab_size', 'emb_dim', 'num_heads', 'num_encoder_layers',
         'num_decoder_layers', 'mlp_dim', 'max_positions', 'vocab_multiple_of',
@@ -113,6 +110,23 @@ class BartConfig:
   def padded_vocab_size(self) -> int:
     """Rows of the token table."""
     return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+
+
+def weight_decay_mask(params: PyTree) -> PyTree:
+  """Which parameters weight decay may shrink: kernels and tables, as in BERT.
+
+  Biases and norms are left alone, and so is `final_logits_bias`, which no training
+  changes. Bind it to the optimizer's `mask`.
+
+  Args:
+    params: the model's parameters, or any tree with their names.
+
+  Returns:
+    A tree of the same structure, of booleans.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: path[-1].key in ('kernel', 'embedding'), params
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,12 +490,16 @@ class Transformer(nn.Module):
 
   def project(self, hidden: Float[Array, 'b l d']) -> Float[Array, 'b l v']:
     """Decoder states -> logits, float32 at least; padded columns are -1e9."""
-    logits = self.token_embedder.attend(hidden)
-    # A buffer, not a weight, in every BART checkpoint: never trained.
-    logits = logits + jax.lax.stop_gradient(self.final_logits_bias)
-    logits = layers.constrain(logits, ('batch', 'length', 'vocab'))
-    real = jnp.arange(logits.shape[-1]) < self.config.vocab_size
-    return jnp.where(real, logits, jnp.asarray(PADDED_LOGIT, logits.dtype))
+    table, bias = self.output_weights()
+    logits = loss.masked_logits(hidden, table, bias, self.config.vocab_size)
+    return layers.constrain(logits, ('batch', 'length', 'vocab'))
+
+  def output_weights(self) -> tuple[Float[Array, 'v d'], Float[Array, 'v']]:
+    """What `project` uses: the token table and the constant bias.
+
+    The bias is a buffer, not a weight, in every BART checkpoint: never trained.
+    """
+    return self.token_embedder.embedding, jax.lax.stop_gradient(self.final_logits_bias)
 
   def decode(
       self,

@@ -1,0 +1,236 @@
+"""Cross-entropy of tied-embedding logits that never exist all at once.
+
+For 32 rows of 1024 targets and 50,265 ids the logits take 6.6 GB in float32. Here
+they are made for some positions of every row at a time, and what training needs of
+them is taken while they are there: loss, correctness, and (only under
+differentiation) the gradients of hidden states and table. The gradient of a sum of
+losses is known up to one factor before the backward pass begins, so nothing is
+computed twice: three products with the table, as if the logits had been kept.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning
+from jaxtyping import Array, Bool, Float, Int
+
+# Replaces the logits of rows that pad the vocabulary; finite, so 0 * it is 0.
+PADDED_LOGIT = -1e9
+
+
+class LossSettings(NamedTuple):
+  """The constants of the loss.
+
+  Attributes:
+    vocab_size: real ids; further rows of the table are padding, never predicted.
+    label_smoothing: probability spread evenly over the other real ids.
+    z_loss: coefficient of log(Z)^2, which keeps logits from drifting.
+    chunk_length: target positions of every row whose logits exist at a time; None
+      for all. A length that it does not divide is padded.
+    groups: parts of the batch that accumulate their own gradient of the table.
+      A multiple of the devices along the batch keeps their sum out of the loop.
+  """
+
+  vocab_size: int
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+  chunk_length: int | None = None
+  groups: int = 1
+
+
+class TokenLosses(NamedTuple):
+  """What is known of each target, without gradients.
+
+  Attributes:
+    cross_entropy: with label smoothing, in nats, less the smoothed targets' own
+      entropy.
+    z_loss: the auxiliary loss, coefficient included.
+    negative_log_likelihood: of the target alone, without smoothing, in nats.
+    correct: whether no id has a greater logit than the target.
+  """
+
+  cross_entropy: Float[Array, '...']
+  z_loss: Float[Array, '...']
+  negative_log_likelihood: Float[Array, '...']
+  correct: Bool[Array, '...']
+
+
+def smoothed_target(settings: LossSettings) -> tuple[float, float, float]:
+  """(probability of the target, of each other id, entropy of the two) as in T5X."""
+  on = 1.0 - settings.label_smoothing
+  others = settings.vocab_size - 1
+  off = settings.label_smoothing / max(others, 1)
+  entropy = -sum(
+      count * p * math.log(p) for count, p in ((1, on), (others, off)) if p > 0
+  )
+  return on, off, entropy
+
+
+def token_losses(
+    logits: Float[Array, '... v'],
+    targets: Int[Array, '...'],
+    settings: LossSettings,
+) -> tuple[TokenLosses, Float[Array, '... v'], Float[Array, '...']]:
+  """Losses of targets under logits whose padded columns are `PADDED_LOGIT`.
+
+  Returns:
+    The losses, the softmax up to its divisor, and log(Z).
+  """
+  on, off, entropy = smoothed_target(settings)
+  columns = jnp.arange(logits.shape[-1])
+  # A sum over a comparison rather than a gather: it splits over devices.
+  target_logit = jnp.where(columns == targets[..., None], logits, 0).sum(-1)
+  top = logits.max(-1)
+  exps = jnp.exp(logits - top[..., None])
+  log_z = jnp.log(exps.sum(-1)) + top
+  likelihood = log_z - target_logit
+  cross_entropy = likelihood
+  if off:
+    all_logits = jnp.where(columns < settings.vocab_size, logits, 0).sum(-1)
+    spread = settings.vocab_size * log_z - all_logits
+    cross_entropy = (on - off) * likelihood + off * spread - entropy
+  losses = TokenLosses(
+      cross_entropy,
+      settings.z_loss * jnp.square(log_z),
+      likelihood,
+      target_logit >= top,
+  )
+  return losses, exps, log_z
+
+
+def masked_logits(
+    hidden: Float[Array, '... d'],
+    table: Float[Array, 'v d'],
+    bias: Float[Array, 'v'],
+    vocab_size: int,
+) -> Float[Array, '... v']:
+  """Logits in float32 at least, padded columns `PADDED_LOGIT`."""
+  wide = jnp.promote_types(hidden.dtype, jnp.float32)
+  logits = jnp.einsum(
+      '...d,vd->...v', hidden, table.astype(hidden.dtype), preferred_element_type=wide
+  )
+  real = jnp.arange(table.shape[0]) < vocab_size
+  return jnp.where(real, logits + bias, jnp.asarray(PADDED_LOGIT, wide))
+
+
+def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
+  """Gradients of one chunk's weighted loss by hidden states and table."""
+  on, off, _ = smoothed_target(settings)
+  columns = jnp.arange(exps.shape[-1])
+  weight = weights.astype(exps.dtype)
+  # The exponentials are those of the loss: taking them again costs more on a CPU
+  # than reading them back.
+  steep = weight * (1 + 2 * settings.z_loss * log_z) / exps.sum(-1)
+  weight = weight[..., None]
+  by_logits = steep[..., None] * exps
+  goal = jnp.where(columns == targets[..., None], on, off)
+  if off:
+    goal = jnp.where(columns < settings.vocab_size, goal, 0)
+  by_logits = (by_logits - weight * goal).astype(hidden.dtype)
+  by_hidden = jnp.einsum('gbcv,vd->gbcd', by_logits, table)
+  by_table = jnp.einsum(
+      'gbcv,gbcd->gvd', by_logits, hidden, preferred_element_type=exps.dtype
+  )
+  return by_hidden, by_table
+
+
+def _chunks(array, settings):
+  """[b, l, …] -> [chunks, groups, b / groups, chunk length, …], zeros at the end."""
+  batch, length, *rest = array.shape
+  size = min(settings.chunk_length or length, length)
+  count = -(-length // size)
+  padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * len(rest)
+  padded = jnp.pad(array, padding)
+  groups = settings.groups
+  split = padded.reshape(groups, batch // groups, count, size, *rest)
+  return jnp.moveaxis(split, 2, 0)
+
+
+def _joined(chunks, length):
+  """The inverse of `_chunks`."""
+  split = jnp.moveaxis(chunks, 0, 2)
+  groups, rows, count, size, *rest = split.shape
+  return split.reshape(groups * rows, count * size, *rest)[:, :length]
+
+
+def _run(settings, with_gradients, hidden, table, bias, targets, weights):
+  """Total, token losses and, if wanted, gradients; a chunk at a time."""
+  wide = jnp.promote_types(hidden.dtype, jnp.float32)
+  # Once, not in every chunk; the gradient stays in the parameter's own dtype.
+  narrow = table.astype(hidden.dtype)
+
+  def one_chunk(by_table, chunk):
+    hidden, targets, weights = chunk
+    logits = masked_logits(hidden, narrow, bias, settings.vocab_size)
+    logits = partitioning.with_sharding_constraint(
+        logits, ('batch', None, 'length', 'vocab')
+    )
+    losses, exps, log_z = token_losses(logits, targets, settings)
+    if not with_gradients:
+      return None, (losses, None)
+    by_hidden, more = _chunk_gradients(
+        exps, log_z, hidden, narrow, targets, weights, settings
+    )
+    more = partitioning.with_sharding_constraint(more, ('batch', 'vocab', None))
+    return by_table + more, (losses, by_hidden)
+
+  start = None
+  if with_gradients:
+    start = jnp.zeros((settings.groups, *table.shape), wide)
+  chunks = tuple(_chunks(array, settings) for array in (hidden, targets, weights))
+  by_table, outputs = jax.lax.scan(one_chunk, start, chunks)
+  losses, by_hidden = jax.tree.map(
+      functools.partial(_joined, length=hidden.shape[1]), outputs
+  )
+  total = jnp.sum((losses.cross_entropy + losses.z_loss) * weights)
+  gradients = None
+  if with_gradients:
+    gradients = by_hidden, by_table.sum(0).astype(table.dtype)
+  return (total, losses), gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunked_loss(
+    settings: LossSettings,
+    hidden: Float[Array, 'b l d'],
+    table: Float[Array, 'v d'],
+    bias: Float[Array, 'v'],
+    targets: Int[Array, 'b l'],
+    weights: Float[Array, 'b l'],
+) -> tuple[Float[Array, ''], TokenLosses]:
+  """Σ weight · (cross-entropy + z-loss) over targets, and the losses of each.
+
+  Equal to T5X's `compute_weighted_cross_entropy` of the full logits. The total has
+  gradients by hidden states and table. The bias and the weights count as constants,
+  and so does every token's loss.
+
+  Args:
+    settings: constants of the loss.
+    hidden: the decoder's states; their dtype is that of the products.
+    table: the token table, padded rows included.
+    bias: constant added to the logits.
+    targets: ids.
+    weights: weight of each target.
+
+  Returns:
+    The total, and per-token losses [b, l], unweighted.
+  """
+  return _run(settings, False, hidden, table, bias, targets, weights)[0]
+
+
+def _forward(settings, *arrays):
+  return _run(settings, True, *arrays)
+
+
+def _backward(settings, gradients, cotangents):
+  del settings
+  by_hidden, by_table = gradients
+  factor = cotangents[0]
+  scaled = (factor.astype(leaf.dtype) * leaf for leaf in (by_hidden, by_table))
+  return *scaled, None, None, None
+
+
+chunked_loss.defvjp(_forward, _backward)
