@@ -327,7 +327,7 @@ def evaluate(
       trainer.eval({n: batches_of(ds) for n, ds in train_eval_datasets.items()})
     evaluator.evaluate(train_state, initializer.train_state_axes).result()
     step = int(multihost.get_local_data(train_state.step))
-    multihost.sync_global_devices(f'evaluated:{step}')
+    multihost.sync(f'evaluated:{step}')
     if jax.process_index() == 0:
       evaluated.add(path)
   evaluator.close()

@@ -234,13 +234,13 @@ class _TaskInference:
     """Infers the chunks of a task that are not there yet, and joins all of them."""
     first = jax.process_index() == 0
     done = output.is_complete()
-    if multihost.from_first_process(done):
+    if multihost.broadcast(done):
       logging.info('%s is complete, nothing to do.', output.name)
       return
     if first:
       output.claim({'mode': self.mode, **self.settings})
-    multihost.sync_global_devices(f'{output.name}:claimed')
-    chunk = int(multihost.from_first_process(output.chunks_done()))
+    multihost.sync(f'{output.name}:claimed')
+    chunk = multihost.broadcast_int(output.chunks_done())
     reader = self._reader(task)
     before = output.position_path(chunk - 1) if self.saves_position else None
     reader.go_to(chunk, before)
@@ -256,12 +256,12 @@ class _TaskInference:
           if self.saves_position:
             reader.save(output.position_path(chunk))
           writer.submit(self._write_chunk, task, output, chunk, inferences, examples)
-        multihost.sync_global_devices(f'{output.name}:chunk{chunk:05}')
+        multihost.sync(f'{output.name}:chunk{chunk:05}')
     finally:
       writer.shutdown(wait=True)
     if first:
       output.finish(self.merge_fn, self.step)
-    multihost.sync_global_devices(f'{output.name}:complete')
+    multihost.sync(f'{output.name}:complete')
 
   def _reader(self, task: seqio.Task) -> _ExampleReader:
     examples = self.read(task)

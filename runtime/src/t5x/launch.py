@@ -215,33 +215,19 @@ def _be_the_named_module() -> None:
     sys.modules.setdefault(main.__spec__.name, main)
 
 
-def _several_processes_detected() -> bool:
-  """Whether a batch system or a TPU pod has started several of us."""
-  tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
-  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
-  return int(tasks) > 1 or ',' in hosts
-
-
 def join_processes() -> None:
   """Joins this process with the others of the run, if there are others."""
-  given = {
-    'coordinator_address': FLAGS.coordinator_address,
-    'num_processes': FLAGS.process_count,
-    'process_id': FLAGS.process_index,
-  }
-  some = [name for name, value in given.items() if value is not None]
-  if some and len(some) < len(given) and not FLAGS.multiprocess_gpu:
-    _fail(
-      '--coordinator_address, --process_count and --process_index belong together. '
-      f'Got: {", ".join(f"{k}={v}" for k, v in given.items())}.'
-    )
-  if not (some or FLAGS.multiprocess_gpu or _several_processes_detected()):
-    return
+  from t5x import multihost
+
+  multihost.initialize(
+    coordinator_address=FLAGS.coordinator_address,
+    process_count=FLAGS.process_count,
+    process_index=FLAGS.process_index,
+    multiprocess_gpu=FLAGS.multiprocess_gpu,
+    initialization_timeout=FLAGS.initialization_timeout,
+  )
   import jax
 
-  if FLAGS.initialization_timeout is not None:
-    given['initialization_timeout'] = FLAGS.initialization_timeout
-  jax.distributed.initialize(**given)
   quiet.name_process(jax.process_index(), jax.process_count())
 
 

@@ -27,8 +27,10 @@ class _OwnLines(logging.Filter):
     if record.levelno >= logging.ERROR or record.pathname.endswith(_WANTED_FILES):
       return True
     _, _, inside = record.pathname.rpartition(f'-packages{os.sep}')
-    library = inside.partition(os.sep)[0] if inside else record.name.partition('.')[0]
-    return library not in _CHATTY or (not inside and record.name == 'absl')
+    if inside:
+      return inside.partition(os.sep)[0] not in _CHATTY
+    # Code outside of the installed packages writes to the logger of absl.
+    return record.name == 'absl' or record.name.partition('.')[0] not in _CHATTY
 
 
 class _Line(logging.Formatter):

@@ -4,10 +4,10 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
+
+from t5x import multihost
 
 
 def set_hardware_rng_ops() -> None:
@@ -48,7 +48,7 @@ def random_keys(seed: int | None, use_hardware_rng: bool) -> tuple[Any, Any]:
   if use_hardware_rng or seed is None:
     set_hardware_rng_ops()
   if seed is None:
-    seed = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
+    seed = multihost.broadcast_int(int(time.time()))
     logging.info('random_seed is None; this run takes %d.', seed)
   init_key, train_key = jax.random.split(jax.random.PRNGKey(seed))
   return init_key, train_key
@@ -68,7 +68,7 @@ def last_step(
   if relative_steps:
     note = epath.Path(model_dir) / 'first_step.txt'
     began = int(note.read_text()) if note.exists() else first_step
-    multihost_utils.sync_global_devices('first_step_read')
+    multihost.sync('first_step_read')
     if jax.process_index() == 0 and not note.exists():
       note.write_text(str(began))
     total_steps = began + relative_steps

@@ -25,11 +25,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import seqio
 from absl import logging
 from clu import metric_writers
-from jax.experimental import multihost_utils
 
 from t5x import (
   data,
@@ -81,7 +80,7 @@ def run_actions(
       for action in actions.get(mode, ())
     ]
     stop = any(verdicts)
-  return bool(multihost_utils.broadcast_one_to_all(jnp.asarray(stop)))
+  return bool(multihost.broadcast(np.asarray(stop)))
 
 
 def _restore_configs(
@@ -535,7 +534,7 @@ def train(
           schedule, first_step, train_iter, trainer, saver, evaluations
         )
     saver.close()
-  multihost.sync_global_devices('training complete')
+  multihost.sync('training complete')
   logging.info('Finished at step %d.', step)
   return step, trainer.train_state
 

@@ -1,0 +1,122 @@
+"""Command lines, as a user gives them, and how a program ends."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from t5x import launch
+
+
+def call(script, *args):
+  """Runs `python -m t5x.<script>` and returns (exit code, stdout, stderr)."""
+  done = subprocess.run(
+    [sys.executable, '-m', f't5x.{script}', *args],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('script', ['train', 'eval', 'infer', 'main'])
+def test_help_explains_itself_without_heavy_imports(script):
+  code, out, err = call(script, '--help')
+  assert (code, err) == (0, '')
+  assert f'python -m t5x.{script}' in out
+  for flag in ('gin_file', 'gin.NAME=VALUE', 'gin_search_paths', 'tfds_data_dir'):
+    assert f'--{flag}' in out
+  assert ('--shard_id' in out) == (script in ('infer', 'main'))
+  assert '--process_count' in out
+
+
+def test_help_imports_neither_jax_nor_tensorflow():
+  code = (
+    'import sys, runpy\n'
+    'sys.argv = ["t5x.train", "--help"]\n'
+    'try:\n  runpy.run_module("t5x.train", run_name="__main__")\n'
+    'except SystemExit: pass\n'
+    'sys.exit(any(name in sys.modules for name in ("jax", "tensorflow", "seqio")))'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, check=False)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    ((), 'at least one --gin_file'),
+    (('--gin_fil=x.gin',), "Unknown command line flag 'gin_fil'"),
+    (('--gin_file=x.gin',), 'x.gin is not there. Looked in: .,'),
+    (('--gin_file=x.gin', 'extra'), 'Unexpected arguments: extra'),
+  ],
+)
+def test_a_wrong_command_line_is_one_message_and_no_traceback(args, message):
+  code, out, err = call('train', *args)
+  assert code != 0
+  assert out == ''
+  assert err.startswith('ERROR: ') and message in err
+  assert 'Traceback' not in err
+  assert len(err.splitlines()) <= 2
+
+
+@pytest.fixture
+def ended(monkeypatch):
+  """Catches the exit code that the program would end with."""
+  codes = []
+  monkeypatch.setattr(launch, 'leave', codes.append)
+  if not launch.FLAGS.is_parsed():
+    launch.FLAGS(['test'])
+  monkeypatch.delenv(launch.TRACEBACK_VARIABLE, raising=False)
+  return codes
+
+
+def fail_with(error):
+  with launch.reported_errors():
+    raise error
+
+
+def test_wrong_input_is_one_message(ended, capsys):
+  fail_with(ValueError("batch_size is 3.\n  In call to configurable 'train' (<x>)"))
+  err = capsys.readouterr().err
+  assert ended == [1]
+  assert err.startswith('ERROR: batch_size is 3.\n(raised in test_launch.py:')
+  assert 'configurable' not in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+  'error, text',
+  [
+    (KeyError('inputs'), 'KeyError: inputs'),
+    (FileNotFoundError(2, 'No such file', 'a/b'), "No such file: 'a/b'"),
+    (ValueError(), 'ValueError'),
+  ],
+)
+def test_messages_say_what_the_exception_knows(ended, capsys, error, text):
+  fail_with(error)
+  assert text in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_traceback_where_asked_for_or_the_code_is_at_fault(
+  ended, capsys, monkeypatch
+):
+  fail_with(AttributeError('no x'))
+  err = capsys.readouterr().err
+  assert 'Traceback' in err and 'ERROR: AttributeError: no x' in err
+  monkeypatch.setenv(launch.TRACEBACK_VARIABLE, '1')
+  fail_with(ValueError('bad'))
+  assert 'Traceback' in capsys.readouterr().err
+  assert ended == [1, 1]
+
+
+def test_interrupting_ends_with_130(capsys):
+  with pytest.raises(SystemExit) as end:
+    fail_with(KeyboardInterrupt())
+  assert end.value.code == 130
+
+
+def test_the_gin_files_of_the_package_are_found_from_anywhere():
+  (root,) = launch.GIN_SEARCH_PATHS
+  for name in ('pretrain', 'finetune', 'eval', 'infer', 'precompile'):
+    assert os.path.isfile(os.path.join(root, f't5x/configs/runs/{name}.gin'))
