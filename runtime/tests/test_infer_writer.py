@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+
 from t5x import infer_writer
 
 VOCABULARY = seqio.ByteVocabulary()

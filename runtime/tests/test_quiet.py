@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from t5x import quiet
 
 SITE = os.path.join(os.sep, 'x', 'lib', 'python3.11', 'site-packages')

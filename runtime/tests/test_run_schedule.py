@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from t5x import run_schedule
 
 

@@ -26,8 +26,8 @@ class _OwnLines(logging.Filter):
   def filter(self, record: logging.LogRecord) -> bool:
     if record.levelno >= logging.ERROR or record.pathname.endswith(_WANTED_FILES):
       return True
-    _, _, inside = record.pathname.rpartition(f'-packages{os.sep}')
-    if inside:
+    _, installed, inside = record.pathname.rpartition(f'-packages{os.sep}')
+    if installed:
       return inside.partition(os.sep)[0] not in _CHATTY
     # Code outside of the installed packages writes to the logger of absl.
     return record.name == 'absl' or record.name.partition('.')[0] not in _CHATTY
