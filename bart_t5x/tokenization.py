@@ -11,6 +11,7 @@ A literal `<s>` or `<mask>` in running text is text: it is tokenized like any ot
 characters. Only `templates=True` turns the string `<mask>` into the mask token.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -86,6 +87,9 @@ class Tokenizer:
   def _starts_with_space(self, token_id: int) -> bool:
     raise NotImplementedError
 
+  def _byte_length(self, piece: str) -> int:
+    raise NotImplementedError
+
   @property
   def special_ids(self) -> tuple[int, ...]:
     return tuple(sorted((PAD_ID, BOS_ID, EOS_ID, UNK_ID, self.mask_id)))
@@ -128,6 +132,19 @@ class Tokenizer:
     for token_id in range(self.vocab_size):
       table[token_id] = self._starts_with_space(token_id)
     table[list(self.special_ids)] = True
+    return table
+
+
+  @functools.cached_property
+  def byte_lengths(self) -> np.ndarray:
+    """How many bytes of UTF-8 each token stands for: int32 [vocab_size].
+
+    0 for specials. The tokenizers lose nothing, so the lengths of a text's tokens add
+    up to that of the text, and say where each token begins in it.
+    """
+    lengths = [self._byte_length(self.piece(i)) for i in range(self.vocab_size)]
+    table = np.array(lengths, np.int32)
+    table[list(self.special_ids)] = 0
     return table
 
 
@@ -197,6 +214,9 @@ class ByteLevelTokenizer(Tokenizer):
     # Byte-level alphabets spell space, newline, return and tab like this.
     return (self.piece(token_id) or '')[:1] in ('Ġ', 'Ċ', 'č', 'ĉ')
 
+  def _byte_length(self, piece: str) -> int:
+    return len(piece or '')  # a character of the alphabet a byte
+
 
 class SentencePieceTokenizer(Tokenizer):
   """SentencePiece from the bytes of a model trained by `prepare`.
@@ -249,6 +269,11 @@ class SentencePieceTokenizer(Tokenizer):
   def _starts_with_space(self, token_id: int) -> bool:
     piece = self.piece(token_id)
     return piece[:1] == SPACE_PIECE or piece in ('<0x0A>', '<0x0D>', '<0x09>')
+
+  def _byte_length(self, piece: str) -> int:
+    if len(piece) == 6 and piece.startswith('<0x'):
+      return 1
+    return len(piece.replace(SPACE_PIECE, ' ').encode('utf-8'))
 
 
 def read_tokenizer(path: str, content: bytes | None = None) -> Tokenizer:

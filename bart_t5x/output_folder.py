@@ -1,0 +1,150 @@
+"""A folder that is either complete or not there: built aside, moved at the end."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bart_t5x import shards, tokenization
+
+CORPUS_FILE = 'corpus.json'
+FORMAT_VERSION = 1
+_WORKING = '.prepare-unfinished'
+
+
+class Occupied(Exception):
+  """The output folder holds something else."""
+
+
+def read(folder: str) -> dict[str, Any] | None:
+  """The content of corpus.json; None where there is none that can be read."""
+  try:
+    with open(os.path.join(folder, CORPUS_FILE), encoding='utf-8') as f:
+      return json.load(f)
+  except (OSError, ValueError):
+    return None
+
+
+def is_complete(folder: str, settings: Mapping[str, Any]) -> bool:
+  """Whether a folder holds the corpus that these settings make.
+
+  The sizes of the source's files must be the same too, as far as they are still there.
+  """
+  corpus = read(folder)
+  if corpus is None or corpus.get('format_version') != FORMAT_VERSION:
+    return False
+  if corpus.get('settings') != json.loads(json.dumps(dict(settings))):
+    return False
+  names = set(os.listdir(folder))
+  for split, counts in corpus['splits'].items():
+    if not names.issuperset(shards.shard_names(split, counts['shards'])):
+      return False
+  if not names & {tokenization.BYTE_LEVEL_FILE, tokenization.SENTENCEPIECE_FILE}:
+    return False
+  return all(
+    not os.path.exists(path) or os.path.getsize(path) == size
+    for path, size in corpus['source_files'].items()
+  )
+
+
+@contextlib.contextmanager
+def building(folder: str, overwrite: bool) -> Iterator[str]:
+  """A working folder, whose files move into `folder` if all goes well.
+
+  Args:
+    folder: to be made or filled; left as it was if the body raises.
+    overwrite: whether files in it may go, once the new ones are complete.
+
+  Yields:
+    Path of the working folder, on the same file system.
+
+  Raises:
+    Occupied: `folder` is not empty, or another process is filling it.
+    OSError: it cannot be made or written.
+  """
+  _check_free(folder, overwrite)
+  created = not os.path.isdir(folder)
+  working = os.path.join(folder, _WORKING)
+  try:
+    os.makedirs(working, exist_ok=True)
+  except OSError as e:
+    raise OSError(
+      f'Cannot write to --output_dir={folder!r}: {e.strerror or e}.'
+    ) from e
+  with _lock(working, folder):
+    try:
+      _empty(working)  # what a run that was killed left
+      yield working
+      _move(working, folder)
+    except BaseException as e:
+      shutil.rmtree(working, ignore_errors=True)
+      if created:
+        with contextlib.suppress(OSError):
+          os.rmdir(folder)
+      if isinstance(e, OSError) and e.filename is None and e.strerror:
+        raise OSError(f'Cannot write to {folder!r}: {e.strerror}.') from e
+      raise
+    shutil.rmtree(working)
+
+
+def _check_free(folder: str, overwrite: bool) -> None:
+  if os.path.exists(folder) and not os.path.isdir(folder):
+    raise Occupied(f'--output_dir={folder!r} is a file. Name a folder.')
+  names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+  names.discard(_WORKING)
+  if not names or overwrite:
+    return
+  if CORPUS_FILE in names:
+    raise Occupied(
+      f'{folder!r} holds a corpus made with other arguments, or whose source has '
+      'changed since. Name another --output_dir, or replace it with --overwrite.'
+    )
+  raise Occupied(
+    f'{folder!r} is not empty ({sorted(names)[0]!r}, …) and holds no complete corpus. '
+    'Name another --output_dir, or replace what is there with --overwrite.'
+  )
+
+
+@contextlib.contextmanager
+def _lock(working: str, folder: str) -> Iterator[None]:
+  # On the folder itself: nothing is left behind, and the system lets go of it when the
+  # process ends, however it ends.
+  handle = os.open(working, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise Occupied(f'Another process is preparing {folder!r} just now.') from e
+    yield
+  finally:
+    os.close(handle)
+
+
+def _empty(folder: str) -> None:
+  for entry in os.scandir(folder):
+    if entry.is_dir(follow_symlinks=False):
+      shutil.rmtree(entry.path)
+    else:
+      os.remove(entry.path)
+
+
+def _move(working: str, folder: str) -> None:
+  """Old files out, corpus.json first; new files in, corpus.json last."""
+  old = [name for name in os.listdir(folder) if name != _WORKING]
+  for name in sorted(old, key=lambda n: n != CORPUS_FILE):
+    if _is_ours(name):
+      os.remove(os.path.join(folder, name))
+  for name in sorted(os.listdir(working), key=lambda n: n == CORPUS_FILE):
+    os.replace(os.path.join(working, name), os.path.join(folder, name))
+
+
+def _is_ours(name: str) -> bool:
+  """Whether `prepare` writes files of this name: others are never removed."""
+  return name.endswith('.tfrecord') or name in (
+    CORPUS_FILE,
+    tokenization.BYTE_LEVEL_FILE,
+    tokenization.SENTENCEPIECE_FILE,
+  )
