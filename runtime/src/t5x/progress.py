@@ -1,0 +1,227 @@
+"""How far a run is and how fast: a bar on a terminal, and a line every period.
+
+The training loop runs ahead of the devices; `StepFollower` sees the steps really end,
+and so knows how long the devices stood idle for want of data.
+"""
+
+import collections
+import concurrent.futures
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import clu.values
+import jax
+import tqdm
+from absl import logging
+from jaxtyping import PyTree
+
+from t5x.summaries import time_when_ready
+
+# Steps handed to the devices and not done. One runs while the next waits its turn: more
+# would only hold more batches in memory.
+_STEPS_IN_FLIGHT = 2
+
+# (name in the line, metrics to take it from, format); the first metric there counts.
+_COLUMNS = (
+    ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'),
+    ('accuracy', ('accuracy',), '{:.4f}'),
+    ('learning rate', ('learning_rate/current', 'learning_rate'), '{:.3g}'),
+    ('steps/s', ('timing/steps_per_second',), '{:.3g}'),
+    ('examples/s', ('timing/seqs_per_second',), '{:,.4g}'),
+    ('tokens/s', ('timing/target_tokens_per_second',), '{:,.0f}'),
+    ('waiting for data', ('timing/data_wait_share',), '{:.1%}'),
+)
+_SPEED = 'timing/steps_per_second'
+
+
+def _plain(value: Any) -> float | None:
+  """A scalar metric as a float; None for anything else."""
+  number = value.value if isinstance(value, clu.values.Scalar) else value
+  try:
+    return float(number)
+  except (TypeError, ValueError):
+    return None
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def summary_line(
+    step: int, metrics: Mapping[str, Any], total_steps: int | None = None
+) -> str:
+  """A period in one line.
+
+  Args:
+    step: the step at the period's end.
+    metrics: values by name, as the trainer reports them. Those not there are left out.
+    total_steps: the run's last step, if known: then the time left is given too.
+  """
+  parts = []
+  for name, sources, form in _COLUMNS:
+    values = [_plain(metrics[source]) for source in sources if source in metrics]
+    if values and values[0] is not None:
+      parts.append(f'{name} {form.format(values[0])}')
+  at = f'step {step:,}'
+  if total_steps is not None:
+    at += f' of {total_steps:,}'
+    speed = _plain(metrics.get(_SPEED))
+    if speed and total_steps > step:
+      parts.append(f'{_clock((total_steps - step) / speed)} left')
+  return ' | '.join([at, *parts])
+
+
+class Progress:
+  """Shows a run: a line every period, and between them a bar on a terminal."""
+
+  def __init__(
+      self,
+      total_steps: int | None = None,
+      first_step: int = 0,
+      stream: TextIO | None = None,
+  ):
+    """Prepares the display; nothing appears before the first step.
+
+    Args:
+      total_steps: the run's last step. Without it there is no bar.
+      first_step: the step the run starts or resumes at.
+      stream: where the bar goes, if it is a terminal; stderr by default.
+    """
+    self._total, self._first = total_steps, first_step
+    self._stream = stream or sys.stderr
+    self._bar: tqdm.tqdm | None = None
+    self._closed = False
+    # Steps end on one thread and periods on another.
+    self._lock = threading.Lock()
+
+  @property
+  def _wants_bar(self) -> bool:
+    return (
+        self._total is not None
+        and jax.process_index() == 0
+        and not self._closed
+        and self._stream.isatty()
+    )
+
+  def advance(self, steps: int = 1) -> None:
+    """Moves the bar on."""
+    with self._lock:
+      if self._bar is None and self._wants_bar:
+        self._bar = tqdm.tqdm(
+            initial=self._first,
+            total=self._total,
+            unit='step',
+            file=self._stream,
+            dynamic_ncols=True,
+            leave=False,
+        )
+      if self._bar is not None:
+        self._bar.update(steps)
+
+  def report(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Logs the line of a period, above the bar, which then bears its figures too.
+
+    Args:
+      step: the step at the period's end.
+      metrics: values by name, as the trainer reports them.
+    """
+    if jax.process_index() != 0:
+      return
+    line = summary_line(step, metrics, self._total)
+    with self._lock:
+      if self._bar is None:
+        logging.info('%s', line)
+        return
+      with tqdm.tqdm.external_write_mode(file=self._stream):
+        logging.info('%s', line)
+      shown = summary_line(step, metrics).split(' | ')[1:]
+      self._bar.set_postfix_str(' | '.join(shown), refresh=True)
+
+  def close(self) -> None:
+    """Takes the bar away."""
+    with self._lock:
+      self._closed = True
+      if self._bar is not None:
+        self._bar.close()
+        self._bar = None
+
+
+class StepFollower:
+  """Sees steps end on the devices, without holding up the loop that launches them."""
+
+  def __init__(self, on_step_end: Callable[[], None]):
+    """Starts the thread that waits for steps.
+
+    Args:
+      on_step_end: called on that thread after each step.
+    """
+    self._on_step_end = on_step_end
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'step follower')
+    self._in_flight: collections.deque[concurrent.futures.Future] = collections.deque()
+    self._last_end = time.perf_counter()
+    self._idle = 0.0
+
+  def launched(
+      self,
+      result: PyTree,
+      asked: float,
+      arrived: float,
+      check: Callable[[], None] | None = None,
+  ) -> None:
+    """Takes note of a step; waits if too many are under way.
+
+    Args:
+      result: arrays that the step computes and nothing donates.
+      asked: when its batch was asked for (`time.perf_counter`).
+      arrived: when the batch was there.
+      check: called when the step has ended, on the thread that waits for it. What it
+        raises is raised here two steps later (on all hosts at the same step), or comes
+        out of `take_pending`.
+    """
+    following = self._thread.submit(self._follow, result, asked, arrived, check)
+    self._in_flight.append(following)
+    while len(self._in_flight) > _STEPS_IN_FLIGHT:
+      self._in_flight.popleft().result()
+
+  def _follow(
+      self,
+      result: PyTree,
+      asked: float,
+      arrived: float,
+      check: Callable[[], None] | None,
+  ) -> None:
+    # The devices stood idle from the end of the step before, if the loop was asking for
+    # data by then.
+    self._idle += max(0.0, arrived - max(asked, self._last_end))
+    self._last_end = time_when_ready(result)
+    self._on_step_end()
+    if check is not None:
+      check()
+
+  def take_pending(self) -> list[concurrent.futures.Future]:
+    """Futures of the steps under way, which raise what their checks raise."""
+    pending = list(self._in_flight)
+    self._in_flight.clear()
+    return pending
+
+  def take_idle_seconds(self) -> concurrent.futures.Future[float]:
+    """The devices' idle time over the steps launched since the last call.
+
+    Returns:
+      A future; it is there when those steps are done.
+    """
+
+    def take() -> float:
+      idle, self._idle = self._idle, 0.0
+      return idle
+
+    return self._thread.submit(take)
+
+  def close(self) -> None:
+    """Waits for the steps under way and ends the thread."""
+    self._thread.shutdown()

@@ -1,0 +1,451 @@
+"""Training and evaluation on eight CPU devices, against plain JAX."""
+
+import types
+
+import clu.metrics
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import partitioning as flax_partitioning
+
+from t5x import metrics as metrics_lib
+from t5x import optimizers, partitioning, train_state, trainer
+
+ROWS, WIDTH = 16, 4
+
+
+class Line(nn.Module):
+  """y = x w + b, with dropout on x."""
+
+  @nn.compact
+  def __call__(self, x, deterministic):
+    x = nn.Dropout(0.5, deterministic=deterministic)(x)
+    weight = flax_partitioning.param_with_axes(
+        'w', nn.initializers.normal(1.0), (WIDTH,), jnp.float32, axes=('embed',)
+    )
+    bias = flax_partitioning.param_with_axes(
+        'b', nn.initializers.zeros, (1,), jnp.float32, axes=('kv',)
+    )
+    return x @ weight + bias[0]
+
+
+class Model:
+  """A squared error, summed and divided by a constant: linear in examples."""
+
+  optimizer_def = optimizers.adamw(learning_rate=0.01)
+
+  def __init__(self, dropout=False):
+    self._dropout = dropout
+
+  def loss_fn(self, params, batch, dropout_rng):
+    on = self._dropout and dropout_rng is not None
+    rngs = {'dropout': dropout_rng} if on else None
+    out = Line().apply({'params': params}, batch['x'], not on, rngs=rngs)
+    squares = jnp.square(out - batch['y']) * batch['weight']
+    loss = jnp.sum(squares) / ROWS
+    metrics = {
+        'loss': metrics_lib.AveragePerStep(total=loss),
+        'loss_per_row': clu.metrics.Average(
+            total=jnp.sum(squares), count=jnp.sum(batch['weight'])
+        ),
+        'rows': metrics_lib.Sum.from_model_output(batch['weight']),
+        'timing/seqs_per_second': metrics_lib.TimeRate.from_model_output(
+            jnp.float32(batch['x'].shape[0])
+        ),
+    }
+    return loss, metrics
+
+  def eval_fn(self, params, batch):
+    return self.loss_fn(params, batch, None)
+
+
+def make_batch(seed, rows=ROWS):
+  random = np.random.default_rng(seed)
+  return {
+      'x': random.normal(size=(rows, WIDTH)).astype(np.float32),
+      'y': random.normal(size=(rows,)).astype(np.float32),
+      'weight': (random.random(rows) < 0.7).astype(np.float32),
+  }
+
+
+def batches(first, count):
+  return iter([make_batch(seed) for seed in range(first, first + count)])
+
+
+def fresh_state(model):
+  variables = Line().init(jax.random.key(7), make_batch(0)['x'], True)
+  return train_state.FlaxOptimTrainState.create(model.optimizer_def, variables)
+
+
+def make_trainer(model=None, state=None, num_partitions=1, **arguments):
+  model = model or Model()
+  partitioner = partitioning.PjitPartitioner(num_partitions=num_partitions)
+  state = fresh_state(model) if state is None else state
+  axes = partitioner.get_mesh_axes(state)
+  return trainer.Trainer(
+      model=model,
+      train_state=partitioner.move_params_to_devices(state, axes),
+      partitioner=partitioner,
+      train_state_axes=axes,
+      **{
+          'eval_names': ['task', 'other'],
+          'summary_dir': None,
+          'rng': jax.random.key(3),
+          'learning_rate_fn': lambda step: 0.1 * (step + 1),
+          'num_microbatches': None,
+          **arguments,
+      },
+  )
+
+
+def assert_equal_states(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), jax.device_get(want))
+
+
+def values_of(summary):
+  return {name: float(value.value) for name, value in summary.items()}
+
+
+def plain_training(model, steps):
+  """The same steps one by one, with nothing of the trainer."""
+  state = fresh_state(model)
+  losses = []
+  for step in range(steps):
+    rng = jax.random.fold_in(jax.random.key(3), step)
+    (loss, _), grads = jax.value_and_grad(model.loss_fn, has_aux=True)(
+        state.params, make_batch(step), rng
+    )
+    losses.append(float(loss))
+    state = state.apply_gradient(grads, learning_rate=0.0)
+  return state, losses
+
+
+@pytest.mark.parametrize('num_partitions', [1, 4])
+def test_training_is_plain_training(num_partitions):
+  model = Model(dropout=True)
+  want, losses = plain_training(model, 4)
+  with make_trainer(model, num_partitions=num_partitions) as made:
+    summary = values_of(made.train(batches(0, 4), 4).result())
+    got = made.train_state
+  jax.tree.map(
+      lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6),
+      jax.device_get(got.params),
+      jax.device_get(want.params),
+  )
+  assert int(got.step) == 4
+  np.testing.assert_allclose(summary['loss'], np.mean(losses), rtol=1e-5)
+
+
+def test_metrics_are_sums_over_sums():
+  with make_trainer() as made:
+    state = jax.device_get(made.train_state)
+    made._partitioned_train_step = lambda state, batch: (
+        state, Model().loss_fn(state.params, batch, None)[1]
+    )
+    made.halt_on_nonfinite_loss = False
+    summary = values_of(made.train(batches(0, 3), 3).result())
+  data = [make_batch(seed) for seed in range(3)]
+  out = [b['x'] @ state.params['w'] + state.params['b'] for b in data]
+  squares = [np.sum(np.square(o - b['y']) * b['weight']) for o, b in zip(out, data)]
+  rows = sum(b['weight'].sum() for b in data)
+  np.testing.assert_allclose(summary['loss_per_row'], sum(squares) / rows, rtol=1e-5)
+  np.testing.assert_allclose(summary['loss'], sum(squares) / ROWS / 3, rtol=1e-5)
+  assert summary['rows'] == rows
+
+
+def test_resuming_is_bit_exact():
+  model = Model(dropout=True)
+  with make_trainer(model) as whole:
+    whole.train(batches(0, 6), 6).result()
+    want = jax.device_get(whole.train_state)
+  with make_trainer(model) as first:
+    first.train(batches(0, 2), 2).result()
+    middle = jax.device_get(first.train_state)
+  with make_trainer(model, state=middle) as second:
+    second.train(batches(2, 1), 1)
+    second.train(batches(3, 3), 3, start_step=3)
+    assert_equal_states(second.train_state, want)
+
+
+def test_each_step_has_its_own_key():
+  with make_trainer() as made:
+    keys = [jax.random.key_data(made._get_step_rng(step)).tolist() for step in range(9)]
+    assert len({tuple(key) for key in keys}) == 9
+    want = jax.random.key_data(jax.random.fold_in(jax.random.key(3), 5))
+    np.testing.assert_array_equal(keys[5], want)
+
+
+@pytest.mark.parametrize('num_microbatches', [1, 2])
+@pytest.mark.parametrize('num_partitions', [1, 2, 8])
+def test_microbatches_give_the_gradient_of_the_batch(num_microbatches, num_partitions):
+  def train(**arguments):
+    with make_trainer(**arguments) as made:
+      summary = values_of(made.train(batches(0, 3), 3).result())
+      return jax.device_get(made.train_state.params), summary
+
+  want, want_summary = train()
+  got, summary = train(
+      num_microbatches=num_microbatches, num_partitions=num_partitions
+  )
+  jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5), got, want)
+  for name in ('loss_per_row', 'rows', 'weight_gradient_norm'):
+    np.testing.assert_allclose(summary[name], want_summary[name], rtol=1e-5)
+  # A microbatch is not a step, and each has a part of the loss.
+  np.testing.assert_allclose(summary['loss'], want_summary['loss'], rtol=1e-5)
+
+
+def test_reports_of_a_stretch():
+  with make_trainer() as made:
+    summary = values_of(made.train(batches(0, 4), 4).result())
+  # Rates of steps 0 … 3: 0.1, 0.2, 0.3, 0.4.
+  np.testing.assert_allclose(summary['learning_rate'], 0.25, rtol=1e-6)
+  np.testing.assert_allclose(summary['learning_rate/current'], 0.4, rtol=1e-6)
+  seconds = summary['timing/seconds']
+  assert 0 < seconds <= summary['timing/uptime']
+  np.testing.assert_allclose(summary['timing/steps_per_second'], 4 / seconds, rtol=1e-5)
+  np.testing.assert_allclose(
+      summary['timing/seqs_per_second'], 4 * ROWS / seconds, rtol=1e-5
+  )
+  assert 0 <= summary['timing/data_wait_share'] <= 1
+  assert summary['weight_norm'] > 0 and summary['weight_gradient_norm'] > 0
+
+
+def test_waiting_for_data_is_seen():
+  import time
+
+  def slow():
+    for batch in batches(0, 4):
+      time.sleep(0.2)
+      yield batch
+
+  with make_trainer() as made:
+    made.compile_train(make_batch(0))
+    summary = values_of(made.train(slow(), 4).result())
+  assert summary['timing/seconds'] >= 0.8
+  assert summary['timing/data_wait_share'] > 0.8
+
+
+def test_compiled_steps_are_used():
+  with make_trainer(num_partitions=2) as made, make_trainer(num_partitions=2) as other:
+    made.compile_train(make_batch(0))
+    made._partitioned_train_step = None
+    made.train(batches(0, 2), 2).result()
+    other.train(batches(0, 2), 2).result()
+    assert_equal_states(made.train_state.params, other.train_state.params)
+    made.compile_eval({'task': make_batch(0), 'other': make_batch(1)})
+    made._partitioned_eval_step = None
+    assert made._compiled_eval_steps['task'] is made._compiled_eval_steps['other']
+    made.eval({'task': batches(0, 2), 'other': batches(0, 1)})
+    made._partitioned_eval_step = other._partitioned_eval_step
+    made.compile_eval({'other': make_batch(1, rows=8)})
+    assert made._compiled_eval_steps['task'] is not made._compiled_eval_steps['other']
+
+
+def test_evaluation_merges_batches_and_has_no_dropout():
+  model = Model(dropout=True)
+  with make_trainer(model) as made:
+    params = jax.device_get(made.train_state.params)
+    got = made.eval({'task': batches(0, 3), 'other': batches(5, 1)})
+  for name, seeds in (('task', range(3)), ('other', [5])):
+    parts = [
+        Model().loss_fn(params, make_batch(seed), None)[1]['loss_per_row']
+        for seed in seeds
+    ]
+    total = sum(float(p.total) for p in parts) / sum(float(p.count) for p in parts)
+    np.testing.assert_allclose(got[name]['loss_per_row'].value, total, rtol=1e-5)
+
+
+def test_mutable_collections_go_through_the_step():
+  class Counting(Model):
+    def loss_fn(self, params, batch, dropout_rng, flax_mutables=None):
+      loss, metrics = super().loss_fn(params, batch, None)
+      seen = flax_mutables['seen'] + batch['x'].shape[0]
+      return loss, (metrics, flax_mutables.copy({'seen': seen}))
+
+    def eval_fn(self, params, batch, flax_mutables):
+      loss, (metrics, _) = self.loss_fn(params, batch, None, flax_mutables)
+      return loss, metrics
+
+  for num_microbatches in (None, 2):
+    model = Counting()
+    state = fresh_state(model)
+    variables = {
+        'params': state.params, 'params_axes': state.params_axes, 'seen': jnp.int32(0)
+    }
+    state = train_state.FlaxOptimTrainState.create(model.optimizer_def, variables)
+    axes = jax.tree.map(lambda _: None, state)
+    with make_trainer(num_microbatches=num_microbatches) as made:
+      made._model, made._train_state_axes = model, axes
+      made.train_state = state
+      made.train(batches(0, 3), 3).result()
+      assert int(made.train_state.flax_mutables['seen']) == 3 * ROWS
+      made.eval({'task': batches(0, 1)})
+
+
+@pytest.mark.parametrize(
+    ('rows', 'num_microbatches', 'num_partitions', 'message'),
+    [
+        (12, None, 1, "12 rows of 'x', 1 microbatches, 8 data partitions"),
+        (16, 4, 1, "16 rows of 'x', 4 microbatches, 8 data partitions"),
+        (16, 3, 8, "16 rows of 'x', 3 microbatches, 1 data partitions"),
+    ],
+)
+def test_a_batch_that_does_not_divide(rows, num_microbatches, num_partitions, message):
+  with make_trainer(
+      num_microbatches=num_microbatches, num_partitions=num_partitions
+  ) as made:
+    with pytest.raises(ValueError, match=message):
+      made.train(iter([make_batch(0, rows)]), 1)
+    with pytest.raises(ValueError, match=message):
+      made.compile_train(make_batch(0, rows))
+
+
+def test_rows_that_do_not_divide_outside_the_trainer():
+  state = fresh_state(Model())
+  with pytest.raises(ValueError, match='a batch of 16 in 3 microbatches'):
+    trainer.accumulate_grads_microbatched(
+        Model(), state, make_batch(0), jax.random.key(0), 3
+    )
+
+
+def test_evaluation_datasets_that_cannot_be():
+  with make_trainer() as made:
+    with pytest.raises(ValueError, match="'task' gave no batch"):
+      made.eval({'task': iter([])})
+    with pytest.raises(ValueError, match=r"\['other', 'task'\]. Got: 'third'"):
+      made.eval({'third': batches(0, 1)})
+    with pytest.raises(ValueError, match='num_steps must be at least 1. Got: 0'):
+      made.train(batches(0, 1), 0)
+
+
+def test_data_that_ends_leaves_the_state_of_the_steps_done():
+  with make_trainer() as made:
+    with pytest.raises(RuntimeError, match='before step 2, 2 steps into 5'):
+      made.train(batches(0, 2), 5)
+    assert int(made.train_state.step) == 2
+    made.train(batches(2, 1), 1).result()
+    assert int(made.train_state.step) == 3
+
+
+def test_preemption_leaves_the_state_of_the_steps_done(tmp_path):
+  def until_asked():
+    yield from batches(0, 2)
+    raise trainer.PreemptionError('now')
+
+  with make_trainer(summary_dir=str(tmp_path)) as made:
+    with pytest.raises(trainer.PreemptionError):
+      made.train(until_asked(), 5)
+    with make_trainer() as other:
+      other.train(batches(0, 2), 2).result()
+      assert_equal_states(made.train_state.params, other.train_state.params)
+
+
+def bad_batch(seed):
+  batch = make_batch(seed)
+  batch['x'][3, 1] = np.nan
+  batch['weight'][:] = 1
+  return batch
+
+
+@pytest.mark.parametrize('bad', [0, 2, 4, 5])
+def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, bad):
+  data = [make_batch(seed) for seed in range(6)]
+  data[bad] = bad_batch(bad)
+  with make_trainer(summary_dir=str(tmp_path)) as made:
+    with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not') as e:
+      made.train(iter(data), 6).result()
+    assert e.value.step == bad
+    with np.load(e.value.batch_path) as kept:
+      assert kept.keys() == data[bad].keys()
+      for name in kept:
+        np.testing.assert_array_equal(kept[name], data[bad][name])
+    assert len(list(tmp_path.glob('nonfinite*'))) >= 1
+    # Nobody gets at the state, to save it say; nor does training go on.
+    with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not'):
+      _ = made.train_state
+    with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not'):
+      made.train(batches(0, 1), 1)
+    made.train_state = made._partitioner.move_params_to_devices(
+        fresh_state(Model()), made._train_state_axes
+    )
+    made.train(batches(0, 4), 4).result()
+    assert int(made.train_state.step) == 4
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+  class Cliff(Model):
+    def loss_fn(self, params, batch, dropout_rng):
+      loss, metrics = super().loss_fn(params, batch, dropout_rng)
+      # sqrt has no slope at 0; its value there is fine.
+      return loss + jnp.sqrt(0 * jnp.sum(params['w'])), metrics
+
+  with make_trainer(Cliff()) as made:
+    with pytest.raises(trainer.NonFiniteLossError, match='step 0 .* want of a folder'):
+      made.train(batches(0, 1), 1).result()
+
+
+def test_losses_that_are_not_finite_can_be_let_through():
+  with make_trainer() as made:
+    made.halt_on_nonfinite_loss = False
+    summary = made.train(iter([bad_batch(0)]), 1).result()
+    assert np.isnan(summary['loss'].value)
+    assert int(made.train_state.step) == 1
+
+
+def test_weight_metrics_by_hand():
+  old = types.SimpleNamespace(params={'a': {'w': jnp.array([3.0, 0.0])}})
+  new = types.SimpleNamespace(params={'a': {'w': jnp.array([3.3, -4.0])}})
+  gradients = {'a': {'w': jnp.array([6.0, 8.0])}}
+  metrics = trainer.WeightMetricsComputer().compute_metrics(gradients, old, new)
+  got = {name: float(metric.compute()) for name, metric in metrics.items()}
+  want = {
+      'weight_gradient_norm': 10.0,
+      'weight_gradient_rms/a/w': np.sqrt((36 + 64) / 2),
+      'weight_rms/a/w': np.sqrt((3.3**2 + 16) / 2),
+      'weight_max/a/w': 4.0,
+      'weight_update_rms/a/w': np.sqrt((0.3**2 + 16) / 2),
+      # The second weight was 0: its change has no size relative to that.
+      'weight_update_divided_by_weight_rms/a/w': 0.1,
+  }
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-5)
+
+
+def test_weight_metrics_are_averages_per_step():
+  with make_trainer(
+      weight_metrics_computer=trainer.WeightMetricsComputer(), num_partitions=2
+  ) as made:
+    summary = values_of(made.train(batches(0, 2), 2).result())
+  for name in ('weight_rms/w', 'weight_gradient_rms/b', 'weight_update_rms/w'):
+    assert np.isfinite(summary[name])
+  assert summary['weight_gradient_norm'] > 0
+
+
+def test_apply_grads_leaves_its_arguments_alone():
+  state = fresh_state(Model())
+  metrics = {'loss': metrics_lib.Sum(1.0)}
+  grads = jax.tree.map(jnp.ones_like, state.params)
+  _, after = trainer.apply_grads(state, grads, metrics, jnp.float32(0.5), None)
+  assert metrics.keys() == {'loss'}
+  norm = after['weight_gradient_norm'].compute()
+  np.testing.assert_allclose(norm, np.sqrt(WIDTH + 1))
+  assert float(after['learning_rate'].compute()) == 0.5
+
+
+def test_merge_metrics():
+  one = {'a': metrics_lib.Sum(1.0), 'b': {'c': clu.metrics.Average(2.0, 1.0)}}
+  two = {'a': metrics_lib.Sum(3.0), 'b': {'c': clu.metrics.Average(4.0, 2.0)}}
+  merged = trainer.merge_metrics(one, two)
+  assert float(merged['a'].compute()) == 4.0
+  assert float(merged['b']['c'].compute()) == 2.0
+
+
+def test_the_steps_take_the_memory_of_the_state():
+  with make_trainer() as made:
+    before = made.train_state.params['w']
+    made.train(batches(0, 1), 1).result()
+    assert before.is_deleted()
