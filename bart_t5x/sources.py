@@ -27,6 +27,9 @@ EVALUATION_SEED = 0
 # Files read at a time, and records of one before the next one's turn.
 _OPEN_FILES = 16
 _RECORDS_A_TURN = 16
+# Documents from which the next one is drawn: shards keep the order of their
+# source, so the examples' own shuffling would see neighbours only.
+_SHUFFLED_DOCUMENTS = 8192
 # Hosts take whole files if the shares then differ by at most one part in this many.
 _FILES_A_HOST = 16
 
@@ -35,6 +38,9 @@ _FEATURES = {
   'sentence_starts': tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True),
   'example_id': tf.io.FixedLenFeature([], tf.int64),
 }
+
+# From one epoch's order to the next one's.
+_EPOCH_STEP = 0x5851F42D4C957F2D
 
 
 class CorpusSource(seqio.DataSource):
@@ -165,9 +171,9 @@ class EpochTask(seqio.Task):
   counts from 0. Only the training split has epochs: all others keep epoch 0 and
   `EVALUATION_SEED`, whatever seed orders them.
 
-  The source is opened anew for each epoch, so files also come in a new order; nothing
-  is kept in memory. Everything is a plain `tf.data` operation, whose iterator can be
-  saved.
+  The source is opened anew for each epoch, the files of a `CorpusSource` in a new
+  order; documents are shuffled before the preprocessors, examples behind them.
+  Everything is a plain `tf.data` operation, whose iterator can be saved.
   """
 
   def get_dataset(
@@ -194,13 +200,13 @@ class EpochTask(seqio.Task):
     # Outside of the graph: a missing corpus is reported as it is.
     source.list_shards(split)
     training = split == TRAIN
+    # seqio's own sources shuffle by a dataset of files, which cannot be saved here.
+    shuffle_files = shuffle and isinstance(source, CorpusSource)
 
     def read(epoch):
+      order = tf.constant(seed, tf.int64) + epoch * _EPOCH_STEP
       documents = source.get_dataset(
-        split=split,
-        shuffle=shuffle,
-        seed=_epoch_seed(seed, epoch),
-        shard_info=shard_info,
+        split=split, shuffle=shuffle_files, seed=order, shard_info=shard_info
       )
       if not use_cached:
         documents = self.preprocess_precache(documents, seed=seed)
@@ -213,8 +219,11 @@ class EpochTask(seqio.Task):
     epochs = tf.data.Dataset.range(
       tf.int64.max if num_epochs is None else num_epochs
     )
+    documents = epochs.flat_map(read)
+    if shuffle:
+      documents = documents.shuffle(_SHUFFLED_DOCUMENTS, seed=seed)
     examples = self.preprocess_postcache(
-      epochs.flat_map(read), sequence_length=sequence_length, seed=seed
+      documents, sequence_length=sequence_length, seed=seed
     )
     examples = self._validate_preprocessing(examples)
     if trim_output_features:
@@ -233,7 +242,3 @@ class EpochTask(seqio.Task):
         f'Task {self.name!r} has no step that seqio can cache. Set use_cached=False.'
       )
     return self._get_cached_source(split)
-
-
-def _epoch_seed(seed: int, epoch: tf.Tensor) -> tf.Tensor:
-  return tf.constant(seed, tf.int64) + epoch * 0x5851F42D4C957F2D

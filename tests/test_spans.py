@@ -1,0 +1,171 @@
+"""Text infilling: budgets, lengths, places, and spans by hand."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+
+from bart_t5x import spans
+
+MASK = 4
+
+
+def seed(*numbers):
+  return tf.constant(numbers or (1, 2), tf.int64)
+
+
+def lengths_of(budget, mean, draw):
+  uniform = spans.uniform_draws(2 * budget + 60, seed(draw, 3))
+  edges = spans.span_edges(uniform, tf.constant(budget), mean).numpy()
+  return np.diff(edges)
+
+
+def test_p06_shares_are_rounded_up_as_on_paper():
+  for ratio in ('0.07', '0.1', '0.15', '0.3', '0.35', '0.5', '1'):
+    counts = np.arange(2000)
+    got = spans.ceil_share(float(ratio), tf.constant(counts, tf.int32)).numpy()
+    want = [math.ceil(Fraction(ratio) * int(count)) for count in counts]
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize('mean', [1.0, 3.0, 3.5, 8.0])
+def test_p06_span_lengths_sum_to_the_budget(mean):
+  for draw in range(300):
+    budget = 1 + draw
+    lengths = lengths_of(budget, mean, draw)
+    assert lengths.sum() == budget
+    assert (lengths >= 0).all()
+    # Drawing stops with the span that crosses the budget.
+    assert lengths[-1] > 0
+
+
+def test_p06_no_budget_no_span():
+  assert lengths_of(0, 3.0, 1).size == 0
+
+
+def test_p06_too_few_draws_lengthen_the_last_span():
+  edges = spans.span_edges(tf.constant([0.5, 0.5]), tf.constant(40), 3.0).numpy()
+  assert edges[0] == 0 and edges[-1] == 40 and len(edges) == 3
+
+
+@pytest.mark.parametrize('mean', [1.0, 3.0, 3.5])
+def test_p08_span_lengths_are_poisson(mean):
+  # Far from the budget, so that clipping does not bite.
+  uniform = spans.uniform_draws(400_000, seed(5, 6))
+  edges = spans.span_edges(uniform, tf.constant(2**30), mean).numpy()
+  lengths = np.diff(edges)[:-1].astype(np.int64)
+  most = int(scipy.stats.poisson.ppf(1 - 1e-4, mean))
+  seen = np.bincount(np.minimum(lengths, most), minlength=most + 1)
+  expected = scipy.stats.poisson.pmf(np.arange(most + 1), mean)
+  expected[most] += 1 - expected.sum()
+  result = scipy.stats.chisquare(seen, expected * seen.sum())
+  assert result.pvalue > 1e-3
+  zero = math.exp(-mean)
+  spread = math.sqrt(zero * (1 - zero) / len(lengths))
+  assert abs(seen[0] / seen.sum() - zero) < 4 * spread
+
+
+def test_gaps_are_sorted_and_equally_likely():
+  uniform = spans.uniform_draws(210_000, seed(8, 9))
+  gaps = spans.span_gaps(uniform, tf.constant(20)).numpy()
+  assert (np.diff(gaps) >= 0).all()
+  counts = np.bincount(gaps, minlength=21)
+  assert len(counts) == 21
+  assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_gaps_without_a_kept_unit_are_all_the_same():
+  gaps = spans.span_gaps(spans.uniform_draws(5, seed()), tf.constant(0)).numpy()
+  np.testing.assert_array_equal(gaps, np.zeros(5))
+
+
+# refs, begins, ends, replace_length, result
+BY_HAND = [
+  ([1, 2, 3, 4, 5], [1], [3], 1, [1, -4, 4, 5]),
+  # Adjacent spans keep their masks apart; P7.
+  ([1, 2, 3, 4, 5], [1, 3], [3, 4], 1, [1, -4, -4, 5]),
+  # Insertions at the beginning, in the middle and at the end.
+  ([1, 2, 3], [0, 2, 3], [0, 2, 3], 1, [-4, 1, 2, -4, 3, -4]),
+  # Two insertions in one gap, and one against a span.
+  ([1, 2, 3], [1, 1, 1], [1, 1, 2], 1, [1, -4, -4, -4, 3]),
+  ([1, 2, 3, 4, 5], [1, 3, 4], [3, 3, 5], 0, [1, -4, 4]),
+  ([1, 2, 3, 4, 5], [1, 3, 4], [3, 3, 5], -1, [1, -4, -4, -4, 4, -4]),
+  ([1, 2, 3], [0], [3], 1, [-4]),
+  ([1, 2, 3], [0], [3], 0, []),
+  ([1, 2, 3], [0], [3], -1, [-4, -4, -4]),
+  ([], [0, 0], [0, 0], 1, [-4, -4]),
+  ([1, 2], [], [], 1, [1, 2]),
+]
+
+
+@pytest.mark.parametrize(('refs', 'begins', 'ends', 'replace_length', 'want'), BY_HAND)
+def test_spans_by_hand(refs, begins, ends, replace_length, want):
+  got = spans.replace_spans(
+    tf.constant(refs, tf.int32),
+    tf.constant(begins, tf.int32),
+    tf.constant(ends, tf.int32),
+    replace_length,
+    MASK,
+  )
+  assert got.numpy().tolist() == want
+
+
+# begins, ends, replace_length, merge, result for five elements
+OVERLAPPING = [
+  # One inside another leaves no mask; touching ones keep two.
+  ([1, 2], [4, 3], 1, False, [1, -4, 5]),
+  ([2, 1], [5, 3], 1, False, [1, -4]),
+  ([1, 3], [3, 4], 1, False, [1, -4, -4, 5]),
+  ([1, 3], [3, 4], 1, True, [1, -4, 5]),
+  ([0, 1, 4], [2, 3, 5], 1, False, [-4, 4, -4]),
+  ([1, 2], [4, 3], 0, False, [1, 5]),
+  ([1, 2], [4, 3], -1, False, [1, -4, -4, -4, 5]),
+]
+
+
+@pytest.mark.parametrize(
+  ('begins', 'ends', 'replace_length', 'merge', 'want'), OVERLAPPING
+)
+def test_overlapping_spans_by_hand(begins, ends, replace_length, merge, want):
+  got = spans._replace_overlapping(
+    tf.range(1, 6), tf.constant(begins), tf.constant(ends), replace_length, merge, MASK
+  )
+  assert got.numpy().tolist() == want
+
+
+def test_p09_coverage_is_exact_without_overlap_and_less_with_it():
+  refs = tf.range(1, 1023)
+
+  def covered(overlap, draw):
+    out = spans.infill(refs, None, tf.stack([draw, 1]), MASK, 0.3, 3.0, overlap=overlap)
+    return 1022 - tf.math.count_nonzero(out > 0)
+
+  def shares(overlap):
+    draws = tf.data.Dataset.range(2000).map(lambda i: covered(overlap, i))
+    return next(iter(draws.batch(2000))).numpy() / 1022
+
+  np.testing.assert_array_equal(shares(overlap=False), math.ceil(0.3 * 1022) / 1022)
+  assert abs(shares(overlap=True).mean() - 0.267) < 0.003
+
+
+def test_p10_words_are_covered_whole():
+  random = np.random.default_rng(3)
+  for draw in range(300):
+    size = int(random.integers(1, 60))
+    starts = np.flatnonzero(random.random(size) < 0.6)
+    starts = np.unique(np.concatenate([[0], starts])).astype(np.int32)
+    overlap = bool(draw % 2)
+    out = spans.infill(
+      tf.range(1, size + 1), tf.constant(starts), seed(draw, 5), MASK, 0.3, 3.0,
+      overlap=overlap,
+    ).numpy()
+    kept = {int(ref) - 1 for ref in out if ref > 0}
+    words = np.split(np.arange(size), starts[1:])
+    whole = [set(word.tolist()) for word in words]
+    assert all(word <= kept or not word & kept for word in whole)
+    gone = sum(not word & kept for word in whole)
+    budget = math.ceil(Fraction('0.3') * len(words))
+    assert gone <= budget if overlap else gone == budget
