@@ -1,0 +1,141 @@
+"""The line of a period, the bar, and the time without data."""
+
+import io
+import time
+
+import clu.values
+import jax.numpy as jnp
+import pytest
+from absl import logging
+
+from t5x import progress
+
+METRICS = {
+    'loss': clu.values.Scalar(812.0),
+    'loss_per_nonpadding_target_token': clu.values.Scalar(2.34567),
+    'accuracy': 0.5,
+    'learning_rate': clu.values.Scalar(9.0),
+    'learning_rate/current': clu.values.Scalar(3e-4),
+    'timing/steps_per_second': clu.values.Scalar(2.0),
+    'timing/seqs_per_second': 64.0,
+    'timing/target_tokens_per_second': 65536.4,
+    'timing/data_wait_share': 0.0312,
+    'note': clu.values.Text('x'),
+}
+
+
+class Terminal(io.StringIO):
+
+  def isatty(self):
+    return True
+
+
+@pytest.fixture
+def log(monkeypatch):
+  lines = []
+  monkeypatch.setattr(logging, 'info', lambda form, *args: lines.append(form % args))
+  return lines
+
+
+def test_the_line_of_a_period():
+  assert progress.summary_line(400, METRICS, total_steps=8000) == (
+      'step 400 of 8,000 | loss 2.3457 | accuracy 0.5000 | learning rate 0.0003 | '
+      'steps/s 2 | examples/s 64 | tokens/s 65,536 | waiting for data 3.1% | '
+      '1:03:20 left'
+  )
+
+
+def test_what_is_not_there_is_left_out():
+  assert progress.summary_line(4, {'loss': 1.5}) == 'step 4 | loss 1.5000'
+  text = {'accuracy': clu.values.Text('x')}
+  assert progress.summary_line(4, text, 4) == 'step 4 of 4'
+  # Without a speed, or at the end, nothing is said of the time left.
+  assert 'left' not in progress.summary_line(8, METRICS, 8)
+  assert 'left' not in progress.summary_line(4, {'timing/steps_per_second': 0.0}, 8)
+
+
+def test_no_bar_without_a_terminal(log):
+  stream = io.StringIO()
+  shown = progress.Progress(total_steps=10, stream=stream)
+  shown.advance()
+  shown.report(1, {'loss': 1.0})
+  shown.close()
+  assert stream.getvalue() == ''
+  assert log == ['step 1 of 10 | loss 1.0000']
+
+
+def test_no_bar_without_a_total(log):
+  stream = Terminal()
+  shown = progress.Progress(stream=stream)
+  shown.advance()
+  shown.report(1, {'loss': 1.0})
+  assert stream.getvalue() == ''
+  assert log == ['step 1 | loss 1.0000']
+
+
+def test_a_bar_on_a_terminal(log):
+  stream = Terminal()
+  shown = progress.Progress(total_steps=10, first_step=4, stream=stream)
+  assert stream.getvalue() == ''
+  shown.advance()
+  shown.advance(2)
+  shown.report(7, METRICS)
+  assert '7/10' in stream.getvalue()
+  assert 'loss 2.3457 | accuracy 0.5000' in stream.getvalue()
+  assert len(log) == 1 and log[0].startswith('step 7 of 10 | loss 2.3457')
+  shown.close()
+  length = len(stream.getvalue())
+  shown.advance()
+  assert len(stream.getvalue()) == length
+
+
+def test_only_the_first_process_shows_anything(monkeypatch, log):
+  monkeypatch.setattr(progress.jax, 'process_index', lambda: 1)
+  stream = Terminal()
+  shown = progress.Progress(total_steps=10, stream=stream)
+  shown.advance()
+  shown.report(1, METRICS)
+  assert stream.getvalue() == '' and log == []
+
+
+def test_time_without_data():
+  ended = []
+  follower = progress.StepFollower(lambda: ended.append(1))
+  for seconds in (0.1, 0.2, 0.0):
+    asked = time.perf_counter()
+    time.sleep(seconds)
+    follower.launched(jnp.zeros(2), asked, time.perf_counter())
+  idle = follower.take_idle_seconds().result()
+  assert 0.3 <= idle < 1.0
+  assert len(ended) == 3
+  assert follower.take_idle_seconds().result() == 0.0
+  follower.close()
+
+
+def test_data_that_comes_while_devices_compute_costs_nothing():
+  follower = progress.StepFollower(lambda: None)
+  now = time.perf_counter()
+  follower.launched(jnp.zeros(2), now, now)
+  follower.take_idle_seconds().result()
+  # Asked before the step before ended: from then on nothing was waited for.
+  follower.launched(jnp.zeros(2), now - 5, now)
+  assert follower.take_idle_seconds().result() == 0.0
+  follower.close()
+
+
+def test_a_check_that_fails_is_raised_two_steps_later():
+  def fail():
+    raise FloatingPointError('bad')
+
+  follower = progress.StepFollower(lambda: None)
+  now = time.perf_counter()
+  follower.launched(jnp.zeros(2), now, now, fail)
+  follower.launched(jnp.zeros(2), now, now)
+  with pytest.raises(FloatingPointError, match='bad'):
+    follower.launched(jnp.zeros(2), now, now)
+  follower.launched(jnp.zeros(2), now, now, fail)
+  # Of the three then under way the first was waited for.
+  pending = follower.take_pending()
+  assert [future.exception() is None for future in pending] == [True, False]
+  assert follower.take_pending() == []
+  follower.close()
