@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Int
 
 
 def _log_normalizer(logits: Float[Array, '*b c']) -> Float[Array, '*b']:
-  return jax.scipy.special.logsumexp(_at_least_float32(logits), axis=-1)
+  return jax.scipy.special.logsumexp(logits.astype(_sum_dtype(logits)), axis=-1)
 
 
-def _at_least_float32(x: Float[Array, '*d']) -> Float[Array, '*d']:
+def _sum_dtype(logits: Float[Array, '*d']) -> jnp.dtype:
   # A sum over 50,000 classes has no digits left in bfloat16.
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return jnp.promote_types(logits.dtype, jnp.float32)
 
 
 def _losses(
@@ -97,16 +97,17 @@ cross_entropy_with_logits.defvjp(_dense_forward, _dense_backward)
 
 
 def _spread(
-    targets: Int[Array, '*b'], classes: int, smoothing: float
+    targets: Int[Array, '*b'], logits: Float[Array, '*b c'], smoothing: float
 ) -> Float[Array, '*b c']:
   """Class ids as distributions: 1 - smoothing on the target, the rest spread evenly."""
+  classes, dtype = logits.shape[-1], _sum_dtype(logits)
   # One class has nothing to spread over.
   elsewhere = smoothing / (classes - 1) if classes > 1 else 0.0
   on_target = 1.0 - smoothing if classes > 1 else 1.0
   # A comparison with an iota fuses into its consumer and splits with a vocabulary that
   # is sharded over devices; a gather or scatter of the target's column does neither.
   hit = targets[..., None] == jnp.arange(classes, dtype=targets.dtype)
-  return jnp.where(hit, jnp.float32(on_target), jnp.float32(elsewhere))
+  return jnp.where(hit, jnp.asarray(on_target, dtype), jnp.asarray(elsewhere, dtype))
 
 
 @jax.custom_vjp
@@ -120,14 +121,14 @@ def _cross_entropy_with_ids(logits, targets, z_loss, smoothing):
 
 
 def _ids_forward(logits, targets, z_loss, smoothing):
-  distribution = _spread(targets, logits.shape[-1], smoothing)
+  distribution = _spread(targets, logits, smoothing)
   loss, z_term, log_z = _losses(logits, distribution, z_loss)
   return (loss, z_term), (logits, targets, log_z, z_loss, smoothing)
 
 
 def _ids_backward(residuals, cotangents):
   logits, targets, log_z, z_loss, smoothing = residuals
-  distribution = _spread(targets, logits.shape[-1], smoothing)
+  distribution = _spread(targets, logits, smoothing)
   gradient = _logits_gradient(logits, distribution, log_z, z_loss, cotangents)
   return gradient, None, None, None
 
