@@ -1,0 +1,270 @@
+"""P22: the noise against a slow reference in plain Python, given the same draws.
+
+The reference knows nothing of references, slots and scatters: it keeps lists of
+elements and walks over them. What it shares with the implementation are the uniform
+random numbers and in which order they are used.
+"""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from bart_t5x import noise, spans
+
+MASK = 4
+VOCABULARY = 60
+WORD_START = np.random.default_rng(11).random(VOCABULARY) < 0.6
+IDS = noise.Ids(
+  bos=1,
+  eos=2,
+  mask=MASK,
+  ordinary=np.arange(5, VOCABULARY, dtype=np.int32),
+  word_start=WORD_START,
+)
+
+RECIPES = {
+  'paper': noise.Recipe(),
+  'default': noise.Recipe(whole_words=True, random_ratio=0.1),
+  'fairseq': noise.Recipe(
+    span_mean=3.5, whole_words=True, overlap=True, random_ratio=0.1
+  ),
+  'hf_compat': noise.Recipe(
+    permute_last=False, insertions=False, overlap=True, merge_adjacent=True
+  ),
+  'half permuted': noise.Recipe(permute_ratio=0.5, infill_ratio=0),
+  'half permuted, not the last': noise.Recipe(permute_ratio=0.5, permute_last=False),
+  'no insertions': noise.Recipe(insertions=False),
+  'spans deleted': noise.Recipe(replace_length=0),
+  'a mask a token': noise.Recipe(replace_length=-1, random_ratio=0.5),
+  'overlap, deleted': noise.Recipe(overlap=True, replace_length=0),
+  'overlap, a mask a token': noise.Recipe(overlap=True, replace_length=-1),
+  'half infilled, mean 1': noise.Recipe(infill_ratio=0.5, span_mean=1.0),
+  'all infilled': noise.Recipe(infill_ratio=1.0),
+  'masks': noise.Recipe(permute_ratio=0, infill_ratio=0, mask_ratio=0.15),
+  'deletion': noise.Recipe(permute_ratio=0, infill_ratio=0, delete_ratio=0.15),
+  'insertion': noise.Recipe(infill_ratio=0, insert_ratio=0.2, random_ratio=0.3),
+  'rotation': noise.Recipe(infill_ratio=0, rotate_probability=0.5),
+  'everything': noise.Recipe(
+    permute_ratio=0.7, infill_ratio=0.2, whole_words=True, mask_ratio=0.1,
+    delete_ratio=0.1, insert_ratio=0.1, random_ratio=0.2, rotate_probability=0.5,
+  ),
+}
+
+
+class Reference:
+  """One text on its way: elements are positions from 1, or minus a new token's id."""
+
+  def __init__(self, tokens, starts, seed, recipe):
+    self.tokens, self.starts = tokens, starts
+    self.seed, self.recipe = seed, recipe
+    self.elements = list(range(1, len(tokens) + 1))
+
+  def draws(self, count, stream, shift=0):
+    seed = tf.constant([self.seed[0] + shift, self.seed[1] + stream], tf.int64)
+    return spans.uniform_draws(count, seed).numpy()
+
+  def share(self, ratio, count):
+    return math.ceil(Fraction(str(ratio)) * count)
+
+  def best(self, draws, count):
+    """The places of the largest draws, largest first."""
+    return sorted(range(len(draws)), key=lambda i: (-draws[i], i))[:count]
+
+  def permute(self):
+    bounds = [*self.starts, len(self.tokens)]
+    sentences = [self.elements[a:b] for a, b in itertools.pairwise(bounds)]
+    movable = len(sentences) - (0 if self.recipe.permute_last else 1)
+    movable = max(movable, 0)
+    count = self.share(self.recipe.permute_ratio, movable)
+    chosen = self.best(self.draws(movable, noise._PERMUTE), count)
+    order = list(range(len(sentences)))
+    for place, sentence in zip(sorted(chosen), chosen, strict=True):
+      order[place] = sentence
+    self.elements = [e for i in order for e in sentences[i]]
+
+  def units(self):
+    """The elements, a list for each unit."""
+    if not self.recipe.whole_words:
+      return [[e] for e in self.elements]
+    units = []
+    for e in self.elements:
+      begins = WORD_START[self.tokens[e - 1]] or e - 1 in self.starts
+      if begins:
+        units.append([])
+      units[-1].append(e)
+    return units
+
+  def span_lengths(self, budget, draws):
+    lengths = []
+    for draw in draws:
+      if sum(lengths) >= budget:
+        break
+      length, total, term = 0, 0.0, math.exp(-self.recipe.span_mean)
+      while draw >= np.float32(total + term):
+        total += term
+        length += 1
+        term *= self.recipe.span_mean / length
+      lengths.append(min(length, budget - sum(lengths)))
+    if not self.recipe.insertions:
+      lengths = [length for length in lengths if length]
+    return lengths
+
+  def places(self, draws, kept):
+    """For sorted draws the gaps, of kept + 1, from first to last."""
+    gaps = [kept - int(np.float32(d) * np.float32(kept + 1)) for d in draws]
+    return sorted(gaps)
+
+  def infill(self):
+    units = self.units()
+    budget = self.share(self.recipe.infill_ratio, len(units))
+    count = (2 * budget + 40) // math.floor(self.recipe.span_mean) + 1
+    draws = self.draws(2 * count, noise._INFILL)
+    lengths = self.span_lengths(budget, draws[:count])
+    if self.recipe.overlap:
+      self.infill_overlapping(units, lengths)
+      return
+    gaps = self.places(draws[count : count + len(lengths)], len(units) - budget)
+    out, left, kept = [], list(units), 0
+    for gap, length in zip(gaps, lengths, strict=True):
+      while kept < gap:
+        out += left.pop(0)
+        kept += 1
+      out += self.replacement([left.pop(0) for _ in range(length)])
+    self.elements = out + [e for unit in left for e in unit]
+
+  def replacement(self, span):
+    if not span or self.recipe.replace_length == 1:
+      return [-MASK]
+    return [-MASK for unit in span for _ in unit] if self.recipe.replace_length else []
+
+  def infill_overlapping(self, units, lengths):
+    inserts = lengths.count(0)
+    lengths = [length for length in lengths if length]
+    draws = self.draws(len(units) + inserts, noise._INFILL, shift=1)
+    begins = self.best(draws[: len(units)], len(lengths))
+    covers = [set() for _ in units]
+    for begin, length in zip(begins, lengths, strict=True):
+      for unit in range(begin, min(begin + length, len(units))):
+        covers[unit].add(begin)
+    out = []
+    for i, unit in enumerate(units):
+      if not covers[i]:
+        out += unit
+      elif self.recipe.replace_length == -1:
+        out += [-MASK] * len(unit)
+      elif self.recipe.replace_length == 1:
+        if self.recipe.merge_adjacent:
+          leads = i == 0 or not covers[i - 1]
+        else:
+          leads = covers[i] == {i}
+        out += [-MASK] if leads else []
+    self.elements = out
+    self.insert(self.places(draws[len(units) :], len(out)))
+
+  def insert(self, gaps):
+    for gap in reversed(gaps):
+      self.elements.insert(gap, -MASK)
+
+  def chosen(self, ratio, stream):
+    draws = self.draws(len(self.elements), stream)
+    clean = [i for i, e in enumerate(self.elements) if e > 0]
+    count = self.share(ratio, len(clean))
+    return {clean[i] for i in self.best([draws[i] for i in clean], count)}
+
+  def finish(self):
+    recipe = self.recipe
+    if recipe.mask_ratio:
+      chosen = self.chosen(recipe.mask_ratio, noise._MASK)
+      self.elements = [-MASK if i in chosen else e for i, e in enumerate(self.elements)]
+    if recipe.delete_ratio:
+      chosen = self.chosen(recipe.delete_ratio, noise._DELETE)
+      self.elements = [e for i, e in enumerate(self.elements) if i not in chosen]
+    if recipe.insert_ratio:
+      size = len(self.elements)
+      draws = self.draws(self.share(recipe.insert_ratio, size), noise._INSERT)
+      self.insert(self.places(draws, size))
+    if recipe.random_ratio:
+      draws = self.draws(2 * len(self.elements), noise._RANDOM).reshape(2, -1)
+      for i, e in enumerate(self.elements):
+        if e == -MASK and draws[0, i] < np.float32(recipe.random_ratio):
+          drawn = IDS.ordinary[int(draws[1, i] * np.float32(len(IDS.ordinary)))]
+          self.elements[i] = -int(drawn)
+    if recipe.rotate_probability:
+      whether, where = self.draws(2, noise._ROTATE)
+      if whether < np.float32(recipe.rotate_probability):
+        begin = int(where * np.float32(len(self.elements)))
+        self.elements = self.elements[begin:] + self.elements[:begin]
+
+  def corrupt(self):
+    if self.recipe.permute_ratio:
+      self.permute()
+    if self.recipe.infill_ratio:
+      self.infill()
+    self.finish()
+    source = [self.tokens[e - 1] if e > 0 else -e for e in self.elements]
+    codes = [1 if i in self.elements else 2 for i in range(1, len(self.tokens) + 1)]
+    return {
+      'source': [1, *source, 2],
+      'target': [1, *self.tokens, 2],
+      'codes': [1, *codes, 3],
+      'references': self.elements,
+    }
+
+
+def texts(count):
+  """Texts of all small sizes and of some larger ones, with sentences."""
+  random = np.random.default_rng(5)
+  for i in range(count):
+    size = i if i < 12 else int(random.integers(1, 120))
+    tokens = random.integers(5, VOCABULARY, size)
+    cuts = random.integers(0, size, size // 8) if size else []
+    starts = np.unique(np.concatenate([[0] if size else [], cuts]))
+    yield tokens.tolist(), starts.astype(int).tolist(), (int(random.integers(2**62)), i)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_p22_same_as_the_reference(name):
+  recipe = RECIPES[name]
+  cases = list(texts(160))
+
+  def generate():
+    for tokens, starts, seed in cases:
+      yield {'tokens': tokens, 'starts': starts, 'seed': seed}
+
+  vector = tf.TensorSpec([None], tf.int32)
+  dataset = tf.data.Dataset.from_generator(
+    generate,
+    output_signature={
+      'tokens': vector, 'starts': vector, 'seed': tf.TensorSpec([2], tf.int64)
+    },
+  )
+
+  def corrupt(case):
+    return noise.corrupt(case['tokens'], case['starts'], case['seed'], recipe, IDS)
+
+  dataset = dataset.map(corrupt)
+  for case, noised in zip(cases, dataset.as_numpy_iterator(), strict=True):
+    want = Reference(*case, recipe).corrupt()
+    for field, values in want.items():
+      assert getattr(noised, field).tolist() == values, (field, case)
+    assert noised.dropped == 0
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_p22_eager_is_the_same_as_in_a_graph(name):
+  recipe = RECIPES[name]
+  for tokens, starts, seed in list(texts(30))[::3]:
+    noised = noise.corrupt(
+      tf.constant(tokens, tf.int32),
+      tf.constant(starts, tf.int32),
+      tf.constant(seed, tf.int64),
+      recipe,
+      IDS,
+    )
+    want = Reference(tokens, starts, seed, recipe).corrupt()
+    assert noised.source.numpy().tolist() == want['source']
+    assert noised.codes.numpy().tolist() == want['codes']
