@@ -1,0 +1,596 @@
+"""Whole cycles: initialise, save, lose, restore, on meshes of several shapes."""
+
+import dataclasses
+import functools
+import shutil
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import partitioning as flax_partitioning
+
+from t5x import (
+    checkpoints,
+    checkpoints_utils,
+    optimizers,
+    partitioning,
+    restore,
+    state_utils,
+)
+
+SHAPES = {'x': (8, 16)}
+
+
+class Net(nn.Module):
+  """Two sharded kernels and a bias."""
+
+  width: int = 32
+  head: str = 'head'
+
+  @nn.compact
+  def __call__(self, x):
+    param = functools.partial(flax_partitioning.param_with_axes, module=self)
+    init = nn.initializers.normal(1.0)
+    x = x @ param('wi', init, (16, self.width), axes=('embed', 'mlp'))
+    x = x + param('bias', init, (self.width,), axes=('mlp',))
+    return x @ param(self.head, init, (self.width, 16), axes=('mlp', 'embed'))
+
+
+class Mesh(partitioning.PjitPartitioner):
+  """A partitioner over a mesh of a given shape, of the first devices."""
+
+  def __init__(self, data=4, model=2):
+    super().__init__(
+        num_partitions=model,
+        logical_axis_rules=partitioning.standard_logical_axis_rules(
+            parameter_partitioning_dims=2
+        ),
+    )
+    devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+    self._own_mesh = jax.sharding.Mesh(devices, ('data', 'model'))
+
+  @property
+  def mesh(self):
+    return self._own_mesh
+
+
+def initializer(partitioner=None, net=None, optimizer=True):
+  net = net or Net()
+
+  def init(rng, input_shapes, input_types):
+    assert input_types is None
+    return net.init(rng, jnp.zeros(input_shapes['x']))
+
+  return restore.TrainStateInitializer(
+      optimizers.adamw(learning_rate=0.1) if optimizer else None,
+      init,
+      SHAPES,
+      partitioner or Mesh(),
+  )
+
+
+def state_at(step, start=None, seed=0):
+  """A state with something in every leaf."""
+  start = start or initializer()
+  state = start.from_scratch(jax.random.PRNGKey(seed))
+  grads = jax.tree.map(lambda p: jnp.cos(3 * p), state.params)
+  return state.apply_gradient(grads, learning_rate=0.1).replace_step(
+      jnp.asarray(step, jnp.int32)
+  )
+
+
+def flat(state):
+  tree = state_utils.flatten_state_dict(state.state_dict())
+  return {name: np.asarray(x) for name, x in tree.items() if x is not None}
+
+
+def assert_equal(left, right):
+  left, right = flat(left), flat(right)
+  assert left.keys() == right.keys()
+  for name in left:
+    assert left[name].dtype == right[name].dtype, name
+    np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def save_cfg(**changes):
+  return restore.SaveCheckpointConfig(**{'period': 10, **changes})
+
+
+def restore_cfg(path, **changes):
+  return restore.RestoreCheckpointConfig(path=str(path), **changes)
+
+
+def resume(folder, start=None, save=None, rng=None, use_orbax=True, **changes):
+  """What train does at its start."""
+  start = start or initializer()
+  cfg, paths = restore.get_first_valid_restore_config_and_paths(
+      [restore_cfg(folder, **changes)]
+  )
+  return restore.create_checkpoint_manager_and_restore(
+      start, start._partitioner, cfg, paths[0] if paths else None, rng,
+      save_checkpoint_cfg=save, model_dir=str(folder), use_orbax=use_orbax,
+  )
+
+
+def write(folder, *steps, **changes):
+  """Saves states at some steps and returns them."""
+  start = initializer()
+  manager = restore.create_orbax_checkpoint_manager(
+      save_cfg=save_cfg(**changes),
+      train_state=start.global_train_state_shape,
+      partitioner=start._partitioner,
+      model_dir=str(folder),
+  )
+  states = {step: state_at(step, start, seed=step) for step in steps}
+  for state in states.values():
+    assert manager.save(state)
+  manager.close()
+  return states
+
+
+def test_from_scratch_is_sharded_and_reproducible():
+  start = initializer()
+  state = start.from_scratch(jax.random.PRNGKey(1))
+  wi = state.params['wi']
+  assert wi.sharding.shard_shape(wi.shape) == (16 // 4, 32 // 2)
+  assert int(state.step) == 0
+  assert_equal(state, start.from_scratch(jax.random.PRNGKey(1)))
+  assert start.global_train_state_shape.params['wi'].shape == (16, 32)
+  inference = initializer(optimizer=False).from_scratch(jax.random.PRNGKey(1))
+  np.testing.assert_array_equal(inference.params['wi'], wi)
+
+
+@pytest.mark.parametrize('mesh', [(8, 1), (4, 2), (1, 8), (2, 2), (1, 1)])
+def test_a_checkpoint_is_read_on_other_meshes(tmp_path, mesh):
+  saved = write(tmp_path, 10)[10]
+  start = initializer(Mesh(*mesh))
+  state, _ = resume(tmp_path, start)
+  assert_equal(state, saved)
+  wi = state.params['wi']
+  assert wi.sharding.shard_shape(wi.shape) == (16 // mesh[0], 32 // mesh[1])
+  # And it trains on.
+  grads = jax.tree.map(jnp.ones_like, state.params)
+  assert int(state.apply_gradient(grads, learning_rate=0.1).step) == 11
+
+
+def test_step_zero_is_found(tmp_path):
+  saved = write(tmp_path, 0)[0]
+  state, _ = resume(tmp_path)
+  assert_equal(state, saved)
+  assert checkpoints_utils.latest_step(tmp_path) == 0
+
+
+def test_modes(tmp_path):
+  saved = write(tmp_path, 0, 10, 20)
+  start = initializer()
+  folders = [str(tmp_path / f'checkpoint_{step}') for step in (0, 10, 20)]
+  every = list(start.from_checkpoints([restore_cfg(tmp_path, mode='all')]))
+  assert [path for _, path in every] == folders
+  for (state, _), step in zip(every, (0, 10, 20)):
+    assert_equal(state, saved[step])
+  assert_equal(start.from_checkpoint([restore_cfg(tmp_path)]), saved[20])
+  specific = restore_cfg(folders[1], mode='specific')
+  assert_equal(start.from_checkpoint([specific]), saved[10])
+  with pytest.raises(ValueError, match='3 checkpoints match'):
+    start.from_checkpoint([restore_cfg(tmp_path, mode='all')])
+
+
+def test_the_first_configuration_with_checkpoints_counts(tmp_path):
+  (tmp_path / 'run').mkdir()
+  write(tmp_path / 'pretrained', 10)
+  own = restore_cfg(tmp_path / 'run')
+  initial = restore_cfg(tmp_path / 'pretrained/checkpoint_10', mode='specific')
+  find = restore.get_first_valid_restore_config_and_paths
+  assert find([own, initial]) == (initial, [initial.path])
+  assert find([own]) == (None, [])
+  assert find([]) == (None, [])
+  write(tmp_path / 'run', 20)
+  assert find([own, initial]) == (own, [str(tmp_path / 'run/checkpoint_20')])
+  none = restore.RestoreCheckpointConfig(path=[])
+  assert find([none]) == (None, [])
+
+
+def test_from_scratch_where_there_is_no_checkpoint(tmp_path):
+  start, rng = initializer(), jax.random.PRNGKey(3)
+  state = start.from_checkpoint_or_scratch([restore_cfg(tmp_path)], init_rng=rng)
+  assert_equal(state, start.from_scratch(rng))
+  assert start.from_checkpoint([restore_cfg(tmp_path)]) is None
+  saved = write(tmp_path, 10)[10]
+  found = start.from_checkpoint_or_scratch([restore_cfg(tmp_path)], init_rng=rng)
+  assert_equal(found, saved)
+
+
+@pytest.mark.parametrize(
+    'path, message',
+    [('nowhere', 'is no folder'), ('checkpoint_10', "Set mode = 'specific'")],
+)
+def test_folders_that_are_none(tmp_path, path, message):
+  write(tmp_path, 10)
+  with pytest.raises(ValueError, match=message):
+    restore.get_first_valid_restore_config_and_paths([restore_cfg(tmp_path / path)])
+
+
+def test_a_missing_checkpoint_names_those_there(tmp_path):
+  write(tmp_path, 10, 20)
+  cfg = restore_cfg(tmp_path / 'checkpoint_15', mode='specific')
+  with pytest.raises(FileNotFoundError, match=r'checkpoint_15.*\[10, 20\]'):
+    initializer().from_checkpoint([cfg])
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', None])
+def test_restore_dtype_acts_on_parameters_only(tmp_path, dtype):
+  saved = write(tmp_path, 10)[10]
+  state, _ = resume(tmp_path, dtype=dtype)
+  for name, value in flat(state).items():
+    original = flat(saved)[name]
+    expected = np.dtype(dtype or 'float32') if 'target/' in name else original.dtype
+    assert value.dtype == expected, name
+    np.testing.assert_array_equal(value, original.astype(expected))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', None])
+def test_save_dtype_acts_on_parameters_only(tmp_path, dtype):
+  saved = write(tmp_path, 10, dtype=dtype)[10]
+  state, _ = resume(tmp_path)
+  for name, value in flat(state).items():
+    original = flat(saved)[name]
+    expected = np.dtype(dtype or 'float32') if 'target/' in name else original.dtype
+    assert value.dtype == expected, name
+    np.testing.assert_array_equal(value, original.astype(expected))
+
+
+def test_inference_reads_a_training_checkpoint(tmp_path):
+  saved = write(tmp_path, 10)[10]
+  state, manager = resume(tmp_path, initializer(optimizer=False), strict=False)
+  assert int(state.step) == 10
+  np.testing.assert_array_equal(state.params['wi'], saved.params['wi'])
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint_10']
+  assert manager.latest_step() == 10
+
+
+def test_training_from_parameters_without_an_optimizer(tmp_path):
+  start = initializer(optimizer=False)
+  manager = checkpoints.OrbaxCheckpointManagerInterface(
+      str(tmp_path), start.global_train_state_shape, start._partitioner
+  )
+  saved = start.from_scratch(jax.random.PRNGKey(5))
+  manager.save(saved)
+  manager.close()
+  with pytest.raises(ValueError, match='lacks .*param_states'):
+    resume(tmp_path)
+  state, _ = resume(tmp_path, strict=False)
+  np.testing.assert_array_equal(state.params['wi'], saved.params['wi'])
+  fresh = initializer().from_scratch(jax.random.PRNGKey(0))
+  for name, value in flat(state).items():
+    if 'param_states' in name:
+      np.testing.assert_array_equal(value, flat(fresh)[name])
+
+
+def test_another_width_is_named(tmp_path):
+  write(tmp_path, 10)
+  with pytest.raises(ValueError, match=r'another model.*\(32,\), the model has \(64,\)'):
+    resume(tmp_path, initializer(net=Net(width=64)))
+
+
+OTHER_HEAD = Net(head='lm_head')
+
+
+def test_a_missing_array_is_named(tmp_path):
+  write(tmp_path, 10)
+  with pytest.raises(ValueError, match='lacks .*target/lm_head.*assignment_map'):
+    resume(tmp_path, initializer(net=OTHER_HEAD))
+
+
+def test_assignment_map_renames(tmp_path):
+  saved = write(tmp_path, 10)[10]
+  state, _ = resume(
+      tmp_path,
+      initializer(net=OTHER_HEAD),
+      assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
+  )
+  np.testing.assert_array_equal(state.params['lm_head'], saved.params['head'])
+  old, new = flat(saved), flat(state)
+  assert {n.replace('lm_head', 'head') for n in new} == set(old)
+  for name, value in new.items():
+    np.testing.assert_array_equal(value, old[name.replace('lm_head', 'head')])
+
+
+def test_two_arrays_may_share_a_source(tmp_path):
+  saved = write(tmp_path, 10)[10]
+
+  class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      param = functools.partial(flax_partitioning.param_with_axes, module=self)
+      init = nn.initializers.normal(1.0)
+      x @ param('wi', init, (16, 32), axes=('embed', 'mlp'))
+      return x @ param('wi_twin', init, (16, 32), axes=('mlp', 'embed'))
+
+  state, _ = resume(
+      tmp_path,
+      initializer(net=Twice()),
+      assignment_map=[(r'(.*)wi_twin(.*)', r'\1wi\2')],
+  )
+  for name, shard in (('wi', (4, 16)), ('wi_twin', (8, 8))):
+    got = state.params[name]
+    np.testing.assert_array_equal(got, saved.params['wi'])
+    assert got.sharding.shard_shape(got.shape) == shard
+
+
+def test_fallback_to_scratch_initialises_what_is_dropped(tmp_path):
+  saved = write(tmp_path, 10)[10]
+  start, rng = initializer(net=OTHER_HEAD), jax.random.PRNGKey(8)
+  drop = [(r'.*lm_head.*', None)]
+  state, _ = resume(
+      tmp_path, start, rng=rng, assignment_map=drop, fallback_to_scratch=True
+  )
+  fresh = flat(start.from_scratch(rng))
+  for name, value in flat(state).items():
+    source = fresh if 'lm_head' in name else flat(saved)
+    np.testing.assert_array_equal(value, source[name])
+  lm_head = state.params['lm_head']
+  assert lm_head.sharding.shard_shape(lm_head.shape) == (16, 4)
+  with pytest.raises(ValueError, match='no random key'):
+    resume(tmp_path, start, assignment_map=drop, fallback_to_scratch=True)
+  with pytest.raises(ValueError, match='without assignment_map'):
+    resume(tmp_path, start, rng=rng, fallback_to_scratch=True)
+
+
+def test_replacing_a_configuration_does_not_double_its_map():
+  rules = [('a', 'b')]
+  cfg = restore_cfg('x', assignment_map=rules, state_transformation_fns=(len,))
+  again = dataclasses.replace(cfg, strict=False)
+  assert again.state_transformation_fns == (restore.AssignmentMap(rules), len)
+
+
+def test_state_transformations_act_both_ways(tmp_path):
+  def double(state_dict, infos):
+    assert infos['target']['wi'].name == 'target/wi'
+    assert infos['target']['wi'].mesh_axes == jax.sharding.PartitionSpec(
+        'data', 'model'
+    )
+    target = {**state_dict['target'], 'bias': state_dict['target']['bias'] * 2}
+    return {**state_dict, 'target': target}, infos
+
+  def swapped(saved, wanted):
+    assert saved['target']['bias'].shape == wanted['target']['bias'].shape == (32,)
+    zeros = np.zeros((16, 32), np.float32)
+    return {**saved, 'target': {**saved['target'], 'wi': zeros}}
+
+  start = initializer()
+  saved = state_at(10, start)
+  manager = checkpoints.OrbaxCheckpointManagerInterface(
+      str(tmp_path), start.global_train_state_shape, start._partitioner
+  )
+  manager.save(saved, [double])
+  manager.close()
+  state, _ = resume(tmp_path, state_transformation_fns=[swapped])
+  np.testing.assert_array_equal(state.params['bias'], saved.params['bias'] * 2)
+  np.testing.assert_array_equal(state.params['wi'], 0)
+
+
+# -- Damage ---------------------------------------------------------------------
+
+
+def spoil(folder, how):
+  state = folder / 'state'
+  if how == 'no state':
+    shutil.rmtree(state)
+  elif how == 'no description':
+    (state / '_METADATA').unlink()
+  elif how == 'no manifest':
+    (state / 'manifest.ocdbt').unlink()
+  elif how == 'truncated data':
+    largest = max((f for f in state.rglob('d/*')), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  elif how == 'flipped bits':
+    for file in state.rglob('d/*'):
+      content = bytearray(file.read_bytes())
+      content[len(content) // 2] ^= 255
+      file.write_bytes(bytes(content))
+
+
+DAMAGES = ['no state', 'no description', 'no manifest', 'truncated data', 'flipped bits']
+
+
+@pytest.mark.parametrize('how', DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, how, caplog):
+  saved = write(tmp_path, 10, 20, 30)
+  spoil(tmp_path / 'checkpoint_30', how)
+  state, manager = resume(tmp_path, save=save_cfg())
+  assert_equal(state, saved[20])
+  assert 'checkpoint_30' in caplog.text and 'damaged' in caplog.text
+  # It no longer stands in the way of step 30.
+  assert (tmp_path / 'damaged_checkpoint_30').is_dir()
+  assert manager.all_steps() == [10, 20]
+  assert manager.save(saved[30])
+  manager.close()
+  assert_equal(resume(tmp_path)[0], saved[30])
+
+
+def test_readers_leave_damaged_checkpoints_where_they_are(tmp_path):
+  saved = write(tmp_path, 10, 20)
+  spoil(tmp_path / 'checkpoint_20', 'no manifest')
+  state, _ = resume(tmp_path)
+  assert_equal(state, saved[10])
+  assert_equal(initializer().from_checkpoint([restore_cfg(tmp_path)]), saved[10])
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint_10', 'checkpoint_20']
+
+
+def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(tmp_path):
+  write(tmp_path, 10, 20)
+  spoil(tmp_path / 'checkpoint_20', 'no manifest')
+  cfg = restore_cfg(tmp_path / 'checkpoint_20', mode='specific')
+  with pytest.raises(checkpoints.DamagedCheckpointError, match='checkpoint_20'):
+    initializer().from_checkpoint([cfg])
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path):
+  write(tmp_path, 10, 20)
+  for step in (10, 20):
+    spoil(tmp_path / f'checkpoint_{step}', 'no manifest')
+  with pytest.raises(checkpoints.DamagedCheckpointError, match=r'\[10, 20\]'):
+    resume(tmp_path, save=save_cfg())
+  assert (tmp_path / 'checkpoint_20').is_dir()
+
+
+def test_another_model_is_not_taken_for_damage(tmp_path):
+  write(tmp_path, 10, 20)
+  with pytest.raises(ValueError, match='another model'):
+    resume(tmp_path, initializer(net=Net(width=64)), save=save_cfg())
+  assert checkpoints_utils.all_steps(tmp_path) == [10, 20]
+
+
+# -- Configurations ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'dtype': 'float16'}, "dtype is 'float16'"),
+        ({'period': -1}, 'period is -1'),
+        ({'keep': 0}, 'keep is 0'),
+        ({'checkpoint_steps': [5, -2]}, r'\[-2\]'),
+        ({'keep_dataset_checkpoints': 1}, 'save_dataset is False'),
+    ],
+)
+def test_bad_save_configurations(changes, message):
+  with pytest.raises(ValueError, match=message):
+    restore.SaveCheckpointConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [({'mode': 'newest'}, "mode is 'newest'"), ({'dtype': 'int8'}, "dtype is 'int8'")],
+)
+def test_bad_restore_configurations(changes, message):
+  with pytest.raises(ValueError, match=message):
+    restore_cfg('x', **changes)
+
+
+def manager_of(folder, **changes):
+  start = initializer()
+  return restore.create_orbax_checkpoint_manager(
+      save_cfg=save_cfg(**changes),
+      train_state=start.global_train_state_shape,
+      partitioner=start._partitioner,
+      model_dir=str(folder),
+  )
+
+
+def test_save_settings_reach_the_manager(tmp_path):
+  manager = manager_of(tmp_path, period=4, checkpoint_steps=[5], keep=3)
+  assert [s for s in range(10) if manager.should_save(s)] == [0, 4, 5, 8]
+  assert manager._retention.keep == 3
+  for period in (0, None):
+    quiet = manager_of(tmp_path, period=period)
+    assert not any(quiet.should_save(s) for s in range(10))
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_save_best_checkpointer_reaches_the_manager(tmp_path, wrapped):
+  cls = checkpoints.SaveBestCheckpointer
+  if wrapped:
+    cls = functools.partial(
+        cls, metric_name_to_monitor='eval/loss', metric_mode='min',
+        keep_checkpoints_without_metrics=False, force_keep_period=40,
+    )
+  rules = manager_of(tmp_path, checkpointer_cls=cls, keep=2)._retention
+  assert rules.keep == 2
+  expected = ('eval/loss', 'min', False, 40) if wrapped else (
+      'train/accuracy', 'max', True, None)
+  assert (rules.metric_name, rules.metric_mode, rules.keep_without_metrics,
+          rules.force_keep_period) == expected
+
+
+def test_save_best_checkpointer_bound_by_gin(tmp_path):
+  import gin
+
+  gin.clear_config()
+  try:
+    with gin.unlock_config():
+      gin.parse_config("""
+        checkpoints.SaveBestCheckpointer.metric_name_to_monitor = 'train/loss'
+        checkpoints.SaveBestCheckpointer.metric_mode = 'min'
+        checkpoints.SaveBestCheckpointer.keep = 5
+      """)
+    rules = manager_of(
+        tmp_path, checkpointer_cls=checkpoints.SaveBestCheckpointer
+    )._retention
+  finally:
+    gin.clear_config()
+  assert (rules.metric_name, rules.metric_mode, rules.keep) == ('train/loss', 'min', 5)
+
+
+def test_foreign_checkpointers_are_refused(tmp_path):
+  with pytest.raises(ValueError, match='SimpleNamespace.*checkpoint_manager_cls'):
+    manager_of(tmp_path, checkpointer_cls=types.SimpleNamespace)
+
+
+def test_other_managers_may_be_given(tmp_path):
+  got = {}
+  start = initializer()
+  restore.create_orbax_checkpoint_manager(
+      save_cfg=save_cfg(
+          checkpoint_manager_cls=lambda **kw: got.update(kw), dtype='bfloat16'
+      ),
+      train_state=start.global_train_state_shape,
+      partitioner=start._partitioner,
+      model_dir='somewhere',
+  )
+  assert got['directory'] == 'somewhere'
+  assert got['save_dtype'] == 'bfloat16' and got['period'] == 10
+  assert 'keep' not in got and 'checkpoint_steps' not in got
+  with pytest.raises(ValueError, match='different checkpoint_manager_cls'):
+    restore.create_orbax_checkpoint_manager(
+        save_cfg=save_cfg(checkpoint_manager_cls=dict),
+        restore_cfg=restore_cfg('x'),
+        train_state=None, partitioner=None, model_dir='somewhere',
+    )
+
+
+def test_the_interface_from_before_orbax(tmp_path):
+  state, manager = resume_without_checkpoint(tmp_path)
+  assert state is None
+  saved = state_at(10)
+  manager.save(saved)
+  assert manager.all_steps() == [10]
+  manager.wait_until_finished()
+  manager.close()
+  state, manager = resume(tmp_path, save=save_cfg(), use_orbax=False)
+  assert_equal(state, saved)
+  path = str(tmp_path / 'checkpoint_10')
+  assert_equal(manager.restore([path], restore_cfg(tmp_path)), saved)
+  assert manager.latest_step() == 10
+
+
+def resume_without_checkpoint(folder):
+  start = initializer()
+  return restore.create_checkpoint_manager_and_restore(
+      start, start._partitioner, restore_cfg(folder), None, None,
+      save_checkpoint_cfg=save_cfg(), model_dir=str(folder),
+  )
+
+
+def test_tensorflow_checkpoints_are_refused(tmp_path):
+  (tmp_path / 'model.ckpt-10.index').write_text('')
+  cfg = restore_cfg(tmp_path / 'model.ckpt-10', mode='specific')
+  with pytest.raises(ValueError, match='convert_tf_checkpoint'):
+    initializer().from_checkpoint([cfg])
+
+
+def test_model_info(tmp_path):
+  start = initializer()
+  file = tmp_path / 'model-info.txt'
+  restore.log_model_info(
+      str(file), start.global_train_state_shape, start._partitioner
+  )
+  text = file.read_text()
+  total = 16 * 32 + 32 + 32 * 16
+  assert f'Total number of parameters: {total}' in text
+  line = next(x for x in text.splitlines() if x.startswith('Variable wi '))
+  assert 'size 512' in line and '(embed=16, mlp=32)' in line
+  assert "('data', 'model')" in line
