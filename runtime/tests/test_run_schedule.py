@@ -9,8 +9,10 @@ from t5x import run_schedule
 
 def brute_force(schedule, first):
   """Every step after `first` at which something happens, by asking each one."""
-  stops = [schedule.at(step) for step in range(first + 1, schedule.total_steps + 1)]
-  return [s for s in stops if s.report or s.save or s.evaluate or s.collect]
+  last = schedule.total_steps
+  stops = [schedule.at(step) for step in range(first + 1, last + 1)]
+  reports = {last, *range(0, last, schedule.stats_period or last)}
+  return [s for s in stops if s.step in reports or s.save or s.evaluate or s.collect]
 
 
 PERIODS = (None, 0, 1, 3, 4, 10, 50)
@@ -37,7 +39,7 @@ def test_periods_are_independent_and_absolute():
     total_steps=20, stats_period=6, checkpoint_period=8, eval_period=9
   )
   stops = list(schedule.stops_after(0))
-  assert [s.step for s in stops if s.report] == [6, 12, 18, 20]
+  assert [s.step for s in stops] == [6, 8, 9, 12, 16, 18, 20]
   assert [s.step for s in stops if s.save] == [8, 16, 20]
   assert [s.step for s in stops if s.evaluate] == [9, 18, 20]
 
@@ -55,7 +57,7 @@ def test_a_resumed_run_does_what_is_left_of_the_whole_one():
 def test_without_periods_only_the_end_is_a_stop_and_nothing_is_saved():
   (only,) = run_schedule.RunSchedule(total_steps=5).stops_after(0)
   assert only == run_schedule.Stop(
-    step=5, report=True, save=False, evaluate=False, collect=False
+    step=5, save=False, evaluate=False, collect=False
   )
 
 

@@ -14,6 +14,16 @@ import tensorflow as tf
 from flax import linen as nn
 from flax.linen import partitioning as nn_partitioning
 
+from t5x import (
+  data,
+  learning_rate,
+  models,
+  optimizers,
+  partitioning,
+  restore,
+  trainer,
+)
+
 VOCABULARY = seqio.ByteVocabulary()
 VOCABULARY_SIZE = 384
 TRAIN_EXAMPLES = 64
@@ -23,6 +33,15 @@ TEST_EXAMPLES = 10
 def vocabulary():
   """The vocabulary of model and tasks; a function, so that gin can name it."""
   return VOCABULARY
+
+
+class Steps(nn.Module):
+  """Counts decoding steps: one number a row stands for a real model's cache."""
+
+  @nn.compact
+  def __call__(self, rows):
+    steps = self.variable('cache', 'steps', jnp.zeros, (rows, 1), jnp.float32)
+    steps.value = steps.value + 1
 
 
 class Network(nn.Module):
@@ -55,6 +74,7 @@ class Network(nn.Module):
       axes=('mlp', 'vocab'),
     )
     self.dropout = nn.Dropout(self.dropout_rate)
+    self.steps = Steps()
 
   def encode(
     self,
@@ -84,11 +104,7 @@ class Network(nn.Module):
     max_decode_length=None,
   ):
     if decode:
-      # One number a row stands for a real model's cache.
-      steps = self.variable(
-        'cache', 'steps', jnp.zeros, (decoder_input_tokens.shape[0], 1), jnp.float32
-      )
-      steps.value = steps.value + 1
+      self.steps(decoder_input_tokens.shape[0])
     here = self.embedding[decoder_input_tokens.astype(jnp.int32)]
     state = here + encoded[:, -1:]
     state = nn.relu(state @ self.wi)
@@ -176,3 +192,75 @@ def register(name='tiny_copy', seeded=False):
 
 register('tiny_copy')
 register('tiny_noised', seeded=True)
+
+
+LENGTHS = {'inputs': 16, 'targets': 8}
+
+
+def make_model(dropout_rate=0.1):
+  """The model as tiny.gin binds it."""
+  return models.EncoderDecoderModel(
+    module=Network(dropout_rate=dropout_rate),
+    input_vocabulary=VOCABULARY,
+    output_vocabulary=VOCABULARY,
+    optimizer_def=optimizers.adamw(learning_rate=0.01),
+  )
+
+
+def dataset_config(split, task='tiny_copy', **changes):
+  """What to read, packed, in the task's own order."""
+  settings = {
+    'task_feature_lengths': LENGTHS,
+    'batch_size': 8,
+    'shuffle': False,
+    'seed': 0,
+    'pack': True,
+    **changes,
+  }
+  return data.DatasetConfig(mixture_or_task_name=task, split=split, **settings)
+
+
+def checkpoint_config(period=5, save_dataset=True, initial=None, **save):
+  """Saves every `period` steps; starts from `initial` if given."""
+  return restore.CheckpointConfig(
+    save=restore.SaveCheckpointConfig(
+      period=period, save_dataset=save_dataset, **save
+    ),
+    restore=restore.RestoreCheckpointConfig(path=initial or [], mode='specific'),
+  )
+
+
+def train_arguments(model_dir, task='tiny_copy', **changes):
+  """Arguments of `train.train` for a run of ten steps.
+
+  Args:
+    model_dir: the run's folder.
+    task: what to train on.
+    **changes: arguments to replace.
+  """
+  return {
+    'model': make_model(),
+    'train_dataset_cfg': dataset_config('train', task, shuffle=True),
+    'train_eval_dataset_cfg': None,
+    'infer_eval_dataset_cfg': None,
+    'checkpoint_cfg': checkpoint_config(),
+    'partitioner': partitioning.PjitPartitioner(
+      num_partitions=1,
+      logical_axis_rules=partitioning.standard_logical_axis_rules(),
+    ),
+    'trainer_cls': functools.partial(
+      trainer.Trainer,
+      learning_rate_fn=learning_rate.create_learning_rate_scheduler(),
+      num_microbatches=None,
+    ),
+    'model_dir': str(model_dir),
+    'total_steps': 10,
+    'eval_steps': 2,
+    'eval_period': 5,
+    'random_seed': 0,
+    'inference_evaluator_cls': functools.partial(
+      seqio.Evaluator, logger_cls=[seqio.TensorBoardLogger, seqio.JSONLogger]
+    ),
+    'summarize_config_fn': lambda model_dir, summary_writer, step: None,
+    **changes,
+  }

@@ -27,6 +27,7 @@ import tensorflow as tf
 from absl import logging
 
 from t5x import (
+  checkpoints,
   data,
   gin_utils,
   inference,
@@ -142,7 +143,7 @@ class InferenceEvaluator:
     seeded = {'train_state': train_state, 'rng': jax.random.PRNGKey(0)}
     metrics, _ = self._evaluator.evaluate(
       compute_metrics=jax.process_index() == 0,
-      step=int(multihost.get_local_data(train_state.step)),
+      step=int(checkpoints.get_local_data(train_state.step)),
       predict_fn=functools.partial(steps['predict_batch'], **seeded),
       predict_with_aux_fn=functools.partial(steps['predict_batch_with_aux'], **seeded),
       score_fn=functools.partial(steps['score_batch'], train_state=train_state),
@@ -326,7 +327,7 @@ def evaluate(
       trainer.train_state = train_state
       trainer.eval({n: batches_of(ds) for n, ds in train_eval_datasets.items()})
     evaluator.evaluate(train_state, initializer.train_state_axes).result()
-    step = int(multihost.get_local_data(train_state.step))
+    step = int(checkpoints.get_local_data(train_state.step))
     multihost.sync(f'evaluated:{step}')
     if jax.process_index() == 0:
       evaluated.add(path)

@@ -37,6 +37,7 @@ import tensorflow as tf
 from absl import logging
 
 from t5x import (
+  checkpoints,
   data,
   gin_utils,
   infer_writer,
@@ -487,7 +488,7 @@ def infer(
     merge_fn=merge_fn if merge_chunked_results else None,
     vocabulary_feature=output_vocab_feature_name,
     saves_position=checkpoint_ds_iter,
-    step=int(multihost.get_local_data(train_state.step)),
+    step=int(checkpoints.get_local_data(train_state.step)),
   )
   for task in seqio.get_subtasks(provider):
     share = f'{shard_id:05}-of-{num_shards:05}'

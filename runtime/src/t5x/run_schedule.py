@@ -13,16 +13,16 @@ from collections.abc import Iterator, Sequence
 class Stop:
   """A step after which training pauses, and what happens there.
 
+  The metrics since the stop before are reported at every stop.
+
   Attributes:
     step: absolute number of steps taken so far.
-    report: the metrics since the last report are written.
     save: a checkpoint is written.
     evaluate: train-eval and infer-eval run.
     collect: Python's garbage collector runs.
   """
 
   step: int
-  report: bool
   save: bool
   evaluate: bool
   collect: bool
@@ -35,7 +35,7 @@ class RunSchedule:
   Attributes:
     total_steps: the absolute step at which the run ends. What has a period also happens
       there, whether or not the period divides it.
-    stats_period: between two reports.
+    stats_period: between two reports of the metrics.
     checkpoint_period: between two checkpoints.
     checkpoint_steps: further steps to save at.
     eval_period: between two evaluations.
@@ -74,7 +74,6 @@ class RunSchedule:
     last = step == self.total_steps
     return Stop(
       step=step,
-      report=due(self.stats_period) or last,
       save=(
         due(self.checkpoint_period)
         or step in self.checkpoint_steps

@@ -31,12 +31,14 @@ from absl import logging
 from clu import metric_writers
 
 from t5x import (
+  checkpoints,
   data,
   data_iterators,
   models,
   multihost,
   partitioning,
   preemption,
+  progress,
   restore,
   run_schedule,
   run_setup,
@@ -295,7 +297,7 @@ def _train_until_done(
       try:
         summary = trainer.train(batches, stop.step - step, start_step=step)
       except trainer_lib.PreemptionError:
-        step = int(multihost.get_local_data(trainer.train_state.step))
+        step = int(checkpoints.get_local_data(trainer.train_state.step))
         logging.info('Asked to stop: saving at step %d.', step)
         saver.save(step)
         break
@@ -370,8 +372,8 @@ def train(
     eval_period: steps between evaluations.
     relative_steps: ends this many steps behind the one the run began at, in place of
       `total_steps`.
-    stats_period: steps between reports of the training metrics. None reports at each
-      evaluation and each checkpoint.
+    stats_period: steps between reports of the training metrics, which are also reported
+      at each evaluation and each checkpoint; None: there only.
     random_seed: of the initial parameters and of dropout; None takes the clock.
     use_hardware_rng: see `run_setup.set_hardware_rng_ops`.
     summarize_config_fn: writes the configuration down.
@@ -464,7 +466,7 @@ def train(
     )
   if train_state is None:
     train_state = initializer.from_scratch(init_key)
-  first_step = int(multihost.get_local_data(train_state.step))
+  first_step = int(checkpoints.get_local_data(train_state.step))
   total_steps = run_setup.last_step(model_dir, first_step, total_steps, relative_steps)
   restore_seconds = time.monotonic() - start
   logging.info(
@@ -489,6 +491,7 @@ def train(
     rng=train_key,
   )
   del train_state  # The trainer gives its memory to the next state.
+  trainer.progress = progress.Progress(total_steps, first_step)
   metrics = trainer.train_metrics_manager
   summarize_config_fn(model_dir, metrics.summary_writer, first_step)
   metrics.write_scalar('timing/init_or_restore_seconds', restore_seconds, first_step)

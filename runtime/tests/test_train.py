@@ -1,0 +1,299 @@
+"""Whole training runs of a tiny model, in this process."""
+
+import functools
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tensorboard.backend.event_processing import event_accumulator
+
+from t5x import checkpoints, partitioning, train, trainer
+
+
+def run(model_dir, **changes):
+  return train.train(**tiny.train_arguments(model_dir, **changes))
+
+
+def assert_equal_states(one, other):
+  jax.tree.map(np.testing.assert_array_equal, one.state_dict(), other.state_dict())
+
+
+def scalars(folder):
+  """{tag: {step: value}} of the TensorBoard files in a folder."""
+  events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
+  events.Reload()
+  return {
+    tag: {
+      event.step: float(event_accumulator.tensor_util.make_ndarray(event.tensor_proto))
+      for event in events.Tensors(tag)
+    }
+    for tag in events.Tags()['tensors']
+    if not tag.startswith('config')
+  }
+
+
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory):
+  """A run of ten steps in one go on a task whose data are random: (folder, state)."""
+  folder = tmp_path_factory.mktemp('whole')
+  step, state = run(
+    folder,
+    task='tiny_noised',
+    train_eval_dataset_cfg=tiny.dataset_config('validation'),
+    infer_eval_dataset_cfg=tiny.dataset_config('validation', pack=False, batch_size=8),
+    stats_period=2,
+    run_eval_before_training=True,
+  )
+  assert step == 10
+  return folder, state
+
+
+def test_a_run_leaves_its_files_behind(whole_run):
+  folder, _ = whole_run
+  assert {'model-info.txt', 'train', 'training_eval', 'inference_eval'} <= set(
+    os.listdir(folder)
+  )
+  assert checkpoints.all_steps(str(folder)) == [0, 5, 10]
+  info = (folder / 'model-info.txt').read_text()
+  assert 'embedding' in info and 'vocab=384' in info
+  assert (folder / 'inference_eval' / 'tiny_copy-metrics.jsonl').exists()
+
+
+def test_it_learns(whole_run):
+  losses = scalars(whole_run[0] / 'training_eval' / 'tiny_copy')
+  by_step = losses['loss_per_nonpadding_target_token']
+  assert by_step[10] < by_step[0] - 0.05
+
+
+def test_everything_happens_at_its_own_period(whole_run):
+  folder, _ = whole_run
+  train_metrics = scalars(folder / 'train')
+  assert list(train_metrics['loss']) == [2, 4, 5, 6, 8, 10]
+  evaluated = scalars(folder / 'training_eval' / 'tiny_copy')
+  assert list(evaluated['loss']) == [0, 5, 10]
+  inferred = scalars(folder / 'inference_eval' / 'tiny_copy')
+  (equal,) = [values for tag, values in inferred.items() if 'equal' in tag]
+  assert list(equal) == [0, 5, 10]
+  assert {'timing/checkpoint_seconds', 'timing/init_or_restore_seconds'} <= set(
+    train_metrics
+  )
+
+
+def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(whole_run, tmp_path):
+  resume = functools.partial(run, tmp_path, task='tiny_noised')
+  step, _ = resume(total_steps=4)
+  assert step == 4
+  step, _ = resume(total_steps=7)
+  assert step == 7
+  step, state = resume()
+  assert step == 10
+  assert_equal_states(state, whole_run[1])
+
+
+def test_periods_do_not_drift_after_a_resume(tmp_path):
+  run(tmp_path, total_steps=3, checkpoint_cfg=tiny.checkpoint_config(period=4))
+  run(tmp_path, checkpoint_cfg=tiny.checkpoint_config(period=4))
+  assert checkpoints.all_steps(str(tmp_path)) == [0, 3, 4, 8, 10]
+
+
+def test_a_finished_run_trains_nothing_and_says_so(whole_run, tmp_path, monkeypatch):
+  folder, state = whole_run
+
+  def fail(*args, **kwargs):
+    raise AssertionError('The finished run was trained or compiled.')
+
+  said = []
+  monkeypatch.setattr(trainer.Trainer, 'train', fail)
+  monkeypatch.setattr(trainer.Trainer, 'compile_train', fail)
+  monkeypatch.setattr(train.logging, 'info', lambda text, *args: said.append(text % args))
+  step, again = run(folder, task='tiny_noised')
+  assert step == 10
+  assert_equal_states(again, state)
+  assert 'Nothing to train: the run is at its last step, 10.' in said
+
+
+def test_a_run_behind_its_end_is_an_error(whole_run):
+  with pytest.raises(ValueError, match='end at step 8, but its checkpoint is at step 10'):
+    run(whole_run[0], task='tiny_noised', total_steps=8)
+
+
+class _Stopper(trainer.BaseAction):
+  """Sends SIGTERM, or asks to stop, when the training has come to a step."""
+
+  def __init__(self, step, by_signal):
+    self.step = step
+    self.by_signal = by_signal
+
+  def run(self, train_state, metrics_by_task):
+    if int(train_state.step) < self.step:
+      return False
+    if self.by_signal:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return not self.by_signal
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole_run, tmp_path):
+  step, _ = run(
+    tmp_path,
+    task='tiny_noised',
+    stats_period=1,
+    concurrent_metrics=False,
+    actions={'TRAIN': [_Stopper(3, by_signal=True)]},
+  )
+  assert step == 3
+  assert checkpoints.all_steps(str(tmp_path)) == [0, 3]
+  step, state = run(tmp_path, task='tiny_noised')
+  assert step == 10
+  assert_equal_states(state, whole_run[1])
+
+
+def test_sigterm_stops_between_two_steps_of_a_stretch(tmp_path):
+  """Not only where metrics are written: a stretch may take many minutes."""
+  killed = []
+
+  class Killing(trainer.Trainer):
+    def _run_step(self, step, *args):
+      if step == 6 and not killed:
+        killed.append(os.kill(os.getpid(), signal.SIGTERM))
+      super()._run_step(step, *args)
+
+  arguments = tiny.train_arguments(tmp_path)
+  arguments['trainer_cls'] = functools.partial(
+    Killing, **arguments['trainer_cls'].keywords
+  )
+  step, state = train.train(**arguments)
+  assert 6 <= step <= 7
+  assert int(state.step) == step
+  assert checkpoints.latest_step(str(tmp_path)) == step
+
+
+def test_an_action_stops_the_run_which_saves(tmp_path):
+  step, _ = run(
+    tmp_path,
+    stats_period=2,
+    concurrent_metrics=False,
+    actions={'TRAIN': [_Stopper(4, by_signal=False)]},
+  )
+  assert step == 4
+  assert checkpoints.latest_step(str(tmp_path)) == 4
+
+
+def test_actions_after_train_eval_run(tmp_path):
+  step, _ = run(
+    tmp_path,
+    train_eval_dataset_cfg=tiny.dataset_config('validation'),
+    actions={'TRAIN_EVAL': [_Stopper(5, by_signal=False)]},
+  )
+  assert step == 5
+
+
+@pytest.mark.parametrize(
+  'actions, message',
+  [({'TRIAN': []}, "Got: 'TRIAN'"), ({'TRAIN': []}, 'concurrent_metrics = False')],
+)
+def test_actions_that_could_not_run_are_refused(tmp_path, actions, message):
+  with pytest.raises(ValueError, match=message):
+    run(tmp_path, actions=actions)
+
+
+def test_relative_steps_count_from_where_the_run_began(tmp_path):
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  run(first, total_steps=3)
+  relative = functools.partial(
+    run,
+    second,
+    checkpoint_cfg=tiny.checkpoint_config(initial=str(first / 'checkpoint_3')),
+    total_steps=0,
+    relative_steps=4,
+  )
+  assert relative()[0] == 7
+  assert relative()[0] == 7  # Started again: it has ended, and does not go on.
+
+
+def test_fine_tuning_starts_from_the_checkpoint_and_then_from_its_own(tmp_path):
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  _, before = run(first, total_steps=3)
+  step, after = run(
+    second,
+    checkpoint_cfg=tiny.checkpoint_config(initial=str(first / 'checkpoint_3')),
+    total_steps=3,
+  )
+  assert step == 3
+  assert_equal_states(before, after)
+
+
+@pytest.mark.parametrize('checkpoint_cfg', ['nothing', 'no period', 'extra steps'])
+def test_saving_is_what_was_asked_for(tmp_path, checkpoint_cfg):
+  config = {
+    'nothing': lambda: tiny.restore.CheckpointConfig(),
+    'no period': lambda: tiny.checkpoint_config(period=None),
+    'extra steps': lambda: tiny.checkpoint_config(
+      period=None, checkpoint_steps=[2, 7]
+    ),
+  }[checkpoint_cfg]()
+  step, _ = run(tmp_path, checkpoint_cfg=config)
+  assert step == 10
+  expected = {'nothing': [], 'no period': [], 'extra steps': [2, 7, 10]}
+  assert checkpoints.all_steps(str(tmp_path)) == expected[checkpoint_cfg]
+
+
+def test_two_starting_points_are_one_too_many(tmp_path):
+  config = tiny.checkpoint_config()
+  config.restore.path = ['/a', '/b']
+  with pytest.raises(ValueError, match="one checkpoint.*'/a', '/b'"):
+    run(tmp_path, checkpoint_cfg=config)
+
+
+def test_a_model_dir_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(OSError, match='model_dir .*/file/run cannot be written'):
+    run(tmp_path / 'file' / 'run')
+
+
+def test_a_batch_that_does_not_divide_is_named(tmp_path):
+  config = tiny.dataset_config('train', batch_size=6)
+  with pytest.raises(ValueError, match='6'):
+    run(tmp_path, train_dataset_cfg=config)
+
+
+def test_a_task_that_does_not_exist_is_named_with_its_neighbour(tmp_path):
+  with pytest.raises(ValueError, match="'tiny_copi'.*tiny_copy"):
+    run(tmp_path, train_dataset_cfg=tiny.dataset_config('train', 'tiny_copi'))
+
+
+def test_model_parallel_runs_reach_the_same_loss(tmp_path):
+  states = [
+    run(
+      tmp_path / str(n),
+      total_steps=3,
+      partitioner=partitioning.PjitPartitioner(
+        num_partitions=n,
+        logical_axis_rules=partitioning.standard_logical_axis_rules(),
+      ),
+      model=tiny.make_model(dropout_rate=0.0),
+    )[1]
+    for n in (1, 4)
+  ]
+  one, four = (state.state_dict()['target'] for state in states)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, four)
+
+
+def test_garbage_is_collected_by_hand_and_by_itself_again(tmp_path, monkeypatch):
+  collected = []
+  monkeypatch.setattr(train.gc, 'collect', lambda: collected.append(train.gc.isenabled()))
+  run(tmp_path, gc_period=5)
+  assert collected == [False, False]
+  assert train.gc.isenabled()
+
+
+def test_without_a_seed_the_run_takes_the_clock(tmp_path):
+  before = jax.config.jax_default_prng_impl
+  try:
+    step, _ = run(tmp_path, random_seed=None, total_steps=1)
+    assert step == 1
+    assert jax.config.jax_default_prng_impl == 'unsafe_rbg'
+  finally:
+    jax.config.update('jax_default_prng_impl', before)
