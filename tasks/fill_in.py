@@ -13,6 +13,7 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import preprocessors, vocabularies
+from tasks.pretrain import data_root
 
 
 @gin.configurable(module='tasks.fill_in', denylist=['split', 'shuffle_files', 'seed'])
@@ -72,3 +73,7 @@ def add_fill_in_task(name: str, corpus_dir: str) -> seqio.Task:
       },
       metric_fns=[],
   )
+
+
+add_fill_in_task('norwegian_fill_in', os.path.join(data_root(), 'no'))
+add_fill_in_task('norwegian_fill_in_mini', os.path.join(data_root(), 'mini'))
