@@ -1,0 +1,211 @@
+"""The layout before Orbax, written on the spot as T5X wrote it."""
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x import checkpoint_formats
+from t5x.lazy_arrays import LazyAwaitableArray
+
+STATE = {
+    'state': {
+        'step': np.int32(7),
+        'param_states': {'enc': {'kernel': {'v_row': np.ones(4, np.float32)}}},
+    },
+    'target': {
+        'enc': {
+            'kernel': np.arange(32, dtype=np.float32).reshape(4, 8),
+            'half': np.arange(8, dtype=jnp.bfloat16),
+        },
+        'bias': np.array([1.5, -2.5], np.float32),  # Not partitioned: in the index.
+    },
+}
+IN_INDEX = {'state/step', 'target/bias', 'state/param_states/enc/kernel/v_row'}
+
+
+def write(folder, state=STATE, version=3, driver='file', old_paths=False):
+  """Writes what T5X's first Checkpointer wrote."""
+  folder.mkdir(parents=True)
+  index = {}
+  for name, value in flax.traverse_util.flatten_dict(state, sep='/').items():
+    if name in IN_INDEX or value is None:
+      index[name] = value
+      continue
+    path = name.replace('/', '.')
+    spec = {
+        'driver': 'zarr',
+        'dtype': value.dtype.name,
+        'kvstore': {'driver': 'file', 'path': str(folder / path) + '/'},
+        'metadata': {
+            'shape': list(value.shape),
+            'chunks': [max(1, n // 2) for n in value.shape],
+            'compressor': {'id': 'gzip', 'level': 1},
+        },
+    }
+    tensorstore.open(spec, create=True).result().write(value).result()
+    spec['kvstore'] = {'driver': driver}
+    if driver == 'gcs':
+      spec['kvstore']['bucket'] = 't5x-dummy-bucket'
+    (spec if old_paths else spec['kvstore'])['path'] = path
+    index[name] = spec
+  tree = flax.traverse_util.unflatten_dict(index, sep='/')
+  contents = {'version': version, 'optimizer': tree}
+  packed = flax.serialization.msgpack_serialize(contents)
+  (folder / 'checkpoint').write_bytes(packed)
+
+
+def assert_equal(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize('driver', ['file', 'gfile', 'gcs'])
+@pytest.mark.parametrize('old_paths', [False, True])
+def test_reads_what_t5x_wrote_wherever_it_was_written(tmp_path, driver, old_paths):
+  write(tmp_path / 'checkpoint_7', driver=driver, old_paths=old_paths)
+  # Paths are relative: the folder may have been moved.
+  moved = (tmp_path / 'checkpoint_7').rename(tmp_path / 'checkpoint_8')
+  assert checkpoint_formats.is_previous_layout(moved)
+  assert_equal(checkpoint_formats.load_t5x_checkpoint(str(moved)), STATE)
+
+
+def test_finds_the_index(tmp_path):
+  for step in (5, 10):
+    write(tmp_path / f'checkpoint_{step}')
+  find = checkpoint_formats.find_checkpoint
+  newest = str(tmp_path / 'checkpoint_10' / 'checkpoint')
+  assert find(tmp_path) == newest
+  assert find(tmp_path, 5) == str(tmp_path / 'checkpoint_5' / 'checkpoint')
+  assert find(tmp_path / 'checkpoint_10') == newest
+  assert find(newest) == newest
+  with pytest.raises(ValueError, match='checkpoint_6'):
+    find(tmp_path, 6)
+  with pytest.raises(ValueError, match='before Orbax'):
+    find(tmp_path / 'nowhere')
+
+
+def test_describes_without_reading(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  (tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0').unlink()
+  tree = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
+  kernel = tree['target']['enc']['kernel']
+  assert (kernel.shape, kernel.dtype, kernel.name) == (
+      (4, 8), np.float32, 'target/enc/kernel'
+  )
+  assert tree['state']['step'] == 7
+
+
+def test_casts_parameters_only(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  state = checkpoint_formats.load_t5x_checkpoint(
+      str(tmp_path), restore_dtype=jnp.bfloat16
+  )
+  assert state['target']['enc']['kernel'].dtype == jnp.bfloat16
+  assert state['target']['bias'].dtype == jnp.bfloat16
+  kept = state['state']['param_states']['enc']['kernel']['v_row']
+  assert kept.dtype == np.float32
+
+
+def test_each_device_reads_its_part(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  kernel = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
+  kernel = kernel['target']['enc']['kernel']
+  mesh = jax.make_mesh((2, 4), ('data', 'model'))
+  for spec in (PartitionSpec(None, 'model'), PartitionSpec('data', 'model'),
+               PartitionSpec()):
+    got = kernel.read(NamedSharding(mesh, spec), jnp.bfloat16)
+    assert got.sharding.spec == spec and got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, STATE['target']['enc']['kernel'])
+
+
+def test_reading_many(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  tree = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
+  flat = flax.traverse_util.flatten_dict(tree, sep='/')
+  seen = []
+
+  def read(name, leaf):
+    seen.append(name)
+    return leaf.read()
+
+  got = checkpoint_formats.read_all(flat, read)
+  assert set(seen) == set(flat) - IN_INDEX
+  assert_equal(flax.traverse_util.unflatten_dict(got, sep='/'), STATE)
+
+
+def test_transformations(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+
+  def rename(saved, wanted):
+    assert wanted == {}
+    return {'target': {'encoder': saved['target']['enc']}}
+
+  load = checkpoint_formats.load_t5x_checkpoint
+  state = load(str(tmp_path), state_transformation_fns=[rename])
+  assert set(state) == {'target'}
+  np.testing.assert_array_equal(
+      state['target']['encoder']['kernel'], STATE['target']['enc']['kernel']
+  )
+  assert 'state' in load(str(tmp_path), state_transformation_fns=[rename], remap=False)
+
+
+def test_lazy_parameters(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  state = checkpoint_formats.load_t5x_checkpoint(
+      str(tmp_path), restore_dtype=jnp.bfloat16, lazy_parameters=True
+  )
+  kernel = state['target']['enc']['kernel']
+  assert isinstance(kernel, LazyAwaitableArray)
+  assert kernel.shape == (4, 8) and kernel.nbytes == 64
+  values = kernel.get()
+  assert values.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(values, STATE['target']['enc']['kernel'])
+  assert state['target']['bias'].get().dtype == jnp.bfloat16
+
+
+def test_states_of_no_optimizer_are_kept_as_none(tmp_path):
+  state = {'state': {'param_states': {'a': None}}, 'target': {'a': np.ones(3)}}
+  write(tmp_path / 'checkpoint_1', state)
+  got = checkpoint_formats.load_t5x_checkpoint(str(tmp_path))
+  assert got['state']['param_states'] == {'a': None}
+
+
+def test_refusals(tmp_path):
+  saved = checkpoint_formats.saved_tree
+  with pytest.raises(ValueError, match='not there'):
+    saved(tmp_path)
+  write(tmp_path / 'checkpoint_1', version=1)
+  with pytest.raises(ValueError, match='version 1'):
+    saved(tmp_path / 'checkpoint_1')
+  index = tmp_path / 'checkpoint_1' / 'checkpoint'
+  write(tmp_path / 'checkpoint_2')
+  whole = (tmp_path / 'checkpoint_2' / 'checkpoint').read_bytes()
+  index.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(ValueError, match='damaged'):
+    saved(index)
+  index.write_text('model_checkpoint_path: "model.ckpt-0"')
+  with pytest.raises(ValueError, match='no index'):
+    saved(index)
+  assert not checkpoint_formats.is_previous_layout(index.parent)
+  assert not checkpoint_formats.is_previous_layout(tmp_path)
+
+  write(tmp_path / 'checkpoint_3', {'target': {'a': np.ones(3, np.uint16)}})
+  with pytest.raises(ValueError, match='uint16'):
+    saved(tmp_path / 'checkpoint_3')
+
+
+def test_damaged_arrays_are_named(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  metadata = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '.zarray'
+  kernel = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0'
+  kernel.write_bytes(b'nonsense')
+  with pytest.raises(ValueError, match="'target/enc/kernel' cannot be read"):
+    checkpoint_formats.load_t5x_checkpoint(str(tmp_path))
+  metadata.unlink()
+  with pytest.raises(ValueError, match='missing or damaged'):
+    checkpoint_formats.load_t5x_checkpoint(str(tmp_path))
