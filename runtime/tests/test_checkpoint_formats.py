@@ -10,6 +10,7 @@ import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x import checkpoint_formats
+from t5x.checkpoint_reading import DamagedCheckpointError, Destination
 from t5x.lazy_arrays import LazyAwaitableArray
 
 STATE = {
@@ -138,6 +139,45 @@ def test_reading_many(tmp_path):
   assert_equal(flax.traverse_util.unflatten_dict(got, sep='/'), STATE)
 
 
+def destination(state=STATE, **kwargs):
+  mesh = jax.make_mesh((2, 4), ('data', 'model'))
+  axes = {'target': {'enc': {'kernel': PartitionSpec(None, 'model')}}}
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+  return Destination(shapes, axes, mesh, **kwargs)
+
+
+def test_a_train_state_is_laid_on_the_mesh(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  wanted = destination(dtype=jnp.bfloat16)
+  state = checkpoint_formats.read_state(tmp_path / 'checkpoint_7', wanted)
+  assert_equal(state, STATE)
+  kernel = state['target']['enc']['kernel']
+  assert kernel.sharding == NamedSharding(wanted.mesh, PartitionSpec(None, 'model'))
+  assert kernel.dtype == state['target']['bias'].dtype == jnp.bfloat16
+  assert state['state']['param_states']['enc']['kernel']['v_row'].dtype == np.float32
+
+
+def test_a_train_state_of_other_names_and_more_parts(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  other = {
+      'state': STATE['state'],
+      'target': {'encoder': STATE['target']['enc'], 'new': np.ones(2, np.float32)},
+  }
+
+  def rename(saved, wanted):
+    assert set(wanted['target']) == {'encoder', 'new'}
+    return {**saved, 'target': {'encoder': saved['target']['enc']}}
+
+  read = checkpoint_formats.read_state
+  with pytest.raises(ValueError, match='lacks 1 of 5 arrays: target/new'):
+    read(tmp_path / 'checkpoint_7', destination(other), [rename])
+  got = read(tmp_path / 'checkpoint_7', destination(other), [rename], other)
+  assert_equal(got, other)
+  other['target']['encoder'] = {**STATE['target']['enc'], 'kernel': np.ones((2, 2))}
+  with pytest.raises(ValueError, match='another model'):
+    read(tmp_path / 'checkpoint_7', destination(other), [rename], other)
+
+
 def test_transformations(tmp_path):
   write(tmp_path / 'checkpoint_7')
 
@@ -186,10 +226,10 @@ def test_refusals(tmp_path):
   write(tmp_path / 'checkpoint_2')
   whole = (tmp_path / 'checkpoint_2' / 'checkpoint').read_bytes()
   index.write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match='damaged'):
+  with pytest.raises(DamagedCheckpointError, match='damaged'):
     saved(index)
   index.write_text('model_checkpoint_path: "model.ckpt-0"')
-  with pytest.raises(ValueError, match='no index'):
+  with pytest.raises(DamagedCheckpointError, match='no index'):
     saved(index)
   assert not checkpoint_formats.is_previous_layout(index.parent)
   assert not checkpoint_formats.is_previous_layout(tmp_path)
@@ -204,8 +244,8 @@ def test_damaged_arrays_are_named(tmp_path):
   metadata = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '.zarray'
   kernel = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0'
   kernel.write_bytes(b'nonsense')
-  with pytest.raises(ValueError, match="'target/enc/kernel' cannot be read"):
+  with pytest.raises(DamagedCheckpointError, match="'target/enc/kernel' cannot"):
     checkpoint_formats.load_t5x_checkpoint(str(tmp_path))
   metadata.unlink()
-  with pytest.raises(ValueError, match='missing or damaged'):
+  with pytest.raises(DamagedCheckpointError, match='missing or damaged'):
     checkpoint_formats.load_t5x_checkpoint(str(tmp_path))

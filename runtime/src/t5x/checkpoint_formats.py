@@ -22,7 +22,8 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from t5x import checkpoints_utils, state_utils
+from t5x import checkpoint_reading, checkpoints_utils, state_utils
+from t5x.checkpoint_reading import DamagedCheckpointError
 from t5x.lazy_arrays import LazyAwaitableArray
 
 INDEX_FILE = 'checkpoint'
@@ -61,12 +62,12 @@ class StoredArray:
           {'driver': 'zarr', 'kvstore': dict(self.kvstore)}, open=True
       ).result()
     except ValueError as error:
-      raise ValueError(
+      raise DamagedCheckpointError(
           f'{self.name!r} cannot be read: its folder {self.kvstore["path"]!r} is '
           f'missing or damaged. {error}'
       ) from error
     if tuple(store.shape) != self.shape:
-      raise ValueError(
+      raise DamagedCheckpointError(
           f'{self.name!r} is of shape {self.shape} in the index and '
           f'{tuple(store.shape)} on disk: the checkpoint is damaged.'
       )
@@ -82,7 +83,7 @@ class StoredArray:
       dtype: what they are cast to; None leaves them.
 
     Raises:
-      ValueError: the files are missing or damaged.
+      DamagedCheckpointError: the files are missing or damaged.
     """
     dtype = self.dtype if dtype is None else jnp.dtype(dtype)
 
@@ -92,7 +93,9 @@ class StoredArray:
       try:
         values = np.asarray(self._store[index].read().result())
       except ValueError as error:
-        raise ValueError(f'{self.name!r} cannot be read: {error}') from error
+        raise DamagedCheckpointError(
+            f'{self.name!r} cannot be read: {error}'
+        ) from error
       return values.astype(dtype, copy=False)
 
     def at(index):
@@ -163,7 +166,8 @@ def saved_tree(index: epath.PathLike) -> dict[str, Any]:
     what stands in the index, or None.
 
   Raises:
-    ValueError: it is no index, or of a version that is not read.
+    ValueError: it is not there, or of a version that is not read.
+    DamagedCheckpointError: it is no index.
   """
   path = epath.Path(index)
   if path.is_dir():
@@ -174,7 +178,7 @@ def saved_tree(index: epath.PathLike) -> dict[str, Any]:
     contents = flax.serialization.msgpack_restore(path.read_bytes())
     version = contents.get('version', 0)
   except (msgpack.exceptions.UnpackException, ValueError, AttributeError) as error:
-    raise ValueError(
+    raise DamagedCheckpointError(
         f'{os.fspath(path)!r} is no index of a T5X checkpoint, or damaged: {error}'
     ) from error
   if version < _OLDEST_VERSION or 'optimizer' not in contents:
@@ -212,6 +216,51 @@ def read_all(
         name: leaf.result() if isinstance(leaf, futures.Future) else leaf
         for name, leaf in pending.items()
     }
+
+
+def read_state(
+    folder: epath.PathLike,
+    destination: checkpoint_reading.Destination,
+    transformations: Sequence[Callable[..., Any]] = (),
+    fallback_state: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """As `checkpoint_reading.read_state`, for this layout.
+
+  Args:
+    folder: `checkpoint_<step>`.
+    destination: what is wanted, and where it goes.
+    transformations: functions of (saved state dict, wanted state dict) that give the
+      saved one under the wanted names; applied in order.
+    fallback_state: state dict for what the checkpoint lacks.
+
+  Returns:
+    Nested dict of arrays, cast and laid on the mesh.
+
+  Raises:
+    ValueError: the checkpoint is of another model.
+    DamagedCheckpointError: it cannot be read.
+  """
+  tree: Any = saved_tree(folder)
+  for transform in transformations:
+    tree = transform(tree, destination.state_dict)
+  available = state_utils.flatten_state_dict(tree)
+  available = {name: leaf for name, leaf in available.items() if leaf is not None}
+  if fallback_state is not None:
+    fallback_state = state_utils.flatten_state_dict(fallback_state)
+  wanted = destination.arrays()
+  chosen = checkpoint_reading.choose(
+      os.fspath(folder), available, wanted, fallback_state
+  )
+
+  def read(name, leaf):
+    return leaf.read(destination.sharding(name), destination.cast(name, leaf.dtype))
+
+  values = {
+      name: value if isinstance(chosen[name], StoredArray)
+      else destination.place(name, value)
+      for name, value in read_all(chosen, read).items()
+  }
+  return checkpoint_reading.assemble(destination, values)
 
 
 def find_checkpoint(path: epath.PathLike, step: int | None = None) -> epath.PathLike:
@@ -265,7 +314,8 @@ def load_t5x_checkpoint(
     The state dict of numpy arrays.
 
   Raises:
-    ValueError: there is no such checkpoint, or it is damaged.
+    ValueError: there is no such checkpoint.
+    DamagedCheckpointError: it is damaged.
   """
   tree = saved_tree(find_checkpoint(path, step))
   for transform in state_transformation_fns if remap else ():
