@@ -34,25 +34,36 @@ class NonFiniteLossError(FloatingPointError):
     )
 
 
-def require_finite(
-    step: int, batch: BatchType, metrics: MetricMapType, folder: str | None
-) -> None:
-  """Checks a step that is done.
+class HealthGuard:
+  """Checks steps in their order, and raises at the first bad one."""
 
-  Args:
-    step: its number.
-    batch: what it was given.
-    metrics: what came out; `loss` and `weight_gradient_norm` are looked at.
-    folder: where to put the batch of a bad step, as
-      `nonfinite_step_<step>[_process_<n>].npz`; None keeps nothing.
+  def __init__(self, folder: str | None):
+    """Says where a bad batch goes.
 
-  Raises:
-    NonFiniteLossError: the step was bad.
-  """
-  watched = jax.device_get([metrics[name] for name in _WATCHED if name in metrics])
-  if all(np.isfinite(x).all() for x in jax.tree.leaves(watched)):
-    return
-  raise NonFiniteLossError(step, _keep(batch, step, folder) if folder else None)
+    Args:
+      folder: gets `nonfinite_step_<step>[_process_<n>].npz`; None keeps nothing.
+    """
+    self._folder = folder
+    self._raised = False
+
+  def check(self, step: int, batch: BatchType, metrics: MetricMapType) -> None:
+    """Checks a step that is done. Behind a bad one all are bad, and pass.
+
+    Args:
+      step: its number.
+      batch: what it was given.
+      metrics: what came out; `loss` and `weight_gradient_norm` are looked at.
+
+    Raises:
+      NonFiniteLossError: the step was bad.
+    """
+    if self._raised:
+      return
+    watched = jax.device_get([metrics[name] for name in _WATCHED if name in metrics])
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(watched)):
+      self._raised = True
+      path = _keep(batch, step, self._folder) if self._folder else None
+      raise NonFiniteLossError(step, path)
 
 
 def _own_rows(array: jax.Array) -> np.ndarray:

@@ -33,7 +33,7 @@ from t5x.actions import (
     TerminateOnNanAction,
 )
 from t5x.feeding import in_step_with_other_hosts, put_on_devices
-from t5x.health import NonFiniteLossError, require_finite
+from t5x.health import HealthGuard, NonFiniteLossError
 from t5x.summaries import MetricsManager
 from t5x.train_step import (
     WeightMetricsComputer,
@@ -163,6 +163,7 @@ class BaseTrainer(abc.ABC):
     self._begun = time.monotonic()
     self._last_stretch: concurrent.futures.Future | None = None
     self._spoilt: NonFiniteLossError | None = None
+    self._guard = HealthGuard(summary_dir)
     self._epilogue = concurrent.futures.ThreadPoolExecutor(1, 'end of stretch')
     self._follower = progress_lib.StepFollower(lambda: self.progress.advance())
     self.progress = progress_lib.Progress()
@@ -209,6 +210,7 @@ class BaseTrainer(abc.ABC):
     with self._state_lock:
       self._train_state = train_state
       self._last_stretch, self._spoilt = None, None
+      self._guard = HealthGuard(self._summary_dir)
 
   def _raise_if_spoilt(self) -> None:
     """Waits for the last stretch; raises if its state is no good."""
@@ -283,9 +285,7 @@ class BaseTrainer(abc.ABC):
     self._train_state, metrics = run(self._train_state, batch)
     check = None
     if self.halt_on_nonfinite_loss:
-      check = functools.partial(
-          require_finite, step, batch, metrics, self._summary_dir
-      )
+      check = functools.partial(self._guard.check, step, batch, metrics)
     try:
       self._follower.launched(metrics, asked, arrived, check)
     except NonFiniteLossError as e:
