@@ -6,6 +6,7 @@ source without telling anyone, so noise that is new in each epoch and yet reprod
 would have to follow the position in the stream, which depends on the number of hosts.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -85,13 +86,17 @@ class CorpusSource(seqio.DataSource):
 
   def list_shards(self, split: str) -> Sequence[str]:
     """The split's files, sorted."""
-    self.description()
+    splits = self.description()['splits']
+    if split not in splits:
+      raise FileNotFoundError(
+        f'The corpus {self.corpus_dir!r} has no split {split!r}. Got: {list(splits)}'
+      )
     pattern = os.path.join(self.corpus_dir, f'{split}-*-of-*.tfrecord')
     files = sorted(tf.io.gfile.glob(pattern))
-    if not files:
+    if len(files) != splits[split]['shards']:
       raise FileNotFoundError(
-        f'The corpus {self.corpus_dir!r} has no split {split!r}. It should have '
-        f'{TRAIN!r} and {VALIDATION!r}: prepare it again.'
+        f'The corpus {self.corpus_dir!r} should have {splits[split]["shards"]} files '
+        f'{split}-*.tfrecord, but has {len(files)}. Prepare it again with --overwrite.'
       )
     return files
 
@@ -233,6 +238,13 @@ class EpochTask(seqio.Task):
         shuffle_buffer_size or self.shuffle_buffer_size, seed=seed
       )
     return examples.prefetch(tf.data.AUTOTUNE)
+
+  def replace(self, **kwargs) -> 'EpochTask':
+    """See `seqio.Task.replace`, which would forget the class."""
+    plain = super().replace(**kwargs)
+    changed = copy.copy(self)
+    changed.__dict__ = plain.__dict__
+    return changed
 
   def _source_of(self, split: str, use_cached: bool):
     if not use_cached:

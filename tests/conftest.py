@@ -35,7 +35,7 @@ def corpus_dir(tmp_path_factory):
   output = folder / 'prepared'
   code = prepare.main([
       '--source=text', f'--input={texts}', f'--output_dir={output}',
-      '--vocab_size=420', '--num_shards=4', '--min_validation_documents=20',
+      '--vocab_size=380', '--num_shards=4', '--min_validation_documents=20',
       '--num_workers=1',
   ])
   assert code == 0

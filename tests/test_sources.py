@@ -1,0 +1,151 @@
+"""Corpora, hosts' shares of them, and epochs."""
+
+import collections
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from bart_t5x import sources
+from bart_t5x.sources import CorpusSource, EpochTask
+
+
+def documents(corpus_dir, hosts=1, **kwargs):
+  """The example ids that each host reads."""
+  shards = [
+    CorpusSource(corpus_dir).get_dataset(
+      shard_info=seqio.ShardInfo(index=i, num_shards=hosts), **kwargs
+    )
+    for i in range(hosts)
+  ]
+  return [[int(d['example_id']) for d in s.as_numpy_iterator()] for s in shards]
+
+
+def test_reads_what_prepare_wrote(corpus_dir):
+  source = CorpusSource(corpus_dir)
+  assert source.splits == ('train', 'validation')
+  for split in source.splits:
+    read = list(source.get_dataset(split, shuffle=False).as_numpy_iterator())
+    assert len(read) == source.num_input_examples(split)
+    for document in read:
+      assert document['tokens'].dtype == np.int32
+      starts = document['sentence_starts']
+      assert starts[0] == 0 and (np.diff(starts) > 0).all()
+      assert starts[-1] < len(document['tokens'])
+
+
+@pytest.mark.parametrize('shuffle', [False, True])
+@pytest.mark.parametrize('hosts', [1, 2, 3, 4, 8])
+def test_p16_hosts_split_the_corpus(corpus_dir, hosts, shuffle):
+  (everything,) = documents(corpus_dir, shuffle=False)
+  assert len(everything) == len(set(everything)) == 280
+  shares = documents(corpus_dir, hosts, shuffle=shuffle, seed=5)
+  assert sorted(sum(shares, [])) == sorted(everything)
+  sizes = [len(share) for share in shares]
+  assert max(sizes) - min(sizes) <= max(4, max(sizes) // 16)
+
+
+def test_files_come_in_the_order_of_the_seed(corpus_dir):
+  orders = [documents(corpus_dir, seed=seed)[0] for seed in (1, 1, 2, 3, 4)]
+  assert orders[0] == orders[1]
+  assert len({tuple(order) for order in orders}) > 1
+  assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(orders[0]))}
+
+
+def test_no_corpus_names_the_command(tmp_path):
+  source = CorpusSource(str(tmp_path / 'absent'))
+  assert source.num_input_examples('train') is None
+  with pytest.raises(FileNotFoundError, match='does not exist.*bart_t5x.prepare'):
+    source.get_dataset()
+
+
+def test_half_a_corpus_is_none(corpus_dir, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(corpus_dir, copy)
+  os.remove(copy / 'corpus.json')
+  with pytest.raises(FileNotFoundError, match='is not complete.*bart_t5x.prepare'):
+    CorpusSource(str(copy)).get_dataset()
+
+
+def test_lost_shards_are_noticed(corpus_dir, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(corpus_dir, copy)
+  os.remove(copy / 'train-00002-of-00004.tfrecord')
+  with pytest.raises(FileNotFoundError, match='4 files.*has 3'):
+    CorpusSource(str(copy)).get_dataset()
+  with pytest.raises(FileNotFoundError, match="no split 'test'"):
+    CorpusSource(corpus_dir).get_dataset('test')
+
+
+def stamp(dataset):
+  """Stands for the preprocessors: what they see, as a feature."""
+
+  def label(document):
+    label = tf.stack([document['example_id'], document['seed'], document['epoch']])
+    return {'targets': label}
+
+  return dataset.map(label)
+
+
+@pytest.fixture(scope='module')
+def task(corpus_dir):
+  return EpochTask(
+    'stamped',
+    source=CorpusSource(corpus_dir),
+    preprocessors=[stamp],
+    output_features={
+      'targets': seqio.Feature(
+        seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.int64
+      )
+    },
+  )
+
+
+def stamps(task, split='train', **kwargs):
+  dataset = task.get_dataset(None, split, **kwargs)
+  return [tuple(e['targets'].tolist()) for e in dataset.as_numpy_iterator()]
+
+
+def test_each_epoch_is_stamped_and_complete(task):
+  seen = stamps(task, shuffle=True, seed=11, num_epochs=3)
+  assert {seed for _, seed, _ in seen} == {11}
+  epochs = collections.Counter(epoch for _, _, epoch in seen)
+  assert epochs == {0: 280, 1: 280, 2: 280}
+  assert len(set(seen)) == 840
+
+
+def test_epochs_come_in_different_orders(task):
+  seen = stamps(task, shuffle=True, seed=11, num_epochs=2)
+  first = [i for i, _, epoch in seen if epoch == 0]
+  second = [i for i, _, epoch in seen if epoch == 1]
+  assert sorted(first) == sorted(second) and first != second
+
+
+def test_evaluation_has_no_epochs_and_one_seed(task):
+  seen = stamps(task, 'validation', shuffle=True, seed=11, num_epochs=2)
+  assert {(seed, epoch) for _, seed, epoch in seen} == {(sources.EVALUATION_SEED, 0)}
+  assert len(seen) == 40
+
+
+def test_no_seed_is_seed_0(task):
+  assert stamps(task, shuffle=True) == stamps(task, shuffle=True, seed=0)
+
+
+def test_caching_is_refused_where_no_step_can_be_cached(task):
+  with pytest.raises(ValueError, match='use_cached=False'):
+    task.get_dataset(None, use_cached=True)
+
+
+def test_a_changed_task_still_stamps(task):
+  changed = task.replace(name='changed')
+  assert isinstance(changed, EpochTask)
+  assert stamps(changed, seed=2, shuffle=False)[0][1:] == (2, 0)
+
+
+def test_corpus_json_is_what_it_says(corpus_dir):
+  with open(os.path.join(corpus_dir, 'corpus.json')) as f:
+    assert CorpusSource(corpus_dir).description() == json.load(f)
