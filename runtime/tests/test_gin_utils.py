@@ -147,7 +147,7 @@ def test_command_line_takes_imports_as_lines(tmp_path):
         ('losses.f.x = 1', None, 'Add `from t5x import losses`'),
         ('STEPS = 1\nfakescript.train.steps = %STEPS', 'STEP = 2', "mean 'STEPS'"),
         ('fakescript.train.steps = %STEPS', None, 'never defined: STEPS'),
-        ('', 'STEPS = /tmp/x', "text keeps quotes"),
+        ('', 'STEPS = /tmp/x', "'STEPS = /tmp/x' cannot be read.*text keeps quotes"),
     ],
 )
 def test_wrong_names_are_refused_with_the_nearest(tmp_path, text, binding, message):

@@ -292,17 +292,20 @@ def apply_command_line(
   applied = []
   try:
     text = ''
-    statements = [s for text in bindings for s in _names_in(text)[0]]
+    statements = []
+    for text in bindings:
+      statements.extend(_names_in(text)[0])
     if not all(isinstance(s, config_parser.BindingStatement) for s in statements):
+      text = '\n'.join(bindings)
       with explained():
-        gin.parse_config(list(bindings), skip_unknown)
+        gin.parse_config(text, skip_unknown)
       return []
     for text in bindings:
-      with explained(f'--gin_bindings {text!r}: '):
+      with explained(f'The binding {text!r}: '):
         applied.extend(_apply(text, skip_unknown))
   except (SyntaxError, tokenize.TokenError) as error:
     raise ValueError(
-        f'--gin_bindings {text!r} cannot be read. Write NAME = VALUE with a Python '
+        f'The binding {text!r} cannot be read. Write NAME = VALUE with a Python '
         "literal, @reference or %MACRO; a text keeps quotes of its own inside the "
         f"shell's: --gin.NAME=\"'text'\". ({error})"
     ) from None
@@ -354,7 +357,7 @@ def check_macros(bindings: Sequence[Binding]) -> None:
   if unused:
     raise ValueError(
         'No gin file uses what the command line sets: '
-        + '; '.join(b.text + did_you_mean(b.scope, used) for b in unused)
+        + '; '.join(f'{b.text!r}.{did_you_mean(b.scope, used)}' for b in unused)
     )
   if unset := sorted(name for name, v in bound.items() if _is_required(v)):
     raise ValueError(
@@ -377,7 +380,12 @@ def _classes_in_use() -> list[gin_config.Configurable]:
 
 
 def _short(selector: str) -> str:
-  return gin_config._REGISTRY.minimal_selector(selector)
+  """The shortest name gin knows a configurable by; of a method with its class."""
+  registry = gin_config._REGISTRY
+  if registry[selector].is_method:
+    owner, _, method = selector.rpartition('.')
+    return f'{registry.minimal_selector(owner)}.{method}'
+  return registry.minimal_selector(selector)
 
 
 def _binds(selector: str, parameters: Iterable[str]) -> bool:
@@ -458,14 +466,14 @@ def check_reached(bindings: Sequence[Binding]) -> None:
     scopes = [r.scopes for r in _references() if r.configurable.selector == target]
     if not scopes:
       raise ValueError(
-          f'--gin_bindings {binding.text!r} has no effect: no other binding refers to '
+          f'The binding {binding.text!r} has no effect: no other binding refers to '
           f'@{_short(target)}.{_subclass_in_use(target)}'
       )
     wanted = binding.scope.split('/') if binding.scope else []
     # A reference with scopes replaces those around it; one without inherits any.
     if all(s and s[: len(wanted)] != wanted for s in scopes):
       raise ValueError(
-          f'--gin_bindings {binding.text!r} has no effect: @{_short(target)} is used '
+          f'The binding {binding.text!r} has no effect: @{_short(target)} is used '
           f'in the scopes {", ".join(sorted("/".join(s) for s in scopes))}.'
           f'{did_you_mean(binding.scope, map("/".join, scopes))}'
       )
