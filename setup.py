@@ -27,6 +27,7 @@ setuptools.setup(
         'msgpack>=1.0',
         'numpy>=2.0',
         'optax>=0.2.8',
+        'sacrebleu>=2.4',
         'safetensors>=0.5',
         'sentencepiece>=0.2.1',
         'seqio>=0.0.20',
@@ -41,6 +42,6 @@ setuptools.setup(
         'hf': ['datasets>=4.0', 'pyarrow>=18'],
         'beam': ['apache-beam>=2.77'],
         'tpu': ['jax[tpu]'],
-        'finetune': ['rouge-score', 'sacrebleu', 'scikit-learn', 'seqeval'],
+        'finetune': ['rouge-score', 'scikit-learn', 'seqeval'],
     },
 )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import seqio
 
-from bart_t5x import noise, preprocessors
+from bart_t5x import metrics, noise, preprocessors
 from bart_t5x.sources import CorpusSource, EpochTask
 from bart_t5x.vocabularies import load_vocabulary
 
@@ -27,7 +27,7 @@ def add_denoising_task(
   corpus_dir: str,
   recipe: noise.Recipe | None = None,
   shuffle_buffer_size: int = SHUFFLE_BUFFER_SIZE,
-  metric_fns: Sequence = (),
+  metric_fns: Sequence = (metrics.reconstruction,),
 ) -> seqio.Task:
   """Registers a seqio task that denoises a prepared corpus.
 
@@ -37,7 +37,7 @@ def add_denoising_task(
     recipe: the noise. None for the one that gin binds (`noise.Recipe`), so that the
       run's gin files decide.
     shuffle_buffer_size: examples from which the next one is drawn.
-    metric_fns: for evaluation by generation.
+    metric_fns: for evaluation by generation, of decoded texts.
 
   Returns:
     The task, with features `inputs`, `targets` and `targets_noised`.
