@@ -57,7 +57,7 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
     self, ds: tf.data.Dataset, packed_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
     if self.pack and not self._use_custom_packing_ops:
-      return pack_first_fit(ds, packed_lengths)
+      return pack_first_fit(ds, packed_lengths, WINDOW, OPEN_ROWS)
     return super()._pack_or_pad(ds, packed_lengths)
 
 
@@ -83,8 +83,8 @@ class _NoisedFeatureConverter(BartFeatureConverter):
 def pack_first_fit(
   ds: tf.data.Dataset,
   lengths: Mapping[str, int],
-  window: int = WINDOW,
-  open_rows: int = OPEN_ROWS,
+  window: int,
+  open_rows: int,
 ) -> tf.data.Dataset:
   """Packs examples into rows of fixed lengths, each into the first row with room.
 

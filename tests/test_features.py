@@ -1,0 +1,232 @@
+"""The feature converter: what it adds, and that packing loses and mixes nothing."""
+
+import collections
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from bart_t5x import features
+from bart_t5x.features import BartFeatureConverter
+
+
+def examples(count, longest=40, seed=3, noised=True):
+  """Examples whose tokens are all different, so that each slot can be traced."""
+  random = np.random.default_rng(seed)
+  made, token = [], 10
+  for _ in range(count):
+    size = int(random.integers(2, longest))
+    targets = np.arange(token, token + size, dtype=np.int32)
+    inputs = targets[random.random(size) < 0.8]
+    codes = random.integers(1, 4, size).astype(np.int32)
+    token += size
+    made.append({'inputs': inputs, 'targets': targets})
+    if noised:
+      made[-1]['targets_noised'] = codes
+  return made
+
+
+def dataset(made):
+  spec = {k: tf.TensorSpec([None], tf.int32) for k in made[0]}
+  return tf.data.Dataset.from_generator(lambda: iter(made), output_signature=spec)
+
+
+def converted(made, lengths, pack=True, converter=BartFeatureConverter):
+  ds = converter(pack=pack)(dataset(made), lengths)
+  return list(ds.as_numpy_iterator())
+
+
+def unpacked(rows):
+  """The examples that lie in the rows, by their first target token."""
+  found = {}
+  for row in rows:
+    for segment in range(1, row['decoder_segment_ids'].max() + 1):
+      at = {s: row[f'{s}_segment_ids'] == segment for s in ('encoder', 'decoder')}
+      example = {
+        'inputs': row['encoder_input_tokens'][at['encoder']],
+        'targets': row['decoder_target_tokens'][at['decoder']],
+        'decoder_inputs': row['decoder_input_tokens'][at['decoder']],
+        'weights': row['decoder_loss_weights'][at['decoder']],
+        'positions': row['decoder_positions'][at['decoder']],
+        'encoder_positions': row['encoder_positions'][at['encoder']],
+      }
+      if 'decoder_targets_noised' in row:
+        example['codes'] = row['decoder_targets_noised'][at['decoder']]
+      assert example['targets'][0] not in found
+      found[int(example['targets'][0])] = example
+  return found
+
+
+@pytest.mark.parametrize('noised', [True, False])
+@pytest.mark.parametrize(('count', 'window'), [(1, 4), (7, 4), (200, 4), (200, 64)])
+def test_packing_loses_and_mixes_nothing(count, window, noised, monkeypatch):
+  monkeypatch.setattr(features, 'WINDOW', window)
+  made = examples(count, noised=noised)
+  rows = converted(made, {'inputs': 64, 'targets': 64})
+  found = unpacked(rows)
+  assert len(found) == count
+  for example in made:
+    got = found[int(example['targets'][0])]
+    size = len(example['targets'])
+    np.testing.assert_array_equal(got['inputs'], example['inputs'])
+    np.testing.assert_array_equal(got['targets'], example['targets'])
+    # P3: the decoder sees the start token and then the targets.
+    np.testing.assert_array_equal(got['decoder_inputs'], [0, *example['targets'][:-1]])
+    # P2: each target counts.
+    np.testing.assert_array_equal(got['weights'], np.ones(size))
+    np.testing.assert_array_equal(got['positions'], np.arange(size))
+    np.testing.assert_array_equal(
+      got['encoder_positions'], np.arange(len(example['inputs']))
+    )
+    if noised:
+      np.testing.assert_array_equal(got['codes'], example['targets_noised'])
+
+
+def test_p02_padding_carries_no_weight():
+  for pack in (True, False):
+    for row in converted(examples(30), {'inputs': 64, 'targets': 64}, pack):
+      real = row['decoder_target_tokens'] != 0
+      np.testing.assert_array_equal(row['decoder_loss_weights'], real)
+      np.testing.assert_array_equal(row['decoder_targets_noised'] != 0, real)
+
+
+@pytest.mark.parametrize('pack', [True, False])
+def test_p18_shapes_are_static(pack):
+  lengths = {'inputs': 48, 'targets': 64}
+  ds = BartFeatureConverter(pack=pack)(dataset(examples(20)), lengths)
+  for name, spec in ds.element_spec.items():
+    assert spec.shape == [48 if name.startswith('encoder') else 64], name
+    assert spec.dtype == tf.int32
+
+
+def test_without_codes_it_is_the_stock_converter():
+  made = examples(50, noised=False)
+  lengths = {'inputs': 64, 'targets': 64}
+  ours = converted(made, lengths, pack=False)
+  stock = converted(made, lengths, False, seqio.EncDecFeatureConverter)
+  for a, b in zip(ours, stock, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
+  packed = BartFeatureConverter(pack=True)(dataset(made), lengths)
+  stock = seqio.EncDecFeatureConverter(pack=True)(dataset(made), lengths)
+  assert packed.element_spec == stock.element_spec
+
+
+def test_with_codes_it_only_adds():
+  made = examples(50)
+  lengths = {'inputs': 64, 'targets': 64}
+  ours = converted(made, lengths, pack=False)
+  stock = converted(made, lengths, False, seqio.EncDecFeatureConverter)
+  for a, b in zip(ours, stock, strict=True):
+    assert set(a) - set(b) == {'decoder_targets_noised'}
+    for name in b:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+def first_fit(sizes, caps):
+  """The plain algorithm: rows of (used inputs, used targets, examples)."""
+  rows = []
+  for i, size in enumerate(sizes):
+    for row in rows:
+      if all(u + s <= c for u, s, c in zip(row[0], size, caps, strict=True)):
+        break
+    else:
+      row = ([0, 0], [])
+      rows.append(row)
+    row[0][0] += size[0]
+    row[0][1] += size[1]
+    row[1].append(i)
+  return [row[1] for row in rows]
+
+
+def test_it_is_first_fit():
+  made = examples(300, longest=60)
+  lengths = {'inputs': 50, 'targets': 64}
+  firsts = {int(e['targets'][0]): i for i, e in enumerate(made)}
+  rows = features.pack_first_fit(
+    dataset(made), {**lengths, 'targets_noised': 64}, window=300, open_rows=1000
+  )
+  got = []
+  for row in rows.as_numpy_iterator():
+    begins = row['targets'][(row['targets_positions'] == 0) & (row['targets'] > 0)]
+    got.append([firsts[int(token)] for token in begins])
+  sizes = [(len(e['inputs']), len(e['targets'])) for e in made]
+  assert got == first_fit(sizes, (50, 64))
+
+
+def test_rows_close_in_turn():
+  # 40 and 30 do not fit together: with two open rows the third closes the first.
+  made = [
+    {'inputs': np.ones(1, np.int32), 'targets': np.full(n, n, np.int32)}
+    for n in (40, 41, 42, 10, 11)
+  ]
+  rows = features.pack_first_fit(
+    dataset(made), {'inputs': 64, 'targets': 64}, window=1, open_rows=2
+  )
+  got = [collections.Counter(r['targets'].tolist()) for r in rows.as_numpy_iterator()]
+  assert got == [
+    {40: 40, 0: 24}, {41: 41, 10: 10, 11: 11, 0: 2}, {42: 42, 0: 22}
+  ]
+
+
+def lognormal_examples(mean, spread, count):
+  random = np.random.default_rng(1)
+  sizes = np.clip(np.exp(random.normal(mean, spread, count)), 4, 1024).astype(int)
+  for size in sizes:
+    size = int(size)
+    yield {
+      'inputs': np.ones(int(size * 0.82), np.int32),
+      'targets': np.ones(size, np.int32),
+    }
+
+
+@pytest.mark.parametrize(('mean', 'spread'), [(3.3, 0.6), (5.0, 0.8), (5.5, 1.0)])
+def test_rows_are_97_percent_full(mean, spread):
+  made = list(lognormal_examples(mean, spread, 3000))
+  rows = features.pack_first_fit(
+    dataset(made),
+    {'inputs': 1024, 'targets': 1024},
+    features.WINDOW,
+    features.OPEN_ROWS,
+  )
+  full = [(row['targets'] > 0).mean() for row in rows.as_numpy_iterator()]
+  # The rows at the end of the data are as full as it happens.
+  assert np.mean(full[:-2]) > 0.97
+
+
+def test_p17_packing_resumes_within_a_window(tmp_path):
+  made = examples(400)
+
+  def rows():
+    spec = {k: tf.TensorSpec([None], tf.int32) for k in made[0]}
+    ragged = {k: tf.ragged.constant([e[k] for e in made], dtype=tf.int32) for k in spec}
+    ds = tf.data.Dataset.from_tensor_slices(ragged)
+    ds = ds.map(lambda e: {k: tf.convert_to_tensor(v) for k, v in e.items()})
+    return BartFeatureConverter(pack=True)(ds, {'inputs': 64, 'targets': 64})
+
+  iterator = iter(rows())
+  for _ in range(37):
+    next(iterator)
+  path = tf.train.Checkpoint(iterator=iterator).write(str(tmp_path / 'state'))
+  want = [{k: v.numpy() for k, v in row.items()} for row in iterator]
+  resumed = iter(rows())
+  tf.train.Checkpoint(iterator=resumed).read(path)
+  got = list(resumed)
+  assert len(got) == len(want) > 30
+  for a, b in zip(got, want, strict=True):
+    for name in b:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_longer_examples_than_the_rows_are_refused():
+  with pytest.raises(tf.errors.InvalidArgumentError, match='length'):
+    converted(examples(20), {'inputs': 64, 'targets': 16})
+
+
+def test_an_empty_dataset_gives_no_rows():
+  made = examples(1)
+  ds = dataset(made).take(0)
+  rows = BartFeatureConverter(pack=True)(ds, {'inputs': 64, 'targets': 64})
+  assert list(rows) == []
