@@ -19,8 +19,8 @@ import tqdm
 
 from bart_t5x import (
   corpora,
+  documents,
   output_folder,
-  sentences,
   shards,
   spool,
   tokenization,
@@ -65,9 +65,8 @@ def build(
   """
   path = os.path.join(folder, 'documents.zst')
   with _step('Reading the source'):
-    documents = _progress(source.documents(), 'documents')
     kept = spool.collect(
-      documents,
+      _progress(source.documents(), 'documents'),
       path,
       settings['validation_share'],
       settings['min_validation_documents'],
@@ -104,16 +103,16 @@ def build(
 
 
 def _check_size(kept: spool.Spool, settings: Mapping[str, Any]) -> None:
-  documents = kept.counts.documents
+  found = kept.counts.documents
   held_out = settings['min_validation_documents']
-  if not documents:
+  if not found:
     raise CorpusTooSmall(
       f'The source holds no text: {kept.counts.empty} documents, all of them empty. '
       'Check --input, --field and --unit.'
     )
-  if documents < 2 * held_out:
+  if found < 2 * held_out:
     raise CorpusTooSmall(
-      f'The source holds {documents} different documents, and {held_out} are to be '
+      f'The source holds {found} different documents, and {held_out} are to be '
       f'held out for validation and at least as many to be trained on. Use more text, '
       'cut it into more documents (--unit=line), or hold out fewer with '
       '--min_validation_documents.'
@@ -240,12 +239,12 @@ def _cores() -> int:
   return os.cpu_count() or 1
 
 
-def _batches(documents: Iterable[tuple[int, bytes]]) -> Iterator[Batch]:
+def _batches(texts: Iterable[tuple[int, bytes]]) -> Iterator[Batch]:
   batch: Batch = []
   size = 0
-  for document in documents:
-    batch.append(document)
-    size += len(document[1])
+  for digest, text in texts:
+    batch.append((digest, text))
+    size += len(text)
     if size >= _BATCH_BYTES:
       yield batch
       batch, size = [], 0
@@ -296,7 +295,7 @@ class Worker:
   def tokenize(self, batch: Batch) -> dict[str, Part]:
     """Records of a batch by split; a split without a document has no entry."""
     texts = [text.decode('utf-8') for _, text in batch]
-    encoded = sentences.encode_documents(self._tokenizer, texts)
+    encoded = documents.encode(self._tokenizer, texts)
     rows: dict[str, list] = {spool.TRAIN: [], spool.VALIDATION: []}
     for (digest, text), (ids, starts) in zip(batch, encoded):
       content = shards.example(

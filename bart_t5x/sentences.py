@@ -1,100 +1,110 @@
 """Where Norwegian sentences begin, bokmål and nynorsk, as offsets into the text.
 
 The text is never changed: cut at the offsets and joined again it is the same, for the
-white space before a sentence belongs to that sentence. Imports nothing heavy.
+white space before a sentence belongs to that sentence.
+
+Rules rather than a model: a stop ends a sentence unless what stands before it
+(abbreviation, ordinal, initial, the number of a heading) or behind it (a small letter)
+says otherwise. Measured on the 300 cases written by hand in tests/data/sentences_no.tsv
+(62 of them nynorsk), boundaries right and cases without a fault:
+
+    method                                          precision  recall    F1  cases
+    a regular expression: [.!?], white space            0.465   0.870 0.606  45.3 %
+    the same, a capital or a digit follows              0.572   0.859 0.687  62.7 %
+    blingfire 0.1.8                                     0.731   0.766 0.748  74.0 %
+    pysbd 0.3.4, Danish (it has no Norwegian)           0.729   0.821 0.772  72.7 %
+    sentence-splitter 1.4, Norwegian                    0.740   0.880 0.804  77.3 %
+    sentencex 1.0, Danish (better than its Norwegian)   0.794   0.837 0.815  78.7 %
+    these rules, before they had seen the cases         0.978   0.984 0.981  97.7 %
+    these rules                                         1.000   1.000 1.000   100 %
+
+The last line is no estimate, the rules were mended on these cases; the one before is a
+kind one, since rules and cases have the same author. In running text the faults that
+remain are mostly headings without a stop that run into what follows ("Kapittel 2 § 4").
+About 13 MB/s on one core.
 """
 
 import re
-from collections.abc import Sequence
-
-import numpy as np
-
-from bart_t5x import tokenization
 
 # Abbreviations that want a continuation: what follows belongs to the same sentence.
 _BINDING = frozenset(
   """
-  adj. adm. adr. adv. afd. alm. anm. ang. ank. anl. ant. apr. arb. arr. art. ass. atl.
-  aug. avd. avg. avh. avl. avs. bd. begr. besl. best. betegn. bl.a. blg. boktr. cand.
-  ca. cf. chr. cirk. d.v.s. dep. des. det. dim. dir. disp. distr. div. do. dr. dvs. eg.
-  ekskl. eks. eksp. el. elekt. eng. et.al. ev. evt. f.eks. f.o.m. fa. feb. febr. ff.
-  fhv. fig. fmk. fom. forb. fork. forts. forv. foss. fot. fr. fre. frk. fung. fv. fyl.
-  gen. gj. gml. gnr. gr. grl. hebr. hen. henv. hhv. hpl. hr. hrr. hum. i.e. if. ifm.
-  ift. ifb. iht. ikr. incl. ing. inkl. innb. inst. instr. int. internasj. isl. istf. ital.
-  jamf. jan. jf. jfr. jnr. jr. juss. kand. kap. kfr. kgl. kl. kols. komm. konst. kons.
-  kpl. kpt. kst. lat. ldn. lic. likn. lnr. lør. loddr. m.a. mag. man. maks. maskin.
-  mat. mdl. medd. mek. merk. mht. mht. mia. mil. min. moh. mots. mrk. mspr. mus. muh.
-  ndf. nedf. nno. nob. no. nom. nor. nov. nr. nyno. o.v.f. obj. obs. off. okt. oms.
-  omtr. ons. oppg. oppl. opr. oppr. osbl. ovenn. overf. overs. ovf. p.g.a. pag. part.
-  pga. ph. pk. pkt. pl. pol. port. post. pr. pref. prem. pres. prof. prop. prov. prs.
-  pst. psyk. rad. red. ref. reg. regj. rel. rep. res. resp. riksmål. rskr. rt. s.k. saml.
-  seksj. sekr. sen. sept. skr. smh. smst. sms. sml. spes. sp. spm. sst. st. stip. str.
-  stud. subj. subst. sup. søn. t.d. t.eks. tab. tekn. temp. tidl. tils. tirs. tlf. tom.
-  tors. ty. tv. t.o.m. tr. u.a. ubest. ult. utg. uttr. v. vb. vedk. vedl. vg. vgs. vha.
-  vis. vit. vol. ø. ønh. øv. åg. årg. årh. st.meld. st.prp. ot.prp. innst. dok. meld.
-  dnr. bnr. fnr. snr. mva.nr. org.nr. kontonr. postnr. husnr. refnr. sgt. løytn. maj.
-  obl. gt. hl. skt. sta. fru. sivilark. siv.ing. siv.øk. cand.jur. cand.med. cand.mag.
-  cand.philol. cand.real. dr.philos. dr.med. dr.ing. ph.d. adv.fullm. h.r.adv. o.r.sakf.
-  gl. vest. aust. nord. sør. lign. ng. sign. sek. tilsv. vår. dvs.: s. ss. sp. l. f.
-  mosjøkl. jul. overing. underdir. ekspedisjonssj. statsadv. univ. rådm. ordf. varaordf.
-  sekt. fakult. inf. mnd. mill.kr. m.h.t. m.t.p. i.f.t. v.h.a. i.h.t. i.f.m. d.s. d.s.s.
+  adm. adr. alm. ang. ank. anm. ann. apr. arr. art. asst. aug. avd. avg. avl. bd.
+  bl.a. bnr. ca. cand. cand.jur. cand.mag. cand.med. cand.philol. cand.real. chr.
+  d.v.s. dep. dir. div. dok. dr. dr.ing. dr.med. dr.philos. dvs. ed. eks. ekskl. el.
+  eng. etg. ev. evt. f. f.eks. f.o.m. feb. febr. fhv. fig. fork. forts. fr. frk. gen.
+  gml. gnr. gt. hhv. hl. hr. hrr. i.f.m. i.f.t. i.h.t. iflg. ifm. ift. iht. ikr. ing.
+  inkl. innb. innst. inst. instr. jamf. jan. jf. jfr. jnr. kand. kap. kapt. kfr. kgl.
+  kl. komm. kons. kpt. lic. lnr. løytn. m.a. m.h.t. mag. maj. maks. medd. meld. mht.
+  mots. mrk. nov. nr. o.fl. obs. off. okt. omg. oms. omtr. ons. oppl. org.nr. orig.
+  ot.prp. overs. p.g.a. pag. par. pga. ph.d. pk. pkt. pl. postnr. pr. pres. prof.
+  prop. prp. red. ref. regj. res. resp. rt. s. sekr. sept. sgt. sign. siv.ing. siv.øk.
+  skt. sml. smst. sp. spm. ss. st. st.meld. st.prp. sta. stip. str. stud. søn. t.d.
+  t.o.m. tab. tekn. tidl. tilsv. tirs. tlf. tors. u.a. utg. v. v.h.a. vedl. vha. vol.
+  vs. årg. årh. øv.
   """.split()
 )
-# Those of them that are words too, and may well end a sentence as such.
-_BINDING_WORDS = frozenset(
-  'det. el. eg. des. do. fot. if. int. man. min. nor. port. post. sen. tom. vest. aust. '
-  'nord. sør. vis. vår. fru. mil. mat. rad. ty. post. part. sta. best. jul. pol. mus. '
-  'disp. fig. gen. no. st. v. f. l. res. sek. ref. til. riksmål. hl. inf.'.split()
-) - {'st.', 'hl.', 'fig.', 'v.', 'f.', 'l.', 'ref.', 'no.'}
+# Those of them that are words too, and then end a sentence as any word does.
+_ALSO_WORDS = frozenset(
+  'ann. art. eks. el. fork. ing. komm. maks. off. par. pres. red. ref. res. sp. '
+  'tab.'.split()
+)
 # Abbreviations that may stand last: they end a sentence before a capital letter.
 _CLOSING = frozenset(
   """
-  osv. o.s.v. osb. o.s.b. etc. o.l. o.l ol. m.m. m.fl. mfl. m.v. mv. m.a.o. f.kr. e.kr.
-  fvt. evt. a.s. a/s. as. d.y. d.e. d.eld. d.yngre. kr. mill. mrd. mia. stk. o.a. s.d.
-  p.t. pt. e.l. d.å. d.m. e.kl. o.dl. o.fl. o.m.a. e.d. og l. sen. jr. sr. mm. cm. km.
-  kg. gr. hg. dl. cl. ml. kvm. km. km/t. kw. kwh. prom. dag. tim. sek. mva. inc. ltd.
-  co. corp. i.a. b.nr. u.d. u.s.a. usa. e.v.t. m.o.h. moh. mnd. daa. fm. em. e.m. f.m.
-  a.m. p.m. cit. loc.cit. op.cit. ibid. passim. ff. flg. fl. plur. mask. fem. nøytr.
+  a.m. a.s. cm. co. corp. d.d. d.e. d.y. d.å. daa. e.kr. e.l. e.m. em. etc. f.kr. f.m.
+  ff. fl. flg. fm. fvt. inc. jr. kg. km. kr. ltd. m.fl. m.m. m.o.h. m.v. mfl. mill.
+  mm. mnd. moh. mrd. mv. o.a. o.l. o.s.b. o.s.v. osb. osv. p.m. p.t. sek. sr. stk.
+  tim. u.d. usa.
   """.split()
-) - {'evt.', 'dag.', 'ff.'}
+)
 _MONTHS = frozenset(
-  'januar februar mars april mai juni juli august september oktober november desember '
-  'january february marts maj juny july october december decembre novbr oktbr sept '
-  'jan feb febr mar apr jun jul aug sep okt nov des'.split()
+  'januar februar mars marts april mai maj juni juli august september oktober october '
+  'november desember december'.split()
 )
-# Nouns that an ordinal stands before with a capital letter.
+# Nouns that an ordinal stands before, with a capital letter.
 _ORDINAL_NOUNS = frozenset(
-  'mosebok mosebog kongebok samuelsbok krønikebok korinterbrev timoteusbrev johannesbrev '
-  'petersbrev peters tessalonikerbrev verdenskrig verdenskrigen verdskrig verdskrigen '
-  'divisjon juledag påskedag pinsedag søndag søndagen adventssøndag januar'.split()
+  'divisjon johannesbrev juledag kongebok korinterbrev krønikebok mosebok mosebog '
+  'petersbrev påskedag pinsedag samuelsbok tessalonikerbrev timoteusbrev verdenskrig '
+  'verdskrig'.split()
 )
-# Words that begin a sentence far more often than a name does.
+# Words that, with a capital letter, begin a sentence far more often than a name.
 _STARTERS = frozenset(
   """
-  Alle Allerede Alt Andre Att At Av Bare Begge Berre Både Da Der Derfor Dermed Dersom
-  Desse Dessuten Det Dette Dei De Den Denne Deretter Difor Disse Du Då Eg Ei Ein En Enkelte
-  Er Et Etter Etterpå Fleire Flere For Forresten Fordi Fra Frå Før Ha Han Hans Har Hen
-  Hennar Hennes Her Hjå Ho Hos Hun Hva Hvem Hver Hvis Hvor Hvordan Hvorfor Ikke Ikkje
-  Imidlertid Ingen Ingenting I Jeg Kan Kanskje Kor Korleis Kva Kvar Kven Kvifor Man Mange
-  Med Medan Mellom Men Mens Mot Må Mine Nei Noen Noko Nokon Nå Når No Og Også Om Ordet Over
-  Per På Samtidig Selv Siden Sidan Sjå Sjølv Skal Slik Slike Som Så Til Tross Under Uten Utan
-  Ved Vi Vil Være Vår Våre Å Åtte Inn Ja Jo Jau
+  Alle Allerede Alt Andre At Av Bare Begge Berre Både Da De Dei Den Denne Der Deretter
+  Derfor Dermed Dersom Desse Dessuten Det Dette Difor Disse Du Då Eg Ei Ein En Er Et
+  Etter Fleire Flere For Fordi Fra Frå Før Ha Han Hans Har Hen Hennar Hennes Her Ho
+  Hos Hun Hva Hvem Hver Hvis Hvor Hvordan Hvorfor I Ikke Ikkje Imidlertid Ingen Ja Jau
+  Jeg Jo Kan Kanskje Kor Korleis Kva Kvar Kven Kvifor Man Mange Med Medan Mellom Men
+  Mens Mot Må Nei No Noen Noko Nokon Nå Når Og Også Om Over På Samtidig Selv Sidan
+  Siden Sjå Sjølv Skal Slik Slike Som Så Til Tross Under Utan Uten Ved Vi Vil Vår Våre
   """.split()
-) - {'Per'}
+)
+# What a paragraph sign stands behind where it refers to a paragraph, and does not
+# head one: "etter § 4", "veglova § 4", "første ledd, § 4".
+_REFERENCE = re.compile(
+  r'.*(?:[,;(/]|lov(?:en|a|as|ens)?|forskrift(?:en|a|ens)?|konvensjonen)|\d+|jfr?\.|cf\.|'
+  r'alle|av|både|eller|enn|er|etter|for|fra|frå|før|gjelder|gjeld|i|med|mot|når|og|'
+  r'om|også|på|samt|se|sjå|som|til|under|ved|ledd|første|andre|annet|tredje|ny|nye',
+  re.IGNORECASE,
+)
 # What may stand before a number at the head of a heading: "§ 4. Om …".
 _HEADING = re.compile(
   r'\s*(?:[«"(\[]\s*)?'
-  r'(?:(?:§§?|kapittel|kapitel|kap\.|artikkel|art\.|del|punkt|pkt\.|nr\.|vedlegg|bok|avsnitt|'
-  r'post|steg|trinn|tabell|figur|side|paragraf)\s*)?'
-  r'(?:\d+(?:[-.]\d+)*\s?[a-zæøå]?|[ivxlc]+|[a-zæøå])\.(?:\s*[\d]+(?:[-.]\d+)*\.)?',
+  r'(?:(?:§§?|kapittel|kapitel|kap\.|artikkel|art\.|del|punkt|pkt\.|nr\.|vedlegg|bok|'
+  r'avsnitt|post|trinn|tabell|figur|fig\.|paragraf)\s*)?'
+  r'(?:\d+(?:[-.]\d+)*\s?[a-zæøå]?|[ivxlc]+|[a-zæøå])\.',
   re.IGNORECASE,
 )
 _CLOSERS = '»"”“’\')\\]'
 _OPENERS = '«"“”„‘\'(\\['
 # A stop that white space follows, or the last character of a line without one.
-_CANDIDATE = re.compile(rf'[.!?…]+[{_CLOSERS}]*(?=\s)|[^\s.!?…](?=[^\S\n]*\n)')
+# (A run of stops is looked at once, not from each of its stops: it may be long.)
+_CANDIDATE = re.compile(
+  rf'(?<![.!?…])[.!?…]++[{_CLOSERS}]*+(?=\s)|[^\s.!?…](?=[^\S\n]*+\n)'
+)
 # White space, then what may open a sentence, then its first telling character.
-_NEXT = re.compile(rf'(\s+)((?:[{_OPENERS}]|[–—•*·-]+\s*)*)(\w+|§|\S)')
+_NEXT = re.compile(rf'(\s++)((?:[{_OPENERS}]|[–—•*·-]++\s*+)*+)(\w++|§|\S)')
 _BLANK_LINE = re.compile(r'\n[^\S\n]*\n')
 _LIST_ITEM = re.compile(r'[•*·–—-]|\d+[.)]|[a-zæøå]\)|§')
 # A line that ends like this goes on in the next.
@@ -139,60 +149,24 @@ def split_sentences(text: str) -> list[str]:
   return [text[a:b] for a, b in zip(starts, [*starts[1:], None])]
 
 
-def encode_documents(
-  tokenizer: tokenization.Tokenizer, texts: Sequence[str]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-  """Token ids of documents, and at which tokens their sentences begin.
-
-  Documents are encoded whole; the tokens' lengths in bytes then say where each begins.
-  A sentence whose beginning lies inside a token begins with the next one (the
-  tokenizers trained here have no such token: theirs never reach from a character over
-  the white space behind it).
-
-  Args:
-    tokenizer: one that loses nothing.
-    texts: documents.
-
-  Returns:
-    For each document int32 ids [n] and int32 offsets [s] into them, strictly
-    increasing, the first 0; both empty for an empty text.
-
-  Raises:
-    ValueError: the tokens do not add up to the text.
-  """
-  lengths = tokenizer.byte_lengths
-  documents = []
-  for text, ids in zip(texts, tokenizer.encode_batch(texts)):
-    ids = np.array(ids, np.int32)
-    ends = np.cumsum(lengths[ids], dtype=np.int64)
-    pieces = [len(piece.encode('utf-8')) for piece in split_sentences(text)]
-    if sum(pieces) != (ends[-1] if ids.size else 0):
-      raise ValueError(
-        f'The tokenizer does not keep the text: {ends[-1] if ids.size else 0} of its '
-        f'{sum(pieces)} bytes are in the tokens of {text[:60]!r}…'
-      )
-    begins = np.cumsum([0, *pieces[:-1]])
-    starts = np.unique(np.searchsorted(ends - lengths[ids], begins))
-    documents.append((ids, starts[starts < ids.size].astype(np.int32)))
-  return documents
-
-
 def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
   """Whether a sentence that began at `start` ends where `match` does."""
   space, opener, word = following.groups()
   stop = match.group()
-  if '\n' in space:
+  new_line = '\n' in space
+  if new_line:
     if _BLANK_LINE.search(space):
       return True
     if stop[0] not in '.!?…':
       return _line_ends(text, start, match.end(), following)
   if word[0].islower():
-    return bool(opener) and '\n' in space and opener[0] in '•*·'
+    # An item of a list, its letter small; but not the rest of what someone says.
+    return new_line and bool(opener) and opener[0] in '•*·-–'
   if not (word[0].isalnum() or word[0] == '§'):
     return False
   if stop[0] != '.' or stop.startswith('..'):
     return True
-  return _full_stop_ends(text, start, match.start() + 1, opener, word)
+  return _full_stop_ends(text, start, match.start() + 1, following)
 
 
 def _line_ends(text: str, start: int, end: int, following: re.Match) -> bool:
@@ -205,52 +179,59 @@ def _line_ends(text: str, start: int, end: int, following: re.Match) -> bool:
   return last.lower() not in _OPEN_ENDS
 
 
-def _full_stop_ends(text: str, start: int, end: int, opener: str, word: str) -> bool:
+def _full_stop_ends(text: str, start: int, end: int, following: re.Match) -> bool:
   """Whether a single full stop, just before `end`, is the end of its sentence.
 
   Args:
     text: the document.
     start: where the sentence began.
     end: offset behind the full stop.
-    opener: quotes, brackets and dashes before the next word.
-    word: the next word, which begins with a capital letter, a digit or §.
+    following: of `_NEXT`: a word that begins with a capital letter, a digit or §.
   """
+  _, opener, word = following.groups()
   words = text[max(start, end - 60) : end].split()
   last = words[-1].lstrip('«"“”„‘\'([–—-')
   before = words[-2] if len(words) > 1 else ''
-  starter = word in _STARTERS
-  # The number or letter that a heading or an item of a list begins with.
-  if end - start < 40 and (heading := _HEADING.match(text, start, end)):
-    if heading.end() == end:
-      return False
   bare = last[:-1]
+  if end - start < 40:
+    # The number or letter that a heading or an item of a list begins with.
+    heading = _HEADING.match(text, start, end)
+    if heading and heading.end() == end:
+      return False
+  if before in ('§', '§§') and len(words) > 2 and not _REFERENCE.fullmatch(words[-3]):
+    return False
   if bare.isdigit():
-    return _number_ends(bare, before, opener, word, starter)
-  if len(bare) == 1 and bare.isalpha():
-    if bare.isupper():  # an initial, or "vitamin C."
-      return starter and not before[:1].isupper()
-    return last.lower() not in _BINDING or (starter and not word[0].isdigit())
-  lower = last.lower()
-  if lower in _CLOSING:
-    return not word[0].isdigit()
-  if lower in _BINDING:
-    return lower in _BINDING_WORDS and not word[0].isdigit()
-  if '.' in bare and all(part.isalpha() for part in bare.split('.')):
-    # H.K.H. Kronprinsen, J.R.R. Tolkien; but o.m.k. Det er ...
-    return starter or not bare.replace('.', '').isupper()
-  return True
+    ordinal_follows = word[0].isdigit() and text.startswith('.', following.end())
+    return not ordinal_follows and _number_ends(bare, before, opener, word)
+  if bare.isalpha() and len(bare) == 1 and bare.isupper():  # an initial, "vitamin C."
+    return word in _STARTERS and not before[:1].isupper()
+  return _word_ends(last, word)
 
 
-def _number_ends(
-  number: str, before: str, opener: str, word: str, starter: bool
-) -> bool:
+def _number_ends(number: str, before: str, opener: str, word: str) -> bool:
   """Whether "17." ends a sentence, or is the ordinal number of what follows."""
   if len(number) > 2 or opener:
     return True
   if word.lower() in _MONTHS or word.lower() in _ORDINAL_NOUNS:
     return False
-  if word[0].isdigit():  # 3. 4. og 5. klasse; 17. 5. 1814
-    return False
-  if before.lower() in ('den', 'dei', 'de', 'til', 'fra', 'frå'):
-    return starter
+  if before.lower() in ('den', 'dei', 'de'):
+    return word in _STARTERS
   return True
+
+
+def _word_ends(last: str, word: str) -> bool:
+  """Whether the full stop of `last` ends a sentence, or only abbreviates it."""
+  number_follows = word[0].isdigit()
+  parts = last[:-1].split('.')
+  if len(parts) > 1 and parts[0].isalpha() and len(parts[0]) == 1:
+    if parts[0].isupper():  # H.K.H. Kronprinsen, P.Chr. Asbjørnsen
+      return word in _STARTERS
+  lower = last.lower()
+  if lower in _CLOSING:
+    return not number_follows
+  if lower in _BINDING:
+    return lower in _ALSO_WORDS and word in _STARTERS
+  if len(parts[0]) == 1 and len(parts) == 1:  # "bokstav a."
+    return not number_follows
+  # Storgt. 5: streets are abbreviated as they please.
+  return not (number_follows and lower.endswith('gt.'))

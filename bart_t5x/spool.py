@@ -14,20 +14,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from bart_t5x import documents
+
 TRAIN = 'train'
 VALIDATION = 'validation'
 
 _HEADER = struct.Struct('<QI')
 _READ_SIZE = 1 << 20
-
-
-def digest(text: bytes) -> int:
-  """63 bits of a document's BLAKE2b hash: its id, a non-negative int64.
-
-  Two of 100 million documents collide with a probability of 0.05 %; one of them is
-  then taken for a duplicate.
-  """
-  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'big') >> 1
 
 
 class DigestSet:
@@ -110,12 +103,12 @@ def _exactly(stream, size: int) -> bytes:
 
 
 def collect(
-  documents: Iterable[str], path: str, share: float, at_least: int
+  texts: Iterable[str], path: str, share: float, at_least: int
 ) -> Spool:
   """Reads a source to its end.
 
   Args:
-    documents: the source.
+    texts: the source's documents.
     path: of the file to write.
     share: of the documents that goes to validation.
     at_least: documents that go there, should the share be fewer: those with the
@@ -132,12 +125,12 @@ def collect(
   smallest: list[int] = []  # a heap of the negated `at_least` smallest digests
   total = hashlib.sha256()
   with open(path, 'xb') as f, zstandard.ZstdCompressor(1).stream_writer(f) as out:
-    for document in documents:
-      if not document or document.isspace():
+    for text in texts:
+      if not text or text.isspace():
         counts.empty += 1
         continue
-      text = document.encode('utf-8')
-      value = digest(text)
+      text = text.encode('utf-8')
+      value = documents.digest(text)
       if not seen.add(value):
         counts.duplicates += 1
         continue
