@@ -1,0 +1,241 @@
+"""Documents into pieces, pieces into examples, text into ids."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from bart_t5x import noise, preprocessors, vocabularies
+
+
+def oracle_cuts(size, starts, room):
+  """Whole sentences as long as they fit; one that is too long is cut when full."""
+  cuts = [0]
+  while cuts[-1] < size:
+    fitting = [e for e in [*starts, size] if cuts[-1] < e <= cuts[-1] + room]
+    cuts.append(max(fitting, default=cuts[-1] + room))
+  return cuts
+
+
+# size, sentence starts, room, cuts
+CUTS_BY_HAND = [
+  (10, [0, 4, 7], 10, [0, 10]),
+  (10, [0, 4, 7], 9, [0, 7, 10]),
+  (10, [0, 4, 7], 6, [0, 4, 10]),
+  (10, [0, 4, 7], 4, [0, 4, 7, 10]),
+  # The sentence from 4 to 10 is cut at 7, its rest is with the next one.
+  (12, [0, 4, 10], 5, [0, 4, 9, 12]),
+  (7, [0], 3, [0, 3, 6, 7]),
+  (1, [0], 1, [0, 1]),
+  (0, [], 5, [0]),
+]
+
+
+@pytest.mark.parametrize(('size', 'starts', 'room', 'want'), CUTS_BY_HAND)
+def test_cuts_by_hand(size, starts, room, want):
+  starts = tf.constant(starts, tf.int32)
+  cuts = preprocessors.cut_points(tf.constant(size), starts, room)
+  assert cuts.numpy().tolist() == want == oracle_cuts(size, starts.numpy(), room)
+
+
+def documents(count=60, longest=90):
+  random = np.random.default_rng(4)
+  for i in range(count):
+    size = i if i < 5 else int(random.integers(1, longest))
+    cuts = random.integers(0, size, size // 6) if size else []
+    yield {
+      'tokens': random.integers(5, 300, size).astype(np.int32),
+      'sentence_starts': np.unique([*([0] if size else []), *cuts]).astype(np.int32),
+      'example_id': 2**40 + i,
+      'seed': 7,
+      'epoch': 3,
+    }
+
+
+def as_dataset(made):
+  scalar, vector = tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int32)
+  return tf.data.Dataset.from_generator(
+    lambda: iter(made),
+    output_signature={
+      'tokens': vector, 'sentence_starts': vector, 'example_id': scalar,
+      'seed': scalar, 'epoch': scalar,
+    },
+  )
+
+
+@pytest.mark.parametrize('length', [5, 12, 40, 100])
+def test_pieces_are_the_document(length):
+  made = list(documents())
+  lengths = {'inputs': 9, 'targets': length}
+  pieces = preprocessors.split_documents(as_dataset(made), lengths)
+  pieces = iter(list(pieces.as_numpy_iterator()))
+  for document in made:
+    tokens, starts = document['tokens'], document['sentence_starts']
+    cuts = oracle_cuts(len(tokens), starts, length - 2)
+    for number, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+      piece = next(pieces)
+      np.testing.assert_array_equal(piece['tokens'], tokens[a:b])
+      # P11: sentences, and so noise, begin anew with a piece.
+      inside = {0, *(s - a for s in starts if a <= s < b)}
+      assert piece['sentence_starts'].tolist() == sorted(inside)
+      assert piece['piece'] == number
+      assert piece['example_id'] == document['example_id']
+      assert (piece['seed'], piece['epoch']) == (7, 3)
+  assert next(pieces, None) is None
+
+
+@pytest.fixture(scope='module')
+def features(corpus_dir):
+  vocabulary = vocabularies.load_vocabulary(corpus_dir)
+  return {k: seqio.Feature(vocabulary) for k in ('inputs', 'targets')}
+
+
+def denoised(features, made, lengths, recipe=None):
+  pieces = preprocessors.split_documents(as_dataset(made), lengths)
+  examples = preprocessors.denoise(pieces, lengths, features, recipe)
+  return list(examples.as_numpy_iterator())
+
+
+def test_denoise_is_the_noise_of_each_piece(features):
+  lengths = {'inputs': 64, 'targets': 64}
+  recipe = noise.Recipe(random_ratio=0.2, whole_words=True)
+  ids = noise.Ids.of(features['targets'].vocabulary)
+  made = list(documents(30))
+  pieces = preprocessors.split_documents(as_dataset(made), lengths)
+  examples = denoised(features, made, lengths, recipe)
+  for piece, example in zip(pieces, examples, strict=True):
+    seed = preprocessors.piece_seed(piece)
+    want = noise.corrupt(
+      piece['tokens'], piece['sentence_starts'], seed, recipe, ids, 64
+    )
+    np.testing.assert_array_equal(example['inputs'], want.source)
+    np.testing.assert_array_equal(example['targets'], want.target)
+    np.testing.assert_array_equal(example['targets_noised'], want.codes)
+    assert example['dropped'] == 0
+    assert len(example['inputs']) <= 64 and len(example['targets']) <= 64
+
+
+@pytest.mark.parametrize('field', ['seed', 'epoch', 'example_id'])
+def test_p15_other_noise_for_another(features, field):
+  lengths = {'inputs': 100, 'targets': 100}
+  made = list(documents(40))
+  other = [{**d, field: d[field] + 1} for d in made]
+  first, again, changed = (
+    denoised(features, m, lengths, noise.Recipe()) for m in (made, made, other)
+  )
+  for a, b in zip(first, again, strict=True):
+    np.testing.assert_array_equal(a['inputs'], b['inputs'])
+  long = [i for i, e in enumerate(first) if len(e['targets']) > 20]
+  same = [first[i]['inputs'].tolist() == changed[i]['inputs'].tolist() for i in long]
+  assert len(long) > 20 and not any(same)
+  for a, b in zip(first, changed, strict=True):
+    np.testing.assert_array_equal(a['targets'], b['targets'])
+
+
+def test_p15_pieces_of_a_document_have_noise_of_their_own(features):
+  tokens = np.tile(np.arange(10, 48, dtype=np.int32), 6)
+  starts = np.arange(0, len(tokens), 38).astype(np.int32)
+  document = {'tokens': tokens, 'sentence_starts': starts, 'example_id': 1}
+  made = [{**document, 'seed': 2, 'epoch': 0}]
+  examples = denoised(features, made, {'inputs': 44, 'targets': 40}, noise.Recipe())
+  assert len(examples) == 6
+  assert len({tuple(e['targets'].tolist()) for e in examples}) == 1
+  assert len({tuple(e['inputs'].tolist()) for e in examples}) == 6
+
+
+def test_piece_seeds_do_not_collide():
+  grid = np.stack(np.meshgrid(*[np.arange(24)] * 3), -1).reshape(-1, 3)
+  seeds = preprocessors.piece_seed({
+    'seed': tf.constant(grid[:, 0], tf.int64),
+    'epoch': tf.constant(grid[:, 1], tf.int64),
+    'piece': tf.constant(grid[:, 2], tf.int64),
+    'example_id': tf.zeros(len(grid), tf.int64),
+  }).numpy()
+  # The streams of one piece are the next few numbers.
+  streams = seeds[1][:, np.newaxis] + np.arange(8)
+  assert len(np.unique(streams)) == streams.size
+
+
+def test_p18_noise_that_outgrows_the_encoder_refuses_to_start(features):
+  lengths = {'inputs': 100, 'targets': 128}
+  with pytest.raises(ValueError, match='sources of up to 1[01].* encoder takes 100'):
+    denoised(features, [], lengths, noise.Recipe())
+  growing = noise.Recipe(insert_ratio=0.5)
+  with pytest.raises(ValueError, match='outgrow|up to'):
+    denoised(features, [], {'inputs': 128, 'targets': 128}, growing)
+  assert denoised(features, [], {'inputs': 192, 'targets': 128}, growing) == []
+
+
+@pytest.mark.parametrize('lengths', [None, {}, {'targets': 9}, {'inputs': 9}])
+def test_lengths_must_be_known(features, lengths):
+  with pytest.raises(ValueError, match='TASK_FEATURE_LENGTHS'):
+    preprocessors.split_documents(as_dataset([]), lengths)
+
+
+def test_targets_must_hold_a_token():
+  with pytest.raises(ValueError, match='at least 3'):
+    preprocessors.split_documents(as_dataset([]), {'inputs': 9, 'targets': 2})
+
+
+def tokenized(features, texts, lengths=None):
+  ds = tf.data.Dataset.from_tensor_slices(texts)
+  return list(
+    preprocessors.tokenize_for_bart(ds, features, lengths).as_numpy_iterator()
+  )
+
+
+def test_text_is_tokenized_as_in_pre_training(features):
+  vocabulary = features['inputs'].vocabulary
+  texts = {'inputs': ['Barna på fjorden.', ''], 'targets': ['snø', 'ærlig sjø']}
+  for i, example in enumerate(tokenized(features, texts)):
+    for name in ('inputs', 'targets'):
+      want = [1, *vocabulary.encode(texts[name][i]), 2]
+      assert example[name].tolist() == want
+      assert example[name].dtype == np.int32
+      assert example[f'{name}_pretokenized'].decode() == texts[name][i]
+      assert example[f'{name}_truncated'] == 0
+
+
+def test_long_text_keeps_its_end(features):
+  texts = {'inputs': ['fjord og snø og sjø og huset'], 'targets': ['sjø']}
+  (example,) = tokenized(features, texts, {'inputs': 6, 'targets': 60})
+  (whole,) = tokenized(features, texts)
+  assert example['inputs'].tolist() == [*whole['inputs'][:5], 2]
+  assert example['inputs_truncated'] == len(whole['inputs']) - 6
+  assert example['targets'].tolist() == whole['targets'].tolist()
+
+
+def test_features_that_are_no_text_pass(features):
+  ds = tf.data.Dataset.from_tensors({'inputs': 'sjø', 'targets': [5, 6], 'label': 3})
+  (example,) = preprocessors.tokenize_for_bart(ds, features).as_numpy_iterator()
+  assert example['targets'].tolist() == [5, 6] and example['label'] == 3
+
+
+def test_a_vocabulary_without_a_start_token_is_refused():
+  features = {'inputs': seqio.Feature(seqio.ByteVocabulary())}
+  with pytest.raises(ValueError, match="<s> for feature 'inputs'"):
+    tokenized(features, {'inputs': ['a']})
+
+
+def test_every_field_of_the_recipe_acts(features):
+  lengths = {'inputs': 200, 'targets': 100}
+  changes = {
+    'permute_ratio': 0.0, 'permute_last': False, 'infill_ratio': 0.1, 'span_mean': 6.0,
+    'insertions': False, 'replace_length': -1, 'whole_words': True, 'overlap': True,
+    'mask_ratio': 0.1, 'delete_ratio': 0.1, 'insert_ratio': 0.1, 'random_ratio': 0.5,
+    'rotate_probability': 0.5,
+  }
+  fields = {field.name for field in dataclasses.fields(noise.Recipe)}
+  assert fields == {*changes, 'merge_adjacent'}
+  made = [d for d in documents(20) if len(d['sentence_starts']) > 2]
+  base = noise.Recipe()
+  recipes = [base, *(dataclasses.replace(base, **{k: v}) for k, v in changes.items())]
+  overlap = dataclasses.replace(base, overlap=True)
+  recipes.append(dataclasses.replace(overlap, merge_adjacent=True))
+  results = [
+    tuple(t for e in denoised(features, made, lengths, r) for t in e['inputs'].tolist())
+    for r in recipes
+  ]
+  assert len(set(results)) == len(results)
