@@ -6,6 +6,7 @@ import shutil
 import types
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from flax.linen import partitioning as flax_partitioning
 
 from t5x import (
+    checkpoint_manager,
     checkpoints,
     checkpoints_utils,
     optimizers,
@@ -594,11 +596,82 @@ def resume_without_checkpoint(folder):
   )
 
 
-def test_tensorflow_checkpoints_are_refused(tmp_path):
-  (tmp_path / 'model.ckpt-10.index').write_text('')
-  cfg = restore_cfg(tmp_path / 'model.ckpt-10', mode='specific')
-  with pytest.raises(ValueError, match='convert_tf_checkpoint'):
-    initializer().from_checkpoint([cfg])
+def write_previous_layout(folder, state):
+  """An index of the layout before Orbax, with all arrays in it."""
+  folder.mkdir(parents=True)
+  tree = jax.tree.map(np.asarray, state.state_dict())
+  (folder / 'checkpoint').write_bytes(
+      flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+  )
+
+
+def test_the_previous_layout_is_read_by_the_same_means(tmp_path):
+  saved = state_at(10)
+  write_previous_layout(tmp_path / 'checkpoint_10', saved)
+  assert_equal(resume(tmp_path)[0], saved)
+  for path in ('checkpoint_10', 'checkpoint_10/checkpoint'):
+    cfg = restore_cfg(tmp_path / path, mode='specific')
+    assert_equal(initializer().from_checkpoint([cfg]), saved)
+  renamed, _ = resume(
+      tmp_path,
+      initializer(net=OTHER_HEAD),
+      assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
+  )
+  np.testing.assert_array_equal(renamed.params['lm_head'], saved.params['head'])
+  # A run goes on from it in the new layout.
+  _, manager = resume(tmp_path, save=save_cfg())
+  assert manager.all_steps() == [10]
+  manager.save(state_at(20))
+  manager.close()
+  assert_equal(resume(tmp_path)[0], state_at(20))
+
+
+def test_a_damaged_checkpoint_of_the_previous_layout_is_passed_over(tmp_path):
+  write_previous_layout(tmp_path / 'checkpoint_10', state_at(10))
+  write_previous_layout(tmp_path / 'checkpoint_20', state_at(20))
+  index = tmp_path / 'checkpoint_20' / 'checkpoint'
+  index.write_bytes(index.read_bytes()[:100])
+  assert_equal(resume(tmp_path)[0], state_at(10))
+
+
+def test_tensorflow_checkpoints_go_to_the_importer(tmp_path, monkeypatch):
+  saved = state_at(10)
+  got = []
+
+  def read(state_dict, path, *, strict, translator):
+    assert state_dict.keys() == saved.state_dict().keys()
+    got.append((path, strict, translator))
+    return jax.tree.map(np.asarray, saved.state_dict())
+
+  monkeypatch.setattr(
+      checkpoint_manager.checkpoint_importer, 'restore_from_t5_checkpoint', read
+  )
+  for step in (5, 10):
+    (tmp_path / f'model.ckpt-{step}.index').write_text('')
+  (tmp_path / 'checkpoint').write_text(
+      'model_checkpoint_path: "model.ckpt-10"\n'
+      'all_model_checkpoint_paths: "model.ckpt-5"\n'
+      'all_model_checkpoint_paths: "model.ckpt-10"\n'
+  )
+  path = str(tmp_path / 'model.ckpt-10')
+  for cfg in (
+      restore_cfg(path, mode='specific', strict=False),
+      restore_cfg(tmp_path, dtype='bfloat16'),
+  ):
+    state = initializer().from_checkpoint([cfg])
+  assert got == [(path, False, None), (path, True, None)]
+  assert state.params['wi'].dtype == jnp.bfloat16
+  assert state.params['wi'].sharding.shard_shape((16, 32)) == (4, 16)
+  every = initializer().from_checkpoints([restore_cfg(tmp_path, mode='all')])
+  assert [p for _, p in every] == [str(tmp_path / f'model.ckpt-{s}') for s in (5, 10)]
+  with pytest.raises(ValueError, match='Convert it first'):
+    initializer().from_checkpoint([restore_cfg(path, mode='specific',
+                                               state_transformation_fns=[len])])
+  start = initializer()
+  checkpoints.Checkpointer(
+      start.global_train_state_shape, start._partitioner, str(tmp_path / 'new')
+  ).convert_from_tf_checkpoint(path)
+  assert_equal(resume(tmp_path / 'new')[0], saved)
 
 
 def test_model_info(tmp_path):

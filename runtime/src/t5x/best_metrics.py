@@ -1,21 +1,39 @@
 """Metrics that a run wrote for TensorBoard, by step: to tell the best checkpoints."""
 
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
+from tensorboard.compat.proto import event_pb2
+from tensorboard.util import tensor_util
+
+
+def _events(file: epath.Path) -> Iterator[event_pb2.Event]:
+  """Events in a file of TFRecords; ends where a writer stopped in mid-record.
+
+  A record is a length of 8 bytes, 4 bytes of checksum, the content, 4 of checksum.
+  TensorBoard's own loader would import TensorFlow for it.
+  """
+  with file.open('rb') as source:
+    while len(header := source.read(12)) == 12:
+      (length,) = struct.unpack('<Q', header[:8])
+      content = source.read(length)
+      if len(content) < length or len(source.read(4)) < 4:
+        return
+      yield event_pb2.Event.FromString(content)
 
 
 def _scalars(folder: epath.Path, tag: str) -> dict[int, float]:
   """All values of a tag in a folder's event files; of one step, the last written."""
-  # TensorBoard takes a second to import, and few runs rank their checkpoints.
-  from tensorboard.backend.event_processing import event_file_loader
-  from tensorboard.util import tensor_util
-
   values = {}
   for file in sorted(folder.glob('*tfevents*')):
-    for event in event_file_loader.EventFileLoader(str(file)).Load():
+    for event in _events(file):
       for value in event.summary.value:
-        if value.tag == tag and value.HasField('tensor'):
+        if value.tag != tag:
+          continue
+        if value.HasField('simple_value'):
+          values[event.step] = value.simple_value
+        elif value.HasField('tensor'):
           array = tensor_util.make_ndarray(value.tensor)
           if array.size == 1:
             values[event.step] = float(array.item())

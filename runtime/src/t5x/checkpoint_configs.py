@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -151,6 +152,17 @@ class CheckpointConfig:
   restore: RestoreCheckpointConfig | None = None
 
 
+def _tensorflow_checkpoints(folder: epath.Path) -> list[str]:
+  """Prefixes that TensorFlow's list of checkpoints in a folder names, oldest first."""
+  listing = folder / 'checkpoint'
+  if not listing.is_file():
+    return []
+  names = re.findall(
+      r'^all_model_checkpoint_paths: "(.*)"$', listing.read_text(), re.MULTILINE
+  )
+  return [os.path.join(folder, name) for name in names]
+
+
 def _checkpoints_in(folder: str) -> list[str]:
   """Paths of the checkpoints in a folder, oldest first.
 
@@ -163,16 +175,14 @@ def _checkpoints_in(folder: str) -> list[str]:
         f"'{folder}' is no folder; modes 'latest' and 'all' of RestoreCheckpointConfig "
         'look for checkpoints in a folder.'
     )
-  if checkpoints_utils.is_checkpoint_name(path.name) and not any(
-      checkpoints_utils.all_steps(folder)
-  ):
+  steps = checkpoints_utils.all_steps(folder)
+  if not steps and checkpoints_utils.is_checkpoint_name(path.name):
     raise ValueError(
         f"'{folder}' is a checkpoint; modes 'latest' and 'all' of "
         "RestoreCheckpointConfig take the folder around it. Set mode = 'specific'."
     )
-  return [
-      os.fspath(checkpoints_utils.get_checkpoint_dir(folder, step))
-      for step in checkpoints_utils.all_steps(folder)
+  return _tensorflow_checkpoints(path) or [
+      os.fspath(checkpoints_utils.get_checkpoint_dir(folder, step)) for step in steps
   ]
 
 

@@ -21,6 +21,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from t5x import (
+    checkpoint_formats,
+    checkpoint_importer,
     checkpoint_reading,
     checkpoint_retention,
     checkpoint_utils,
@@ -28,6 +30,7 @@ from t5x import (
     dataset_checkpoint,
     save_schedule,
 )
+from t5x.lazy_arrays import LazyArray
 
 STATE_ITEM = checkpoint_reading.STATE_ITEM
 DATASET_ITEM = 'dataset'
@@ -74,6 +77,7 @@ def _mend(error: BaseException) -> str:
 def step_of(train_state: Any) -> int:
   """The step of a train state, as a Python int."""
   step = train_state.step
+  step = step.get() if isinstance(step, LazyArray) else step
   return int(step.addressable_data(0) if isinstance(step, jax.Array) else step)
 
 
@@ -268,7 +272,10 @@ class OrbaxCheckpointManagerInterface:
     if step in self.all_steps():
       logging.info('%s exists and is not written again.', folder)
       return False
-    state_dict = train_state.state_dict()
+    state_dict = _map_named(
+        lambda _, x: x.get() if isinstance(x, LazyArray) else x,
+        train_state.state_dict(),
+    )
     infos = self._parameter_infos(train_state)
     for transform in state_transformation_fns:
       state_dict, infos = transform(state_dict, infos)
@@ -381,6 +388,8 @@ class OrbaxCheckpointManagerInterface:
       raise ValueError(f'Give a step or a path to restore, not both ({step}, {path}).')
     if path is not None:
       folder = epath.Path(path)
+      if folder.name == checkpoint_formats.INDEX_FILE and folder.is_file():
+        folder = folder.parent
     else:
       step = checkpoints_utils.latest_step(self._directory) if step is None else step
       folder = self._folder(step) if step is not None else self._directory
@@ -423,23 +432,29 @@ class OrbaxCheckpointManagerInterface:
     if lazy_parameters:
       raise ValueError('lazy_parameters=True, but Orbax reads arrays at once.')
     folder = self._folder_to_restore(step, path)
-    if not (folder / STATE_ITEM).is_dir():
+    if (folder / STATE_ITEM).is_dir():
+      reader, position = checkpoint_reading, folder / DATASET_ITEM
+    elif (folder / checkpoint_formats.INDEX_FILE).exists():
+      reader, position = checkpoint_formats, folder
+    else:
       raise checkpoint_reading.DamagedCheckpointError(
-          f"'{folder}' has no folder '{STATE_ITEM}': it is no Orbax checkpoint of T5X, "
-          'or damaged.'
+          f"'{folder}' has neither a folder '{STATE_ITEM}' nor a file "
+          f"'{checkpoint_formats.INDEX_FILE}': it is no checkpoint of T5X, or damaged."
       )
-    destination = checkpoint_reading.Destination(
+    state_dict = reader.read_state(
+        folder, self._destination(), state_transformation_fns, fallback_state
+    )
+    if self._dataset_iterator is not None:
+      self._restore_position(position)
+    return self._train_state.restore_state(state_dict)
+
+  def _destination(self) -> checkpoint_reading.Destination:
+    return checkpoint_reading.Destination(
         self._train_state.state_dict(),
         self._partitioner.get_mesh_axes(self._train_state).state_dict(),
         self._partitioner.mesh,
         self._restore_dtype,
     )
-    state_dict = checkpoint_reading.read_state(
-        folder, destination, state_transformation_fns, fallback_state
-    )
-    if self._dataset_iterator is not None:
-      self._restore_position(folder / DATASET_ITEM)
-    return self._train_state.restore_state(state_dict)
 
   def _restore_position(self, folder: epath.Path):
     try:
@@ -456,19 +471,21 @@ class OrbaxCheckpointManagerInterface:
   def restore_from_tf_checkpoint(
       self, path_or_dir: str, strict: bool = True, translator: Any = None
   ) -> Any:
-    """Refused: checkpoints of Mesh TensorFlow are not read.
+    """Restores a T5 that was trained with Mesh TensorFlow.
 
     Args:
-      path_or_dir: the checkpoint.
-      strict: unused.
-      translator: unused.
+      path_or_dir: a folder or the prefix `.../model.ckpt-<step>`.
+      strict: whether a variable that this model has not is an error.
+      translator: rules for the names; None for those of T5 and T5 1.1.
+
+    Returns:
+      The train state, sharded over the partitioner's mesh.
 
     Raises:
-      ValueError: always.
+      ValueError: it is of another model.
     """
-    del strict, translator
-    raise ValueError(
-        f"'{path_or_dir}' is a TensorFlow checkpoint, which this runtime does not "
-        "read. Convert it once with google-research/t5x's "
-        'scripts/convert_tf_checkpoint.py.'
+    destination = self._destination()
+    tree = checkpoint_importer.restore_from_t5_checkpoint(
+        destination.state_dict, path_or_dir, strict=strict, translator=translator
     )
+    return self._train_state.restore_state(_map_named(destination.place, tree))

@@ -59,7 +59,7 @@ def remove_checkpoint_dir(ckpt_dir: str):
     return
   logging.info('Removing %s.', ckpt_dir)
   folder = epath.Path(ckpt_dir)
-  if not os.fspath(folder).startswith('gs://'):  # There, renaming copies.
+  if checkpoints_utils.renames_at_once(folder):
     folder = folder.rename(folder.parent / (DELETING_PREFIX + folder.name))
   folder.rmtree()
 

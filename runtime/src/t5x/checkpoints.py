@@ -14,6 +14,7 @@ import numpy as np
 
 from t5x import checkpoints_utils
 from t5x.best_metrics import populate_metrics_for_steps
+from t5x.checkpoint_formats import find_checkpoint, load_t5x_checkpoint
 from t5x.checkpoint_manager import CheckpointSaveError, OrbaxCheckpointManagerInterface
 from t5x.checkpoint_reading import DamagedCheckpointError
 from t5x.checkpoints_utils import (
@@ -29,6 +30,7 @@ from t5x.dataset_checkpoint import (
     DatasetArgs,
     DatasetCheckpointHandler,
 )
+from t5x.lazy_arrays import LazyArray, LazyAwaitableArray, LazyThreadPoolArray
 
 __all__ = [
     'CheckpointManagerConstructor',
@@ -39,17 +41,22 @@ __all__ = [
     'DataPositionError',
     'DatasetArgs',
     'DatasetCheckpointHandler',
+    'LazyArray',
+    'LazyAwaitableArray',
+    'LazyThreadPoolArray',
     'OrbaxCheckpointManagerInterface',
     'RestoreStateTransformationFn',
     'SaveBestCheckpointer',
     'SaveStateTransformationFn',
     'all_dataset_checkpoint_steps',
     'all_steps',
+    'find_checkpoint',
     'get_checkpoint_dir',
     'get_checkpoint_prefix',
     'get_local_data',
     'get_step_from_checkpoint_dir',
     'latest_step',
+    'load_t5x_checkpoint',
     'populate_metrics_for_steps',
 ]
 
@@ -183,7 +190,7 @@ class Checkpointer:
   def restore_from_tf_checkpoint(
       self, path_or_dir: str, strict: bool = True, translator: Any = None
   ) -> Any:
-    """Refused; see `OrbaxCheckpointManagerInterface`."""
+    """See `OrbaxCheckpointManagerInterface.restore_from_tf_checkpoint`."""
     return self._manager().restore_from_tf_checkpoint(path_or_dir, strict, translator)
 
   def convert_from_tf_checkpoint(
@@ -194,9 +201,16 @@ class Checkpointer:
       concurrent_gb: int = 16,
       translator: Any = None,
   ):
-    """Refused; see `OrbaxCheckpointManagerInterface.restore_from_tf_checkpoint`."""
-    del state_transformation_fns, concurrent_gb
-    self.restore_from_tf_checkpoint(path_or_dir, translator=translator)
+    """Saves a T5 of Mesh TensorFlow as a checkpoint in the folder.
+
+    Args:
+      path_or_dir: a folder or the prefix `.../model.ckpt-<step>`.
+      state_transformation_fns: applied before saving.
+      concurrent_gb: handed to `save`.
+      translator: rules for the names; None for those of T5 and T5 1.1.
+    """
+    state = self.restore_from_tf_checkpoint(path_or_dir, translator=translator)
+    self.save(state, state_transformation_fns, concurrent_gb=concurrent_gb)
 
 
 @gin.configurable(module='t5x.checkpoints')

@@ -36,13 +36,17 @@ def is_checkpoint_name(name: str) -> bool:
   return _step_of(name) is not None
 
 
+def renames_at_once(path: epath.PathLike) -> bool:
+  """Whether a folder can be renamed there; Google Cloud Storage has to copy it."""
+  return not os.fspath(path).startswith('gs://')
+
+
 def _is_committed(folder: epath.Path) -> bool:
   """Whether a folder of a whole checkpoint's name is whole.
 
-  Locally the name itself says so, since it is given by renaming. Google Cloud
-  Storage knows no folders to rename.
+  Where it was renamed when it was whole, the name itself says so.
   """
-  if not os.fspath(folder).startswith('gs://'):
+  if renames_at_once(folder):
     return True
   return (folder / _COMMITTED).exists() or (folder / _LEGACY_INDEX).exists()
 

@@ -48,16 +48,18 @@ def _find(folder: epath.Path, filename: str) -> epath.Path:
   Raises:
     DataPositionError: there are none.
   """
-  for place in (folder, *sorted(folder.glob('process_*'))):
+  places = (folder, *sorted(folder.glob('process_*')))
+  for place in places:
     if any(place.glob(filename + '*')):
       return place / filename
-  others = sorted({f.name.split('.')[0] for f in folder.glob('**/train_ds-*')})
+  prefix = filename.split('-')[0]
+  others = {f.name.split('.')[0] for p in places for f in p.glob(prefix + '-*')}
   if others:
     raise DataPositionError(
-        f"'{folder}' holds the data positions {', '.join(others)}, not {filename}: the "
-        'run was started with another number of data shards. Resume it with as many '
-        'hosts as before, or set save_dataset and restore_dataset to False to begin '
-        'the data anew.'
+        f"'{folder}' holds the positions {', '.join(sorted(others))}, not {filename}: "
+        'the run was started with another number of data shards. Resume it with as '
+        'many hosts as before, or set save_dataset and restore_dataset to False to '
+        'begin the data anew.'
     )
   raise DataPositionError(
       f"'{folder}' holds no position in the data: the checkpoint was saved without "

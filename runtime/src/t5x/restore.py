@@ -58,6 +58,11 @@ class InitFnCallable(Protocol):
     ...
 
 
+def _is_tensorflow(path: str) -> bool:
+  """Whether a path is the prefix of a TensorFlow checkpoint's files."""
+  return epath.Path(path + '.index').exists()
+
+
 def _restore_one(
     manager: Any,
     path: str,
@@ -65,7 +70,13 @@ def _restore_one(
     fallback_state: Mapping[str, Any] | None,
 ) -> Any:
   """Restores a checkpoint of whatever kind."""
-  if epath.Path(path + '.index').exists():
+  if _is_tensorflow(path):
+    if cfg.state_transformation_fns:
+      raise ValueError(
+          f"'{path}' is a checkpoint of TensorFlow: neither assignment_map nor "
+          'state_transformation_fns apply to it. Convert it first, with '
+          'Checkpointer.convert_from_tf_checkpoint.'
+      )
     return manager.restore_from_tf_checkpoint(path, strict=cfg.strict)
   logging.info('Restoring %s.', path)
   return manager.restore(
@@ -283,7 +294,7 @@ def _restore_newest_readable(
   Raises:
     DamagedCheckpointError: none can be read.
   """
-  if cfg.mode != 'latest':
+  if cfg.mode != 'latest' or _is_tensorflow(path):
     return _restore_one(manager, path, cfg, fallback_state), path, []
   folder, newest = checkpoints_utils.get_step_from_checkpoint_dir(path)
   damaged, problem = [], None
