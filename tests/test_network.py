@@ -1,0 +1,447 @@
+"""The Transformer's properties that need no other BART to compare with."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import partitioning
+
+from bart_t5x import network
+from bart_t5x.hf import mapping
+from t5x import partitioning as t5x_partitioning
+
+CONFIG = network.BartConfig(
+    vocab_size=37, emb_dim=12, num_heads=3, num_encoder_layers=2,
+    num_decoder_layers=2, mlp_dim=20, max_positions=16, vocab_multiple_of=8,
+)  # fmt: skip
+
+
+@functools.cache
+def _shapes(config):
+  tokens = jnp.ones((1, 2), jnp.int32)
+  init = network.Transformer(config).init
+  return jax.eval_shape(
+      lambda: init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+  )
+
+
+def _random_params(config, seed=0):
+  """Every leaf away from its initial value."""
+  shapes = _shapes(config)['params']
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+      lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes
+  )
+
+
+def _batch(seed=0, batch=3, source=9, target=8):
+  rng = np.random.default_rng(seed)
+  inputs = rng.integers(4, 37, (batch, source))
+  inputs[1:, -3:] = 0
+  decoder_inputs = rng.integers(4, 37, (batch, target))
+  decoder_inputs[:, 0] = 0
+  return inputs, decoder_inputs
+
+
+@functools.cache
+def _jitted(config, method='__call__', **static):
+  """One compiled program for each use: op by op, a pass takes seconds."""
+  module = network.Transformer(config)
+
+  def run(variables, *args, **kwargs):
+    return module.apply(
+        variables, *args, enable_dropout=False, method=method, **static, **kwargs
+    )
+
+  return jax.jit(run)
+
+
+def _logits(config, params, inputs, decoder_inputs, **kwargs):
+  return _jitted(config)(
+      {'params': params}, inputs, decoder_inputs, decoder_inputs, **kwargs
+  )
+
+
+# ---- what may see what -------------------------------------------------------
+
+
+def test_no_position_sees_later_ones():
+  """By gradient: row t + 2 of the decoder's positions moves logits >= t only."""
+  params, (inputs, decoder_inputs) = _random_params(CONFIG), _batch(batch=1)
+
+  def outputs(table):
+    changed = jax.tree.map(lambda leaf: leaf, params)
+    changed['decoder']['position_embedder']['embedding'] = table
+    logits = _logits(CONFIG, changed, inputs, decoder_inputs)
+    return logits[0, :, : CONFIG.vocab_size].sum(-1)
+
+  table = params['decoder']['position_embedder']['embedding']
+  jacobian = jax.jit(jax.jacrev(outputs))(table)
+  moved = np.abs(jacobian).sum(-1)[:, 2:10]  # [output, row]
+  np.testing.assert_array_equal(moved[np.triu_indices(8, 1)], 0)
+  assert (moved[np.tril_indices(8)] > 0).all()
+
+
+def test_padding_in_the_input_changes_nothing():
+  params = _random_params(CONFIG)
+  inputs, decoder_inputs = _batch()
+  short = _logits(CONFIG, params, inputs[1:, :-3], decoder_inputs[1:])
+  padded = _logits(CONFIG, params, inputs[1:], decoder_inputs[1:])
+  np.testing.assert_allclose(short, padded, rtol=0, atol=1e-6)
+
+
+def test_decoder_input_0_is_read_as_end_of_sequence():
+  params = _random_params(CONFIG)
+  inputs, decoder_inputs = _batch()
+  started = np.where(decoder_inputs == 0, 2, decoder_inputs)
+  np.testing.assert_array_equal(
+      _logits(CONFIG, params, inputs, decoder_inputs),
+      _logits(CONFIG, params, inputs, started),
+  )
+
+
+def test_packed_examples_equal_the_same_examples_alone():
+  params = _random_params(CONFIG)
+  rng = np.random.default_rng(5)
+  sizes = [(4, 5), (6, 3), (2, 4)]  # source and target lengths, in one row
+  examples = [
+      (rng.integers(4, 37, (1, source)), rng.integers(4, 37, (1, target)))
+      for source, target in sizes
+  ]
+  packed = {}
+  for side, index in (('encoder', 0), ('decoder', 1)):
+    pad = np.zeros((1, 16 - sum(size[index] for size in sizes)), int)
+    rows = [example[index] for example in examples]
+    packed[side] = np.concatenate([*rows, pad], 1)
+    packed[f'{side}_segment_ids'] = np.concatenate(
+        [np.full_like(row, i + 1) for i, row in enumerate(rows)] + [pad], 1
+    )
+    packed[f'{side}_positions'] = np.concatenate(
+        [np.arange(row.shape[1])[None] for row in rows] + [pad], 1
+    )
+  together = _logits(
+      CONFIG, params, packed.pop('encoder'), packed.pop('decoder'), **packed
+  )
+
+  def padded(row):
+    return np.pad(row[0], (0, 16 - row.shape[1]))
+
+  rows = [[padded(side) for side in example] for example in examples]
+  alone = _logits(CONFIG, params, *map(np.stack, zip(*rows, strict=True)))
+  start = 0
+  for row, (_, length) in enumerate(sizes):
+    np.testing.assert_allclose(
+        together[0, start : start + length], alone[row, :length], rtol=0, atol=2e-6
+    )
+    start += length
+  assert np.isfinite(together).all()
+
+
+# ---- the cache ---------------------------------------------------------------
+
+
+def _decode(config, params, cache, encoded, inputs, tokens, mode, **kwargs):
+  """One call of `decode` in mode 'decode' or 'prefill': logits and new cache."""
+  run = _jitted(config, 'decode', mutable='cache', **{mode: True})
+  logits, changed = run(
+      {'params': params, 'cache': cache}, encoded, inputs, tokens,
+      np.ones_like(tokens), **kwargs,
+  )  # fmt: skip
+  return logits, changed['cache']
+
+
+def _setup(scan_layers, seed=0):
+  config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+  params = _random_params(config, seed)
+  inputs, decoder_inputs = _batch(seed)
+  encoded = _jitted(config, 'encode')({'params': params}, inputs)
+  ones = np.ones_like(decoder_inputs)
+  _, made = _jitted(config, mutable='cache', decode=True)(
+      {'params': params}, np.ones_like(inputs), ones, ones
+  )
+  full = _logits(config, params, inputs, decoder_inputs)
+  return config, params, encoded, made['cache'], inputs, decoder_inputs, full
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+def test_cached_decoding_equals_the_full_pass(scan_layers):
+  config, params, encoded, cache, inputs, tokens, full = _setup(scan_layers)
+  for position in range(tokens.shape[1]):
+    logits, cache = _decode(
+        config, params, cache, encoded, inputs, tokens[:, position : position + 1],
+        'decode',
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        logits[:, 0], full[:, position], rtol=0, atol=2e-6
+    )
+
+
+def _set_position(cache, lengths):
+  """What T5X's models do after a prompt."""
+  cache['decoder']['position_embedder']['position_embedder_index'] = lengths
+  return cache
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+def test_prompts_of_unequal_lengths_then_steps_equal_the_full_pass(scan_layers):
+  config, params, encoded, cache, inputs, tokens, full = _setup(scan_layers)
+  lengths = np.array([1, 4, 2])
+  prompts = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
+  logits, cache = _decode(
+      config, params, cache, encoded, inputs, prompts, 'prefill',
+      prefill_lengths=lengths,
+  )  # fmt: skip
+  rows = np.arange(3)
+  np.testing.assert_allclose(
+      logits[rows, lengths - 1], full[rows, lengths - 1], rtol=0, atol=2e-6
+  )
+  cache = _set_position(cache, lengths)
+  for step in range(3):
+    here = lengths + step
+    logits, cache = _decode(
+        config, params, cache, encoded, inputs, tokens[rows, here][:, None],
+        'decode',
+    )  # fmt: skip
+    np.testing.assert_allclose(logits[:, 0], full[rows, here], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('index_shape', [(3,), (6,), (3, 2)])
+def test_beams_share_indices_in_every_shape_t5x_gives_them(index_shape):
+  """One index a row, a beam, or [row, beam]: the same step, and the shape stays."""
+  config, params, encoded, cache, inputs, tokens, full = _setup(False)
+  _, cache = _decode(
+      config, params, cache, encoded, inputs, tokens, 'prefill',
+      prefill_lengths=np.array([3, 3, 3]),
+  )  # fmt: skip
+  cache = jax.tree.map(lambda leaf: np.repeat(leaf, 2, 0) if leaf.ndim else leaf, cache)
+  cache = _set_position(cache, np.array([3, 3, 3]))
+  for layer in ('layers_0', 'layers_1'):
+    attention = cache['decoder'][layer]['self_attention']
+    attention['cache_index'] = np.full(index_shape, 3)
+  logits, cache = _decode(
+      config, params, cache, np.repeat(encoded, 2, 0), np.repeat(inputs, 2, 0),
+      np.repeat(tokens[:, 3:4], 2, 0), 'decode',
+  )  # fmt: skip
+  np.testing.assert_allclose(
+      logits[:, 0], np.repeat(full[:, 3], 2, 0), rtol=0, atol=2e-6
+  )
+  index = cache['decoder']['layers_0']['self_attention']['cache_index']
+  np.testing.assert_array_equal(index, np.full(index_shape, 4))
+
+
+def test_cache_has_t5x_names():
+  *_, cache = _setup(False)[:4]
+  assert set(cache['decoder']['layers_1']['self_attention']) == {
+      'cached_key', 'cached_value', 'cache_index',
+  }  # fmt: skip
+  assert set(cache['decoder']['position_embedder']) == {'position_embedder_index'}
+  scanned = _setup(True)[3]
+  attention = scanned['decoder']['layers']['self_attention']
+  assert attention['cached_key'].shape == (2, 3, 8, 3, 4)
+  assert attention['cache_index'].shape == (2,)
+
+
+# ---- variants that must not change anything ----------------------------------
+
+ONE_LAYER = dataclasses.replace(CONFIG, num_encoder_layers=1, num_decoder_layers=1)
+
+
+def _loss(config, params, key=None):
+  logits = network.Transformer(config).apply(
+      {'params': params}, *_batch(), _batch()[1], enable_dropout=key is not None,
+      rngs=None if key is None else {'dropout': key},
+  )  # fmt: skip
+  return jnp.mean(jnp.sin(logits[..., : config.vocab_size]))
+
+
+def _run(function, *args):
+  """Compiled with little optimization, which takes half the time."""
+  compiled = jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
+  return compiled(*args)
+
+
+@functools.cache
+def _loss_and_gradients(config, seed=None):
+  """Of the same random parameters, stacked if the config scans."""
+  key = None if seed is None else jax.random.key(seed)
+  params = _random_params(dataclasses.replace(config, scan_layers=False))
+  if config.scan_layers:
+    params = mapping.stack_layers(params)
+  value, gradients = _run(
+      jax.value_and_grad(functools.partial(_loss, config, key=key)), params
+  )
+  return value, mapping.unstack_layers(gradients)
+
+
+def _assert_close(left, right, tolerance):
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance),
+      left,
+      right,
+  )
+
+
+def test_scanned_layers_equal_layers_written_out():
+  scanned = dataclasses.replace(CONFIG, scan_layers=True)
+  _assert_close(_loss_and_gradients(scanned), _loss_and_gradients(CONFIG), 1e-6)
+
+
+DROPPING = dataclasses.replace(
+    ONE_LAYER, dropout_rate=0.2, attention_dropout_rate=0.3, activation_dropout_rate=0.1
+)
+
+
+@pytest.mark.parametrize('remat_policy', ['attention', 'dots', 'full'])
+def test_recomputation_changes_neither_loss_nor_gradients(remat_policy):
+  """With dropout: what is recomputed draws the same bits again."""
+  changed = dataclasses.replace(DROPPING, remat_policy=remat_policy)
+  _assert_close(
+      _loss_and_gradients(DROPPING, 3), _loss_and_gradients(changed, 3), 1e-6
+  )
+
+
+def test_recomputation_inside_a_scan_changes_nothing():
+  """Scanned layers draw other bits, so against the scan without recomputation."""
+  scanned = dataclasses.replace(DROPPING, scan_layers=True)
+  changed = dataclasses.replace(scanned, remat_policy='full')
+  _assert_close(
+      _loss_and_gradients(scanned, 3), _loss_and_gradients(changed, 3), 1e-6
+  )
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters():
+  config = dataclasses.replace(CONFIG, dtype='bfloat16')
+  params = _random_params(config)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
+  inputs, decoder_inputs = _batch()
+  low = _logits(config, params, inputs, decoder_inputs)
+  high = _logits(CONFIG, params, inputs, decoder_inputs)
+  assert low.dtype == jnp.float32
+  difference = np.abs(low - high)[..., :37]
+  assert 0 < difference.max() < 0.05 * np.abs(high[..., :37]).max()
+
+
+# ---- dropout -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name', ['dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate']
+)
+def test_each_dropout_rate_acts(name):
+  off = dataclasses.replace(
+      ONE_LAYER, dropout_rate=0, attention_dropout_rate=0, activation_dropout_rate=0
+  )
+  on = dataclasses.replace(off, **{name: 0.5})
+  params = _random_params(on)
+  run = functools.partial(_run, functools.partial(_loss, on))
+  first, again, other = (run(params, jax.random.key(seed)) for seed in (0, 0, 1))
+  assert first == again != other
+  # At rate 0 the key changes nothing.
+  drawn = _run(functools.partial(_loss, off), params, jax.random.key(0))
+  np.testing.assert_allclose(drawn, _loss_and_gradients(ONE_LAYER)[0], atol=1e-7)
+
+
+# ---- parameters --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'parameters', 'leaves'),
+    [
+        ({}, 139_420_416, 260),
+        (
+            {
+                'emb_dim': 1024, 'num_heads': 16, 'num_encoder_layers': 12,
+                'num_decoder_layers': 12, 'mlp_dim': 4096,
+            },
+            406_291_456,
+            512,
+        ),
+    ],
+)  # fmt: skip
+def test_published_models_have_as_many_parameters(overrides, parameters, leaves):
+  config = network.BartConfig(vocab_size=50265, vocab_multiple_of=1, **overrides)
+  shapes = _shapes(config)['params']
+  flat = mapping.flatten(shapes)
+  counted = sum(
+      leaf.size for name, leaf in flat.items() if name != 'final_logits_bias'
+  )
+  assert (counted, len(flat)) == (parameters, leaves)
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+def test_every_parameter_has_axes_that_the_standard_rules_know(scan_layers):
+  variables = _shapes(dataclasses.replace(CONFIG, scan_layers=scan_layers))
+  axes = partitioning.get_axis_names(variables['params_axes'])
+  names, params = mapping.flatten(axes), mapping.flatten(variables['params'])
+  assert names.keys() == params.keys()
+  known = {name for name, _ in t5x_partitioning.standard_logical_axis_rules()}
+  for path, spec in names.items():
+    assert len(spec) == params[path].ndim, path
+    assert set(spec) <= known, path
+
+
+def test_initial_parameters_are_bart_s():
+  config = dataclasses.replace(CONFIG, emb_dim=96, mlp_dim=200)
+  tokens = jnp.ones((1, 2), jnp.int32)
+  init = jax.jit(network.Transformer(config).init, static_argnames='enable_dropout')
+  params = init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+  params = params['params']
+  for path, leaf in mapping.flatten(params).items():
+    if path.endswith('scale'):
+      np.testing.assert_array_equal(leaf, 1)
+    elif path.endswith('bias'):
+      np.testing.assert_array_equal(leaf, 0)
+    else:
+      assert abs(leaf.std() - 0.02) < 0.002, path
+
+
+def test_logits_bias_is_not_trained_and_padding_is_never_best():
+  params = _random_params(CONFIG)
+  gradients = _loss_and_gradients(CONFIG)[1]
+  np.testing.assert_array_equal(gradients['final_logits_bias'], 0)
+  np.testing.assert_array_equal(gradients['token_embedder']['embedding'][37:], 0)
+  logits = _logits(CONFIG, params, *_batch())
+  assert logits.shape[-1] == CONFIG.padded_vocab_size == 40
+  assert (logits[..., 37:] == -1e9).all()
+
+
+def test_weight_decay_spares_biases_norms_and_the_logits_bias():
+  mask = mapping.flatten(network.weight_decay_mask(_random_params(CONFIG)))
+  decayed = {path.rsplit('/', 1)[-1] for path, decays in mask.items() if decays}
+  spared = {path.rsplit('/', 1)[-1] for path, decays in mask.items() if not decays}
+  assert decayed == {'kernel', 'embedding'}
+  assert spared == {'bias', 'scale', 'final_logits_bias'}
+
+
+# ---- refusals ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('num_heads', 5, 'must divide emb_dim. Got: 5 / 12'),
+        ('vocab_size', 0, 'must be a positive integer. Got: 0'),
+        ('mlp_dim', 2.5, 'must be a positive integer. Got: 2.5'),
+        ('dropout_rate', 1.0, 'at least 0 and below 1. Got: 1.0'),
+        ('remat_policy', 'minimal', "one of none, attention, dots, full. Got: 'min"),
+        ('attention_impl', 'fast', "one of plain.*Got: 'fast'"),
+    ],
+)
+def test_config_refuses_what_makes_no_model(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_rows_longer_than_the_positions_are_refused():
+  params, rows = _random_params(CONFIG), np.ones((1, 17), int)
+  with pytest.raises(ValueError, match='row of 17 tokens .* the model has 16'):
+    _logits(CONFIG, params, rows, rows)
+
+
+def test_segments_without_positions_are_refused():
+  params, rows = _random_params(CONFIG), np.ones((1, 4), int)
+  with pytest.raises(ValueError, match='encoder_segment_ids came without'):
+    _logits(CONFIG, params, rows, rows, encoder_segment_ids=rows)
