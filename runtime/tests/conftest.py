@@ -4,6 +4,8 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 # Before JAX is imported: the flags are read once.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
@@ -14,3 +16,15 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 
 # For what tests share: tiny.py.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+  """The folder of a run of tiny.py with checkpoints of steps 0, 5 and 10."""
+  import tiny
+
+  from t5x import train
+
+  folder = tmp_path_factory.mktemp('tiny_run')
+  train.train(**tiny.train_arguments(folder))
+  return folder

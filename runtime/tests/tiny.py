@@ -195,6 +195,9 @@ register('tiny_noised', seeded=True)
 
 
 LENGTHS = {'inputs': 16, 'targets': 8}
+EVALUATOR = functools.partial(
+  seqio.Evaluator, logger_cls=[seqio.TensorBoardLogger, seqio.JSONLogger]
+)
 
 
 def make_model(dropout_rate=0.1):
@@ -258,9 +261,7 @@ def train_arguments(model_dir, task='tiny_copy', **changes):
     'eval_steps': 2,
     'eval_period': 5,
     'random_seed': 0,
-    'inference_evaluator_cls': functools.partial(
-      seqio.Evaluator, logger_cls=[seqio.TensorBoardLogger, seqio.JSONLogger]
-    ),
+    'inference_evaluator_cls': EVALUATOR,
     'summarize_config_fn': lambda model_dir, summary_writer, step: None,
     **changes,
   }

@@ -35,6 +35,7 @@ from t5x import (
   multihost,
   partitioning,
   restore,
+  run_setup,
   task_vocabularies,
 )
 from t5x import train_state as train_state_lib
@@ -268,6 +269,7 @@ def evaluate(
   """
   # ---- Data ----
   data.find_provider(dataset_cfg)
+  run_setup.open_folder('output_dir', output_dir)
   summarize_config_fn(model_dir=output_dir, summary_writer=None, step=0)
   evaluator = InferenceEvaluator(
     dataset_cfg, inference_evaluator_cls, model, partitioner, log_dir=output_dir

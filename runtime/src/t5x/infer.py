@@ -46,6 +46,7 @@ from t5x import (
   multihost,
   partitioning,
   restore,
+  run_setup,
   task_vocabularies,
 )
 from t5x.infer_writer import (
@@ -327,11 +328,6 @@ def _check_arguments(
         f'infer keeps the examples apart and in order: DatasetConfig.{field} must be '
         'False. Got: True.'
       )
-  if dataset_cfg.task_feature_lengths is None:
-    raise ValueError(
-      'infer needs DatasetConfig.task_feature_lengths, a length for each feature. Got: '
-      'None.'
-    )
 
 
 def _infer_step(model: models.BaseTransformerModel, mode: str) -> Callable[..., Any]:
@@ -407,9 +403,14 @@ def infer(
   _check_arguments(mode, dataset_cfg, checkpoint_period, shard_id, num_shards)
   # Two slashes would make another name of the same folder (but gs:// is meant).
   output_dir = re.sub(r'(?<!:)/{2,}', '/', output_dir)
+  provider = data.check_dataset_config(
+    dataset_cfg,
+    partitioner.get_data_layout(dataset_cfg.batch_size).num_shards,
+    model.FEATURE_CONVERTER_CLS,
+  )
+  run_setup.open_folder('output_dir', output_dir)
   if shard_id == 0:
     summarize_config_fn(model_dir=output_dir, summary_writer=None, step=0)
-  provider = data.find_provider(dataset_cfg)
   if verify_matching_vocabs_fn is not None:
     verify_matching_vocabs_fn(dataset_cfg, model)
 

@@ -18,13 +18,17 @@ def set_hardware_rng_ops() -> None:
   jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
 
 
-def open_model_dir(model_dir: str) -> None:
-  """Makes the run's folder and tries to write there, before any work is done.
+def open_folder(parameter: str, path: str) -> None:
+  """Makes a folder and tries to write there, before any work is done.
+
+  Args:
+    parameter: what the user calls it, for the message.
+    path: the folder.
 
   Raises:
     OSError: it cannot be written to.
   """
-  folder = epath.Path(model_dir)
+  folder = epath.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -32,7 +36,7 @@ def open_model_dir(model_dir: str) -> None:
       trial.write_text('')
       trial.unlink()
   except OSError as error:
-    raise OSError(f'model_dir {model_dir} cannot be written to: {error}') from error
+    raise OSError(f'{parameter} {path} cannot be written to: {error}') from error
 
 
 def random_keys(seed: int | None, use_hardware_rng: bool) -> tuple[Any, Any]:

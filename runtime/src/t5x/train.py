@@ -399,7 +399,7 @@ def train(
     OSError: `model_dir` cannot be written to.
   """
   # ---- Arguments ----
-  run_setup.open_model_dir(model_dir)
+  run_setup.open_folder('model_dir', model_dir)
   actions = _named_actions(actions, concurrent_metrics)
   save_cfg = checkpoint_cfg.save
   init_key, train_key = run_setup.random_keys(random_seed, use_hardware_rng)

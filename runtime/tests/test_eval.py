@@ -1,0 +1,99 @@
+"""Evaluation of checkpoints of a tiny model, in this process."""
+
+import functools
+import json
+
+import pytest
+import tiny
+
+from t5x import data, partitioning, restore, trainer
+from t5x import eval as eval_lib
+
+
+def evaluate(output_dir, path, *, mode='specific', split='test', **changes):
+  arguments = {
+    'model': tiny.make_model(),
+    'dataset_cfg': tiny.dataset_config(split, pack=False),
+    'restore_checkpoint_cfg': restore.RestoreCheckpointConfig(
+      path=str(path), mode=mode
+    ),
+    'partitioner': partitioning.PjitPartitioner(
+      num_partitions=1,
+      logical_axis_rules=partitioning.standard_logical_axis_rules(),
+    ),
+    'output_dir': str(output_dir),
+    'inference_evaluator_cls': tiny.EVALUATOR,
+    'summarize_config_fn': lambda model_dir, summary_writer, step: None,
+    **changes,
+  }
+  eval_lib.evaluate(**arguments)
+
+
+def metrics(output_dir):
+  """[metrics of one evaluation, ...] as the evaluator wrote them."""
+  path = output_dir / 'inference_eval' / 'tiny_copy-metrics.jsonl'
+  decoder, text, found = json.JSONDecoder(), path.read_text(), []
+  while text.strip():
+    one, end = decoder.raw_decode(text.lstrip())
+    found.append(one)
+    text = text.lstrip()[end:]
+  return found
+
+
+def test_one_checkpoint(tiny_run, tmp_path):
+  evaluate(tmp_path, tiny_run / 'checkpoint_10')
+  (only,) = metrics(tmp_path)
+  assert only['step'] == 10
+  assert 0 <= only['equal'] <= 1
+  assert only['mean_score'] < 0
+  assert (tmp_path / 'model-info.txt').exists()
+
+
+def test_all_checkpoints_once(tiny_run, tmp_path):
+  output = tmp_path / 'evaluation'
+  evaluate(output, tiny_run, mode='all')
+  assert [one['step'] for one in metrics(output)] == [0, 5, 10]
+  scores = [one['mean_score'] for one in metrics(output)]
+  assert scores[2] > scores[0]
+  evaluate(output, tiny_run, mode='all')
+  assert len(metrics(output)) == 3
+
+
+def test_training_metrics_too(tiny_run, tmp_path):
+  evaluate(
+    tmp_path,
+    tiny_run / 'checkpoint_5',
+    split='validation',
+    training_evaluator_cls=trainer.Trainer,
+    train_eval_get_dataset_fn=functools.partial(
+      data.get_training_eval_datasets, eval_steps=1
+    ),
+  )
+  assert list((tmp_path / 'training_eval' / 'tiny_copy').iterdir())
+  assert metrics(tmp_path)[0]['step'] == 5
+
+
+def test_the_configuration_is_not_edited(tiny_run, tmp_path):
+  config = restore.RestoreCheckpointConfig(
+    path=str(tiny_run / 'checkpoint_5'), mode='specific', strict=True
+  )
+  evaluate(tmp_path, None, restore_checkpoint_cfg=config)
+  assert config.strict is True
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+  with pytest.raises((ValueError, FileNotFoundError), match='checkpoint_7'):
+    evaluate(tmp_path / 'out', tmp_path / 'checkpoint_7')
+
+
+def test_a_split_that_is_not_there_is_named(tiny_run, tmp_path):
+  with pytest.raises(ValueError, match='tiny_copy.*dev'):
+    evaluate(tmp_path, tiny_run / 'checkpoint_5', split='dev')
+
+
+@pytest.mark.parametrize(
+  'path, step',
+  [('/a/checkpoint_12', 12), ('/a/model.ckpt-3', 3), ('/a/checkpoint_12/', 12)],
+)
+def test_steps_are_read_from_paths(path, step):
+  assert eval_lib._step_in_path(path) == step

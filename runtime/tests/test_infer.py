@@ -1,0 +1,250 @@
+"""Inference with a tiny model, interrupted and not, in this process."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+import tiny
+
+from t5x import infer, infer_writer, partitioning, restore
+
+
+def make_partitioner():
+  return partitioning.PjitPartitioner(
+    num_partitions=1,
+    logical_axis_rules=partitioning.standard_logical_axis_rules(),
+  )
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+  """Calls `infer` on the test split, four examples a chunk."""
+
+  def call(output_dir=tmp_path, **changes):
+    arguments = {
+      'mode': 'predict',
+      'model': tiny.make_model(),
+      'dataset_cfg': tiny.dataset_config('test', pack=False, batch_size=4),
+      'restore_checkpoint_cfg': restore.RestoreCheckpointConfig(
+        path=str(tiny_run / 'checkpoint_10'), mode='specific'
+      ),
+      # Four rows do not divide by eight devices; two partitions leave four.
+      'partitioner': partitioning.PjitPartitioner(
+        num_partitions=2,
+        logical_axis_rules=partitioning.standard_logical_axis_rules(),
+      ),
+      'output_dir': str(output_dir),
+      'checkpoint_period': 1,
+      'summarize_config_fn': lambda model_dir, summary_writer, step: None,
+      **changes,
+    }
+    infer.infer(**arguments)
+
+  return call
+
+
+def rows(folder, name):
+  with open(folder / name) as file:
+    return [json.loads(line) for line in file]
+
+
+WHOLE = 'jsonl-00000-of-00001'
+
+
+def test_predictions_come_in_order_with_their_inputs(run, tmp_path):
+  run()
+  name = f'tiny_copy-predict.{WHOLE}'
+  got = rows(tmp_path, name)
+  expected = list(tiny._examples('test').as_numpy_iterator())
+  assert [row['inputs']['inputs_pretokenized'] for row in got] == [
+    example['inputs'].decode() for example in expected
+  ]
+  assert all(isinstance(row['prediction'], str) for row in got)
+  assert sorted(os.listdir(tmp_path)) == ['model-info.txt', name, f'{name}.COMPLETED']
+
+
+def test_scores_are_those_of_the_model(run, tmp_path, tiny_run):
+  run(mode='score')
+  got = [row['score'] for row in rows(tmp_path, f'tiny_copy-score.{WHOLE}')]
+
+  model = tiny.make_model()
+  dataset = seqio.get_dataset(
+    'tiny_copy',
+    tiny.LENGTHS,
+    dataset_split='test',
+    shuffle=False,
+    feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
+  )
+  batch = next(dataset.batch(tiny.TEST_EXAMPLES).as_numpy_iterator())
+  initializer = restore.TrainStateInitializer(
+    optimizer_def=None,
+    init_fn=model.get_initial_variables,
+    input_shapes={name: value.shape for name, value in batch.items()},
+    partitioner=make_partitioner(),
+  )
+  state = initializer.from_checkpoint([
+    restore.RestoreCheckpointConfig(
+      path=str(tiny_run / 'checkpoint_10'), mode='specific', strict=False
+    )
+  ])
+  # On one device: the reference is the model alone, without any mesh.
+  params = jax.device_get(state.params)
+  np.testing.assert_allclose(got, model.score_batch(params, batch), rtol=1e-5)
+
+
+def test_predictions_with_scores(run, tmp_path):
+  run(mode='predict_with_aux')
+  got = rows(tmp_path, f'tiny_copy-predict_with_aux.{WHOLE}')
+  assert len(got) == tiny.TEST_EXAMPLES
+  assert all(row['aux']['scores'] < 0 for row in got)
+
+
+class _Interrupted(Exception):
+  pass
+
+
+def interrupted_at(chunk):
+  """A `write_fn` that fails at a chunk."""
+
+  def write(path, *args):
+    if path.endswith(f'-chunk{chunk:05}'):
+      raise _Interrupted
+    infer_writer.write_inferences_to_file(path, *args)
+
+  return write
+
+
+@pytest.mark.parametrize('checkpoint_ds_iter', [True, False])
+def test_an_interrupted_run_goes_on_where_it_stopped(
+  run, tmp_path, checkpoint_ds_iter
+):
+  whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+  run(whole, mode='score')
+  with pytest.raises(_Interrupted):
+    run(
+      resumed,
+      mode='score',
+      checkpoint_ds_iter=checkpoint_ds_iter,
+      write_fn=interrupted_at(1),
+    )
+  assert not (resumed / f'tiny_copy-score.{WHOLE}').exists()
+  written = []
+
+  def write(path, *args):
+    written.append(path[-5:])
+    infer_writer.write_inferences_to_file(path, *args)
+
+  run(resumed, mode='score', checkpoint_ds_iter=checkpoint_ds_iter, write_fn=write)
+  assert written == ['00001', '00002']
+  name = f'tiny_copy-score.{WHOLE}'
+  assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_complete_task_is_left_alone(run, tmp_path):
+  run(mode='score')
+
+  def fail(*args):
+    raise AssertionError('written again')
+
+  run(mode='score', write_fn=fail)
+
+
+def test_other_settings_do_not_go_on_with_old_chunks(run):
+  with pytest.raises(_Interrupted):
+    run(mode='score', write_fn=interrupted_at(1))
+  with pytest.raises(ValueError, match='checkpoint_period was 1 and is 2'):
+    run(mode='score', checkpoint_period=2)
+
+
+def test_shards_together_are_the_whole(run, tmp_path):
+  for shard in range(2):
+    run(mode='score', shard_id=shard, num_shards=2)
+  texts = [
+    row['inputs']['inputs_pretokenized']
+    for shard in range(2)
+    for row in rows(tmp_path, f'tiny_copy-score.jsonl-{shard:05}-of-00002')
+  ]
+  assert sorted(texts) == sorted(
+    example['inputs'].decode()
+    for example in tiny._examples('test').as_numpy_iterator()
+  )
+
+
+def test_chunks_can_stay_apart(run, tmp_path):
+  run(mode='score', merge_chunked_results=False)
+  folder = tmp_path / 'tmp-tiny_copy-00000-of-00001'
+  chunks = [n for n in os.listdir(folder) if n[-5:].isdigit() and '-chunk' in n]
+  assert len(chunks) == 3
+  assert (tmp_path / f'tiny_copy-score.{WHOLE}.COMPLETED').exists()
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'mode': 'guess'}, "mode must be.*'guess'"),
+    ({'checkpoint_period': 0}, 'at least 1 batch'),
+    ({'shard_id': 2, 'num_shards': 2}, 'from 0 to num_shards - 1 = 1.*Got: 2'),
+    (
+      {'dataset_cfg': tiny.dataset_config('test', shuffle=True, pack=False)},
+      'shuffle must be False',
+    ),
+    ({'dataset_cfg': tiny.dataset_config('test', pack=True)}, 'pack must be False'),
+    (
+      {'dataset_cfg': tiny.dataset_config('tset', pack=False)},
+      "no split 'tset'",
+    ),
+  ],
+)
+def test_arguments_that_cannot_be_meant(run, changes, message):
+  with pytest.raises(ValueError, match=message):
+    run(**changes)
+
+
+def test_a_task_from_files_of_examples(tmp_path):
+  path = str(tmp_path / 'data.tfrecord')
+  with tf.io.TFRecordWriter(path) as writer:
+    for question, answer in [('ja', 'nei'), ('opp', 'ned')]:
+      values = {'question': question, 'answer': answer}
+      features = {
+        key: tf.train.Feature(
+          bytes_list=tf.train.BytesList(value=[value.encode()])
+        )
+        for key, value in values.items()
+      }
+      example = tf.train.Example(features=tf.train.Features(feature=features))
+      writer.write(example.SerializeToString())
+  feature = seqio.Feature(tiny.VOCABULARY)
+  features = {'inputs': feature, 'targets': feature}
+
+  def make(targets_key, **changes):
+    arguments = {
+      'paths': [str(tmp_path / '*.tfrecord')],
+      'file_type': 'tfrecord',
+      'inputs_key': 'question',
+      'targets_key': targets_key,
+      'features': features,
+      **changes,
+    }
+    name = infer.create_task_from_tfexample_file(**arguments)
+    dataset = seqio.get_mixture_or_task(name).get_dataset(
+      {'inputs': 9, 'targets': 9}, 'infer', shuffle=False
+    )
+    decode = tiny.VOCABULARY.decode
+    return name, [
+      (decode(one['inputs'].tolist()), decode(one['targets'].tolist()))
+      for one in dataset.as_numpy_iterator()
+    ]
+
+  scored, texts = make('answer')
+  assert texts == [('ja', 'nei'), ('opp', 'ned')]
+  predicted, texts = make(None)
+  assert texts == [('ja', ''), ('opp', '')]
+  assert scored != predicted == make(None)[0]
+  with pytest.raises(ValueError, match="'tfrecord'. Got: 'csv'"):
+    make(None, file_type='csv')
+  with pytest.raises(ValueError, match='No file fits'):
+    make(None, paths=[str(tmp_path / '*.csv')])
