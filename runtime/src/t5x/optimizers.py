@@ -221,21 +221,19 @@ def _chain(
 _chain.__name__ = _chain.__qualname__ = 'chain'
 chain = wrap_optax_optimizer(_chain)
 
-adabelief = wrap_optax_optimizer(optax.adabelief)
-adagrad = wrap_optax_optimizer(optax.adagrad)
-adam = wrap_optax_optimizer(optax.adam)
-adamw = wrap_optax_optimizer(optax.adamw)
-dpsgd = wrap_optax_optimizer(optax.contrib.dpsgd)
-fromage = wrap_optax_optimizer(optax.fromage)
-lamb = wrap_optax_optimizer(optax.lamb)
-lars = wrap_optax_optimizer(optax.lars)
+# By family: what an update is divided by, or that it is a sign, or scaled by layer.
+adam, adamw, adabelief, radam, yogi = map(
+    wrap_optax_optimizer,
+    (optax.adam, optax.adamw, optax.adabelief, optax.radam, optax.yogi),
+)
+adagrad, rmsprop = map(wrap_optax_optimizer, (optax.adagrad, optax.rmsprop))
+sgd, noisy_sgd, dpsgd = map(
+    wrap_optax_optimizer, (optax.sgd, optax.noisy_sgd, optax.contrib.dpsgd)
+)
 lion = wrap_optax_optimizer(optax.lion)
-noisy_sgd = wrap_optax_optimizer(optax.noisy_sgd)
-radam = wrap_optax_optimizer(optax.radam)
-rmsprop = wrap_optax_optimizer(optax.rmsprop)
-sgd = wrap_optax_optimizer(optax.sgd)
-yogi = wrap_optax_optimizer(optax.yogi)
-
+lamb, lars, fromage = map(
+    wrap_optax_optimizer, (optax.lamb, optax.lars, optax.fromage)
+)
 
 
 # ---- Several optimizers ----

@@ -7,18 +7,14 @@ import flax.core
 import flax.struct
 import flax.traverse_util
 import jax.numpy as jnp
-from flax.core import scope as flax_scope
+from flax.core import FrozenDict
+from flax.core.scope import FrozenVariableDict, MutableVariableDict, VariableDict
 from flax.linen import partitioning as flax_partitioning
 from jaxtyping import Array, Int, PyTree
 
 from t5x import optimizers
 
-EMPTY_DICT = flax.core.freeze({})
-FrozenDict = flax_scope.FrozenDict
-FrozenVariableDict = flax_scope.FrozenVariableDict
-MutableVariableDict = flax_scope.MutableVariableDict
-VariableDict = flax_scope.VariableDict
-
+EMPTY_DICT = FrozenDict()
 _AXES = '_axes'
 
 
