@@ -3,6 +3,9 @@
 import collections
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -246,3 +249,47 @@ def test_scattered_hosts_and_unknown_hosts_are_refused():
     mesh_lib.LocalChunker(scattered, 0)
   with pytest.raises(ValueError, match=r'hosts \[0\]. Got: 7'):
     mesh_lib.LocalChunker(mesh_lib.get_cpu_mesh(), 7)
+
+
+# Prints a line for each mesh of the generations' topologies, from libtpu alone.
+_EVERY_GENERATION = """
+import jax
+from jax.experimental import topologies
+from t5x import mesh
+
+for name in {names}:
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+  jax.devices = lambda backend=None: devices
+  partitions = 1
+  while partitions <= len(devices):
+    made = mesh.default_mesh(partitions)
+    for process in {{d.process_index for d in devices}}:
+      mesh.LocalChunker(made, process)
+    print(name, len(devices), partitions, *made.shape.values())
+    partitions *= 2
+"""
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_every_tpu_generation():
+  pytest.importorskip('libtpu')
+  names = ['v2:2x2', 'v3:4x4', 'v4:2x2x2', 'v5e:4x4', 'v5p:2x2x2', 'v6e:4x4']
+  done = subprocess.run(
+      [sys.executable, '-c', _EVERY_GENERATION.format(names=names)],
+      env={
+          **os.environ,
+          'TPU_SKIP_MDS_QUERY': '1',
+          'TPU_WORKER_HOSTNAMES': 'localhost',
+          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+      },
+      capture_output=True,
+      text=True,
+      timeout=240,
+  )
+  assert done.returncode == 0, done.stderr
+  lines = [line.split() for line in done.stdout.splitlines()]
+  assert {name for name, *_ in lines} == set(names)
+  for _, *numbers in lines:
+    devices, partitions, data, model = map(int, numbers)
+    assert model == partitions and data * model == devices

@@ -11,7 +11,7 @@ import pytest
 from flax.linen import partitioning as flax_partitioning
 
 from t5x import metrics as metrics_lib
-from t5x import optimizers, partitioning, train_state, trainer
+from t5x import optimizers, partitioning, train_state, train_step, trainer
 
 ROWS, WIDTH = 16, 4
 
@@ -195,6 +195,21 @@ def test_microbatches_give_the_gradient_of_the_batch(num_microbatches, num_parti
     np.testing.assert_allclose(summary[name], want_summary[name], rtol=1e-5)
   # A microbatch is not a step, and each has a part of the loss.
   np.testing.assert_allclose(summary['loss'], want_summary['loss'], rtol=1e-5)
+
+
+def test_microbatches_leave_rows_on_their_devices():
+  partitioner = partitioning.PjitPartitioner(num_partitions=1)
+  spec = partitioner.data_partition_spec
+  deal = partitioner.partition(
+      lambda batch: train_step.split_microbatches(batch, 4, spec),
+      in_axis_resources=(spec,),
+      out_axis_resources=partitioning.PartitionSpec(None, 'data'),
+  )
+  rows = np.arange(64 * 3).reshape(64, 3)
+  np.testing.assert_array_equal(deal(rows)[1], rows[1::4])
+  program = partitioner.compile(deal, rows).as_text()
+  for exchange in ('all-gather', 'all-to-all', 'collective-permute', 'all-reduce'):
+    assert exchange not in program
 
 
 def test_reports_of_a_stretch():
