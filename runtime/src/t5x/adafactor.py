@@ -93,7 +93,39 @@ def _without(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
 
 
 class Adafactor(OptimizerDef):
-  """The optimizer definition. One state entry a parameter."""
+  """The optimizer definition: one state entry a parameter. Sections are the paper's.
+
+  Args:
+    learning_rate: step size, relative to a parameter's own scale; the trainer's
+      schedule replaces it at each step.
+    factored: whether second moments are factored at all.
+    multiply_by_parameter_scale: whether the learning rate is relative to the root
+      mean square of the parameter (section 8), for all or by path.
+    beta1: momentum, if any.
+    decay_rate: the exponent c of the second moments' decay, 1 - t**-c (section 7.2).
+    step_offset: the step that counts as 0 for that decay.
+    clipping_threshold: largest root mean square of an update, before it is scaled
+      (section 6); None for no limit.
+    weight_decay_rate: share of a parameter that is lost a step.
+    min_dim_size_to_factor: a matrix is factored if both its axes are as long.
+    epsilon1: added to squared gradients.
+    epsilon2: least scale of a parameter.
+    dtype_momentum: in which momentum is kept.
+    factor_map: rules by path.
+    logical_factor_rules: what an axis is, by name (see `FactorDim`, or the names of
+      `factor_name_to_factordim`). Once `set_param_axes` is called they replace
+      `factor_map`.
+    weight_decay_rate_lr_exponent: if given, the weight decay is (weight_decay_rate or
+      1) times learning_rate to this power.
+    global_norm_clip_threshold: largest norm of all gradients together, before
+      anything else.
+    max_parameter_scale: largest scale of a parameter.
+    skip_nan_updates: whether entries that would become NaN keep their value.
+
+  Raises:
+    ValueError: rules for factoring without factoring.
+    TypeError: a map that is not an `HParamMap`.
+  """
 
   def __init__(
       self,
@@ -116,39 +148,6 @@ class Adafactor(OptimizerDef):
       max_parameter_scale: float | None = None,
       skip_nan_updates: bool | None = False,
   ):
-    """Section numbers are the paper's.
-
-    Args:
-      learning_rate: step size, relative to a parameter's own scale; the trainer's
-        schedule replaces it at each step.
-      factored: whether second moments are factored at all.
-      multiply_by_parameter_scale: whether the learning rate is relative to the root
-        mean square of the parameter (section 8), for all or by path.
-      beta1: momentum, if any.
-      decay_rate: the exponent c of the second moments' decay, 1 - t**-c (section 7.2).
-      step_offset: the step that counts as 0 for that decay.
-      clipping_threshold: largest root mean square of an update, before it is scaled
-        (section 6); None for no limit.
-      weight_decay_rate: share of a parameter that is lost a step.
-      min_dim_size_to_factor: a matrix is factored if both its axes are as long.
-      epsilon1: added to squared gradients.
-      epsilon2: least scale of a parameter.
-      dtype_momentum: in which momentum is kept.
-      factor_map: rules by path.
-      logical_factor_rules: what an axis is, by name (see `FactorDim`, or the names of
-        `factor_name_to_factordim`). Once `set_param_axes` is called they replace
-        `factor_map`.
-      weight_decay_rate_lr_exponent: if given, the weight decay is (weight_decay_rate or
-        1) times learning_rate to this power.
-      global_norm_clip_threshold: largest norm of all gradients together, before
-        anything else.
-      max_parameter_scale: largest scale of a parameter.
-      skip_nan_updates: whether entries that would become NaN keep their value.
-
-    Raises:
-      ValueError: rules for factoring without factoring.
-      TypeError: a map that is not an `HParamMap`.
-    """
     if factor_map is not None and not factored:
       raise ValueError('factor_map has no effect with factored = False. Drop one.')
     for name, value, types in (

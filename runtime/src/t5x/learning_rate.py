@@ -1,7 +1,8 @@
 """Learning rate schedules as products of named factors."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -51,36 +52,10 @@ def create_learning_rate_scheduler(
     ValueError: a factor has no such name, or divides by a number of steps of 0.
   """
 
-  def rise(step):
-    return step / warmup_steps
-
-  def fall(step):
-    return jnp.minimum(rise(step), 1 + decay_factor * (warmup_steps - step))
-
-  def after_warmup(step):
-    return jnp.maximum(step, warmup_steps)
-
-  def cosine(step):
-    cycles = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle)
-    return jnp.maximum(0.0, 0.5 + 0.5 * jnp.cos(jnp.pi * (cycles % 1.0)))
-
-  known = {
-      'constant': lambda step: base_learning_rate,
-      'linear_warmup': lambda step: jnp.minimum(1.0, rise(step)),
-      'linear_decay': lambda step: base_learning_rate * fall(step),
-      'rsqrt_decay': lambda step: 1 / jnp.sqrt(after_warmup(step)),
-      'rsqrt_normalized_decay': lambda s: jnp.sqrt(warmup_steps / after_warmup(s)),
-      'decay_every': lambda step: decay_factor ** (step // steps_per_decay),
-      'cosine_decay': cosine,
-  }
-  chosen = [name.strip() for name in factors.split('*')]
-  for name in chosen:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1)
-      hint = f' Did you mean {near[0]!r}?' if near else ''
-      raise ValueError(
-          f'factors has no {name!r}; it joins by "*" any of {", ".join(known)}.{hint}'
-      )
+  known = _factors(
+      base_learning_rate, warmup_steps, decay_factor, steps_per_decay, steps_per_cycle
+  )
+  chosen = _parse(factors, known)
   _check_divisors(
       chosen,
       warmup_steps=warmup_steps,
@@ -96,6 +71,51 @@ def create_learning_rate_scheduler(
     return jnp.asarray(jnp.maximum(product, min_learning_rate), jnp.float32)
 
   return learning_rate
+
+
+def _factors(
+    base_learning_rate: float,
+    warmup_steps: int,
+    decay_factor: float,
+    steps_per_decay: int,
+    steps_per_cycle: int,
+) -> dict[str, Callable[[Any], Any]]:
+  """The factors by name, as functions of the step since the schedule's start."""
+
+  def rise(step):
+    return step / warmup_steps
+
+  def fall(step):
+    return jnp.minimum(rise(step), 1 + decay_factor * (warmup_steps - step))
+
+  def after_warmup(step):
+    return jnp.maximum(step, warmup_steps)
+
+  def cosine(step):
+    cycles = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle)
+    return jnp.maximum(0.0, 0.5 + 0.5 * jnp.cos(jnp.pi * (cycles % 1.0)))
+
+  return {
+      'constant': lambda step: base_learning_rate,
+      'linear_warmup': lambda step: jnp.minimum(1.0, rise(step)),
+      'linear_decay': lambda step: base_learning_rate * fall(step),
+      'rsqrt_decay': lambda step: 1 / jnp.sqrt(after_warmup(step)),
+      'rsqrt_normalized_decay': lambda s: jnp.sqrt(warmup_steps / after_warmup(s)),
+      'decay_every': lambda step: decay_factor ** (step // steps_per_decay),
+      'cosine_decay': cosine,
+  }
+
+
+def _parse(factors: str, known: Collection[str]) -> list[str]:
+  chosen = [name.strip() for name in factors.split('*')]
+  for name in chosen:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      raise ValueError(
+          f'factors has no {name!r}; it joins by "*" any of {", ".join(known)}.{hint}'
+      )
+  return chosen
 
 
 _DIVISORS = {

@@ -135,17 +135,27 @@ def apply_assignment_map(
   if is_resuming:
     return ckpt_optimizer_state
   source = flatten_state_dict(ckpt_optimizer_state)
-  renamed, taken, dropped, used, unmatched = {}, set(), set(), set(), []
-  for name in flatten_state_dict(optimizer_state):
-    rule = _first_rule(name, assignment_map)
-    if rule is None:
-      unmatched.append(name)
+  wanted = flatten_state_dict(optimizer_state)
+  rules = {name: _first_rule(name, assignment_map) for name in wanted}
+  used = {rule[0] for rule in rules.values() if rule}
+  unused = [pattern for pattern, _ in assignment_map if pattern not in used]
+  if require_all_rules_match and unused:
+    raise ValueError(
+        'Every rule of assignment_map must match a name of the current state. Unused: '
+        + ', '.join(map(repr, unused))
+    )
+  return _unflatten(_assign(source, rules))
+
+
+def _assign(
+    source: Mapping[str, Any], rules: Mapping[str, tuple[str, str | None] | None]
+) -> dict[str, Any]:
+  """Applies to each name its rule, or None; see `apply_assignment_map`."""
+  renamed, taken = {}, set()
+  for name, rule in rules.items():
+    if rule is None or rule[1] is None:
       continue
     pattern, old_name = rule
-    used.add(pattern)
-    if old_name is None:
-      dropped.add(name)
-      continue
     if old_name not in source:
       raise ValueError(
           f'assignment_map: {pattern!r} maps {name!r} to {old_name!r}, which the '
@@ -153,17 +163,12 @@ def apply_assignment_map(
       )
     renamed[name] = source[old_name]
     taken.add(old_name)
-
-  unused = [pattern for pattern, _ in assignment_map if pattern not in used]
-  if require_all_rules_match and unused:
-    raise ValueError(
-        'Every rule of assignment_map must match a name of the current state. Unused: '
-        + ', '.join(map(repr, unused))
-    )
-  # A name that no rule matches finds its entry even if another name has taken it too.
-  same_name = {name: source[name] for name in unmatched if name in source}
-  left_over = {k: v for k, v in source.items() if k not in taken | dropped}
+  dropped = {name for name, rule in rules.items() if rule and rule[1] is None}
+  unmatched = [name for name, rule in rules.items() if rule is None]
   absent = [name for name in unmatched if name not in source]
   _report('Without a rule and not in the checkpoint', absent)
   _report('Not restored, by the assignment map', list(dropped))
-  return _unflatten(left_over | same_name | renamed)
+  left_over = {k: v for k, v in source.items() if k not in taken | dropped}
+  # A name that no rule matches finds its entry even if another name has taken it too.
+  same_name = {name: source[name] for name in unmatched if name in source}
+  return left_over | same_name | renamed
