@@ -105,6 +105,44 @@ class DataLayout:
   is_first_host_in_replica_set: bool
 
 
+def _model_size(
+    num_partitions: int | None,
+    model_parallel_submesh: HardwareMesh | None,
+    shapes: tuple[HardwareMesh | None, HardwareMesh | None],
+) -> int:
+  """The devices along 'model'; ValueError unless just one argument names them."""
+  ici_mesh_shape, dcn_mesh_shape = shapes
+  if (ici_mesh_shape is None) != (dcn_mesh_shape is None):
+    raise ValueError(
+        'ici_mesh_shape and dcn_mesh_shape go together: give both or neither. Got: '
+        f'ici_mesh_shape={ici_mesh_shape}, dcn_mesh_shape={dcn_mesh_shape}.'
+    )
+  sliced = ici_mesh_shape is not None
+  if not (num_partitions or model_parallel_submesh or sliced):
+    raise ValueError(
+        'Say how many devices share one copy of the model: num_partitions=1 for pure '
+        f'data parallelism. Got: num_partitions={num_partitions}, '
+        f'model_parallel_submesh={model_parallel_submesh}.'
+    )
+  if sliced and model_parallel_submesh:
+    raise ValueError(
+        'model_parallel_submesh excludes ici_mesh_shape and dcn_mesh_shape. '
+        f'Got: {model_parallel_submesh} and {shapes}.'
+    )
+  size = num_partitions
+  if sliced:
+    size = math.prod(shape[-1] for shape in shapes)
+  elif model_parallel_submesh:
+    size = math.prod(model_parallel_submesh)
+  if num_partitions not in (None, 0, 1, size):
+    raise ValueError(
+        'num_partitions contradicts the mesh shape, which puts '
+        f'{size} devices along "model". Got: num_partitions={num_partitions}; leave '
+        'it out.'
+    )
+  return size
+
+
 class BasePartitioner(metaclass=abc.ABCMeta):
   """What the runtime asks of a partitioner."""
 
@@ -135,35 +173,8 @@ class BasePartitioner(metaclass=abc.ABCMeta):
         them contradict each other.
     """
     shapes = (ici_mesh_shape, dcn_mesh_shape)
-    if (ici_mesh_shape is None) != (dcn_mesh_shape is None):
-      raise ValueError(
-          'ici_mesh_shape and dcn_mesh_shape go together: give both or neither. Got: '
-          f'ici_mesh_shape={ici_mesh_shape}, dcn_mesh_shape={dcn_mesh_shape}.'
-      )
     sliced = ici_mesh_shape is not None
-    if not (num_partitions or model_parallel_submesh or sliced):
-      raise ValueError(
-          'Say how many devices share one copy of the model: num_partitions=1 for pure '
-          f'data parallelism. Got: num_partitions={num_partitions}, '
-          f'model_parallel_submesh={model_parallel_submesh}.'
-      )
-    if sliced and model_parallel_submesh:
-      raise ValueError(
-          'model_parallel_submesh excludes ici_mesh_shape and dcn_mesh_shape. '
-          f'Got: {model_parallel_submesh} and {shapes}.'
-      )
-    size = num_partitions
-    if sliced:
-      size = math.prod(shape[-1] for shape in shapes)
-    elif model_parallel_submesh:
-      size = math.prod(model_parallel_submesh)
-    if num_partitions not in (None, 0, 1, size):
-      raise ValueError(
-          'num_partitions contradicts the mesh shape, which puts '
-          f'{size} devices along "model". Got: num_partitions={num_partitions}; leave '
-          'it out.'
-      )
-    self._num_partitions = size
+    self._num_partitions = _model_size(num_partitions, model_parallel_submesh, shapes)
     self._model_parallel_submesh = model_parallel_submesh
     self._params_on_devices = params_on_devices
     self._backend = backend
