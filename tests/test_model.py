@@ -1,0 +1,351 @@
+"""BartModel against T5X's own model of the same module, and by hand."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seqio
+from flax.linen import partitioning
+
+from bart_t5x import model, network
+from bart_t5x.hf import mapping
+from t5x import models
+from t5x import partitioning as t5x_partitioning
+
+CONFIG = network.BartConfig(
+    vocab_size=40, emb_dim=12, num_heads=4, num_encoder_layers=1,
+    num_decoder_layers=1, mlp_dim=16, max_positions=16, vocab_multiple_of=8,
+)  # fmt: skip
+VOCABULARY = seqio.PassThroughVocabulary(40, eos_id=2)
+
+
+def _model(cls=model.BartModel, config=CONFIG, **kwargs):
+  return cls(network.Transformer(config), VOCABULARY, VOCABULARY, None, **kwargs)
+
+
+@functools.cache
+def _params(config=CONFIG):
+  tokens = jnp.ones((1, 2), jnp.int32)
+  init = network.Transformer(config).init
+  shapes = jax.eval_shape(
+      lambda: init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+  )['params']
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes
+  )
+
+
+def _batch(rows=8, seed=0):
+  """Model features as the stock converter makes them, unpacked."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(3, 11, rows)
+  real = np.arange(10) < lengths[:, None]
+  targets = np.where(real, rng.integers(4, 40, (rows, 10)), 0)
+  targets[:, 0] = 1
+  targets[np.arange(rows), lengths - 1] = 2
+  inputs = np.where(np.arange(9) < lengths[:, None] - 1, targets[:, :9], 0)
+  return {
+      'encoder_input_tokens': inputs,
+      'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+      'decoder_target_tokens': targets,
+      'decoder_loss_weights': real.astype(np.int32),
+  }
+
+
+def _run(model, batch, params=None, rng=None):
+  run = jax.jit(
+      jax.value_and_grad(model.loss_fn, has_aux=True),
+      compiler_options={'xla_backend_optimization_level': 0},
+  )
+  return run(_params() if params is None else params, batch, rng)
+
+
+# ---- the loss ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('label_smoothing', 'z_loss', 'factor'),
+    [(0.0, 0.0, 80), (0.1, 1e-2, None), (0.1, 1e-2, 'AVERAGE_PER_SEQUENCE')],
+)
+def test_loss_and_gradients_equal_t5x_with_full_logits(label_smoothing, z_loss, factor):
+  settings = {
+      'label_smoothing': label_smoothing,
+      'z_loss': z_loss,
+      'loss_normalizing_factor': factor,
+  }
+  batch = _batch()
+  (ours, found), our_gradients = _run(_model(loss_chunk_length=3, **settings), batch)
+  (theirs, reference), their_gradients = _run(
+      _model(models.EncoderDecoderModel, **settings), batch
+  )
+  np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+      our_gradients,
+      their_gradients,
+  )
+  np.testing.assert_allclose(
+      found['accuracy'].compute(), reference['accuracy'].compute(), rtol=1e-6
+  )
+
+
+def test_reported_loss_does_not_depend_on_the_normalizing_factor():
+  batch = _batch()
+  losses = [
+      _run(_model(loss_normalizing_factor=factor), batch)[0][1]['loss'].compute()
+      for factor in (None, 80)
+  ]
+  assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize('axes', [(8, 1), (2, 4)])
+def test_sharded_loss_equals_the_loss_on_one_device(axes):
+  """Rows over `data`, heads and vocabulary over `model`; one sum over `data`."""
+  batch, bart = _batch(), _model(loss_chunk_length=2, loss_normalizing_factor=80)
+  (plain, _), plain_gradients = _run(bart, batch)
+  mesh = jax.make_mesh(axes, ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2)
+  rules = t5x_partitioning.standard_logical_axis_rules()
+  tokens = jnp.ones((1, 2), jnp.int32)
+  variables = jax.eval_shape(
+      lambda: bart.module.init(
+          jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+      )
+  )
+  names = partitioning.get_axis_names(variables['params_axes'])
+  with jax.set_mesh(mesh), partitioning.axis_rules(rules):
+    place = jax.sharding.NamedSharding
+    shardings = jax.tree.map(
+        lambda spec: place(mesh, partitioning.logical_to_mesh_axes(spec, rules)),
+        dict(mapping.unflatten(mapping.flatten(names))),
+    )
+    by_row = place(mesh, jax.sharding.PartitionSpec('data'))
+    step = jax.jit(
+        jax.value_and_grad(bart.loss_fn, has_aux=True),
+        in_shardings=(shardings, by_row, None),
+    )
+    compiled = step.lower(_params(), batch, None).compile()
+    (loss, _), gradients = compiled(
+        jax.device_put(_params(), shardings), jax.device_put(batch, by_row), None
+    )
+  np.testing.assert_allclose(loss, plain, rtol=2e-6)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+      gradients,
+      plain_gradients,
+  )
+  # The table's gradient is added up over `data` once, after the loop: no chunk
+  # sends as much as the table's own shard.
+  rows = 40 // axes[1]
+  body = _while_bodies(compiled.as_text())
+  assert body and not re.search(rf'f32\[1?,?{rows},12\]\S* all-reduce\(', body)
+
+
+def _while_bodies(text):
+  """The computations that loops run, of an HLO module's text."""
+  names = set(re.findall(r'body=%?([\w.\-]+)', text))
+  blocks = re.split(r'\n(?=%|ENTRY)', text)
+  return '\n'.join(
+      block for block in blocks if block.lstrip('%').split(' ', 1)[0] in names
+  )
+
+
+def test_packed_rows_have_the_loss_of_their_examples():
+  """Two examples in one row, or in two: the same sum."""
+  rng = np.random.default_rng(3)
+  examples = [rng.integers(4, 40, n) for n in (6, 4)]
+  alone = {
+      'encoder_input_tokens': np.stack([np.pad(e, (0, 10 - len(e))) for e in examples])
+  }
+  tokens = alone['encoder_input_tokens']
+  alone['decoder_target_tokens'] = tokens
+  alone['decoder_input_tokens'] = np.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+  alone['decoder_loss_weights'] = (tokens != 0).astype(np.int32)
+  row = np.concatenate(examples)[None]
+  starts = np.concatenate([np.arange(len(e)) for e in examples])[None]
+  packed = {
+      'encoder_input_tokens': row,
+      'decoder_target_tokens': row,
+      'decoder_input_tokens': np.where(starts == 0, 0, np.roll(row, 1)),
+      'decoder_loss_weights': np.ones_like(row),
+  }
+  for side in ('encoder', 'decoder'):
+    packed[f'{side}_positions'] = starts
+    packed[f'{side}_segment_ids'] = np.repeat([1, 2], (6, 4))[None]
+  (apart, _), _ = _run(_model(), alone)
+  (together, found), _ = _run(_model(), packed)
+  np.testing.assert_allclose(together, apart, rtol=1e-6)
+  assert found['effective_batch_size/encoder'].compute() == 2
+
+
+# ---- metrics -----------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+  tokens = model.loss_lib.TokenLosses(
+      cross_entropy=jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, 99.0]]),
+      z_loss=jnp.array([[0.5, 0.5, 0.5, 0.5, 0.5, 99.0]]),
+      negative_log_likelihood=jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0, 99.0]]),
+      correct=jnp.array([[True, True, False, True, False, True]]),
+  )
+  targets = jnp.array([[1, 10, 11, 12, 2, 0]])  # <s> three words </s> padding
+  noised = jnp.array([[1, 1, 2, 2, 3, 0]])
+  weights = jnp.array([[1.0, 1, 1, 1, 1, 0]])
+  found = {
+      **model.token_metrics(tokens, weights),
+      **model.noise_metrics(tokens, noised, weights),
+      **model.compatible_metrics(tokens, targets, weights, (0, 1, 2, 3, 4)),
+  }
+  wanted = {
+      'loss': 33.5 / 5,
+      'cross_ent_loss': 31 / 5,
+      'z_loss': 0.5,
+      'accuracy': 3 / 5,
+      'copied_accuracy': 1.0,
+      'infilled_accuracy': 0.5,
+      'end_accuracy': 0.0,
+      'copy_baseline_accuracy': 2 / 5,
+      'hf_compat_loss': 9 / 3,
+      'hf_compat_accuracy': 2 / 3,
+  }
+  assert {name: float(metric.compute()) for name, metric in found.items()} == (
+      pytest.approx(wanted)
+  )
+
+
+def test_metrics_of_microbatches_merge_to_those_of_the_batch():
+  bart, batch = _model(), _batch()
+  batch['decoder_targets_noised'] = np.where(
+      batch['decoder_target_tokens'] == 0, 0, 1 + np.indices((8, 10)).sum(0) % 3
+  )
+  whole = jax.jit(bart.eval_fn)(_params(), batch)[1]
+  halves = [
+      jax.jit(bart.eval_fn)(_params(), {k: v[part] for k, v in batch.items()})[1]
+      for part in (slice(0, 4), slice(4, 8))
+  ]
+  for name, metric in whole.items():
+    if name.startswith('timing/') or name.startswith('effective'):
+      continue
+    merged = halves[0][name].merge(halves[1][name])
+    np.testing.assert_allclose(
+        merged.compute(), metric.compute(), rtol=1e-6, err_msg=name
+    )
+  assert 'infilled_accuracy' in whole
+
+
+def test_without_the_noise_feature_its_metrics_are_absent():
+  found = _run(_model(), _batch())[0][1]
+  assert 'infilled_accuracy' not in found
+  assert found['non_padding_fraction/loss_weights'].compute() == pytest.approx(
+      _batch()['decoder_loss_weights'].mean()
+  )
+
+
+# ---- decoding and scoring ----------------------------------------------------
+
+
+def _greedy(params, config, inputs, prompts, length):
+  """The slow way: a full pass for every token."""
+  module = network.Transformer(config)
+  run = jax.jit(module.apply, static_argnames='enable_dropout')
+  tokens = np.zeros((len(inputs), length + 1), int)
+  ended = np.zeros(len(inputs), bool)
+  for position in range(length):
+    source = tokens[:, :-1]
+    logits = run({'params': params}, inputs, source, source, enable_dropout=False)
+    best = np.asarray(logits)[:, position].argmax(-1)
+    forced = prompts[:, position + 1] if position + 1 < length else 0 * best
+    chosen = np.where(forced != 0, forced, np.where(ended, 0, best))
+    ended |= chosen == 2
+    tokens[:, position + 1] = chosen
+  return tokens[:, 1:]
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('prompted', [False, True])
+def test_beam_search_of_one_is_greedy(scan_layers, prompted):
+  config = dataclasses.replace(CONFIG, scan_layers=scan_layers, num_decoder_layers=2)
+  params, batch = _params(config), _batch(rows=3)
+  if prompted:
+    keep = np.arange(10) < np.array([[4], [1], [3]])
+    batch['decoder_input_tokens'] = np.where(keep, batch['decoder_input_tokens'], 0)
+  bart = _model(config=config)
+  predict = jax.jit(
+      functools.partial(
+          bart.predict_batch_with_aux, num_decodes=1, prompt_with_targets=prompted
+      )
+  )
+  got, _ = predict(params, batch)
+  prompts = batch['decoder_input_tokens'] * prompted
+  wanted = _greedy(params, config, batch['encoder_input_tokens'], prompts, 10)
+  np.testing.assert_array_equal(got, wanted)
+
+
+def test_every_beam_s_score_is_that_of_its_sequence():
+  """Beams are reordered with their caches: each score can be computed anew."""
+  batch = _batch(rows=3)
+  bart = _model()
+  predict = jax.jit(
+      functools.partial(
+          bart.predict_batch_with_aux,
+          num_decodes=3, return_all_decodes=True, decoder_params={'alpha': 0.0},
+      )  # fmt: skip
+  )
+  decodes, aux = predict(_params(), batch)
+  for beam in range(3):
+    targets = np.asarray(decodes[:, beam])
+    again = {
+        **batch,
+        'decoder_target_tokens': targets,
+        'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+        'decoder_loss_weights': (targets != 0).astype(np.int32),
+    }
+    scores = jax.jit(bart.score_batch)(_params(), again)
+    np.testing.assert_allclose(aux['scores'][:, beam], scores, rtol=1e-4)
+
+
+def test_scores_equal_t5x_with_full_logits():
+  batch = _batch()
+  ours = jax.jit(_model().score_batch)(_params(), batch)
+  theirs = jax.jit(_model(models.EncoderDecoderModel).score_batch)(_params(), batch)
+  np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+# ---- construction ------------------------------------------------------------
+
+
+def test_another_vocabulary_is_refused():
+  other = seqio.PassThroughVocabulary(41, eos_id=2)
+  with pytest.raises(ValueError, match='output vocabulary has 41 ids, .* is 40'):
+    model.BartModel(network.Transformer(CONFIG), VOCABULARY, other, None)
+
+
+def test_a_vocabulary_not_made_yet_is_not_asked():
+  class Absent(seqio.PassThroughVocabulary):
+    available = False
+
+    @property
+    def vocab_size(self):
+      raise FileNotFoundError
+
+  absent = Absent(1)
+  model.BartModel(network.Transformer(CONFIG), absent, absent, None)
+
+
+def test_a_chunk_of_nothing_is_refused():
+  with pytest.raises(ValueError, match='positive integer or None. Got: 0'):
+    _model(loss_chunk_length=0)
+
+
+def test_initial_variables_from_the_shapes_of_a_packed_batch():
+  shapes = {name: (2, 8) for name in _batch()}
+  for side in ('encoder', 'decoder'):
+    shapes |= {f'{side}_positions': (2, 8), f'{side}_segment_ids': (2, 8)}
+  variables = jax.eval_shape(
+      lambda: _model().get_initial_variables(jax.random.key(0), shapes)
+  )
+  assert set(variables) == {'params', 'params_axes'}
