@@ -1,7 +1,7 @@
 """Learning rate schedules as products of named factors."""
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,12 +56,8 @@ def create_learning_rate_scheduler(
       base_learning_rate, warmup_steps, decay_factor, steps_per_decay, steps_per_cycle
   )
   chosen = _parse(factors, known)
-  _check_divisors(
-      chosen,
-      warmup_steps=warmup_steps,
-      steps_per_decay=steps_per_decay,
-      steps_per_cycle=steps_per_cycle,
-  )
+  steps = (warmup_steps, steps_per_decay, steps_per_cycle)
+  _check_divisors(chosen, dict(zip(_STEPS, steps, strict=True)))
 
   def learning_rate(step: Int[Array, ''] | int) -> Float[Array, '']:
     since = jnp.maximum(0, step - step_offset)
@@ -118,6 +114,7 @@ def _parse(factors: str, known: Collection[str]) -> list[str]:
   return chosen
 
 
+_STEPS = ('warmup_steps', 'steps_per_decay', 'steps_per_cycle')
 _DIVISORS = {
     'rsqrt_decay': 'warmup_steps',  # At step 0.
     'rsqrt_normalized_decay': 'warmup_steps',
@@ -128,7 +125,7 @@ _DIVISORS = {
 }
 
 
-def _check_divisors(chosen: list[str], **steps: int) -> None:
+def _check_divisors(chosen: list[str], steps: Mapping[str, int]) -> None:
   for name in chosen:
     divisor = _DIVISORS.get(name)
     if divisor and steps[divisor] <= 0:
