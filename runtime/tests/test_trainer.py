@@ -252,11 +252,11 @@ def test_compiled_steps_are_used():
     assert_equal_states(made.train_state.params, other.train_state.params)
     made.compile_eval({'task': make_batch(0), 'other': make_batch(1)})
     made._partitioned_eval_step = None
-    assert made._compiled_eval_steps['task'] is made._compiled_eval_steps['other']
+    assert made._eval_programs['task'] is made._eval_programs['other']
     made.eval({'task': batches(0, 2), 'other': batches(0, 1)})
     made._partitioned_eval_step = other._partitioned_eval_step
     made.compile_eval({'other': make_batch(1, rows=8)})
-    assert made._compiled_eval_steps['task'] is not made._compiled_eval_steps['other']
+    assert made._eval_programs['task'] is not made._eval_programs['other']
 
 
 def test_evaluation_merges_batches_and_has_no_dropout():

@@ -153,13 +153,13 @@ class BaseTrainer(abc.ABC):
     self._model = model
     self._partitioner = partitioner
     self._train_state_axes = train_state_axes
-    self._base_rng = rng
+    self._key = rng
     self._summary_dir = summary_dir
-    self._train_state = train_state
+    self._state = train_state
     self._state_lock = threading.RLock()
-    self._compiled_train_step: PartitionedTrainCallable | None = None
-    self._compiled_eval_steps: dict[str, PartitionedEvalCallable] = {}
-    self._eval_steps_by_spec: dict[Any, PartitionedEvalCallable] = {}
+    self._train_program: PartitionedTrainCallable | None = None
+    self._eval_programs: dict[str, PartitionedEvalCallable] = {}
+    self._programs_by_spec: dict[Any, PartitionedEvalCallable] = {}
     self._begun = time.monotonic()
     self._last_stretch: concurrent.futures.Future | None = None
     self._spoilt: NonFiniteLossError | None = None
@@ -192,7 +192,7 @@ class BaseTrainer(abc.ABC):
       closing.callback(self.train_metrics_manager.close)
 
   def _get_step_rng(self, step: Any) -> Rng:
-    return jax.random.fold_in(self._base_rng, step)
+    return jax.random.fold_in(self._key, step)
 
   @property
   def train_state(self) -> train_state_lib.TrainState:
@@ -203,12 +203,12 @@ class BaseTrainer(abc.ABC):
     """
     self._raise_if_spoilt()
     with self._state_lock:
-      return self._train_state
+      return self._state
 
   @train_state.setter
   def train_state(self, train_state: train_state_lib.TrainState):
     with self._state_lock:
-      self._train_state = train_state
+      self._state = train_state
       self._last_stretch, self._spoilt = None, None
       self._guard = HealthGuard(self._summary_dir)
 
@@ -253,8 +253,8 @@ class BaseTrainer(abc.ABC):
       self._raise_if_spoilt()
     with self._state_lock:
       if start_step is None:
-        start_step = int(np.asarray(self._train_state.step))
-      self.train_metrics_manager.start_duration_timer(block_on=self._train_state)
+        start_step = int(np.asarray(self._state.step))
+      self.train_metrics_manager.start_duration_timer(block_on=self._state)
       metrics, step = None, start_step
       try:
         for step in range(start_step, start_step + num_steps):
@@ -277,12 +277,12 @@ class BaseTrainer(abc.ABC):
 
   def _run_step(self, step: int, batch_iter: Iterator[BatchType]) -> MetricMapType:
     """Launches a step, and waits for the one but last."""
-    run = self._compiled_train_step or self._partitioned_train_step
+    run = self._train_program or self._partitioned_train_step
     asked = time.perf_counter()
     batch = next(batch_iter)
     arrived = time.perf_counter()
     batch = put_on_devices(batch, self._partitioner, self._num_microbatches or 1)
-    self._train_state, metrics = run(self._train_state, batch)
+    self._state, metrics = run(self._state, batch)
     check = None
     if self.halt_on_nonfinite_loss:
       check = functools.partial(self._guard.check, step, batch, metrics)
@@ -332,8 +332,8 @@ class BaseTrainer(abc.ABC):
     """
     begun = time.perf_counter()
     with self._state_lock:
-      state = self._train_state
-      self._compiled_train_step = self._partitioner.compile(
+      state = self._state
+      self._train_program = self._partitioner.compile(
           self._partitioned_train_step,
           state,
           put_on_devices(batch, self._partitioner, self._num_microbatches or 1),
@@ -364,7 +364,7 @@ class BaseTrainer(abc.ABC):
     summaries = {}
     for name, batches in batch_iters.items():
       manager = self._eval_manager(name)
-      run = self._compiled_eval_steps.get(name, self._partitioned_eval_step)
+      run = self._eval_programs.get(name, self._partitioned_eval_step)
       manager.start_duration_timer(block_on=state)
       merged, count = None, 0
       in_flight = collections.deque()
@@ -401,11 +401,11 @@ class BaseTrainer(abc.ABC):
       begun = time.perf_counter()
       leaves, structure = jax.tree.flatten(batch)
       spec = structure, tuple((np.shape(x), np.result_type(x)) for x in leaves)
-      if spec not in self._eval_steps_by_spec:
-        self._eval_steps_by_spec[spec] = self._partitioner.compile(
+      if spec not in self._programs_by_spec:
+        self._programs_by_spec[spec] = self._partitioner.compile(
             self._partitioned_eval_step, state, put_on_devices(batch, self._partitioner)
         )
-      self._compiled_eval_steps[name] = self._eval_steps_by_spec[spec]
+      self._eval_programs[name] = self._programs_by_spec[spec]
       self._eval_manager(name).write_scalar(
           'timing/compilation_seconds', time.perf_counter() - begun, state.step
       )
