@@ -60,6 +60,7 @@ def train(
 
   Raises:
     VocabularyTooLarge: the text is too little for it.
+    ValueError: the vocabulary has no room for the text's characters.
   """
   if kind == BYTE_LEVEL:
     return _train_byte_level(texts, num_texts, vocab_size, min_frequency)
@@ -129,6 +130,11 @@ def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> by
       minloglevel=2,
     )
   except RuntimeError as e:
+    if needed := re.search(r'required_chars\D*\d+ vs (\d+)', str(e)):
+      raise ValueError(
+        f'The bytes, specials and characters of the text alone are {needed[1]} tokens, '
+        f'and --vocab_size={vocab_size} allows for fewer. Ask for more.'
+      ) from e
     if 'ocab' not in str(e):
       raise
     most = re.search(r'<= (\d+)', str(e))

