@@ -6,7 +6,6 @@ configures.
 """
 
 import contextlib
-import gc
 import os
 import pathlib
 import sys
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 import t5x
-from t5x import quiet
+from t5x import fast_imports, quiet
 
 FLAGS = flags.FLAGS
 
@@ -138,31 +137,6 @@ def _check_gin_files() -> None:
     _fail(f'--gin_file={name} is not there. Looked in: {", ".join(roots)}.')
 
 
-def _import_tensorflow() -> None:
-  """Imports TensorFlow without its chatter, and without Keras, which it need not have.
-
-  TensorFlow imports Keras at once unless told that an older one will be used; the two
-  seconds and more are saved by saying so during the import only. `tf.keras` still works
-  afterwards: it is looked up when first used.
-  """
-  switch = 'TF_USE_LEGACY_KERAS'
-  chosen = os.environ.get(switch)
-  os.environ[switch] = '1'
-  gc.disable()
-  try:
-    with quiet.hidden_stderr():
-      import tensorflow as tf
-
-      # JAX owns the accelerators.
-      tf.config.set_visible_devices([], 'GPU')
-  finally:
-    gc.enable()
-    if chosen is None:
-      del os.environ[switch]
-    else:
-      os.environ[switch] = chosen
-
-
 def prepare(
   description: str,
   argv: Sequence[str] | None = None,
@@ -200,7 +174,8 @@ def prepare(
   quiet.set_up_logging(verbose=FLAGS.verbosity > 0)
   logging.info('%s from %s', _script_name(), t5x.__file__)
   _be_the_named_module()
-  _import_tensorflow()
+  with quiet.hidden_stderr():
+    fast_imports.import_tensorflow_and_seqio()
 
 
 def _script_name() -> str:

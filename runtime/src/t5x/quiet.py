@@ -78,7 +78,7 @@ def name_process(index: int, count: int) -> None:
     index: this process, from 0.
     count: how many there are. 1 changes nothing.
   """
-  handler = absl_logging.get_absl_handler()
+  handler = absl_logging.get_absl_handler().python_handler
   if count > 1 and isinstance(handler.formatter, _Line):
     handler.setFormatter(_Line(f'[{index}/{count}] '))
 
