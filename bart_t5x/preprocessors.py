@@ -6,21 +6,63 @@
       denoise: the noise of the recipe that gin binds, `<s>` … `</s>`
     examples    inputs, targets, targets_noised
 
-`tokenize_for_bart` is for tasks made of text: fine-tuning, fill-in.
+`tokenize_documents` makes documents of text, for `seqio_cache_tasks`: the same ones as
+`bart_t5x.prepare` makes. `tokenize_for_bart` is for tasks from text to text:
+fine-tuning, fill-in.
 """
 
 from collections.abc import Mapping
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from bart_t5x import noise
+from bart_t5x import documents, noise
 from bart_t5x.sources import EPOCH, SEED
 
 # Odd numbers that keep apart what goes into one seed (wrap-around is wanted).
 _MIX_SEED = -0x61C8864680B583EB
 _MIX_EPOCH = 0x2545F4914F6CDD1D
 _MIX_PIECE = 0x369DEA0F31A53F85
+
+
+def tokenize_documents(
+  dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+  """Makes the documents that `bart_t5x.prepare` would make of the same texts.
+
+  Runs Python for each document and cannot be saved as part of an iterator: for what
+  comes before a `seqio.CacheDatasetPlaceholder(required=True)`.
+
+  Args:
+    dataset: of examples with a scalar string `text`.
+    output_features: of which the vocabulary of `targets` is read.
+
+  Returns:
+    A dataset of `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id` int64
+    scalar; texts of white space only are left out.
+  """
+  tokenizer = output_features['targets'].vocabulary.tokenizer
+
+  def encode(text: bytes):
+    content = text.decode('utf-8')
+    ((ids, starts),) = documents.encode(
+      tokenizer, ['' if content.isspace() else content]
+    )
+    return ids, starts, np.int64(documents.digest(text))
+
+  def tokenize(example):
+    ids, starts, example_id = tf.numpy_function(
+      encode, [example['text']], [tf.int32, tf.int32, tf.int64], stateful=False
+    )
+    return {
+      'tokens': tf.ensure_shape(ids, [None]),
+      'sentence_starts': tf.ensure_shape(starts, [None]),
+      'example_id': tf.ensure_shape(example_id, []),
+    }
+
+  dataset = dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
+  return dataset.filter(lambda document: tf.size(document['tokens']) > 0)
 
 
 def split_documents(

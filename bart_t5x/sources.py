@@ -248,6 +248,11 @@ class EpochTask(seqio.Task):
 
   def _source_of(self, split: str, use_cached: bool):
     if not use_cached:
+      if self.requires_caching:
+        raise ValueError(
+          f'Task {self.name!r} reads text: seqio_cache_tasks has to tokenize it first. '
+          'Run it and set USE_CACHED_TASKS = True.'
+        )
       return self.source
     if not self.supports_caching:
       raise ValueError(

@@ -26,6 +26,7 @@ def add_denoising_task(
   name: str,
   corpus_dir: str,
   recipe: noise.Recipe | None = None,
+  source: seqio.DataSource | None = None,
   shuffle_buffer_size: int = SHUFFLE_BUFFER_SIZE,
   metric_fns: Sequence = (metrics.reconstruction,),
 ) -> seqio.Task:
@@ -36,6 +37,9 @@ def add_denoising_task(
     corpus_dir: output folder of `python -m bart_t5x.prepare`; may come later.
     recipe: the noise. None for the one that gin binds (`noise.Recipe`), so that the
       run's gin files decide.
+    source: of examples with a scalar string `text`, for a corpus too large for one
+      machine: `seqio_cache_tasks` tokenizes it, with the tokenizer in `corpus_dir`,
+      and training then needs USE_CACHED_TASKS = True. None for the prepared corpus.
     shuffle_buffer_size: examples from which the next one is drawn.
     metric_fns: for evaluation by generation, of decoded texts.
 
@@ -44,12 +48,20 @@ def add_denoising_task(
   """
   vocabulary = load_vocabulary(corpus_dir)
   text = seqio.Feature(vocabulary, add_eos=False)
+  if source is None:
+    source = CorpusSource(corpus_dir)
+    before_noise = [seqio.CacheDatasetPlaceholder()]
+  else:
+    before_noise = [
+      preprocessors.tokenize_documents,
+      seqio.CacheDatasetPlaceholder(required=True),
+    ]
   return seqio.TaskRegistry.add(
     name,
     task_cls=EpochTask,
-    source=CorpusSource(corpus_dir),
+    source=source,
     preprocessors=[
-      seqio.CacheDatasetPlaceholder(),
+      *before_noise,
       preprocessors.split_documents,
       functools.partial(preprocessors.denoise, recipe=recipe),
     ],

@@ -1,0 +1,339 @@
+"""The registered tasks, from shards to batches, as T5X asks for them."""
+
+import collections
+import dataclasses
+import os
+import subprocess
+import sys
+
+import gin
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from bart_t5x import noise
+from bart_t5x.features import BartFeatureConverter
+from tasks import pretrain
+
+LENGTHS = {'inputs': 64, 'targets': 64}
+NOISE = noise.Recipe(whole_words=True, random_ratio=0.1)
+
+
+@pytest.fixture(scope='module')
+def task(corpus_dir):
+  name = 'tasks_test_denoising'
+  yield pretrain.add_denoising_task(name, corpus_dir, NOISE, shuffle_buffer_size=64)
+  seqio.TaskRegistry.remove(name)
+
+
+@pytest.fixture(scope='module')
+def mixture(corpus_dir, task):
+  name = 'tasks_test_second'
+  second = pretrain.add_denoising_task(
+    name, corpus_dir, noise.Recipe(), shuffle_buffer_size=64
+  )
+  yield seqio.MixtureRegistry.add(
+    'tasks_test_mixture', [(task.name, 3), (second.name, 1)]
+  )
+  seqio.MixtureRegistry.remove('tasks_test_mixture')
+  seqio.TaskRegistry.remove(name)
+
+
+def batches(provider, batch_size=4, **kwargs):
+  kwargs = {'shuffle': True, 'seed': 3, 'num_epochs': None, **kwargs}
+  return seqio.get_dataset(
+    provider.name, LENGTHS, BartFeatureConverter(pack=True), batch_size=batch_size,
+    verbose=False, **kwargs,
+  )
+
+
+def noised(task, hosts=1, split='train', **kwargs):
+  """Source and target of each (example id, piece, epoch), over all hosts."""
+  found = {}
+  for index in range(hosts):
+    shard = seqio.ShardInfo(index=index, num_shards=hosts)
+    ds = task.get_dataset(LENGTHS, split, shard_info=shard, **kwargs)
+    for example in ds.as_numpy_iterator():
+      key = tuple(int(example[k]) for k in ('example_id', 'piece', 'epoch'))
+      assert key not in found
+      found[key] = example['inputs'].tolist(), example['targets'].tolist()
+  return found
+
+
+def test_importing_needs_no_corpus(tmp_path):
+  code = (
+    'import seqio, tasks\n'
+    'for name in ("norwegian_denoising", "norwegian_denoising_mini"):\n'
+    '  task = seqio.get_mixture_or_task(name)\n'
+    '  try:\n'
+    '    task.get_dataset({"inputs": 64, "targets": 64})\n'
+    '  except FileNotFoundError as e:\n'
+    '    print(e)\n'
+  )
+  run = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True,
+    env={**os.environ, 'BART_T5X_DATA': str(tmp_path)}, check=True,
+  )
+  lines = run.stdout.splitlines()
+  for line, folder in zip(lines, ('no', 'mini'), strict=True):
+    assert f'--output_dir={tmp_path / folder}' in line and 'bart_t5x.prepare' in line
+
+
+def test_p13_targets_give_the_text_back(task, corpus_dir):
+  with open(os.path.join(os.path.dirname(corpus_dir), 'texts.txt')) as f:
+    texts = set(f.read().splitlines())
+  pieces = collections.defaultdict(dict)
+  for split in ('train', 'validation'):
+    for (example, piece, _), (_, target) in noised(task, split=split).items():
+      assert target[0] == 1 and target[-1] == 2
+      pieces[example][piece] = target[1:-1]
+  vocabulary = task.output_features['targets'].vocabulary
+  made = {
+    vocabulary.decode([t for i in range(len(p)) for t in p[i]])
+    for p in pieces.values()
+  }
+  assert made == texts
+
+
+@pytest.mark.parametrize('hosts', [2, 3])
+def test_p15_p16_hosts_and_order_change_no_example(task, hosts):
+  alone = noised(task, seed=3, num_epochs=2, shuffle=False)
+  shared = noised(task, hosts, seed=3, num_epochs=2, shuffle=True)
+  assert alone == shared
+
+
+def test_p15_each_epoch_and_each_seed_has_its_noise(task):
+  first = noised(task, seed=3, num_epochs=2)
+  other = noised(task, seed=4, num_epochs=1)
+  long = [k for k, (_, t) in first.items() if k[2] == 0 and len(t) > 30]
+  assert len(long) > 200
+  same_epoch = [first[k][0] == first[*k[:2], 1][0] for k in long]
+  same_seed = [first[k][0] == other[k][0] for k in long]
+  assert sum(same_epoch) == sum(same_seed) == 0
+  assert all(first[k][1] == first[*k[:2], 1][1] == other[k][1] for k in long)
+
+
+def test_p15_evaluation_noise_is_frozen(task):
+  runs = [
+    noised(task, split='validation', seed=seed, shuffle=shuffle)
+    for seed, shuffle in ((3, False), (4, True), (None, False))
+  ]
+  assert runs[0] == runs[1] == runs[2]
+
+
+def test_batches_are_full_and_static(task):
+  ds = seqio.get_dataset(
+    task.name, {'inputs': 512, 'targets': 512}, BartFeatureConverter(pack=True),
+    shuffle=True, seed=3, num_epochs=None, batch_size=4, verbose=False,
+  )
+  assert all(spec.shape == [4, 512] for spec in ds.element_spec.values())
+  targets = [b['decoder_target_tokens'] for b in ds.take(60).as_numpy_iterator()]
+  assert (np.stack(targets) > 0).mean() > 0.97
+
+
+def assert_same(a, b):
+  for one, other in zip(a, b, strict=True):
+    assert one.keys() == other.keys()
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize('provider', ['task', 'mixture'])
+@pytest.mark.parametrize('at', [1, 37, 200])
+def test_p17_resumes_at_any_batch(provider, at, request, tmp_path):
+  # About 90 batches an epoch: the last place is in the third one.
+  provider = request.getfixturevalue(provider)
+  iterator = iter(batches(provider))
+  for _ in range(at):
+    next(iterator)
+  path = tf.train.Checkpoint(iterator=iterator).write(str(tmp_path / 'state'))
+  want = [next(iterator) for _ in range(30)]
+  resumed = iter(batches(provider))
+  tf.train.Checkpoint(iterator=resumed).read(path)
+  assert_same([next(resumed) for _ in range(30)], want)
+
+
+def test_two_runs_are_alike_and_seeds_differ(task):
+  def first(seed):
+    return list(batches(task, seed=seed).take(10).as_numpy_iterator())
+
+  assert_same(first(3), first(3))
+  with pytest.raises(AssertionError):
+    assert_same(first(3), first(4))
+
+
+def test_stock_converter_takes_the_task(task):
+  ds = seqio.get_dataset(
+    task.name, LENGTHS, seqio.EncDecFeatureConverter(pack=True), verbose=False
+  )
+  assert 'decoder_targets_noised' not in ds.element_spec
+  assert len(list(ds.take(3))) == 3
+
+
+def test_t5x_reads_the_task(task):
+  from t5x import utils
+
+  config = utils.DatasetConfig(
+    mixture_or_task_name=task.name, task_feature_lengths=LENGTHS, split='train',
+    batch_size=4, shuffle=True, seed=3, pack=True,
+  )
+  ds = utils.get_dataset(config, 0, 1, BartFeatureConverter)
+  assert_same(
+    list(ds.take(5).as_numpy_iterator()),
+    list(batches(task).take(5).as_numpy_iterator()),
+  )
+  config = dataclasses.replace(config, split='validation', shuffle=False, seed=42)
+  evals = utils.get_training_eval_datasets(config, 0, 1, 3, BartFeatureConverter)
+  first, second = (list(evals[task.name].as_numpy_iterator()) for _ in range(2))
+  assert len(first) == 3
+  assert_same(first, second)
+
+
+@pytest.fixture
+def gin_task(corpus_dir):
+  name = 'tasks_test_gin'
+  gin.clear_config()
+  yield pretrain.add_denoising_task(name, corpus_dir)
+  seqio.TaskRegistry.remove(name)
+  gin.clear_config()
+
+
+def sources_of(task):
+  return [source for source, _ in noised(task, seed=1, shuffle=False).values()]
+
+
+def test_gin_binds_the_noise_after_the_task_is_registered(gin_task):
+  plain = sources_of(gin_task)
+  with gin.unlock_config():
+    gin.parse_config_files_and_bindings(
+      ['gin/denoising.gin'],
+      ['noise.Recipe.permute_ratio = 0.0', 'noise.Recipe.infill_ratio = 0.0',
+       'noise.Recipe.random_ratio = 0.0'],
+      skip_unknown=False,
+    )
+  bound = sources_of(gin_task)
+  assert bound != plain
+  targets = [target for _, target in noised(gin_task, seed=1, shuffle=False).values()]
+  assert bound == targets
+
+
+@pytest.mark.parametrize(
+  ('name', 'recipe'),
+  [
+    ('default', noise.Recipe(whole_words=True, random_ratio=0.1)),
+    ('paper', noise.Recipe()),
+    (
+      'fairseq',
+      noise.Recipe(span_mean=3.5, whole_words=True, overlap=True, random_ratio=0.1),
+    ),
+    (
+      'hf_compat',
+      noise.Recipe(
+        permute_last=False, insertions=False, overlap=True, merge_adjacent=True
+      ),
+    ),
+  ],
+)
+def test_recipes_in_gin(gin_task, name, recipe):
+  gin.parse_config_file(f'gin/noise/{name}.gin')
+  assert noise.Recipe() == recipe
+  assert noise.longest_source(recipe, 1024) <= 896  # as each file says
+  # Each rate is bound, so that a file is the whole truth about its noise.
+  bound = gin.config_str()
+  for field in dataclasses.fields(noise.Recipe):
+    assert f'Recipe.{field.name} =' in bound
+
+
+def test_noise_that_does_not_fit_names_the_length(task):
+  with pytest.raises(ValueError, match="TASK_FEATURE_LENGTHS\\['inputs'\\] to"):
+    task.get_dataset({'inputs': 48, 'targets': 64})
+
+
+def test_lengths_are_asked_for(task):
+  with pytest.raises(ValueError, match='TASK_FEATURE_LENGTHS'):
+    task.get_dataset(None)
+
+
+def test_text_must_be_cached(corpus_dir):
+  name = 'tasks_test_text'
+  source = seqio.FunctionDataSource(lambda split, shuffle_files: None, ['train'])
+  task = pretrain.add_denoising_task(name, corpus_dir, source=source)
+  with pytest.raises(ValueError, match='USE_CACHED_TASKS = True'):
+    task.get_dataset(LENGTHS)
+  seqio.TaskRegistry.remove(name)
+
+
+CACHED = '''
+import os, sys
+import seqio
+import tensorflow as tf
+from bart_t5x import noise
+from tasks import pretrain
+
+CORPUS = os.environ['CORPUS']
+TEXTS = os.path.join(os.path.dirname(CORPUS), 'texts.txt')
+
+def read(split, shuffle_files=False, seed=None):
+  return tf.data.TextLineDataset(TEXTS).map(lambda line: {'text': line})
+
+recipe = noise.Recipe()
+pretrain.add_denoising_task('cached_corpus', CORPUS, recipe)
+pretrain.add_denoising_task(
+  'cached_text', CORPUS, recipe, source=seqio.FunctionDataSource(read, ['train'])
+)
+'''
+
+COMPARE = '''
+import cached_tasks
+LENGTHS = {'inputs': 64, 'targets': 64}
+seqio = cached_tasks.seqio
+tf = cached_tasks.tf
+seqio.add_global_cache_dirs(['cache'])
+
+def dataset(name, use_cached, split):
+  task = seqio.get_mixture_or_task(name)
+  return task.get_dataset(
+    LENGTHS, split, use_cached=use_cached, seed=3, num_epochs=2, shuffle=True
+  )
+
+def examples(*args):
+  return {
+    tuple(int(e[k]) for k in ('example_id', 'piece', 'epoch')):
+      (e['inputs'].tolist(), e['targets'].tolist())
+    for e in dataset(*args).as_numpy_iterator()
+  }
+
+plain = examples('cached_corpus', False, 'train')
+assert examples('cached_corpus', True, 'train') == plain
+held_out = examples('cached_corpus', False, 'validation')
+assert examples('cached_corpus', True, 'validation') == held_out
+text = examples('cached_text', True, 'train')
+assert {k: v for k, v in text.items() if k in plain} == plain
+
+iterator = iter(dataset('cached_corpus', True, 'train'))
+for _ in range(700):
+  next(iterator)
+path = tf.train.Checkpoint(i=iterator).write('state')
+want = [e['inputs'].numpy().tolist() for e in iterator]
+resumed = iter(dataset('cached_corpus', True, 'train'))
+tf.train.Checkpoint(i=resumed).read(path)
+assert [e['inputs'].numpy().tolist() for e in resumed] == want and want
+print('same')
+'''
+
+
+@pytest.mark.slow
+def test_seqio_caches_the_same_examples(corpus_dir, tmp_path):
+  (tmp_path / 'cached_tasks.py').write_text(CACHED)
+  (tmp_path / 'compare.py').write_text(COMPARE)
+  paths = [str(tmp_path), os.getcwd(), os.environ.get('PYTHONPATH', '')]
+  env = {**os.environ, 'CORPUS': corpus_dir, 'PYTHONPATH': os.pathsep.join(paths)}
+  cache = [
+    sys.executable, '-m', 'seqio.scripts.cache_tasks_main', '--output_cache_dir=cache',
+    '--tasks=cached_.*', '--module_import=cached_tasks',
+  ]
+  for command in (cache, [sys.executable, 'compare.py']):
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+  assert run.stdout.endswith('same\n')
