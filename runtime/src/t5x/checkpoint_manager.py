@@ -74,6 +74,15 @@ def _mend(error: BaseException) -> str:
   return 'Mend the cause'
 
 
+def _savable(leaf: Any) -> Any:
+  """An array as Orbax takes it: read, and where there are many hosts not of one."""
+  if isinstance(leaf, LazyArray):
+    return leaf.get()
+  if jax.process_count() > 1 and isinstance(leaf, jax.Array):
+    return np.asarray(leaf) if leaf.is_fully_addressable else leaf
+  return leaf
+
+
 def step_of(train_state: Any) -> int:
   """The step of a train state, as a Python int."""
   step = train_state.step
@@ -272,10 +281,7 @@ class OrbaxCheckpointManagerInterface:
     if step in self.all_steps():
       logging.info('%s exists and is not written again.', folder)
       return False
-    state_dict = _map_named(
-        lambda _, x: x.get() if isinstance(x, LazyArray) else x,
-        train_state.state_dict(),
-    )
+    state_dict = _map_named(lambda _, x: _savable(x), train_state.state_dict())
     infos = self._parameter_infos(train_state)
     for transform in state_transformation_fns:
       state_dict, infos = transform(state_dict, infos)
