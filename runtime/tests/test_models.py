@@ -4,7 +4,6 @@ What is decoded with a cache is compared with what the whole model says of every
 sequence there is, without one.
 """
 
-import dataclasses
 import inspect
 import itertools
 import subprocess
@@ -345,18 +344,6 @@ def test_what_the_decoding_function_is_told(params):
 def test_two_keys_are_refused(params):
   with pytest.raises(ValueError, match=r'both: 4 / 3'):
     decode_with(params, make_batch(), rng=4, decoder_params={'decode_rng': 3})
-
-
-def test_scanned_layers_shift_the_batch_axis_of_the_cache():
-  @dataclasses.dataclass
-  class Module:
-    scan_layers: bool
-
-  from t5x import base_model
-
-  assert base_model.cache_offset(Module(True)) == 1
-  assert base_model.cache_offset(Module(False)) == 0
-  assert base_model.cache_offset(Transformer()) == 0
 
 
 def test_a_score_is_the_sum_of_its_tokens_log_probabilities(params):

@@ -279,8 +279,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
         'Decoding needs the feature decoder_causal_attention: task_feature_lengths'
         f' must name both inputs and targets. Got features: {sorted(batch)}.'
       )
-    # The mask is one longer than the inputs, the tokens are shifted by one: so
-    # the product is the start token and the inputs.
+    # The mask is one longer than the inputs: start token and inputs remain.
     attended = batch['decoder_causal_attention']
     inputs = batch['decoder_input_tokens'] * attended
     cache, initial_index = self._compute_kv_cache(params, inputs, attended)

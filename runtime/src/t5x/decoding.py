@@ -3,6 +3,13 @@
 Sampling lives in `sampling`, work on the beam dimension in `beams`; both are
 reachable from here under the names that gin files and models use. Every
 function traces with static shapes.
+
+Position 0 of the inputs is the start token; the tokens after it, up to the first 0,
+are a prompt, forced at no cost. A closed sequence scores its log probability divided
+by `brevity_penalty` of its length, prompt and end token included. An example is done
+when no open sequence can beat the worst kept one. If none closed, it gets its open
+sequences with plain log probabilities; slots for which there is no sequence are all
+0 and score NEG_INF. What an example gets does not depend on the others of its batch.
 """
 
 import dataclasses
@@ -192,6 +199,34 @@ class _BeamSearch:
   cache_offset: int
   prefilled: bool
 
+  def run(
+    self, cache: Any, initial_index: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Searches from a cache; returns sequences and scores."""
+    batch, positions = self.prompts.shape[0], self.limit + 1
+    live_seqs = None
+    if self.prefilled:
+      live_seqs = add_beam_dim(self.prompts[:, :positions], self.beam_size)
+      cache = expand_position_indices(cache, batch, self.beam_size, self.cache_offset)
+    else:
+      initial_index = jnp.zeros((batch,), jnp.int32)
+    state = beam_init(
+      batch,
+      self.beam_size,
+      positions,
+      cache,
+      self.cache_offset,
+      live_seqs=live_seqs,
+      initial_index=jnp.asarray(initial_index, jnp.int32),
+    )
+    state = lax.while_loop(self.goes_on, self.step, state)
+    any_closed = state.finished_flags.any(axis=1, keepdims=True)
+    sequences = jnp.where(
+      any_closed[:, :, None], state.finished_seqs, state.live_seqs
+    )
+    scores = jnp.where(any_closed, state.finished_scores, state.live_logprobs)
+    return sequences[:, :, 1:], scores
+
   def goes_on(self, state: BeamState) -> jax.Array:
     """Whether a further step can change any example's result."""
     out_of_steps = (self.max_steps > 0) & (state.cur_index >= self.max_steps)
@@ -337,53 +372,31 @@ def beam_search(
 ) -> tuple[
   Int[Array, 'batch num_decodes max_decode_len'], Float[Array, 'batch num_decodes']
 ]:
-  """Searches for the most probable sequences.
-
-  A closed sequence scores its log probability divided by `brevity_penalty` of
-  its length, prompt and end token included. The search stops when no open
-  sequence can beat the worst kept one. An example for which none closed gets
-  its open sequences, with plain log probabilities; slots for which no sequence
-  was found are all 0 and score NEG_INF. What an example gets does not depend on
-  the other examples of its batch.
+  """Searches for the most probable sequences; see this module's top.
 
   Args:
-    inputs: position 0 is the start token; the tokens after it are a prompt,
-      forced up to the first 0, which costs no probability.
+    inputs: start token and prompt, padded with 0.
     cache: the model's cache for `batch` rows.
-    tokens_to_logits: from a DecodingState with batch * num_decodes rows to
-      logits and the new cache.
+    tokens_to_logits: the model, for batch * num_decodes rows.
     eos_id: token that closes a sequence.
     num_decodes: number of beams, all of which are returned.
     alpha: exponent of the length penalty, 0 for none; may be traced.
     max_decode_len: most tokens a sequence; by default the length of `inputs`.
     max_decode_step: most steps of the loop; no bound unless positive.
-    min_log_prob: an example stops when no open sequence has at least this log
-      probability.
-    decode_rng: not used, the search draws nothing; here so that every decoding
-      function can be called alike.
-    cache_offset: axes before the batch axis of the cache, 1 for scanned layers.
-    initial_index: where to begin, if the cache is filled up to there: the
-      number of prompt tokens. Without it the prompt is fed token by token.
+    min_log_prob: an example is done when its open sequences all lie below.
+    decode_rng: not used, as nothing is drawn; all decoding functions take it.
+    cache_offset: axes before the batch axis of the cache.
+    initial_index: position to begin at, if the cache is filled up to there.
 
   Returns:
-    The sequences without the start token, padded with 0, and their scores, both
-    sorted by rising score: the best is the last.
+    Sequences without the start token, and scores; the best is the last.
   """
   del decode_rng
-  batch, width = inputs.shape
-  limit = width if max_decode_len is None else max_decode_len
+  limit = inputs.shape[1] if max_decode_len is None else max_decode_len
   # One column more than positions: a look past the last one reads "no prompt".
   prompts = jnp.pad(jnp.asarray(inputs, jnp.int32), ((0, 0), (0, limit + 2)))
-  prompts = prompts[:, : limit + 2]
-  prefilled = initial_index is not None
-  live_seqs = None
-  if prefilled:
-    live_seqs = add_beam_dim(prompts[:, : limit + 1], num_decodes)
-    cache = expand_position_indices(cache, batch, num_decodes, cache_offset)
-  else:
-    initial_index = jnp.zeros((batch,), jnp.int32)
   search = _BeamSearch(
-    prompts=prompts,
+    prompts=prompts[:, : limit + 2],
     tokens_to_logits=tokens_to_logits,
     eos_id=eos_id,
     beam_size=num_decodes,
@@ -392,21 +405,6 @@ def beam_search(
     max_steps=max_decode_step,
     min_log_prob=min_log_prob,
     cache_offset=cache_offset,
-    prefilled=prefilled,
+    prefilled=initial_index is not None,
   )
-  state = beam_init(
-    batch,
-    num_decodes,
-    limit + 1,
-    cache,
-    cache_offset,
-    live_seqs=live_seqs,
-    initial_index=jnp.asarray(initial_index, jnp.int32),
-  )
-  state = lax.while_loop(search.goes_on, search.step, state)
-  any_closed = state.finished_flags.any(axis=1, keepdims=True)
-  sequences = jnp.where(
-    any_closed[:, :, None], state.finished_seqs, state.live_seqs
-  )
-  scores = jnp.where(any_closed, state.finished_scores, state.live_logprobs)
-  return sequences[:, :, 1:], scores
+  return search.run(cache, initial_index)

@@ -251,58 +251,84 @@ def get_gin_config_from_interactive_model(
   """
   here = interactive_model
   restore = here.restore_checkpoint_cfg
-  infers = script_type is T5XScriptType.INFERENCE
-  if infers and restore is None:
-    raise ValueError(
-      'Inference starts from a checkpoint: give InteractiveModel a checkpoint_path.'
-    )
-  script = 'infer' if infers else 'pretrain'
-  macros = {
+  if script_type is T5XScriptType.INFERENCE:
+    if restore is None:
+      raise ValueError(
+        'Inference starts from a checkpoint: give InteractiveModel a checkpoint_path.'
+      )
+    script, own_blocks = 'infer', _inference_blocks(here, restore)
+  else:
+    script, own_blocks = 'pretrain', _training_blocks(here, script_type, train_steps)
+  if restore is not None:
+    chosen = {name: getattr(restore, name) for name in ('path', 'mode', 'dtype')}
+    own_blocks.append(_bindings('utils.RestoreCheckpointConfig', chosen))
+  data = {
     'MIXTURE_OR_TASK_NAME': task_name,
     'TASK_FEATURE_LENGTHS': dict(here.task_feature_lengths),
   }
-  dataset = {'batch_size': here.batch_size, 'use_cached': False, 'shuffle': False}
   blocks = [
     'from __gin__ import dynamic_registration',
     'from t5x import utils',
     imports_str,
     f"include 't5x/configs/runs/{script}.gin'",
+    _macros(data),
+    *own_blocks,
+    model_config_str,
+    partitioner_config_str,
   ]
-  if infers:
-    macros |= {'CHECKPOINT_PATH': restore.path, 'INFER_OUTPUT_DIR': here.output_dir}
+  return '\n\n'.join(block for block in blocks if block) + '\n'
+
+
+def _macros(values: Mapping[str, Any]) -> str:
+  """Lines that set macros."""
+  return '\n'.join(f'{name} = {value!r}' for name, value in values.items())
+
+
+def _inference_blocks(
+  here: 'interactive_model_lib.InteractiveModel', restore: Any
+) -> list[str]:
+  """What inference needs to know."""
+  dataset = {
     # The split that a task made of examples has.
-    dataset |= {'split': 'validation', 'seed': 0, 'pack': False}
-    blocks.append(_bindings('utils.DatasetConfig', dataset))
-  else:
-    macros |= {
+    'split': 'validation',
+    'batch_size': here.batch_size,
+    'use_cached': False,
+    'shuffle': False,
+    'seed': 0,
+    'pack': False,
+  }
+  return [
+    _macros({'CHECKPOINT_PATH': restore.path, 'INFER_OUTPUT_DIR': here.output_dir}),
+    _bindings('utils.DatasetConfig', dataset),
+  ]
+
+
+def _training_blocks(
+  here: 'interactive_model_lib.InteractiveModel',
+  script_type: T5XScriptType,
+  train_steps: int,
+) -> list[str]:
+  """What training needs to know; evaluating is training for no step."""
+  evaluates = script_type is T5XScriptType.EVALUATION
+  saving = ('period', 'dtype', 'keep', 'save_dataset')
+  blocks = [
+    _macros({
       'MODEL_DIR': here.output_dir,
-      'TRAIN_STEPS': train_steps,
+      'TRAIN_STEPS': 0 if evaluates else train_steps,
       'BATCH_SIZE': here.batch_size,
       'USE_CACHED_TASKS': False,
       'SHUFFLE_TRAIN_EXAMPLES': False,
       'DROPOUT_RATE': 0.0,
-    }
-    blocks += [
-      _bindings(f'{part}/utils.DatasetConfig', {'pack': False})
-      for part in ('train', 'train_eval')
-    ]
-    saving = ('period', 'dtype', 'keep', 'save_dataset')
-    blocks.append(
-      _bindings(
-        'utils.SaveCheckpointConfig',
-        {name: getattr(here.save_checkpoint_cfg, name) for name in saving},
-      )
-    )
-  if script_type is T5XScriptType.EVALUATION:
-    macros['TRAIN_STEPS'] = 0
-    blocks.append(
-      'import __main__ as train_script\n'
-      'train_script.train.run_eval_before_training = True\n'
-      'train_script.train.eval_period = 0'
-    )
-  if restore is not None:
-    chosen = {name: getattr(restore, name) for name in ('path', 'mode', 'dtype')}
-    blocks.append(_bindings('utils.RestoreCheckpointConfig', chosen))
-  blocks += [f'{name} = {value!r}' for name, value in macros.items()]
-  blocks += [model_config_str, partitioner_config_str]
-  return '\n\n'.join(block for block in blocks if block) + '\n'
+    }),
+    _bindings('train/utils.DatasetConfig', {'pack': False}),
+    _bindings('train_eval/utils.DatasetConfig', {'pack': False}),
+    _bindings(
+      'utils.SaveCheckpointConfig',
+      {name: getattr(here.save_checkpoint_cfg, name) for name in saving},
+    ),
+  ]
+  if evaluates:
+    now = {'run_eval_before_training': True, 'eval_period': 0}
+    script = 'import __main__ as train_script\n'
+    blocks.append(script + _bindings('train_script.train', now))
+  return blocks

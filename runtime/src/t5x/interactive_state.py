@@ -32,7 +32,11 @@ DEFAULT_PREPROCESSORS = (
 
 
 class TrainableModel:
-  """A model with its state, its trainer and its checkpoints."""
+  """A model with its state, its trainer and its checkpoints.
+
+  The state comes from 1. the checkpoint that is named, if one is; 2. the newest in the
+  output folder; 3. a random seed.
+  """
 
   def __init__(
     self,
@@ -52,28 +56,21 @@ class TrainableModel:
   ):
     """Makes or restores a train state.
 
-    It comes from 1. `checkpoint_path`, if given; 2. the newest checkpoint in
-    `output_dir`; 3. `init_random_seed`.
-
     Args:
       batch_size: examples in a batch, over all hosts.
       task_feature_lengths: longer features are cut, shorter ones padded.
-      output_dir: where checkpoints and metrics are written; made if missing.
+      output_dir: for checkpoints and metrics; made if missing.
       partitioner: lays parameters and batches over the devices.
       model: the model.
-      dtype: of restored and saved parameters: 'float32', 'bfloat16', or None
-        for as they are.
-      restore_mode: 'specific' for the checkpoint `checkpoint_path`, 'latest'
-        for the newest in that folder.
+      dtype: of restored and saved parameters; None for as they are.
+      restore_mode: 'specific' for the checkpoint `checkpoint_path`, 'latest' for
+        the newest in that folder.
       checkpoint_path: what `train` or anybody else wrote; empty for none.
       input_shapes: shapes of the model features of a batch.
       input_types: their types, float32 unless named.
       init_random_seed: seed of the initial parameters and of dropout.
       add_eos: whether inputs and targets end with the end token.
       eval_names: names of the datasets that the trainer's `eval` may be given.
-
-    Raises:
-      ValueError: if several checkpoints are asked for.
     """
     self._batch_size = batch_size
     self._task_feature_lengths = task_feature_lengths
@@ -85,9 +82,7 @@ class TrainableModel:
       'inputs': seqio.Feature(model.input_vocabulary, add_eos=add_eos),
       'targets': seqio.Feature(model.output_vocabulary, add_eos=add_eos),
     }
-    self._restore_checkpoint_cfg = _given_checkpoint(
-      checkpoint_path, restore_mode, dtype
-    )
+    self._restore_checkpoint_cfg = _given(checkpoint_path, restore_mode, dtype)
     self._save_checkpoint_cfg = restore.SaveCheckpointConfig(
       dtype=dtype, keep=5, save_dataset=False, period=1000
     )
@@ -103,10 +98,14 @@ class TrainableModel:
     self._trainer = self._make_trainer(
       initializer, multihost.broadcast_int(init_random_seed), list(eval_names or ())
     )
-    self._checkpoint_manager = restore.create_orbax_checkpoint_manager(
+    self._checkpoint_manager = self._make_manager(initializer)
+
+  def _make_manager(self, initializer: restore.TrainStateInitializer) -> Any:
+    """Makes what writes checkpoints."""
+    return restore.create_orbax_checkpoint_manager(
       save_cfg=self._save_checkpoint_cfg,
       train_state=initializer.global_train_state_shape,
-      partitioner=partitioner,
+      partitioner=self._partitioner,
       model_dir=self._output_dir,
     )
 
@@ -290,7 +289,7 @@ class TrainableModel:
     )
 
 
-def _given_checkpoint(
+def _given(
   path: str, mode: str, dtype: str | None
 ) -> restore.RestoreCheckpointConfig | None:
   """What the caller wants to start from, or None.

@@ -297,33 +297,57 @@ class EncoderDecoderModel(BaseTransformerModel):
       batch: `encoder_input_tokens`, and `decoder_input_tokens`, whose length
         bounds the result and whose content counts only as a prompt.
       rng: key for decoding functions that draw, passed on as `decode_rng`.
-      decoder_params: more arguments for the decoding function; may hold traced
-        values. `eos_id` defaults to the output vocabulary's. Not changed.
-      return_all_decodes: whether all sequences are returned, sorted so that the
-        best is the last, or only the best; default from
-        `default_decoder_params`.
-      num_decodes: beams of a beam search, or sequences to draw; default from
-        `default_decoder_params`.
+      decoder_params: more arguments for the decoding function, maybe traced; by
+        default `eos_id` is the output vocabulary's. Not changed.
+      return_all_decodes: return all sequences, the best last, or only the best.
+      num_decodes: beams of a beam search, or sequences to draw.
       prompt_with_targets: whether the decoder input, without end tokens, is a
         forced prompt.
 
     Returns:
-      Sequences [batch, length], or [batch, num_decodes, length] if all are
-      returned, and `scores`, [batch] or [batch, num_decodes].
+      Sequences [batch, length] and `scores` [batch]; if all are returned, both
+      with an axis num_decodes behind the batch. `default_decoder_params` says
+      what happens where the caller does not.
 
     Raises:
       ValueError: if both `rng` and `decoder_params` bring a key.
     """
+    options = base_model.decode_options(self, rng, decoder_params)
     defaults = self._default_decoder_params
     if return_all_decodes is None:
       return_all_decodes = defaults.return_all_decodes
     if num_decodes is None:
       num_decodes = defaults.num_decodes
-    encoder_input_tokens = batch['encoder_input_tokens']
-    prompt = batch['decoder_input_tokens']
+    prompt = jnp.asarray(batch['decoder_input_tokens'])
     # An end token would close the sequence right after the prompt.
-    in_prompt = prompt_with_targets and prompt != self.output_vocabulary.eos_id
-    prompt = jnp.where(in_prompt, prompt, jnp.zeros_like(prompt))
+    if prompt_with_targets:
+      prompt = jnp.where(prompt == self.output_vocabulary.eos_id, 0, prompt)
+    else:
+      prompt = jnp.zeros_like(prompt)
+    tokens_to_logits, cache, initial_index = self._start_decoding(
+      params, batch['encoder_input_tokens'], prompt, num_decodes
+    )
+    # Only decoding functions that know about prefilling take the argument.
+    if initial_index is not None:
+      options['initial_index'] = initial_index
+    decodes, scores = self._decode_fn(
+      inputs=prompt,
+      cache=cache,
+      tokens_to_logits=tokens_to_logits,
+      num_decodes=num_decodes,
+      cache_offset=base_model.cache_offset(self.module),
+      **options,
+    )
+    return base_model.select_decodes(decodes, scores, return_all_decodes)
+
+  def _start_decoding(
+    self,
+    params: PyTree,
+    encoder_input_tokens: Int[Array, 'batch input_length'],
+    prompt: Int[Array, 'batch length'],
+    num_decodes: int,
+  ) -> tuple[TokensIdsToLogitsCallable, PyTree, Int[Array, 'batch'] | None]:
+    """Encodes the inputs; returns the decoder, its cache and where it begins."""
     encoded_inputs = self.module.apply(
       {'params': params},
       encoder_input_tokens,
@@ -345,17 +369,7 @@ class EncoderDecoderModel(BaseTransformerModel):
       raw_inputs=expand(encoder_input_tokens),
       max_decode_length=prompt.shape[1],
     )
-    # Only decoding functions that know about prefilling take the argument.
-    prefilled = {} if initial_index is None else {'initial_index': initial_index}
-    decodes, scores = self._decode_fn(
-      inputs=prompt,
-      cache=cache,
-      tokens_to_logits=tokens_to_logits,
-      num_decodes=num_decodes,
-      cache_offset=base_model.cache_offset(self.module),
-      **{**base_model.decode_options(self, rng, decoder_params), **prefilled},
-    )
-    return base_model.select_decodes(decodes, scores, return_all_decodes)
+    return tokens_to_logits, cache, initial_index
 
   def _can_prefill(self) -> bool:
     """Whether decoding function and module both know prefilled prompts."""

@@ -1,6 +1,12 @@
 """Sampling from a language model: temperature, top-k and top-p.
 
 Reached by models and gin files as `decoding.temperature_sample`.
+
+Inputs have the start token at position 0. The tokens after it, up to the first 0,
+are a prompt: they are kept and cost no probability, and end tokens among them end
+nothing. Without `initial_index` the model is fed the prompt token by token; with
+it, the cache holds the prompt up to that position, whose token is fed first. After
+the end token a sequence is padded with 0.
 """
 
 import dataclasses
@@ -146,58 +152,77 @@ def keep_top_p(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Options:
+  """How tokens are drawn; see `temperature_sample`."""
+
+  temperature: float | jax.Array
+  topk: int | jax.Array
+  topp: float | jax.Array
+  rescale_log_probs: bool
+  state_callback_fn: StateCallbackFn | None
+  logit_callback_fn: LogitCallbackFn | None
+
+  def __post_init__(self):
+    """Refuses what can be known to be wrong before tracing."""
+    temperature, topk, topp = self.temperature, self.topk, self.topp
+    if _is_static(topk) and _is_static(topp) and topk and topp:
+      raise ValueError(
+        'topk and topp exclude each other: set one of them to 0. Got: topk'
+        f' {topk}, topp {topp}.'
+      )
+    if _is_static(topp) and not 0 <= topp <= 1:
+      raise ValueError(f'topp is a probability, from 0 to 1. Got: {topp}.')
+    if _is_static(topk) and topk < 0:
+      raise ValueError(f'topk must be a number of tokens, or 0 for all. Got: {topk}.')
+    if _is_static(temperature) and np.any(np.asarray(temperature) < 0):
+      raise ValueError(f'A temperature is at least 0. Got: {temperature}.')
+
+
+@dataclasses.dataclass(frozen=True)
 class _Sampler:
   """What stays the same while sampling, and its step.
 
   Attributes:
     tokens_to_logits: the model.
     eos_id: token that ends a sequence.
+    options: how to draw.
     temperature: float32 [rows].
-    topk: how many tokens to draw from, 0 for all.
-    topp: probability of the tokens to draw from, 0 for all.
     last: int32 [rows], position of each row's last token.
     prompt_ends: int32 [rows, 1], end tokens in the prompts.
-    rescale_log_probs: whether the reported probabilities are those that were
-      drawn from, or the model's own.
-    state_callback_fn: called with the state before each step.
-    logit_callback_fn: called with the logits and the state.
   """
 
   tokens_to_logits: TokensToLogits
   eos_id: int
+  options: _Options
   temperature: jax.Array
-  topk: int | jax.Array
-  topp: float | jax.Array
   last: jax.Array
   prompt_ends: jax.Array
-  rescale_log_probs: bool
-  state_callback_fn: StateCallbackFn | None
-  logit_callback_fn: LogitCallbackFn | None
 
   def _draw(
     self, key: jax.Array, logits: Float[Array, 'rows vocabulary']
   ) -> tuple[Int[Array, 'rows'], Float[Array, 'rows']]:
     """Draws one token a row; returns it and its log probability."""
+    options = self.options
     heated = self.temperature > MIN_TEMPERATURE
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def sample(logits):
       # Reshaped logits are what is drawn from.
       shaped = logits / jnp.maximum(self.temperature, MIN_TEMPERATURE)[:, None]
-      if not _is_static(self.topk) or self.topk:
-        shaped = keep_top_k(shaped, self.topk)
-      if not _is_static(self.topp) or self.topp:
-        shaped = keep_top_p(shaped, self.topp)
+      if not _is_static(options.topk) or options.topk:
+        shaped = keep_top_k(shaped, options.topk)
+      if not _is_static(options.topp) or options.topp:
+        shaped = keep_top_p(shaped, options.topp)
       drawn = jax.random.categorical(key, shaped).astype(jnp.int32)
       token = jnp.where(heated, drawn, greedy)
-      log_prob = _log_prob_of(token, shaped if self.rescale_log_probs else logits)
-      if self.rescale_log_probs:
+      log_prob = _log_prob_of(token, shaped if options.rescale_log_probs else logits)
+      if options.rescale_log_probs:
         # At temperature 0 all probability is on the token that is taken.
         log_prob = jnp.where(heated, log_prob, 0.0)
       return token, log_prob
 
     def take_greedy(logits):
-      if self.rescale_log_probs:
+      if options.rescale_log_probs:
         return greedy, jnp.zeros(greedy.shape, jnp.float32)
       return greedy, _log_prob_of(greedy, logits)
 
@@ -209,8 +234,8 @@ class _Sampler:
 
   def step(self, state: SamplingLoopState) -> SamplingLoopState:
     """Feeds the current token and writes the next one."""
-    if self.state_callback_fn is not None:
-      state = self.state_callback_fn(state)
+    if self.options.state_callback_fn is not None:
+      state = self.options.state_callback_fn(state)
     key, rng = jax.random.split(state.rng)
     logits, cache = self.tokens_to_logits(
       DecodingState(
@@ -222,8 +247,8 @@ class _Sampler:
     )
     if isinstance(state.cache, flax.core.FrozenDict):
       cache = flax.core.freeze(cache)
-    if self.logit_callback_fn is not None:
-      logits = self.logit_callback_fn(logits, state)
+    if self.options.logit_callback_fn is not None:
+      logits = self.options.logit_callback_fn(logits, state)
     token, token_log_prob = self._draw(key, jnp.asarray(logits, jnp.float32))
 
     ended = state.ended[:, 0]
@@ -256,45 +281,49 @@ def _log_prob_of(
   return jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
 
 
-def _check_options(
-  length: int, topk: Any, topp: Any, max_decode_steps: Any, temperature: Any
-) -> None:
-  """Refuses what can be known to be wrong before tracing."""
-  if _is_static(topk) and _is_static(topp) and topk and topp:
-    raise ValueError(
-      f'topk and topp exclude each other: set one of them to 0. Got: topk {topk},'
-      f' topp {topp}.'
-    )
-  if _is_static(topp) and not 0 <= topp <= 1:
-    raise ValueError(f'topp is a probability, from 0 to 1. Got: {topp}.')
-  if _is_static(topk) and topk < 0:
-    raise ValueError(f'topk must be a number of tokens, or 0 for all. Got: {topk}.')
-  if _is_static(temperature) and np.any(np.asarray(temperature) < 0):
-    raise ValueError(f'A temperature is at least 0. Got: {temperature}.')
-  if (
-    max_decode_steps is not None
-    and _is_static(max_decode_steps)
-    and max_decode_steps > length
-  ):
+def _checked_steps(
+  length: int, max_decode_steps: Any, hard_limit: int | None
+) -> int | jax.Array | None:
+  """How many tokens may follow a prompt; None for as many as there is room.
+
+  Raises:
+    ValueError: if it is known to be more than `length`.
+  """
+  if max_decode_steps is None:
+    return None
+  if hard_limit is not None and hard_limit > 0:
+    return jnp.minimum(max_decode_steps, hard_limit)
+  if _is_static(max_decode_steps) and max_decode_steps > length:
     raise ValueError(
       'max_decode_steps must not exceed the length of the inputs. Got:'
       f' {max_decode_steps} / {length}.'
     )
+  return max_decode_steps
 
 
 def _last_positions(
-  inputs: Int[Array, 'rows length'],
-  max_decode_steps: int | Int[Array, ''] | None,
-  hard_limit: int | None,
+  prompts: Int[Array, 'rows length'], steps: int | Int[Array, ''] | None
 ) -> Int[Array, 'rows']:
   """Position of the last token each row may get."""
-  rows, length = inputs.shape
-  if max_decode_steps is None:
+  rows, length = prompts.shape
+  if steps is None:
     return jnp.full((rows,), length, jnp.int32)
-  if hard_limit is not None and hard_limit > 0:
-    max_decode_steps = jnp.minimum(max_decode_steps, hard_limit)
-  prompt_length = jnp.sum(inputs != 0, axis=1)
-  return jnp.minimum(prompt_length + max_decode_steps, length).astype(jnp.int32)
+  prompt_lengths = jnp.sum(prompts != 0, axis=1)
+  return jnp.minimum(prompt_lengths + steps, length).astype(jnp.int32)
+
+
+def _expand_cache(
+  cache: Any, batch: int, num_decodes: int, offset: int, prefilled: bool
+) -> Any:
+  """A cache for every decode of every example."""
+  if prefilled:
+    cache = expand_position_indices(cache, batch, num_decodes, offset)
+  if num_decodes == 1:
+    return cache
+  expand = functools.partial(
+    flat_batch_beam_expand, beam_size=num_decodes, offset=offset
+  )
+  return cache_map(expand, cache, apply_to_index=prefilled)
 
 
 def temperature_sample(
@@ -317,80 +346,76 @@ def temperature_sample(
 ) -> tuple[
   Int[Array, 'batch num_decodes length'], Float[Array, 'batch num_decodes']
 ]:
-  """Draws sequences token by token.
-
-  The decodes of an example, and examples of one batch, are drawn
-  independently. After the end token a sequence is padded with 0.
+  """Draws sequences token by token, all of them independently.
 
   Args:
-    inputs: position 0 is the start token, the tokens after it up to the first 0
-      are a prompt, which is kept and costs no probability. End tokens inside
-      the prompt end nothing.
+    inputs: start token and prompt, padded with 0; see this module's top.
     cache: the model's cache for `batch` rows.
-    tokens_to_logits: from a DecodingState with batch * num_decodes rows to
-      logits and the new cache.
+    tokens_to_logits: the model, for batch * num_decodes rows.
     eos_id: token that ends a sequence.
     decode_rng: key to draw with; by default that of seed 0.
     num_decodes: how many sequences to draw for each example.
-    temperature: divides the logits; up to 1e-4 the most probable token is
-      taken. One for all, or one an example.
-    topk: draw from that many most probable tokens; 0 for all. Together with
-      the default 1 decoding is greedy.
+    temperature: divides the logits; up to 1e-4 is greedy. One, or one an example.
+    topk: draw from that many most probable tokens; 0 for all.
     topp: draw from the fewest tokens that hold this probability; 0 for all.
-    cache_offset: axes before the batch axis of the cache, 1 for scanned layers.
-    initial_index: position of the token to feed first, if the cache is filled
-      up to there; the prompt is fed token by token without it.
-    max_decode_steps: most tokens after the prompt; by default what fits in
-      `length`.
-    max_decode_steps_hard_limit: static bound on `max_decode_steps`, which may
-      be traced; none unless positive.
-    rescale_log_probs: whether reported probabilities are those after
-      temperature, topk and topp, or the model's.
-    state_callback_fn: from state to state, called before each step and once
-      after the last.
+    cache_offset: axes before the batch axis of the cache.
+    initial_index: position to begin at, if the cache is filled up to there.
+    max_decode_steps: most tokens after the prompt; by default what fits.
+    max_decode_steps_hard_limit: static bound on it; none unless positive.
+    rescale_log_probs: report probabilities as drawn from, not the model's.
+    state_callback_fn: from state to state, before each step and after the last.
     logit_callback_fn: from logits and state to logits.
 
   Returns:
-    The sequences without the start token, and their log probabilities, sorted
-    by rising log probability within an example.
+    Sequences without the start token, and log probabilities; the best is last.
 
   Raises:
     ValueError: if topk and topp are both set, or an option is out of range.
   """
-  batch, length = inputs.shape
-  if max_decode_steps_hard_limit is not None and max_decode_steps_hard_limit > 0:
-    checked_steps = None  # Clipped below, so that any value will do.
-  else:
-    checked_steps = max_decode_steps
-  _check_options(length, topk, topp, checked_steps, temperature)
+  options = _Options(
+    temperature, topk, topp, rescale_log_probs, state_callback_fn, logit_callback_fn
+  )
+  steps = _checked_steps(
+    inputs.shape[1], max_decode_steps, max_decode_steps_hard_limit
+  )
+  cache = _expand_cache(
+    cache, inputs.shape[0], num_decodes, cache_offset, initial_index is not None
+  )
+  model = tokens_to_logits, eos_id
+  return _sample(
+    inputs, cache, initial_index, decode_rng, num_decodes, steps, options, *model
+  )
+
+
+def _sample(
+  inputs: Int[Array, 'batch length'],
+  cache: Any,
+  initial_index: Int[Array, 'batch'] | None,
+  decode_rng: jax.Array | None,
+  num_decodes: int,
+  steps: int | jax.Array | None,
+  options: _Options,
+  tokens_to_logits: TokensToLogits,
+  eos_id: int,
+) -> tuple[jax.Array, jax.Array]:
+  """See `temperature_sample`; the cache has a row for every decode."""
+  batch = inputs.shape[0]
   expand = functools.partial(flat_batch_beam_expand, beam_size=num_decodes)
-  rows = expand(jnp.asarray(inputs, jnp.int32))
-  if initial_index is not None:
-    cache = expand_position_indices(cache, batch, num_decodes, cache_offset)
-  if num_decodes > 1:
-    cache = cache_map(
-      functools.partial(expand, offset=cache_offset),
-      cache,
-      apply_to_index=initial_index is not None,
-    )
-  temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (batch,))
+  prompts = expand(jnp.asarray(inputs, jnp.int32))
+  temperature = jnp.asarray(options.temperature, jnp.float32)
   sampler = _Sampler(
     tokens_to_logits=tokens_to_logits,
     eos_id=eos_id,
-    temperature=expand(temperature),
-    topk=topk,
-    topp=topp,
-    last=_last_positions(rows, max_decode_steps, max_decode_steps_hard_limit),
-    prompt_ends=jnp.sum(rows == eos_id, axis=1, keepdims=True),
-    rescale_log_probs=rescale_log_probs,
-    state_callback_fn=state_callback_fn,
-    logit_callback_fn=logit_callback_fn,
+    options=options,
+    temperature=expand(jnp.broadcast_to(temperature, (batch,))),
+    last=_last_positions(prompts, steps),
+    prompt_ends=jnp.sum(prompts == eos_id, axis=1, keepdims=True),
   )
   start = None if initial_index is None else expand(jnp.asarray(initial_index))
-  state = _first_state(rows, cache, start, sampler.last, decode_rng)
+  state = _first_state(prompts, cache, start, sampler.last, decode_rng)
   state = lax.while_loop(sampler.goes_on, sampler.step, state)
-  if state_callback_fn is not None:
-    state = state_callback_fn(state)
+  if options.state_callback_fn is not None:
+    state = options.state_callback_fn(state)
   sequences = unflatten_beam_dim(state.sequences[:, 1:-1], batch, num_decodes)
   log_prob = unflatten_beam_dim(state.log_prob, batch, num_decodes)
   order = jnp.argsort(log_prob, axis=1)
