@@ -63,8 +63,7 @@ class TrainableModel:
       partitioner: lays parameters and batches over the devices.
       model: the model.
       dtype: of restored and saved parameters; None for as they are.
-      restore_mode: 'specific' for the checkpoint `checkpoint_path`, 'latest' for
-        the newest in that folder.
+      restore_mode: 'specific', or 'latest' in the folder `checkpoint_path`.
       checkpoint_path: what `train` or anybody else wrote; empty for none.
       input_shapes: shapes of the model features of a batch.
       input_types: their types, float32 unless named.
