@@ -95,6 +95,26 @@ def _recipe(run: run_config.RunConfig) -> dict[str, Any]:
   return {name: value for name, value in values.items() if value is not None}
 
 
+def _tokenizer_file(corpus_dir: pathlib.Path, config: BartConfig) -> pathlib.Path:
+  """The corpus's tokenizer, checked against the size of the model's vocabulary."""
+  found = tokenization.find_tokenizer_file(corpus_dir)
+  if found is None:
+    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
+  vocab_size = tokenization.read_tokenizer(found).vocab_size
+  if vocab_size != config.vocab_size:
+    raise ValueError(
+        f'the tokenizer {found} has {vocab_size} ids, the model {config.vocab_size}: '
+        'it is not the one the model was trained with'
+    )
+  return pathlib.Path(found)
+
+
+def _corpus_facts(corpus_dir: pathlib.Path) -> dict[str, Any]:
+  """The content of corpus.json; empty for a folder that holds only a tokenizer."""
+  path = corpus_dir / 'corpus.json'
+  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+
+
 def export(
     checkpoint: pathlib.Path,
     output_dir: pathlib.Path,
@@ -121,15 +141,7 @@ def export(
   run = run_config.read(config_file or checkpoint.parent / 'config.gin')
   config = bart_config(run)
   corpus_dir = corpus_dir or task_corpus_dir(run)
-  tokenizer_file = tokenization.find_tokenizer_file(corpus_dir)
-  if tokenizer_file is None:
-    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
-  vocab_size = tokenization.read_tokenizer(tokenizer_file).vocab_size
-  if vocab_size != config.vocab_size:
-    raise ValueError(
-        f'the tokenizer {tokenizer_file} has {vocab_size} ids, the model '
-        f'{config.vocab_size}: it is not the one the model was trained with'
-    )
+  tokenizer_file = _tokenizer_file(corpus_dir, config)
   params = checkpoints.read_params(checkpoint)
   torch_weights = mapping.to_hf(params, config.vocab_size, 'torch')
   with new_folder(output_dir, overwrite) as folder:
@@ -145,16 +157,13 @@ def export(
     tokenizer_files.write_json(
         folder / 'generation_config.json', configs.generation_to_hf(config)
     )
-    tokenizer_files.write(
-        pathlib.Path(tokenizer_file), folder, config.max_positions
-    )
-    corpus_file = corpus_dir / 'corpus.json'
+    tokenizer_files.write(tokenizer_file, folder, config.max_positions)
     facts = model_card.CardFacts(
         name=output_dir.name,
         config=config,
-        num_parameters=sum(w.size for w in torch_weights.values()) - vocab_size,
+        num_parameters=sum(w.size for w in torch_weights.values()) - config.vocab_size,
         step=int(checkpoint.name.rpartition('_')[2]),
-        corpus=json.loads(corpus_file.read_text()) if corpus_file.exists() else {},
+        corpus=_corpus_facts(corpus_dir),
         recipe=_recipe(run),
         metrics=model_card.run_metrics(checkpoint.parent),
         command=command,
