@@ -416,17 +416,21 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize('how', DAMAGES)
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, how, caplog):
+@pytest.mark.parametrize(
+    'how, use_orbax', [*((how, True) for how in DAMAGES), ('no state', False)]
+)
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
+    tmp_path, how, use_orbax, caplog
+):
   saved = write(tmp_path, 10, 20, 30)
   spoil(tmp_path / 'checkpoint_30', how)
-  state, manager = resume(tmp_path, save=save_cfg())
+  state, manager = resume(tmp_path, save=save_cfg(), use_orbax=use_orbax)
   assert_equal(state, saved[20])
   assert 'checkpoint_30' in caplog.text and 'damaged' in caplog.text
   # It no longer stands in the way of step 30.
   assert (tmp_path / 'damaged_checkpoint_30').is_dir()
   assert manager.all_steps() == [10, 20]
-  assert manager.save(saved[30])
+  manager.save(saved[30])
   manager.close()
   assert_equal(resume(tmp_path)[0], saved[30])
 

@@ -92,7 +92,26 @@ def step_of(train_state: Any) -> int:
 
 @gin.configurable(module='t5x.checkpoints')
 class OrbaxCheckpointManagerInterface:
-  """The checkpoints of one model folder."""
+  """The checkpoints of one model folder.
+
+  Args:
+    directory: the model's folder, or a checkpoint in it.
+    train_state: state of arrays or of their shapes, for names and axes.
+    partitioner: has `mesh`, `get_mesh_axes`, `get_data_layout`.
+    dataset_iterator: training iterator whose position is saved and restored.
+    save_dtype: what parameters are cast to on disk; None leaves them.
+    restore_dtype: what restored parameters are cast to; None leaves them.
+    keep: how many checkpoints to keep; None keeps all.
+    period: steps between saves, for `should_save`; 0 or None for none.
+    checkpoint_steps: further steps to save at.
+    keep_dataset_checkpoints: in how many of the newest checkpoints the position
+      in the data is kept; None keeps all.
+    force_keep_period: checkpoints at its multiples are never removed.
+    metric_name_to_monitor: keep the best by this metric instead of the newest;
+      `<subfolder of directory>/<TensorBoard tag>`.
+    metric_mode: whether 'max' or 'min' is best.
+    keep_checkpoints_without_metrics: whether those without a metric are kept.
+  """
 
   def __init__(
       self,
@@ -111,25 +130,7 @@ class OrbaxCheckpointManagerInterface:
       metric_mode: str = 'max',
       keep_checkpoints_without_metrics: bool = True,
   ):
-    """Prepares a model folder.
-
-    Args:
-      directory: the model's folder, or a checkpoint in it.
-      train_state: state of arrays or of their shapes, for names and axes.
-      partitioner: has `mesh`, `get_mesh_axes`, `get_data_layout`.
-      dataset_iterator: training iterator whose position is saved and restored.
-      save_dtype: what parameters are cast to on disk; None leaves them.
-      restore_dtype: what restored parameters are cast to; None leaves them.
-      keep: how many checkpoints to keep; None keeps all.
-      period: steps between saves, for `should_save`; 0 or None for none.
-      checkpoint_steps: further steps to save at.
-      keep_dataset_checkpoints: in how many of the newest checkpoints the position
-        in the data is kept; None keeps all.
-      force_keep_period: checkpoints at its multiples are never removed.
-      metric_name_to_monitor: keep the best by this metric instead of the newest;
-        `<subfolder of directory>/<TensorBoard tag>`.
-      metric_mode: whether 'max' or 'min' is best.
-      keep_checkpoints_without_metrics: whether those without a metric are kept.
+    """Prepares a model folder; the arguments are explained at the class.
 
     Raises:
       ValueError: settings that mean nothing.

@@ -402,9 +402,8 @@ def get_training_eval_datasets(
 ) -> Mapping[str, tf.data.Dataset]:
   """Builds the datasets that are evaluated with teacher forcing.
 
-  A mixture gives one dataset for each of its tasks that has the split, and one
-  for itself. Every host reads all examples and takes each `num_shards`-th, so
-  that files of unequal size cannot leave one host short of batches.
+  A mixture gives a dataset for each task with the split and one for itself. Every
+  host reads all and takes each `num_shards`-th example: no host runs short.
 
   Args:
     cfg: what to read.
@@ -413,8 +412,7 @@ def get_training_eval_datasets(
     eval_steps: batches in each dataset; short data is repeated.
     feature_converter_cls: makes model features of task features.
     deterministic: refused, as upstream's code for it was never published.
-    model_dir: only for `deterministic`.
-    start_step: only for `deterministic`.
+    model_dir, start_step: only for `deterministic`.
 
   Returns:
     Name of the task or mixture -> dataset of `eval_steps` batches, dicts of
@@ -425,8 +423,7 @@ def get_training_eval_datasets(
   """
   if deterministic:
     raise ValueError(
-        'get_training_eval_datasets: deterministic=True needs a reader that T5X never '
-        'published. Leave it False and set DatasetConfig.seed.'
+        'deterministic=True needs a reader that was never published; leave it False.'
     )
   del model_dir, start_step
   import seqio
@@ -446,19 +443,32 @@ def get_training_eval_datasets(
     if not _has_split(source, cfg.split):
       logging.info("'%s' has no split '%s': not evaluated.", source.name, cfg.split)
       continue
-    rows = get_dataset(
-        # One row at a time: rows are dealt to the hosts below.
-        dataclasses.replace(
-            cfg, mixture_or_task_name=source, batch_size=1, module=None
-        ),
-        shard_id=0,
-        num_shards=1,
-        feature_converter_cls=feature_converter_cls,
-        # Finite, or a task whose examples are all filtered out would spin forever.
-        num_epochs=eval_steps * cfg.batch_size,
+    datasets[source.name] = _eval_batches(
+        dataclasses.replace(cfg, mixture_or_task_name=source, module=None),
+        seqio.ShardInfo(shard_id, num_shards),
+        eval_steps,
+        feature_converter_cls,
     )
-    rows = rows.unbatch().repeat().shard(num_shards, shard_id)
-    batches = rows.batch(cfg.batch_size // num_shards, drop_remainder=True)
-    batches = batches.take(eval_steps)
-    datasets[source.name] = batches.cache() if cfg.use_memory_cache else batches
   return datasets
+
+
+def _eval_batches(
+    cfg: DatasetConfig,
+    shard_info: seqio.ShardInfo,
+    eval_steps: int,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+) -> tf.data.Dataset:
+  """This host's share of `eval_steps` batches of one task or mixture."""
+  rows = get_dataset(
+      # One row at a time: rows are dealt to the hosts below.
+      dataclasses.replace(cfg, batch_size=1),
+      shard_id=0,
+      num_shards=1,
+      feature_converter_cls=feature_converter_cls,
+      # Finite, or a task whose examples are all filtered out would spin forever.
+      num_epochs=eval_steps * cfg.batch_size,
+  )
+  rows = rows.unbatch().repeat().shard(shard_info.num_shards, shard_info.index)
+  batches = rows.batch(cfg.batch_size // shard_info.num_shards, drop_remainder=True)
+  batches = batches.take(eval_steps)
+  return batches.cache() if cfg.use_memory_cache else batches

@@ -380,6 +380,21 @@ def create_orbax_checkpoint_manager(
   )
 
 
+def _saving_manager(
+    save_cfg: SaveCheckpointConfig,
+    restore_cfg: RestoreCheckpointConfig | None,
+    use_orbax: bool,
+    **common: Any,
+) -> Any:
+  """What saves: an Orbax manager, or the interface from before."""
+  if use_orbax:
+    return create_orbax_checkpoint_manager(save_cfg=save_cfg, **common)
+  shapes = common.pop('train_state')
+  return LegacyCheckpointManager(
+      save_cfg=save_cfg, restore_cfg=restore_cfg, train_state_shape=shapes, **common
+  )
+
+
 def create_checkpoint_manager_and_restore(
     train_state_initializer: TrainStateInitializer,
     partitioner: Any,
@@ -393,10 +408,8 @@ def create_checkpoint_manager_and_restore(
 ) -> tuple[Any, Any]:
   """Restores a checkpoint, if one is given, and builds the manager for more.
 
-  Restoring and saving have each its own settings: a run that saves the position in
-  its data may begin from a checkpoint that has none. In mode 'latest', a damaged
-  checkpoint is reported, the one before is taken, and, where the run saves into
-  the same folder, the damaged one is renamed to `damaged_checkpoint_<step>`.
+  In mode 'latest', a damaged checkpoint is reported and the one before is taken;
+  where the run saves into that folder, the damaged one is renamed.
 
   Args:
     train_state_initializer: knows the state's shapes.
@@ -426,22 +439,19 @@ def create_checkpoint_manager_and_restore(
     reader = create_orbax_checkpoint_manager(
         restore_cfg=restore_checkpoint_cfg, **common
     )
-    if restore_path:
-      fallback = _fallback(
-          train_state_initializer, restore_checkpoint_cfg, fallback_init_rng
-      )
-      state, _, damaged = _restore_newest_readable(
-          reader, restore_path, restore_checkpoint_cfg, fallback
-      )
+  if restore_path:
+    fallback = _fallback(
+        train_state_initializer, restore_checkpoint_cfg, fallback_init_rng
+    )
+    state, _, damaged = _restore_newest_readable(
+        reader, restore_path, restore_checkpoint_cfg, fallback
+    )
   if save_checkpoint_cfg is None:
     return state, reader
-  if not use_orbax:
-    common['train_state_shape'] = common.pop('train_state')
-    return state, LegacyCheckpointManager(
-        save_cfg=save_checkpoint_cfg, restore_cfg=restore_checkpoint_cfg, **common
-    )
-  manager = create_orbax_checkpoint_manager(save_cfg=save_checkpoint_cfg, **common)
+  manager = _saving_manager(
+      save_checkpoint_cfg, restore_checkpoint_cfg, use_orbax, **common
+  )
   if damaged and os.path.dirname(restore_path.rstrip('/')) == os.fspath(model_dir):
     for step in damaged:
-      logging.error('Renamed the damaged checkpoint to %s.', manager.set_aside(step))
+      logging.error('Renamed the damaged checkpoint to %s.', reader.set_aside(step))
   return state, manager
