@@ -337,7 +337,8 @@ def baselines(
   """Losses and accuracies that need no model.
 
   Targets are the documents' tokens, each document between `<s>` and `</s>`, as in
-  training (where a document longer than the model is several such targets).
+  training. (There a document longer than the model is several such targets, with more
+  of both: of the dictionary's, cut at 126 tokens, the loss is 6.95 rather than 6.98.)
 
   Args:
     train: what the unigram model learns from.

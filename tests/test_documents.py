@@ -1,0 +1,73 @@
+"""Token offsets of sentences, and ids of documents."""
+
+import numpy as np
+import pytest
+
+from bart_t5x import documents, sentences, tokenization, tokenizer_training
+
+TEXTS = [
+    f'Dokument {i}. Det er kl. 10 på Ås.  To mellomrom! «Ja», sa {i} dyr.\n\nSlutt …'
+    for i in range(200)
+]
+SIZES = {'bytelevel': 380, 'unigram': 330, 'bpe': 330}
+
+
+@pytest.fixture(scope='module', params=tokenizer_training.KINDS)
+def tokenizer(request):
+  size = SIZES[request.param]
+  content = tokenizer_training.train(request.param, TEXTS, len(TEXTS), size, 2)
+  return tokenization.read_tokenizer('t', content)
+
+
+def test_sentences_begin_at_their_tokens(tokenizer):
+  texts = TEXTS[:20] + ['Én setning', 'x', ' \n Først. Så 日本. Og så 😀!  Ferdig']
+  for text, (ids, starts) in zip(texts, documents.encode(tokenizer, texts)):
+    assert ids.tolist() == tokenizer.encode(text)
+    assert ids.dtype == starts.dtype == np.int32
+    assert starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < ids.size
+    pieces = [tokenizer.decode(p) for p in np.split(ids, starts[1:])]
+    assert pieces == sentences.split_sentences(text)
+
+
+def test_empty_document(tokenizer):
+  ((ids, starts),) = documents.encode(tokenizer, [''])
+  assert ids.size == starts.size == 0
+
+
+def test_white_space_alone_is_one_sentence(tokenizer):
+  ((ids, starts),) = documents.encode(tokenizer, ['  '])
+  assert tokenizer.decode(ids) == '  ' and starts.tolist() == [0]
+
+
+class Coarse:
+  """A tokenizer whose tokens reach over sentence ends: four characters each."""
+
+  byte_lengths = np.array([4])
+
+  def encode_batch(self, texts):
+    return [[0] * (len(text) // 4) for text in texts]
+
+
+def test_a_start_inside_a_token_moves_to_the_next_one():
+  #       0123|4567|8901|2345|
+  text = 'Han k' + 'om. Hun gikk. Å'.ljust(15, 'x')
+  text = text.replace('Å', 'A')
+  ((_, starts),) = documents.encode(Coarse(), [text])
+  begins = sentences.sentence_starts(text)
+  assert begins == [0, 8, 18] and len(text) == 20
+  # 18 lies inside the last token, behind which there is none.
+  assert starts.tolist() == [0, 2]
+
+
+def test_a_tokenizer_that_loses_text_is_refused():
+  with pytest.raises(ValueError, match='does not keep the text'):
+    documents.encode(Coarse(), ['Han kom.x'])
+
+
+def test_digest_is_stable_and_fits_int64():
+  assert documents.digest('Ås'.encode()) == documents.digest('Ås'.encode())
+  assert documents.digest(b'a') != documents.digest(b'b')
+  values = [documents.digest(str(i).encode()) for i in range(2000)]
+  assert all(0 <= v < 2**63 for v in values)
+  # Spread evenly, for it decides on the split.
+  assert abs(np.mean(values) / 2**63 - 0.5) < 0.03

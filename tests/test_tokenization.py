@@ -1,0 +1,131 @@
+"""Tokenizers of both kinds: nothing is lost, specials in text stay text."""
+
+import json
+
+import hypothesis
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import strategies
+
+from bart_t5x import tokenization, tokenizer_training
+
+SENTENCE = 'Setning {}: «Å, så fælt!», sa bjørnen på Ås. Ærlig talt, 3 <s> er pi.'
+TEXTS = [SENTENCE.format(i) + '\n\tNy linje.' * (i % 3) for i in range(400)]
+SIZES = {'bytelevel': 345, 'unigram': 340, 'bpe': 340}
+
+
+def trained(kind):
+  content = tokenizer_training.train(kind, TEXTS, len(TEXTS), SIZES[kind], 2)
+  return tokenization.read_tokenizer(tokenizer_training.file_name(kind), content)
+
+
+@pytest.fixture(scope='module', params=tokenizer_training.KINDS)
+def tokenizer(request):
+  return trained(request.param)
+
+
+def test_ids_of_the_specials(tokenizer):
+  assert tokenizer.special_ids == (0, 1, 2, 3, 4)
+  assert tokenizer.mask_id == 4
+  assert [tokenizer.piece(i) for i in range(5)] == [
+      '<pad>', '<s>', '</s>', '<unk>', '<mask>'
+  ]
+
+
+@hypothesis.given(text=strategies.text(max_size=60))
+@hypothesis.example(text='▁ ▁▁ \u2581x')
+@hypothesis.example(text=' to  mellomrom \n\n\tog tab ')
+@hypothesis.example(text='日本 😀 \x00 \r\n')
+@hypothesis.example(text='<s></s><pad><unk><mask> < mask >')
+@hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_nothing_is_lost_and_no_text_is_special(tokenizer, text):
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert not set(ids) & set(tokenizer.special_ids)
+  assert tokenizer.byte_lengths[ids].sum() == len(text.encode('utf-8'))
+
+
+def test_batches_encode_as_single_texts(tokenizer):
+  texts = TEXTS[:5] + ['', ' ', '<s>']
+  assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
+
+
+def test_template_holds_masks_and_no_other_special(tokenizer):
+  ids = tokenizer.encode_template('Ås  <mask><mask> <mask> på </s>')
+  assert ids.count(tokenizer.mask_id) == 3
+  assert set(ids) & set(tokenizer.special_ids) == {tokenizer.mask_id}
+  # White space before a mask is the mask's, that behind it stays.
+  assert tokenizer.decode(ids) == 'Ås<mask><mask><mask> på </s>'
+  assert tokenizer.encode_template('uten') == tokenizer.encode('uten')
+
+
+def test_template_as_the_library_does_it():
+  ours = trained('bytelevel')
+  content = tokenizer_training.train('bytelevel', TEXTS, len(TEXTS), 345, 2)
+  library = tokenizers.Tokenizer.from_str(content.decode())
+  for text in ('Ås <mask> på', '<mask>', ' <mask> <mask>Å<mask>.', 'på\n<mask>'):
+    encoded = library.encode(text, add_special_tokens=False).ids
+    assert list(tokenization.from_hf_ids(encoded)) == ours.encode_template(text)
+
+
+def test_post_processor_adds_the_sentence_marks():
+  content = tokenizer_training.train('bytelevel', TEXTS, len(TEXTS), 345, 2)
+  library = tokenizers.Tokenizer.from_str(content.decode())
+  ids = library.encode('på Ås').ids
+  assert (ids[0], ids[-1]) == (0, 2)
+  assert library.decode(ids, skip_special_tokens=True) == 'på Ås'
+  pair = library.encode('på', 'Ås').ids
+  assert pair.count(2) == 3  # <s> A </s> </s> B </s>
+  mask = [t for t in json.loads(content)['added_tokens'] if t['content'] == '<mask>']
+  assert mask[0]['lstrip'] and mask[0]['special'] and mask[0]['id'] == 4
+
+
+def test_decoding_drops_specials_but_masks(tokenizer):
+  ids = tokenizer.encode('på Ås')
+  assert tokenizer.decode([1, *ids, 3, 2, 0, 0]) == 'på Ås'
+  assert tokenizer.decode([4, *ids, 4]) == '<mask>på Ås<mask>'
+  assert tokenizer.decode([]) == ''
+
+
+def test_word_starts(tokenizer):
+  table = tokenizer.word_start_table()
+  assert table.dtype == np.bool_ and table.shape == (tokenizer.vocab_size,)
+  assert table[list(tokenizer.special_ids)].all()
+  for token_id in tokenizer.encode('Setning på Ås, sa bjørnen\n'):
+    text = tokenizer.decode([token_id])
+    assert table[token_id] == text[:1].isspace()
+
+
+def test_ids_inside_and_outside():
+  ids = np.array([[0, 1, 2], [3, 4, 50264]], np.int32)
+  outside = tokenization.to_hf_ids(ids)
+  assert outside.tolist() == [[1, 0, 2], [3, 4, 50264]] and outside.dtype == np.int32
+  assert (tokenization.from_hf_ids(outside) == ids).all()
+
+
+def test_the_ids_of_text_are_those_of_the_library():
+  content = tokenizer_training.train('bytelevel', TEXTS, len(TEXTS), 345, 2)
+  library = tokenizers.Tokenizer.from_str(content.decode())
+  ours = tokenization.read_tokenizer('x', content)
+  for text in ('Setning på Ås', ' to  ord\n\n'):
+    assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize('content', [b'', b'{}', b'{"a": ', b'\x0a\x0b\x0c', b'[1]'])
+def test_no_tokenizer(content):
+  with pytest.raises(ValueError, match='some.file'):
+    tokenization.read_tokenizer('some.file', content)
+
+
+def test_foreign_special_ids_are_refused():
+  content = tokenizer_training.train('bytelevel', TEXTS, len(TEXTS), 345, 2)
+  tree = json.loads(content)
+  vocabulary = tree['model']['vocab']
+  vocabulary['</s>'], vocabulary['<unk>'] = 3, 2
+  for token in tree['added_tokens']:
+    token['id'] = vocabulary[token['content']]
+  with pytest.raises(ValueError, match='</s> must have id 2, but has 3'):
+    tokenization.read_tokenizer('t.json', json.dumps(tree).encode())
