@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bart_t5x import network
+from bart_t5x import network, tokenization
 from bart_t5x.hf import mapping
 
 
@@ -62,15 +62,15 @@ def test_pad_and_bos_trade_places():
   tensors = mapping.to_hf(params, 11, 'torch')
   exported = tensors['model.shared.weight']
   assert exported.shape == (11, 4)
+  # Rows go where the tokenizer's border sends their ids.
+  np.testing.assert_array_equal(
+      exported[tokenization.to_hf_ids(np.arange(11))], table[:11]
+  )
   np.testing.assert_array_equal(exported[0], table[1])  # <s>
   np.testing.assert_array_equal(exported[1], table[0])  # padding
   np.testing.assert_array_equal(exported[2:], table[2:11])
   assert tensors['final_logits_bias'].shape == (1, 11)
   assert tensors['final_logits_bias'][0, 1] == params['final_logits_bias'][0]
-  np.testing.assert_array_equal(
-      mapping.swap_pad_and_bos(np.array([[1, 5, 2], [1, 2, 0]])),
-      [[0, 5, 2], [0, 2, 1]],
-  )
 
 
 def test_torch_kernels_are_transposed_and_position_tables_whole():

@@ -97,6 +97,8 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: it is no BART, or a variant that network.py does not compute.
   """
+  if not isinstance(hf, dict):
+    raise ValueError(f'config.json holds no JSON object but {type(hf).__name__}')
   if hf.get('model_type') != 'bart':
     raise ValueError(
         f'config.json has model_type {hf.get("model_type")!r}. Only "bart" can be '
@@ -108,13 +110,8 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
           f'config.json has {key} = {hf[key]!r}, BART has {value!r}: a variant that '
           'this network does not compute'
       )
-  for key in ('attention_heads', 'ffn_dim'):
-    if hf[f'encoder_{key}'] != hf[f'decoder_{key}']:
-      raise ValueError(
-          f'config.json has encoder_{key} = {hf[f"encoder_{key}"]} and decoder_{key} '
-          f'= {hf[f"decoder_{key}"]}: encoder and decoder must agree here'
-      )
   try:
+    _check_sides(hf)
     return {
         'vocab_size': hf['vocab_size'],
         'emb_dim': hf['d_model'],
@@ -129,3 +126,13 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     }
   except KeyError as e:
     raise ValueError(f'config.json has no {e.args[0]!r}: it is no whole config') from e
+
+
+def _check_sides(hf: dict[str, Any]) -> None:
+  """Raises unless encoder and decoder have layers of one shape."""
+  for key in ('attention_heads', 'ffn_dim'):
+    if hf[f'encoder_{key}'] != hf[f'decoder_{key}']:
+      raise ValueError(
+          f'config.json has encoder_{key} = {hf[f"encoder_{key}"]} and decoder_{key} '
+          f'= {hf[f"decoder_{key}"]}: encoder and decoder must agree here'
+      )

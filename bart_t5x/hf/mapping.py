@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 
 Framework = Literal['flax', 'torch']
 
@@ -110,14 +110,8 @@ def leaves(num_encoder_layers: int, num_decoder_layers: int) -> list[Leaf]:
   return found
 
 
-def swap_pad_and_bos(ids: Int[np.ndarray, '...']) -> Int[np.ndarray, '...']:
-  """Inside ids -> Hugging Face ids, and back: 0 and 1 trade places."""
-  ids = np.asarray(ids)
-  return np.where((ids == 0) | (ids == 1), 1 - ids, ids)
-
-
 def _swap_rows(rows: Shaped[np.ndarray, 'v ...']) -> Shaped[np.ndarray, 'v ...']:
-  """The same exchange for an array with a row per id."""
+  """Exchanges the rows of `<s>` and padding, as `tokenization.to_hf_ids` does ids."""
   return np.concatenate([rows[1::-1], rows[2:]])
 
 

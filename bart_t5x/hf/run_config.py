@@ -47,6 +47,11 @@ class RunConfig:
 
   def _resolved(self, value: Any) -> Any:
     if isinstance(value, _Macro):
+      if (value.name, '') not in self._bindings:
+        raise ValueError(
+            f'config.gin uses the macro {value.name}, which it does not define: it '
+            'is no whole config.gin of a run'
+        )
       return self._resolved(self._bindings[value.name, ''])
     if isinstance(value, dict):
       return {key: self._resolved(item) for key, item in value.items()}

@@ -86,8 +86,7 @@ class _Storage:
   def fill(self, raw: bytes) -> None:
     if len(raw) != self.size * self.dtype.itemsize:
       raise ValueError(
-          f'a storage of {self.size} {self.dtype} has {len(raw)} bytes: '
-          'the file is truncated or damaged'
+          f'a storage of {self.size} {self.dtype} has {len(raw)} bytes'
       )
     self.data = np.frombuffer(raw, self.dtype)
 
@@ -106,7 +105,7 @@ class _Tensor:
     if min((self.offset, *self.shape, *self.strides)) < 0 or (
         0 not in self.shape and last >= self.storage.size
     ):
-      raise ValueError('a tensor reaches outside its storage: the file is damaged')
+      raise ValueError('a tensor reaches outside its storage')
     item = self.storage.dtype.itemsize
     view = np.lib.stride_tricks.as_strided(
         self.storage.data[self.offset :], self.shape, [s * item for s in self.strides]
@@ -176,12 +175,12 @@ def _load_zip(path: pathlib.Path, opaque_classes: bool) -> Any:
   with zipfile.ZipFile(path) as archive:
     pickles = [name for name in archive.namelist() if name.endswith('/data.pkl')]
     if len(pickles) != 1:
-      raise ValueError(f'{path} is a zip archive but no PyTorch checkpoint')
+      raise ValueError('it is a zip archive but no PyTorch checkpoint')
     folder = pickles[0].removesuffix('data.pkl')
     if f'{folder}byteorder' in archive.namelist():
       order = archive.read(f'{folder}byteorder').decode()
       if order != sys.byteorder:
-        raise ValueError(f'{path} holds {order}-endian numbers: not supported')
+        raise ValueError(f'it holds {order}-endian numbers, which are not supported')
     storages: dict[str, _Storage] = {}
 
     def load_storage(kind, key, location, size):
@@ -201,7 +200,7 @@ def _load_stream(path: pathlib.Path, opaque_classes: bool) -> Any:
   def load_storage(kind, key, location, size, view=None):
     del location
     if view is not None:
-      raise ValueError(f'{path} holds views of storages: save it again with PyTorch')
+      raise ValueError('it holds views of storages; save it again with PyTorch')
     return storages.setdefault(key, _Storage(kind.dtype, size))
 
   with path.open('rb') as file:
@@ -210,15 +209,15 @@ def _load_stream(path: pathlib.Path, opaque_classes: bool) -> Any:
       return _Unpickler(file, load_storage, opaque_classes).load()
 
     if (load(), load()) != (_OLD_MAGIC, _OLD_PROTOCOL):
-      raise ValueError(f'{path} is no PyTorch checkpoint')
+      raise ValueError('it is no PyTorch checkpoint')
     if not load().get('little_endian', True):
-      raise ValueError(f'{path} holds big-endian numbers: not supported')
+      raise ValueError('it holds big-endian numbers, which are not supported')
     tree = load()
     for key in load():
       size = int.from_bytes(file.read(8), 'little')
       storage = storages[key]
       if size != storage.size:
-        raise ValueError(f'{path}: storage {key} has {size}, not {storage.size} items')
+        raise ValueError(f'storage {key} has {size}, not {storage.size} items')
       storage.fill(file.read(size * storage.dtype.itemsize))
   return _to_arrays(tree)
 
@@ -243,10 +242,12 @@ def load(path: str | pathlib.Path, opaque_classes: bool = False) -> Any:
   reader = _load_zip if zipfile.is_zipfile(path) else _load_stream
   try:
     return reader(path, opaque_classes)
+  except (FileNotFoundError, PermissionError, IsADirectoryError):
+    raise  # these say what is wrong themselves
   except UnsafeFileError as e:
     raise UnsafeFileError(f'{path}: {e}') from e
-  except (pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile) as e:
+  except Exception as e:  # a damaged pickle ends in whatever its opcodes hit on
     raise ValueError(
-        f'{path} cannot be read as a PyTorch file ({e}): it is truncated, damaged, '
-        'or of another kind. Download it again.'
+        f'{path} cannot be read as a PyTorch file: {e or type(e).__name__}. It is '
+        'truncated, damaged, or of another kind. Download it again.'
     ) from e

@@ -43,16 +43,20 @@ def _read_safetensors(path: pathlib.Path) -> Weights:
 
 
 def _read_msgpack(path: pathlib.Path) -> Weights:
+  content = path.read_bytes()
   try:
-    nested = flax.serialization.msgpack_restore(path.read_bytes())
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged or truncated ({e}). Download it again.') from e
-  return flax.traverse_util.flatten_dict(nested, sep='.')
+    nested = flax.serialization.msgpack_restore(content)
+    return flax.traverse_util.flatten_dict(nested, sep='.')
+  except Exception as e:  # whatever the damaged bytes happen to mean
+    raise ValueError(
+        f'{path} is damaged or truncated ({e!r}). Download it again.'
+    ) from e
 
 
 def _read_torch(path: pathlib.Path) -> Weights:
   weights = torch_files.load(path)
-  if not all(isinstance(w, np.ndarray) for w in weights.values()):
+  tensors = weights.values() if isinstance(weights, dict) else [None]
+  if not all(isinstance(w, np.ndarray) for w in tensors):
     raise ValueError(f'{path} holds more than tensors: it is no state dict')
   return weights
 
@@ -63,6 +67,25 @@ _READERS = {
     MSGPACK: _read_msgpack,
     TORCH: _read_torch,
 }
+
+
+def _shards(index: pathlib.Path) -> list[pathlib.Path]:
+  """The files that an index names, all of them there and beside it."""
+  try:
+    names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+  except (ValueError, LookupError, TypeError, AttributeError) as e:
+    raise ValueError(
+        f'{index} is damaged or no index ({e!r}). Download it again.'
+    ) from e
+  for name in names:
+    if pathlib.PurePath(name).name != name:
+      raise ValueError(f'{index}: {name!r} is no name of a shard beside it')
+  missing = [name for name in names if not (index.parent / name).exists()]
+  if missing:
+    raise FileNotFoundError(
+        f'{index} names shards that are not there: {", ".join(missing)}'
+    )
+  return [index.parent / name for name in names]
 
 
 def read_weights(folder: pathlib.Path) -> tuple[Weights, str]:
@@ -85,15 +108,9 @@ def read_weights(folder: pathlib.Path) -> tuple[Weights, str]:
       return read(folder / name), name
     index = folder / f'{name}.index.json'
     if index.exists():
-      shards = sorted(set(json.loads(index.read_text())['weight_map'].values()))
-      missing = [shard for shard in shards if not (folder / shard).exists()]
-      if missing:
-        raise FileNotFoundError(
-            f'{index} names shards that are not there: {", ".join(missing)}'
-        )
       weights = {}
-      for shard in shards:
-        weights |= read(folder / shard)
+      for shard in _shards(index):
+        weights |= read(shard)
       return weights, name
   raise FileNotFoundError(
       f'{folder} holds no weights: expected one of {", ".join(_READERS)} (or its '

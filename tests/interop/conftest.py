@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bart_t5x import network
+from bart_t5x import network, tokenization
 from bart_t5x.hf import mapping
 
 _PEERS = pathlib.Path(__file__).parent / 'peers'
@@ -76,7 +76,7 @@ class Case:
 
   def hf_columns(self, logits: np.ndarray) -> np.ndarray:
     """Columns in Hugging Face's order of ids."""
-    return logits[..., mapping.swap_pad_and_bos(np.arange(logits.shape[-1]))]
+    return logits[..., tokenization.to_hf_ids(np.arange(logits.shape[-1]))]
 
   def for_peer(self, framework: mapping.Framework) -> dict[str, np.ndarray]:
     """Weights and batch as the peers' scripts read them."""
@@ -98,9 +98,9 @@ class Case:
     return {
         'config': np.array(json.dumps(hf_config)),
         **{f'param:{name}': tensor for name, tensor in tensors.items()},
-        'input_ids': mapping.swap_pad_and_bos(self.inputs),
+        'input_ids': tokenization.to_hf_ids(self.inputs),
         'attention_mask': (self.inputs != 0).astype(np.int64),
-        'decoder_input_ids': mapping.swap_pad_and_bos(start),
+        'decoder_input_ids': tokenization.to_hf_ids(start),
     }
 
 
