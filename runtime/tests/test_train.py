@@ -1,6 +1,7 @@
 """Whole training runs of a tiny model, in this process."""
 
 import functools
+import gc
 import os
 import signal
 
@@ -297,12 +298,12 @@ def test_garbage_is_collected_by_hand_and_by_itself_again(tmp_path, monkeypatch)
   collected = []
 
   def note():
-    collected.append(train.gc.isenabled())
+    collected.append(gc.isenabled())
 
-  monkeypatch.setattr(train.gc, 'collect', note)
+  monkeypatch.setattr(gc, 'collect', note)
   run(tmp_path, gc_period=5)
   assert collected == [False, False]
-  assert train.gc.isenabled()
+  assert gc.isenabled()
 
 
 def test_without_a_seed_the_run_takes_the_clock(tmp_path):

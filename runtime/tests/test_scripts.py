@@ -1,0 +1,308 @@
+"""The scripts as a user calls them: one end-to-end test each, stops, kills, errors."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from t5x import checkpoints, train
+
+pytestmark = pytest.mark.slow
+
+HERE = pathlib.Path(__file__).parent
+# Two screens of 45 lines.
+LONGEST_LOG = 90
+FEATURE_LENGTHS = '{"inputs": 16, "targets": 8}'
+
+
+def command(script, run_file, **macros):
+  """The command line of a script with the tiny model; macros in gin's own syntax."""
+  return [
+    sys.executable,
+    '-m',
+    f't5x.{script}',
+    f'--gin_file={HERE}/tiny.gin',
+    f'--gin_file=t5x/configs/runs/{run_file}.gin',
+    "--gin.MIXTURE_OR_TASK_NAME='tiny_noised'",
+    *(f'--gin.{name}={value}' for name, value in macros.items()),
+  ]
+
+
+def train_command(model_dir, steps=40, run_file='pretrain', **macros):
+  settings = {
+    'MODEL_DIR': repr(str(model_dir)),
+    'TRAIN_STEPS': steps,
+    'TASK_FEATURE_LENGTHS': FEATURE_LENGTHS,
+    'USE_CACHED_TASKS': False,
+    'BATCH_SIZE': 8,
+    'RANDOM_SEED': 0,
+    'train/utils.DatasetConfig.seed': 0,
+    'utils.SaveCheckpointConfig.save_dataset': True,
+    'utils.SaveCheckpointConfig.period': 20,
+    'train.eval_steps': 2,
+    'train.stats_period': 10,
+    'train.eval_period': 20,
+    **macros,
+  }
+  return command('train', run_file, **settings)
+
+
+def environment(devices=1):
+  return {
+    **os.environ,
+    'PYTHONPATH': str(HERE),
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+
+
+def start(args, devices=1):
+  return subprocess.Popen(
+    args,
+    env=environment(devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def call(args, devices=1, code=0):
+  """Runs a command to its end; returns its output's lines."""
+  process = start(args, devices)
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == code, out
+  return out.splitlines()
+
+
+def read_until(process, pattern):
+  """Reads lines up to the first that fits; returns all of them."""
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if re.search(pattern, line):
+      return lines
+  raise AssertionError(f'No line with {pattern!r}:\n{"".join(lines)}')
+
+
+def final_state(model_dir, steps=40):
+  """The state of a finished run, which starting it again returns."""
+  step, state = train.train(
+    **tiny.train_arguments(model_dir, task='tiny_noised', total_steps=steps)
+  )
+  assert step == steps
+  return state.state_dict()
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run of 40 steps in one go: (folder, lines of its log)."""
+  folder = tmp_path_factory.mktemp('whole')
+  return folder, call(train_command(folder))
+
+
+def test_train(whole):
+  folder, lines = whole
+  assert re.search(r't5x\.train from .*/t5x/__init__\.py', lines[0])
+  assert len(lines) <= LONGEST_LOG, '\n'.join(lines)
+  assert sum(' | loss ' in line for line in lines) == 4
+  assert lines[-1].endswith('Finished at step 40.')
+  assert not [line for line in lines if 'WARNING' in line]
+  assert checkpoints.all_steps(str(folder)) == [0, 20, 40]
+  config = (folder / 'config.gin').read_text()
+  assert 'TRAIN_STEPS = 40' in config and 'tiny_noised' in config
+
+
+def test_a_finished_run_says_so_and_exits_0(whole):
+  lines = call(train_command(whole[0]))
+  assert any('Nothing to train: the run is at its last step, 40.' in x for x in lines)
+
+
+def test_the_program_ends_within_a_second_of_its_last_line(tmp_path):
+  process = start(train_command(tmp_path, steps=2))
+  read_until(process, 'Finished at step 2')
+  finished = time.monotonic()
+  assert process.wait(timeout=60) == 0
+  assert time.monotonic() - finished < 1
+
+
+def test_eval(whole, tmp_path):
+  call(
+    command(
+      'eval',
+      'eval',
+      CHECKPOINT_PATH=repr(str(whole[0] / 'checkpoint_40')),
+      EVAL_OUTPUT_DIR=repr(str(tmp_path)),
+    )
+  )
+  metrics = json.loads(
+    (tmp_path / 'inference_eval' / 'tiny_noised-metrics.jsonl').read_text()
+  )
+  assert metrics['step'] == 40
+  assert (tmp_path / 'config.gin').exists()
+
+
+def test_infer(whole, tmp_path):
+  settings = {
+    'CHECKPOINT_PATH': repr(str(whole[0] / 'checkpoint_40')),
+    'INFER_OUTPUT_DIR': repr(str(tmp_path)),
+    'TASK_FEATURE_LENGTHS': FEATURE_LENGTHS,
+    'infer.mode': repr('score'),
+    'infer.num_shards': 2,
+    'utils.DatasetConfig.batch_size': 4,
+  }
+  call([*command('infer', 'infer', **settings), '--shard_id=1'])
+  name = 'tiny_noised-score.jsonl-00001-of-00002'
+  assert len((tmp_path / name).read_text().splitlines()) == tiny.TEST_EXAMPLES // 2
+  assert (tmp_path / f'{name}.COMPLETED').exists()
+
+
+def test_main_runs_a_script_and_a_dry_run_stops_before_it(tmp_path):
+  args = train_command(tmp_path / 'run', steps=2)
+  args[2] = 't5x.main'
+  lines = call([*args, '--run_mode=train', '--dry_run'])
+  assert 'configuration is right' in lines[-1]
+  assert not (tmp_path / 'run').exists()
+  lines = call([*args, '--run_mode=train'])
+  assert lines[-1].endswith('Finished at step 2.')
+
+
+def test_precompile(tmp_path):
+  settings = {
+    'MODEL_DIR': repr(str(tmp_path)),
+    'TASK_FEATURE_LENGTHS': FEATURE_LENGTHS,
+    'USE_CACHED_TASKS': False,
+    'BATCH_SIZE': 8,
+    'partitioning.PjitPartitioner.backend': None,
+  }
+  args = command('main', 'precompile', **settings)
+  call([*args, '--run_mode=precompile'], devices=4)
+  assert 'HloModule' in (tmp_path / 'lowered_hlo_post_optimization').read_text()
+  assert np.load(tmp_path / 'assignment').size == 4
+
+
+@pytest.mark.parametrize(
+  'wrong, message',
+  [
+    ({'TRAIN_STPES': 5}, "Did you mean 'TRAIN_STEPS'"),
+    ({'train.eval_perod': 5}, "Did you mean 'eval_period'"),
+    ({'MIXTURE_OR_TASK_NAME': '"tiny_noisd"'}, 'Nearest: tiny_noised'),
+    ({'MODEL_DIR': '"/dev/null/run"'}, 'model_dir /dev/null/run cannot be written'),
+    ({'BATCH_SIZE': 7, 'utils.DatasetConfig.batch_size': 7}, '7'),
+  ],
+)
+def test_wrong_input_is_one_message(tmp_path, wrong, message):
+  process = subprocess.run(
+    train_command(tmp_path, **wrong),
+    env=environment(devices=2),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert process.returncode == 1
+  assert process.stderr.count('ERROR: ') == 1 and 'Traceback' not in process.stderr
+  assert message in process.stderr[process.stderr.index('ERROR: ') :]
+
+
+def test_sigterm_saves_and_exits_0(whole, tmp_path):
+  process = start(train_command(tmp_path, steps=100_000))
+  read_until(process, 'step 10 of')
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0, out
+  step = int(re.search(r'saving at step (\d+)', out)[1])
+  assert checkpoints.latest_step(str(tmp_path)) == step
+
+
+def test_killed_at_any_instant_it_ends_bit_for_bit_the_same(whole, tmp_path):
+  """Saves at every step, so that most kills fall into a save."""
+  often = {'utils.SaveCheckpointConfig.period': 1, 'utils.SaveCheckpointConfig.keep': 3}
+  delays = random.Random(0)
+  for _ in range(4):
+    process = start(train_command(tmp_path, steps=40, **often))
+    read_until(process, 'Starting at step|Going on from')
+    time.sleep(delays.uniform(0, 6))
+    process.kill()
+    process.wait()
+  call(train_command(tmp_path, steps=40, **often))
+  jax.tree.map(
+    np.testing.assert_array_equal, final_state(tmp_path), final_state(whole[0])
+  )
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
+
+
+def call_together(args):
+  """Runs two processes of four devices as one run; returns both outputs."""
+  port = free_port()
+  processes = [
+    start(
+      [
+        *args,
+        f'--coordinator_address=127.0.0.1:{port}',
+        '--process_count=2',
+        f'--process_index={index}',
+      ],
+      devices=4,
+    )
+    for index in range(2)
+  ]
+  outputs = [process.communicate(timeout=400)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  return outputs
+
+
+def losses(lines):
+  return [
+    float(match[1]) for line in lines if (match := re.search(r'\| loss ([\d.]+)', line))
+  ]
+
+
+def test_two_processes_train_evaluate_save_and_resume_as_one(tmp_path):
+  settings = {
+    'run_file': 'finetune',
+    'INITIAL_CHECKPOINT_PATH': '[]',
+    'MIXTURE_OR_TASK_NAME': '"tiny_copy"',
+    'DROPOUT_RATE': 0.0,
+    'EVAL_PERIOD': 5,
+    'utils.SaveCheckpointConfig.period': 5,
+    # Rows are examples, in order: the same batches however many processes read them.
+    'train/utils.DatasetConfig.pack': False,
+    'train/utils.DatasetConfig.shuffle': False,
+  }
+  alone = call(train_command(tmp_path / 'alone', steps=10, **settings), devices=8)
+  call_together(train_command(tmp_path / 'two', steps=5, **settings))
+  first, second = call_together(train_command(tmp_path / 'two', steps=10, **settings))
+  assert 'Going on from' in first
+  assert '[0/2]' in first and '[1/2]' in second
+  assert losses(second.splitlines()) == []
+  np.testing.assert_allclose(
+    losses(first.splitlines())[-1], losses(alone)[-1], atol=1e-4
+  )
+
+  def state(folder):
+    return train.train(
+      **tiny.train_arguments(tmp_path / folder, model=tiny.make_model(0.0))
+    )[1].state_dict()['target']
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    state('two'),
+    state('alone'),
+  )
+  metrics = tmp_path / 'two' / 'inference_eval' / 'tiny_copy-metrics.jsonl'
+  assert '"step": 10' in metrics.read_text()
