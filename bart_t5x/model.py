@@ -174,7 +174,8 @@ class BartModel(models.EncoderDecoderModel):
   def _special_ids(self) -> tuple[int, ...]:
     """Ids that carry no text; without a vocabulary's word, those BART always has."""
     vocabulary = self.output_vocabulary
-    if hasattr(vocabulary, 'special_ids') and vocabulary.available:
+    # Asked first: where there is no file yet, the ids themselves raise.
+    if getattr(vocabulary, 'available', True) and hasattr(vocabulary, 'special_ids'):
       return vocabulary.special_ids
     return ALWAYS_SPECIAL
 
