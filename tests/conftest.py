@@ -40,3 +40,70 @@ def corpus_dir(tmp_path_factory):
   ])
   assert code == 0
   return str(output)
+
+
+@pytest.fixture
+def make_run():
+  """A function that writes a run's folder: checkpoint, config.gin, corpus folder.
+
+  The model is tiny, every parameter of it random; nothing is trained.
+  """
+  return _make_run
+
+
+def _random_leaf(random, path, shape):
+  """Every leaf away from its initial value: biases not 0, scales not 1."""
+  if path.endswith('scale'):
+    return random.uniform(0.5, 1.5, shape)
+  return random.normal(0, shape[-2] ** -0.5 if path.endswith('kernel') else 0.3, shape)
+
+
+def _make_run(folder, seed=0, **fields):
+  import json
+  import types
+
+  import jax
+  import jax.numpy as jnp
+
+  from bart_t5x import network, tokenizer_training
+  from bart_t5x.hf import checkpoints, mapping
+
+  text = 'På fjellet nr. {} bor det {} ærlige bjørner. Åja!'
+  texts = [text.format(i, i * 7) for i in range(300)]
+  corpus = folder / 'corpus'
+  corpus.mkdir(parents=True)
+  (corpus / 'tokenizer.json').write_bytes(
+      tokenizer_training.train('bytelevel', texts, len(texts), 301, 2)
+  )
+  split = {'documents': 1234, 'tokens': 56789, 'bytes': 345678}
+  (corpus / 'corpus.json').write_text(json.dumps({
+      'source': 'test', 'license': 'CC BY 4.0: "Bjørner", Ås',
+      'splits': {'train': split, 'validation': {**split, 'documents': 7}},
+  }))
+  fields = {
+      'vocab_size': 301, 'emb_dim': 24, 'num_heads': 3, 'num_encoder_layers': 2,
+      'num_decoder_layers': 3, 'mlp_dim': 40, 'max_positions': 40,
+      'vocab_multiple_of': 16, **fields,
+  }  # fmt: skip
+  config = network.BartConfig(**fields)
+  tokens = jnp.ones((1, 2), jnp.int32)
+  shapes = jax.eval_shape(
+      lambda: network.Transformer(config).init(
+          jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+      )
+  )['params']
+  random = np.random.default_rng(seed)
+  params = mapping.unflatten({
+      path: _random_leaf(random, path, leaf.shape).astype(np.float32)
+      for path, leaf in mapping.flatten(shapes).items()
+  })
+  model_dir = folder / 'run'
+  checkpoints.write_params(model_dir / 'checkpoint_0', params)
+  lines = ["MIXTURE_OR_TASK_NAME = 'bjorner'", 'BATCH_SIZE = 8']
+  lines += [f'network.BartConfig.{name} = {value!r}' for name, value in fields.items()]
+  lines += ['noise.Recipe.infill_ratio = 0.3']
+  (model_dir / 'config.gin').write_text('\n'.join(lines) + '\n')
+  return types.SimpleNamespace(
+      model_dir=model_dir, checkpoint=model_dir / 'checkpoint_0', corpus=corpus,
+      config=config, params=params,
+  )

@@ -33,8 +33,8 @@ def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
     )
   handler = ocp.PyTreeCheckpointer()
   try:
-    metadata = handler.metadata(folder / _STATE).item_metadata.tree
-    target = metadata['target']
+    metadata = ocp.PyTreeCheckpointHandler().metadata(folder / _STATE)
+    target = metadata.tree['target']
     restored = handler.restore(
         folder / _STATE,
         args=ocp.args.PyTreeRestore(
@@ -47,9 +47,10 @@ def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
             partial_restore=True,
         ),
     )
-  except (ValueError, KeyError, OSError) as e:
+  except Exception as e:  # of Orbax, tensorstore or JSON: there is no common class
+    reason = (str(e) or type(e).__name__).splitlines()[0]
     raise ValueError(
-        f'the checkpoint {checkpoint} cannot be read ({e}). It is damaged or no '
+        f'the checkpoint {checkpoint} cannot be read ({reason}). It is damaged or no '
         'checkpoint of T5X; try the one before it.'
     ) from e
   return restored['target']

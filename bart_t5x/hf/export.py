@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,8 +40,13 @@ def bart_config(run: run_config.RunConfig) -> BartConfig:
         'config.gin binds no network.BartConfig.vocab_size: the run trained another '
         'model than bart_t5x.network'
     )
-  known = {field.name for field in dataclasses.fields(BartConfig)}
-  return BartConfig(**{k: v for k, v in bound.items() if k in known})
+  unknown = bound.keys() - {field.name for field in dataclasses.fields(BartConfig)}
+  if unknown:
+    raise ValueError(
+        f'config.gin binds {", ".join(sorted(unknown))} of BartConfig, which it does '
+        'not have here: the run was made by another version of bart-t5x'
+    )
+  return BartConfig(**bound)
 
 
 def task_corpus_dir(run: run_config.RunConfig) -> pathlib.Path:
@@ -92,21 +98,43 @@ def _recipe(run: run_config.RunConfig) -> dict[str, Any]:
       'WARMUP_STEPS', 'LEARNING_RATE', 'WEIGHT_DECAY', 'DROPOUT_RATE', 'COMPUTE_DTYPE',
   )  # fmt: skip
   values = {name: run.macro(name) for name in names}
+  noise = run.bindings_of('noise.Recipe')
+  values |= {f'noise: {name}': value for name, value in sorted(noise.items())}
   return {name: value for name, value in values.items() if value is not None}
 
 
-def _tokenizer_file(corpus_dir: pathlib.Path, config: BartConfig) -> pathlib.Path:
-  """The corpus's tokenizer, checked against the size of the model's vocabulary."""
-  found = tokenization.find_tokenizer_file(corpus_dir)
-  if found is None:
-    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
-  vocab_size = tokenization.read_tokenizer(found).vocab_size
-  if vocab_size != config.vocab_size:
+def _step_of(checkpoint: pathlib.Path) -> int:
+  """The step in a checkpoint's name."""
+  match = re.fullmatch('checkpoint_([0-9]+)', checkpoint.name)
+  if not match:
     raise ValueError(
-        f'the tokenizer {found} has {vocab_size} ids, the model {config.vocab_size}: '
-        'it is not the one the model was trained with'
+        f'--checkpoint={checkpoint} names no checkpoint: give MODEL_DIR/checkpoint_N'
     )
-  return pathlib.Path(found)
+  return int(match[1])
+
+
+def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
+  """The tokenizer that goes along, of as many ids as the model.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is another model's, or of a kind with no tokenizer.json.
+  """
+  path = tokenization.find_tokenizer_file(corpus_dir)
+  if path is None:
+    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
+  if not path.endswith(tokenization.BYTE_LEVEL_FILE):
+    raise ValueError(
+        f'{path} is a SentencePiece model: only byte-level tokenizers '
+        f'({tokenization.BYTE_LEVEL_FILE}) can be exported'
+    )
+  found = tokenization.read_tokenizer(path).vocab_size
+  if found != vocab_size:
+    raise ValueError(
+        f'the tokenizer {path} has {found} ids, the model {vocab_size}: it is not '
+        'the one the model was trained with'
+    )
+  return pathlib.Path(path)
 
 
 def _corpus_facts(corpus_dir: pathlib.Path) -> dict[str, Any]:
@@ -123,6 +151,7 @@ def export(
     corpus_dir: pathlib.Path | None = None,
     dtype: str = 'float32',
     overwrite: bool = False,
+    model_name: str | None = None,
 ) -> None:
   """Writes a model folder for transformers 4 (Flax) and 5 (PyTorch).
 
@@ -134,38 +163,51 @@ def export(
     corpus_dir: with the tokenizer; by default that of the run's task.
     dtype: of the stored weights, 'float32' or 'bfloat16'.
     overwrite: replace what is in output_dir.
+    model_name: for the card; by default the name of output_dir.
 
   Raises:
     FileNotFoundError, FileExistsError, ValueError: with what to do about it.
   """
+  step = _step_of(checkpoint)
   run = run_config.read(config_file or checkpoint.parent / 'config.gin')
   config = bart_config(run)
   corpus_dir = corpus_dir or task_corpus_dir(run)
-  tokenizer_file = _tokenizer_file(corpus_dir, config)
-  params = checkpoints.read_params(checkpoint)
-  torch_weights = mapping.to_hf(params, config.vocab_size, 'torch')
+  tokenizer_file = _tokenizer_file(corpus_dir, config.vocab_size)
   with new_folder(output_dir, overwrite) as folder:
-    weights.write_safetensors(
-        folder / weights.SAFETENSORS,
-        {name: w.astype(_DTYPES[dtype]) for name, w in torch_weights.items()},
-    )
-    # Flax reads parameters as they are stored, and trains in float32.
-    weights.write_msgpack(
-        folder / weights.MSGPACK, mapping.to_hf(params, config.vocab_size, 'flax')
-    )
-    tokenizer_files.write_json(folder / 'config.json', configs.to_hf(config, dtype))
-    tokenizer_files.write_json(
-        folder / 'generation_config.json', configs.generation_to_hf(config)
-    )
+    num_parameters = _write_model(folder, checkpoint, config, dtype)
     tokenizer_files.write(tokenizer_file, folder, config.max_positions)
     facts = model_card.CardFacts(
-        name=output_dir.name,
+        name=model_name or output_dir.absolute().name,
         config=config,
-        num_parameters=sum(w.size for w in torch_weights.values()) - config.vocab_size,
-        step=int(checkpoint.name.rpartition('_')[2]),
+        num_parameters=num_parameters,
+        step=step,
         corpus=_corpus_facts(corpus_dir),
         recipe=_recipe(run),
-        metrics=model_card.run_metrics(checkpoint.parent),
+        metrics=model_card.run_metrics(checkpoint.parent, step),
         command=command,
     )
     (folder / 'README.md').write_text(model_card.render(facts), encoding='utf-8')
+
+
+def _write_model(
+    folder: pathlib.Path, checkpoint: pathlib.Path, config: BartConfig, dtype: str
+) -> int:
+  """Writes weights and configurations; returns the number of parameters."""
+  params = checkpoints.read_params(checkpoint)
+  torch_weights = mapping.to_hf(params, config.vocab_size, 'torch')
+  weights.write_safetensors(
+      folder / weights.SAFETENSORS,
+      {name: w.astype(_DTYPES[dtype]) for name, w in torch_weights.items()},
+  )
+  # Flax reads parameters as they are stored, and trains in float32.
+  flax_weights = mapping.to_hf(params, config.vocab_size, 'flax')
+  weights.write_msgpack(
+      folder / weights.MSGPACK,
+      {name: w.astype(np.float32) for name, w in flax_weights.items()},
+  )
+  tokenizer_files.write_json(folder / 'config.json', configs.to_hf(config, dtype))
+  tokenizer_files.write_json(
+      folder / 'generation_config.json', configs.generation_to_hf(config)
+  )
+  # The bias on the logits is a buffer, no parameter.
+  return sum(w.size for w in torch_weights.values()) - config.vocab_size

@@ -1,10 +1,18 @@
 """The README.md of an exported model: what it is, made of what, how to load it."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 from bart_t5x.network import BartConfig
+
+# How a corpus states its licence, before any colon, and the Hub's name for it.
+_HUB_LICENSES = (
+    ('CC0 1.0', 'cc0-1.0'),
+    ('CC BY 4.0', 'cc-by-4.0'),
+    ('CC BY-SA 4.0', 'cc-by-sa-4.0'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +43,8 @@ class CardFacts:
 def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
   lines = [f'| {header[0]} | {header[1]} |', '| --- | --- |']
   for name, value in rows.items():
-    shown = f'{value:.4g}' if isinstance(value, float) else value
+    shown = f'{value:.4g}' if isinstance(value, float) else str(value)
+    shown = shown.replace('|', '/')  # a bar would end the cell
     lines.append(f'| {name} | {shown} |')
   return '\n'.join(lines)
 
@@ -45,16 +54,27 @@ def _front_matter(corpus: dict[str, Any]) -> str:
   lines = ['---', 'language: "no"', 'library_name: transformers']
   lines += ['pipeline_tag: fill-mask', 'tags: [bart, t5x, norwegian]']
   if corpus.get('license'):
-    lines += ['license: other', f'license_name: "{corpus["license"]}"']
+    # The Hub has names for some licences; JSON strings are YAML strings.
+    text = json.dumps(corpus['license'], ensure_ascii=False)
+    known = next((hub for start, hub in _HUB_LICENSES if _is_only(corpus, start)), None)
+    lines += [f'license: {known}'] if known else ['license: other']
+    lines += [] if known else [f'license_name: {text}']
   return '\n'.join(lines + ['---'])
+
+
+def _is_only(corpus: dict[str, Any], license_name: str) -> bool:
+  """Whether the corpus is under this one licence; a list of several has commas."""
+  stated = corpus['license'].partition(':')[0]
+  return stated.strip().lower() == license_name.lower()
 
 
 def _corpus_section(corpus: dict[str, Any]) -> str:
   if not corpus:
     return 'The corpus was not at hand when this model was exported.'
   counts = {
-      f'{split}, documents': f'{numbers["documents"]:,}'
+      f'{split}, {unit}': f'{numbers[unit]:,}'
       for split, numbers in corpus['splits'].items()
+      for unit in ('documents', 'tokens', 'bytes')
   }
   facts = {'source': corpus['source'], 'licence': corpus.get('license') or 'not stated'}
   return _table(('corpus', ''), facts | counts)
@@ -112,22 +132,33 @@ def render(facts: CardFacts) -> str:
   ]
   if facts.metrics:
     sections += [
-        '## Held-out documents, at the last evaluation',
+        '## Held-out documents, at the last evaluation before the export',
         _table(('metric', 'value'), facts.metrics),
     ]
   sections += ['## Made by', f'```\n{facts.command}\n```']
   return '\n\n'.join(sections) + '\n'
 
 
-def run_metrics(model_dir: pathlib.Path) -> dict[str, float]:
-  """The last value of each metric of a run's evaluation; empty without events."""
+def run_metrics(model_dir: pathlib.Path, step: int) -> dict[str, float]:
+  """The metrics of a run's evaluation as they stood at a checkpoint.
+
+  Args:
+    model_dir: of the run.
+    step: of the checkpoint; what was measured later is another model's.
+
+  Returns:
+    Name to value, with the task's name where there are several tasks; empty
+    without events.
+  """
+  if not (folders := sorted((model_dir / 'training_eval').glob('*/'))):
+    return {}
   from bart_t5x import report  # late: it reads TensorBoard files
 
   metrics = {}
-  for folder in sorted((model_dir / 'training_eval').glob('*/')):
-    metrics |= {
-        name: curve[-1][1]
-        for name, curve in sorted(report.read_curves(folder).items())
-        if name.endswith(('accuracy', 'loss'))
-    }
+  for folder in folders:
+    task = f'{folder.name}: ' if len(folders) > 1 else ''
+    for name, curve in sorted(report.read_curves(folder).items()):
+      points = [value for at, value in curve if at <= step]
+      if points and name.endswith(('accuracy', 'loss')):
+        metrics[task + name] = points[-1]
   return metrics

@@ -1,0 +1,215 @@
+"""A checkpoint as a model folder: whole or not at all."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import yaml
+
+from bart_t5x.hf import convert, export, mapping, run_config, weights
+
+FILES = {
+    'README.md', 'config.json', 'flax_model.msgpack', 'generation_config.json',
+    'model.safetensors', 'special_tokens_map.json', 'tokenizer.json',
+    'tokenizer_config.json',
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(make_run, tmp_path):
+  return make_run(tmp_path)
+
+
+def export_command(run, output_dir, *more):
+  return convert.main([
+      'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
+      f'--output_dir={output_dir}', *more,
+  ])  # fmt: skip
+
+
+def names(folder):
+  return {path.name for path in folder.iterdir()}
+
+
+def test_the_whole_folder(run, tmp_path, capsys):
+  output = tmp_path / 'out' / 'norbart'
+  assert export_command(run, output) == 0
+  assert names(output) == FILES and names(output.parent) == {'norbart'}
+  assert f'to {output}' in capsys.readouterr().out
+  config = json.loads((output / 'config.json').read_text())
+  assert (config['vocab_size'], config['d_model']) == (301, 24)
+  assert (config['encoder_layers'], config['decoder_layers']) == (2, 3)
+  with safetensors.safe_open(output / weights.SAFETENSORS, 'np') as file:
+    assert not set(file.keys()) & set(mapping.TORCH_ALIASES)
+
+
+@pytest.mark.parametrize('kind', [weights.SAFETENSORS, weights.MSGPACK])
+def test_weights_come_back_bit_by_bit(run, tmp_path, kind):
+  output = tmp_path / 'out'
+  assert export_command(run, output) == 0
+  for other in {weights.SAFETENSORS, weights.MSGPACK} - {kind}:
+    (output / other).unlink()
+  tensors, _ = weights.read_weights(output)
+  framework = 'flax' if kind == weights.MSGPACK else 'torch'
+  back = mapping.flatten(mapping.from_hf(tensors, framework, 304))
+  for path, array in mapping.flatten(run.params).items():
+    if path in ('token_embedder/embedding', 'final_logits_bias'):
+      array[301:] = 0
+    np.testing.assert_array_equal(back[path], array)
+
+
+def test_scanned_layers_give_the_same_files(make_run, tmp_path):
+  run = make_run(tmp_path / 'a', scan_layers=True, num_decoder_layers=11)
+  assert export_command(run, tmp_path / 'out') == 0
+  tensors, _ = weights.read_weights(tmp_path / 'out')
+  expected = mapping.to_hf(mapping.unstack_layers(run.params), 301, 'torch')
+  assert set(tensors) == set(expected)
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_bfloat16(run, tmp_path):
+  assert export_command(run, tmp_path / 'out', '--dtype=bfloat16') == 0
+  config = json.loads((tmp_path / 'out/config.json').read_text())
+  assert config['torch_dtype'] == 'bfloat16'
+  tensors, _ = weights.read_weights(tmp_path / 'out')
+  exact = mapping.to_hf(run.params, 301, 'torch')
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(tensor, exact[name].astype(ml_dtypes.bfloat16))
+
+
+def test_the_card(run, tmp_path):
+  output = tmp_path / 'norbart'
+  assert export_command(run, output) == 0
+  _, front, text = (output / 'README.md').read_text().split('---\n', 2)
+  front = yaml.safe_load(front)
+  assert front['language'] == 'no' and front['license'] == 'cc-by-4.0'
+  assert front['library_name'] == 'transformers' and 'bart' in front['tags']
+  parameters = sum(
+      leaf.size for leaf in mapping.to_hf(run.params, 301, 'flax').values()
+  )
+  for line in (
+      '# norbart',
+      f'| parameters | {parameters - 301:,} |',
+      '| layers | 2 + 3 |',
+      '| licence | CC BY 4.0: "Bjørner", Ås |',
+      '| train, documents | 1,234 |',
+      '| train, tokens | 56,789 |',
+      '| validation, documents | 7 |',
+      '| BATCH_SIZE | 8 |',
+      '| noise: infill_ratio | 0.3 |',
+      "BartForConditionalGeneration.from_pretrained('norbart')",
+      "FlaxBartForConditionalGeneration.from_pretrained('norbart')",
+      'python -m bart_t5x.hf.convert export --checkpoint=',
+  ):
+    assert line in text
+
+
+def test_a_licence_that_the_hub_has_no_name_for(run, tmp_path):
+  stated = 'NLOD 2.0, CC BY 4.0: "to" av dem'
+  corpus = json.loads((run.corpus / 'corpus.json').read_text())
+  (run.corpus / 'corpus.json').write_text(json.dumps(corpus | {'license': stated}))
+  assert export_command(run, tmp_path / 'out') == 0
+  front = yaml.safe_load((tmp_path / 'out/README.md').read_text().split('---\n')[1])
+  assert front['license'] == 'other' and front['license_name'] == stated
+
+
+def test_metrics_are_those_of_the_checkpoint_s_step(run, tmp_path, monkeypatch):
+  from bart_t5x import report
+  from bart_t5x.hf import model_card
+
+  (run.model_dir / 'training_eval/bjorner').mkdir(parents=True)
+  curves = {
+      'eval/accuracy': [(0, 0.125), (50, 0.5), (100, 0.75)],
+      'eval/loss': [(100, 1.0)],
+      'eval/timing/seconds': [(0, 3.0)],
+  }
+  monkeypatch.setattr(report, 'read_curves', lambda folder: curves)
+  assert model_card.run_metrics(run.model_dir, 99) == {'eval/accuracy': 0.5}
+  assert export_command(run, tmp_path / 'out') == 0
+  assert '| eval/accuracy | 0.125 |' in (tmp_path / 'out/README.md').read_text()
+
+
+def test_what_is_there_is_not_replaced_unless_asked(run, tmp_path, capsys):
+  output = tmp_path / 'out'
+  output.mkdir()
+  assert export_command(run, output) == 0  # an empty folder is no hindrance
+  (output / 'mine').write_text('')
+  assert export_command(run, output) == 1
+  assert 'is not empty; add --overwrite' in capsys.readouterr().err
+  assert names(output) == FILES | {'mine'}
+  assert export_command(run, output, '--overwrite') == 0
+  assert names(output) == FILES
+
+
+def test_a_failure_leaves_nothing_and_keeps_what_was_there(
+    run, tmp_path, monkeypatch, capsys
+):
+  parent = tmp_path / 'parent'
+  (parent / 'out').mkdir(parents=True)
+  (parent / 'out/mine').write_text('')
+
+  def full(*args):
+    raise OSError('No space left on device')
+
+  monkeypatch.setattr(weights, 'write_msgpack', full)
+  assert export_command(run, parent / 'out', '--overwrite') == 1
+  assert capsys.readouterr().err == 'error: No space left on device\n'
+  assert names(parent) == {'out'} and names(parent / 'out') == {'mine'}
+
+
+def other_vocabulary(run):
+  config = run.model_dir / 'config.gin'
+  config.write_text(config.read_text().replace('vocab_size = 301', 'vocab_size = 300'))
+
+
+def other_model(run):
+  (run.model_dir / 'config.gin').write_text("MIXTURE_OR_TASK_NAME = 'x'")
+
+
+def newer_config(run):
+  with open(run.model_dir / 'config.gin', 'a') as file:
+    file.write('network.BartConfig.num_experts = 2\n')
+
+
+def damaged(run):
+  for file in run.checkpoint.rglob('*'):
+    if file.is_file() and file.stat().st_size > 2000:
+      file.write_bytes(file.read_bytes()[:1000])
+
+
+FAULTS = {
+    'has 301 ids, the model 300': other_vocabulary,
+    'binds no network.BartConfig.vocab_size': other_model,
+    'binds num_experts of BartConfig': newer_config,
+    'cannot be read': damaged,
+    'no tokenizer in': lambda run: (run.corpus / 'tokenizer.json').unlink(),
+    'reads the shape of the model': lambda run: (run.model_dir / 'config.gin').unlink(),
+    'There are: checkpoint_0': lambda run: setattr(
+        run, 'checkpoint', run.model_dir / 'checkpoint_7'
+    ),
+    'names no checkpoint': lambda run: setattr(run, 'checkpoint', run.model_dir),
+}
+
+
+@pytest.mark.parametrize('message', FAULTS)
+def test_bad_input_is_one_message_and_writes_nothing(run, tmp_path, capsys, message):
+  FAULTS[message](run)
+  assert export_command(run, tmp_path / 'parent/out') == 1
+  error = capsys.readouterr().err
+  assert message in error and error.startswith('error: ')
+  parent = tmp_path / 'parent'
+  assert not parent.exists() or not names(parent)
+
+
+def test_a_sentencepiece_tokenizer_is_refused(run, tmp_path, capsys):
+  (run.corpus / 'tokenizer.json').rename(run.corpus / 'tokenizer.model')
+  assert export_command(run, tmp_path / 'out') == 1
+  assert 'is a SentencePiece model: only byte-level' in capsys.readouterr().err
+
+
+def test_defaults_of_a_run_s_config(run):
+  config = export.bart_config(run_config.read(run.model_dir / 'config.gin'))
+  assert config == run.config
