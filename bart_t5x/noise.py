@@ -177,17 +177,7 @@ def corrupt(
   Returns:
     The source, the target, and how they hang together.
   """
-  size = tf.size(tokens)
-  refs = tf.range(1, size + 1)
-  if recipe.permute_ratio:
-    order = permute_sentences(
-      size,
-      sentence_starts,
-      _stream(seed, _PERMUTE),
-      recipe.permute_ratio,
-      recipe.permute_last,
-    )
-    refs = order + 1
+  refs = permuted(tf.size(tokens), sentence_starts, seed, recipe)
   if recipe.infill_ratio:
     starts = _word_starts(tokens, sentence_starts, refs, ids, recipe)
     refs = spans.infill(
@@ -219,6 +209,48 @@ def corrupt(
     dropped = tf.maximum(tf.size(refs) - (encoder_length - 2), 0)
     refs = refs[: encoder_length - 2]
   return _assemble(tokens, refs, ids, dropped)
+
+
+def permuted(
+  size: tf.Tensor, sentence_starts: tf.Tensor, seed: tf.Tensor, recipe: Recipe
+) -> tf.Tensor:
+  """The references of `size` tokens behind the first step, int32 [size]."""
+  if not recipe.permute_ratio:
+    return tf.range(1, size + 1)
+  order = permute_sentences(
+    size,
+    sentence_starts,
+    _stream(seed, _PERMUTE),
+    recipe.permute_ratio,
+    recipe.permute_last,
+  )
+  return order + 1
+
+
+def span_lengths(
+  tokens: tf.Tensor,
+  sentence_starts: tf.Tensor,
+  seed: tf.Tensor,
+  recipe: Recipe,
+  ids: Ids,
+) -> tf.Tensor:
+  """The lengths that `corrupt` draws for the same arguments, for statistics.
+
+  Returns:
+    int32 [k], in units; 0 is an insertion. Empty without infilling.
+  """
+  if not recipe.infill_ratio:
+    return tf.zeros([0], tf.int32)
+  size = tf.size(tokens)
+  starts = _word_starts(tokens, sentence_starts, tf.range(1, size + 1), ids, recipe)
+  edges, _ = spans.draw_spans(
+    size if starts is None else tf.size(starts),
+    _stream(seed, _INFILL),
+    recipe.infill_ratio,
+    recipe.span_mean,
+    recipe.insertions,
+  )
+  return edges[1:] - edges[:-1]
 
 
 def _assemble(

@@ -153,6 +153,7 @@ def denoise(
   sequence_length: Mapping[str, int],
   output_features: Mapping[str, seqio.Feature],
   recipe: noise.Recipe | None = None,
+  trace: bool = False,
 ) -> tf.data.Dataset:
   """Makes a denoising example of each piece.
 
@@ -164,6 +165,8 @@ def denoise(
     output_features: of which the vocabulary of `targets` is read.
     recipe: the noise; None for `noise.Recipe()` with what gin binds to it when the
       dataset is built.
+    trace: whether examples also tell how they came about, for people to look at:
+      `references` and `permuted` (see `noise`), `span_lengths`, `sentence_starts`.
 
   Returns:
     A dataset with `inputs` int32 [m], `targets` int32 [n + 2], `targets_noised` int32
@@ -194,13 +197,21 @@ def denoise(
       ids,
       encoder_length,
     )
-    return {
+    example = {
       'inputs': noised.source,
       'targets': noised.target,
       'targets_noised': noised.codes,
       'dropped': noised.dropped,
       **{k: piece[k] for k in ('example_id', 'piece', EPOCH)},
     }
+    if trace:
+      tokens, starts = piece['tokens'], piece['sentence_starts']
+      seed = piece_seed(piece)
+      example['references'] = noised.references
+      example['permuted'] = noise.permuted(tf.size(tokens), starts, seed, recipe)
+      example['sentence_starts'] = starts
+      example['span_lengths'] = noise.span_lengths(tokens, starts, seed, recipe, ids)
+    return example
 
   return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE)
 

@@ -39,16 +39,12 @@ def infill(
   """
   size = tf.size(refs)
   units = size if unit_starts is None else tf.size(unit_starts)
-  budget = ceil_share(ratio, units)
-  uniform = tf.reshape(uniform_draws(2 * _most_draws(budget, mean), seed), [2, -1])
-  edges = span_edges(uniform[0], budget, mean)
-  if not insertions:
-    edges = tf.concat([[0], tf.boolean_mask(edges[1:], edges[1:] > edges[:-1])], 0)
+  edges, draws = draw_spans(units, seed, ratio, mean, insertions)
   bounds = None
   if unit_starts is not None:
     bounds = tf.concat([unit_starts, size[tf.newaxis]], 0)
   if not overlap:
-    gaps = span_gaps(uniform[1, : tf.size(edges) - 1], units - budget)
+    gaps = span_gaps(draws, units - edges[-1])
     begins, ends = gaps + edges[:-1], gaps + edges[1:]
     if bounds is not None:
       begins, ends = tf.gather(bounds, begins), tf.gather(bounds, ends)
@@ -63,6 +59,27 @@ def infill(
     begins, ends = tf.gather(bounds, begins), tf.gather(bounds, ends)
   out = _replace_overlapping(refs, begins, ends, replace_length, merge_adjacent, mask)
   return insert_at(out, span_gaps(draws[units:], tf.size(out)), mask)
+
+
+def draw_spans(
+  units: tf.Tensor, seed: tf.Tensor, ratio: float, mean: float, insertions: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Draws what `infill` needs for k spans.
+
+  Args:
+    units: int32 scalar, how many there are.
+    seed, ratio, mean, insertions: as for `infill`.
+
+  Returns:
+    int32 [k + 1], running sums of the spans' lengths from 0; float32 [k], for the
+    places of spans that do not overlap.
+  """
+  budget = ceil_share(ratio, units)
+  uniform = tf.reshape(uniform_draws(2 * _most_draws(budget, mean), seed), [2, -1])
+  edges = span_edges(uniform[0], budget, mean)
+  if not insertions:
+    edges = tf.concat([[0], tf.boolean_mask(edges[1:], edges[1:] > edges[:-1])], 0)
+  return edges, uniform[1, : tf.size(edges) - 1]
 
 
 def span_edges(uniform: tf.Tensor, budget: tf.Tensor, mean: float) -> tf.Tensor:

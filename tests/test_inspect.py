@@ -1,0 +1,140 @@
+"""What `python -m bart_t5x.inspect` says of tasks."""
+
+import gin
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from bart_t5x import inspect, noise, preprocessors, vocabularies
+from tasks import pretrain
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  yield
+  gin.clear_config()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tasks_to_look_at(corpus_dir):
+  pretrain.add_denoising_task('inspect_test', corpus_dir)
+  pretrain.add_denoising_task(
+    'inspect_test_empty', corpus_dir, noise.Recipe(permute_ratio=0, infill_ratio=0)
+  )
+  pretrain.add_denoising_task('inspect_test_absent', '/nowhere')
+
+  def read(split, shuffle_files=False, seed=None):
+    example = {'inputs': 'Barna på fjorden', 'targets': 'snø'}
+    return tf.data.Dataset.from_tensors(example)
+
+  feature = seqio.Feature(vocabularies.load_vocabulary(corpus_dir, templates=True))
+  seqio.TaskRegistry.add(
+    'inspect_test_text',
+    source=seqio.FunctionDataSource(read, ['train']),
+    preprocessors=[preprocessors.tokenize_for_bart],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  yield
+  for name in ('', '_empty', '_absent', '_text'):
+    seqio.TaskRegistry.remove(f'inspect_test{name}')
+
+
+def inspected(capsys, *args, task='inspect_test'):
+  code = inspect.main([
+    f'--task={task}', '--inputs_length=64', '--targets_length=64', '--num_summed=100',
+    *args,
+  ])
+  return (code, *capsys.readouterr())
+
+
+def test_shows_examples_rows_and_the_table(capsys):
+  code, out, _ = inspected(capsys, '--num_examples=4', '--num_rows=2')
+  assert code == 0
+  assert out.count('document ') == 4 and out.count('\nrow ') == 2
+  assert 'span length (0: insertion)' in out and 'padding, decoder' in out
+  share = float(out.split('to be infilled')[1].split('%')[0])
+  assert 29 < share < 34  # whole words, rounded up
+  assert 'whole_words=True' in out  # gin/denoising.gin
+  assert '\033[' not in out
+
+
+def test_colour_on_request(capsys):
+  _, out, _ = inspected(capsys, '--color=always')
+  assert '\033[33m<mask>\033[0m' in out
+
+
+def test_bindings_act(capsys):
+  fields = ('infill_ratio', 'permute_ratio')
+  _, out, _ = inspected(capsys, *(f'--gin.noise.Recipe.{f}=0.0' for f in fields))
+  assert float(out.split('to be infilled')[1].split('%')[0]) == 0
+  assert 'span length' not in out and 'order ' not in out
+
+
+def test_the_tasks_own_recipe_counts(capsys):
+  _, out, _ = inspected(capsys, task='inspect_test_empty')
+  assert float(out.split('to be infilled')[1].split('%')[0]) == 0
+  assert 'infill_ratio=0,' in out
+
+
+def test_other_tasks_are_shown_as_text(capsys):
+  code, out, _ = inspected(capsys, task='inspect_test_text')
+  assert code == 0
+  assert "inputs  'Barna på fjorden'" in out and "targets 'snø'" in out
+  assert 'examples                              1' in out
+
+
+@pytest.mark.parametrize(
+  ('task', 'args', 'message'),
+  [
+    ('inspect_test_missing', [], 'inspect_test_missing'),
+    ('inspect_test', ['--split=test'], "no split 'test'"),
+    ('inspect_test_absent', [], 'bart_t5x.prepare --source'),
+    ('inspect_test', ['--inputs_length=20'], 'the encoder takes 20'),
+    ('inspect_test', ['--colour=red'], 'Unknown arguments: --colour=red'),
+    ('inspect_test', ['--gin.noise.Recipe.ratio=1'], 'ratio'),
+  ],
+)
+def test_bad_input_is_one_line(capsys, task, args, message):
+  code, _, err = inspected(capsys, *args, task=task)
+  assert code == 2
+  assert err.startswith('inspect: ') and message in err
+  assert 'Traceback' not in err
+
+
+def test_spans_are_found_again():
+  # The text 1 2 3 4 5 6 with its halves exchanged: 4 5 6 1 2 3.
+  permuted = [4, 5, 6, 1, 2, 3]
+  found = list(inspect.spans_of([-9, 4, -9, 1, -9, -8], permuted))
+  assert found == [([9], []), ([9], [5, 6]), ([9, 8], [2, 3])]
+  # Rotated to begin at the 1; a deletion leaves positions without a new token.
+  found = list(inspect.spans_of([1, 3, -7, 4, 5, 6], permuted))
+  assert found == [([], [2]), ([7], [])]
+
+
+def test_sentence_order_of_permuted_positions():
+  assert inspect.sentence_order([4, 5, 6, 1, 2, 3], [0, 3]) == [1, 0]
+  assert inspect.sentence_order([], []) == []
+
+
+def test_every_masked_token_is_in_a_span(corpus_dir):
+  task = seqio.get_mixture_or_task('inspect_test_empty')
+  steps = [*task.preprocessors[:-1], _traced]
+  ds = task.replace(preprocessors=steps).get_dataset(
+    {'inputs': 64, 'targets': 64}, seed=1
+  )
+  for example in ds.take(50).as_numpy_iterator():
+    spans = list(
+      inspect.spans_of(example['references'].tolist(), example['permuted'].tolist())
+    )
+    missing = sorted(position for _, positions in spans for position in positions)
+    infilled = np.flatnonzero(example['targets_noised'] == noise.INFILLED)
+    assert missing == infilled.tolist()
+    assert sum(len(new) for new, _ in spans) == len(example['span_lengths'])
+    assert example['span_lengths'].sum() == len(infilled)
+
+
+def _traced(dataset, sequence_length, output_features):
+  return preprocessors.denoise(
+    dataset, sequence_length, output_features, noise.Recipe(), trace=True
+  )
