@@ -1,5 +1,7 @@
 """Metrics of generated text, under seqio's `metric_fn` interface."""
 
+import collections
+import string
 from collections.abc import Sequence
 
 import sacrebleu
@@ -28,3 +30,170 @@ def reconstruction(
     'exact_match': 100.0 * same / len(targets),
     'chrf': sacrebleu.corpus_chrf(list(predictions), [list(targets)]).score,
   }
+
+
+def classification(
+  targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str] = ()
+) -> dict[str, float]:
+  """Scores of generated class names.
+
+  A text that is no label is wrong, whatever it says; it is a class of its own for
+  MCC and none for macro F1.
+
+  Args:
+    targets: labels.
+    predictions: generated texts, in the same order.
+    labels: all classes; empty for those in `targets`.
+
+  Returns:
+    `accuracy`, `macro_f1` (the unweighted mean of F1 over `labels`), `mcc` (Matthews'
+    correlation, times 100, so from -100) and `unknown_labels`, the share of generated
+    texts that are no label; all in per cent. By scikit-learn.
+
+  Raises:
+    ImportError: scikit-learn is not installed.
+    ValueError: there is nothing to compare, or a target is no label.
+  """
+  try:
+    from sklearn import metrics as sklearn_metrics
+  except ImportError as e:
+    raise ImportError(
+      "scores of classes need scikit-learn: pip install 'bart-t5x[finetune]'"
+    ) from e
+  _check_pairs(targets, predictions)
+  labels = sorted(labels or set(targets))
+  unknown = sorted(set(targets) - set(labels))
+  if unknown:
+    raise ValueError(f'targets {unknown} are none of the labels {labels}')
+  known = [p if p in labels else '' for p in predictions]
+  f1 = sklearn_metrics.f1_score(
+    targets, known, labels=labels, average='macro', zero_division=0
+  )
+  return {
+    'accuracy': 100.0 * float(sklearn_metrics.accuracy_score(targets, known)),
+    'macro_f1': 100.0 * float(f1),
+    'mcc': 100.0 * float(sklearn_metrics.matthews_corrcoef(targets, known)),
+    'unknown_labels': 100.0 * known.count('') / len(known),
+  }
+
+
+# Between the entities of a text, and what stands for no entity.
+SPAN_SEPARATOR = ' | '
+NO_SPAN = 'ingen'
+
+
+def entity_spans(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Exact span F1 of entities written as text: `PER: Kari Dahl | LOC: Oslo`.
+
+  An entity is right if its type and all its words are. Texts have no offsets, so one
+  that occurs twice must be named twice. What is not of this form counts as an entity
+  that is wrong.
+
+  Args:
+    targets: entities of each sentence; 'ingen' where there is none.
+    predictions: generated texts, in the same order.
+
+  Returns:
+    `span_f1`, `span_precision`, `span_recall`, micro-averaged over all entities, in
+    per cent; 0 where there is nothing to divide by.
+
+  Raises:
+    ValueError: there is nothing to compare.
+  """
+  _check_pairs(targets, predictions)
+  right = found = wanted = 0
+  for target, prediction in zip(targets, predictions, strict=True):
+    gold, guess = _spans(target), _spans(prediction)
+    right += (gold & guess).total()
+    found += guess.total()
+    wanted += gold.total()
+  return {
+    'span_f1': 200.0 * right / max(found + wanted, 1),
+    'span_precision': 100.0 * right / max(found, 1),
+    'span_recall': 100.0 * right / max(wanted, 1),
+  }
+
+
+def _spans(text: str) -> collections.Counter:
+  """How often each entity is named."""
+  parts = [' '.join(part.split()) for part in text.split(SPAN_SEPARATOR.strip())]
+  return collections.Counter(part for part in parts if part and part != NO_SPAN)
+
+
+def question_answering(
+  targets: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Exact match and F1 of SQuAD (Rajpurkar et al. 2016, version 1.1 of the data).
+
+  Letters are made small; ASCII punctuation and the words a, an, the (SQuAD is English;
+  kept so that figures compare) are removed. F1 is over the bag of words between blanks.
+  The best of a question's answers counts.
+
+  Args:
+    targets: the right answers to each question.
+    predictions: generated answers, in the same order.
+
+  Returns:
+    `em` and `f1`, means over the questions, in per cent.
+
+  Raises:
+    ValueError: there is nothing to compare, or a question has no answer.
+  """
+  _check_pairs(targets, predictions)
+  exact = overlap = 0.0
+  for answers, prediction in zip(targets, predictions, strict=True):
+    if not answers:
+      raise ValueError('a question has no right answer to compare with')
+    guess = _answer_words(prediction)
+    right = [_answer_words(answer) for answer in answers]
+    exact += guess in right
+    overlap += max(_bag_f1(words, guess) for words in right)
+  return {'em': 100.0 * exact / len(targets), 'f1': 100.0 * overlap / len(targets)}
+
+
+def _answer_words(text: str) -> list[str]:
+  kept = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
+  return [word for word in kept.split() if word not in ('a', 'an', 'the')]
+
+
+def _bag_f1(target: Sequence[str], prediction: Sequence[str]) -> float:
+  if not target or not prediction:
+    return float(target == prediction)
+  common = (collections.Counter(target) & collections.Counter(prediction)).total()
+  return 2.0 * common / (len(target) + len(prediction))
+
+
+def translation(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """BLEU (Papineni et al. 2002) and chrF (Popović 2015) with sacrebleu's settings.
+
+  Args:
+    targets: one reference translation each.
+    predictions: generated texts, in the same order.
+
+  Returns:
+    `bleu` (13a tokens, exponential smoothing) and `chrf` (chrF2, six letters, no
+    words), of the whole corpus, from 0 to 100.
+
+  Raises:
+    ValueError: there is nothing to compare.
+  """
+  _check_pairs(targets, predictions)
+  texts, references = list(predictions), [list(targets)]
+  return {
+    'bleu': sacrebleu.corpus_bleu(texts, references).score,
+    'chrf': sacrebleu.corpus_chrf(texts, references).score,
+  }
+
+
+def _check_pairs(targets: Sequence, predictions: Sequence):
+  if not targets:
+    raise ValueError('no examples to evaluate: the split is empty')
+  if len(targets) != len(predictions):
+    raise ValueError(
+      f'{len(targets)} targets, but {len(predictions)} predictions: there must be one '
+      'for each'
+    )
