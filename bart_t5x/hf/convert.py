@@ -1,6 +1,7 @@
 """The bridge to Hugging Face, from the command line.
 
     python -m bart_t5x.hf.convert export --checkpoint=RUN/checkpoint_N --output_dir=OUT
+    python -m bart_t5x.hf.convert import --model=FOLDER_OR_HUB_ID --output_dir=OUT
 """
 
 import argparse
@@ -21,7 +22,6 @@ def _parser() -> argparse.ArgumentParser:
   export.add_argument(
       '--checkpoint', type=pathlib.Path, required=True, help='MODEL_DIR/checkpoint_N'
   )
-  export.add_argument('--output_dir', type=pathlib.Path, required=True)
   export.add_argument(
       '--config', type=pathlib.Path, help="the run's config.gin, if it lies elsewhere"
   )
@@ -32,30 +32,80 @@ def _parser() -> argparse.ArgumentParser:
   )
   export.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
   export.add_argument(
-      '--overwrite', action='store_true', help='replace what is in output_dir'
+      '--push_to_hub',
+      metavar='ORG/NAME',
+      help='upload the folder too; the token is that of `hf auth login` or HF_TOKEN',
   )
+  export.add_argument(
+      '--private', action='store_true', help='of a repository that is made anew'
+  )
+  export.add_argument('--revision', help='branch to push to; by default main')
+  import_ = commands.add_parser(
+      'import', help='write a BART of Hugging Face as a checkpoint to start from'
+  )
+  import_.add_argument('--model', required=True, help='a folder, or an id on the Hub')
+  import_.add_argument('--revision', help='branch, tag or commit on the Hub')
+  import_.add_argument(
+      '--skip_tokenizer', action='store_true', help='import the weights alone'
+  )
+  for command in (export, import_):
+    command.add_argument('--output_dir', type=pathlib.Path, required=True)
+    command.add_argument(
+        '--overwrite', action='store_true', help='replace what is in output_dir'
+    )
   return parser
 
 
+# The modules are imported late, so that --help answers at once.
+
+
+def _export(args: argparse.Namespace, command: str) -> None:
+  from bart_t5x.hf import export
+
+  if not args.push_to_hub and (args.private or args.revision):
+    raise ValueError('--private and --revision belong to --push_to_hub=ORG/NAME')
+  export.export(
+      args.checkpoint,
+      args.output_dir,
+      command,
+      args.config,
+      args.corpus_dir,
+      args.dtype,
+      args.overwrite,
+      args.push_to_hub,
+  )
+  print(f'exported {args.checkpoint} to {args.output_dir}')
+  if args.push_to_hub:
+    from bart_t5x.hf import hub
+
+    message = f'Export of {args.checkpoint.name}'
+    url = hub.push(
+        args.output_dir, args.push_to_hub, message, args.private, args.revision
+    )
+    print(f'pushed to {url}')
+
+
+def _import(args: argparse.Namespace) -> None:
+  from bart_t5x.hf import import_model
+
+  import_model.import_model(
+      args.model, args.output_dir, args.revision, args.skip_tokenizer, args.overwrite
+  )
+  print(f'imported {args.model} to {args.output_dir}')
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; bad input is one message on stderr and the exit status 1."""
   argv = list(sys.argv[1:] if argv is None else argv)
   args = _parser().parse_args(argv)
-  from bart_t5x.hf import export  # late, so that --help answers at once
-
   try:
-    export.export(
-        args.checkpoint,
-        args.output_dir,
-        'python -m bart_t5x.hf.convert ' + shlex.join(argv),
-        args.config,
-        args.corpus_dir,
-        args.dtype,
-        args.overwrite,
-    )
+    if args.command == 'export':
+      _export(args, 'python -m bart_t5x.hf.convert ' + shlex.join(argv))
+    else:
+      _import(args)
   except (OSError, ValueError) as e:
     print(f'error: {e}', file=sys.stderr)
     return 1
-  print(f'exported {args.checkpoint} to {args.output_dir}')
   return 0
 
 

@@ -4,10 +4,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +13,7 @@ from bart_t5x import tokenization
 from bart_t5x.hf import (
     checkpoints,
     configs,
+    folders,
     mapping,
     model_card,
     run_config,
@@ -58,37 +55,6 @@ def task_corpus_dir(run: run_config.RunConfig) -> pathlib.Path:
   if name is None:
     raise ValueError('config.gin has no MIXTURE_OR_TASK_NAME: give --corpus_dir')
   return pathlib.Path(vocabularies.task_vocabulary(name).path)
-
-
-@contextmanager
-def new_folder(target: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-  """A temporary folder that becomes `target` when all has gone well.
-
-  Args:
-    target: the folder to make; may exist if it is empty.
-    overwrite: whether a folder with something in it is replaced.
-
-  Yields:
-    The folder to write into, beside the target.
-
-  Raises:
-    FileExistsError: the target is not empty and is not to be replaced.
-    NotADirectoryError: the target is a file.
-  """
-  if target.exists() and not target.is_dir():
-    raise NotADirectoryError(f'{target} is a file; name a folder')
-  if target.is_dir() and any(target.iterdir()) and not overwrite:
-    raise FileExistsError(f'{target} is not empty; add --overwrite to replace it')
-  target.parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
-  try:
-    work.chmod(0o755)
-    yield work
-    if target.exists():
-      shutil.rmtree(target)
-    work.rename(target)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _recipe(run: run_config.RunConfig) -> dict[str, Any]:
@@ -173,7 +139,7 @@ def export(
   config = bart_config(run)
   corpus_dir = corpus_dir or task_corpus_dir(run)
   tokenizer_file = _tokenizer_file(corpus_dir, config.vocab_size)
-  with new_folder(output_dir, overwrite) as folder:
+  with folders.new_folder(output_dir, overwrite) as folder:
     num_parameters = _write_model(folder, checkpoint, config, dtype)
     tokenizer_files.write(tokenizer_file, folder, config.max_positions)
     facts = model_card.CardFacts(

@@ -1,0 +1,300 @@
+"""Models of Hugging Face as checkpoints: every bit, or a reason why not."""
+
+import json
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+from bart_t5x import network
+from bart_t5x.hf import (
+    checkpoints,
+    convert,
+    import_model,
+    mapping,
+    run_config,
+    weights,
+)
+from bart_t5x.hf import export as export_module
+
+
+@pytest.fixture
+def run(make_run, tmp_path):
+  return make_run(tmp_path / 'trained')
+
+
+@pytest.fixture
+def model(run, tmp_path):
+  """A model folder with PyTorch's weights alone."""
+  folder = tmp_path / 'model'
+  assert convert.main([
+      'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
+      f'--output_dir={folder}',
+  ]) == 0  # fmt: skip
+  (folder / weights.MSGPACK).unlink()
+  return folder
+
+
+def import_command(model, output, *more):
+  return convert.main(['import', f'--model={model}', f'--output_dir={output}', *more])
+
+
+def assert_same(left, right):
+  left, right = mapping.flatten(left), mapping.flatten(right)
+  assert left.keys() == right.keys()
+  for path in left:
+    np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def imported(model, output, *more):
+  assert import_command(model, output, *more) == 0
+  return checkpoints.read_params(output / 'checkpoint_0')
+
+
+def test_the_folder(run, model, tmp_path, capsys):
+  output = tmp_path / 'out'
+  params = imported(model, output)
+  assert {p.name for p in output.iterdir()} == {
+      'checkpoint_0', 'config.gin', 'tokenizer.json'
+  }  # fmt: skip
+  assert f'imported {model} to {output}' in capsys.readouterr().out
+  # Without the padding, every parameter is the one that was exported.
+  assert_same(
+      mapping.unflatten(mapping.to_hf(params, 301, 'torch'), '.'),
+      mapping.unflatten(mapping.to_hf(run.params, 301, 'torch'), '.'),
+  )
+  assert params['token_embedder']['embedding'].shape[0] == 384
+  assert not params['token_embedder']['embedding'][301:].any()
+
+
+def test_there_back_and_there_again(model, tmp_path):
+  """HF -> T5X -> HF: the same file, byte by byte; and the same config."""
+  imported(model, tmp_path / 'in')
+  again = tmp_path / 'again'
+  assert convert.main([
+      'export', f'--checkpoint={tmp_path}/in/checkpoint_0',
+      f'--corpus_dir={tmp_path}/in', f'--output_dir={again}',
+  ]) == 0  # fmt: skip
+  for name in (weights.SAFETENSORS, 'tokenizer.json', 'config.json'):
+    assert (again / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_gin_file_describes_the_model(run, model, tmp_path):
+  config = json.loads((model / 'config.json').read_text())
+  config |= {'dropout': 0.25, 'attention_dropout': 0.25, 'activation_dropout': 0.0}
+  (model / 'config.json').write_text(json.dumps(config))
+  imported(model, tmp_path / 'in')
+  read = run_config.read(tmp_path / 'in/config.gin')
+  bound = export_module.bart_config(read)
+  assert bound.vocab_size == 301 and bound.num_decoder_layers == 3
+  assert (bound.dropout_rate, bound.attention_dropout_rate) == (0.25, 0.25)
+  assert bound.activation_dropout_rate == 0.0
+  text = (tmp_path / 'in/config.gin').read_text()
+  assert 'attention_dropout_rate = %DROPOUT_RATE' in text
+  assert f'{tmp_path}/in/checkpoint_0' in text
+
+
+def test_gin_reads_the_file(model, tmp_path):
+  """From the repository's root, as every gin file; a run may change the dropout."""
+  import gin
+
+  imported(model, tmp_path / 'in')
+  text = (tmp_path / 'in/config.gin').read_text()
+  # What is included needs tasks and TensorFlow, and adds nothing to the shape.
+  assert "include 'gin/models/bart.gin'" in text
+  text = text.replace("include 'gin/models/bart.gin'", 'from bart_t5x import network')
+  gin.parse_config('from __gin__ import dynamic_registration\n' + text)
+  try:
+    assert gin.query_parameter('network.BartConfig.emb_dim') == 24
+    assert gin.query_parameter('network.BartConfig.vocab_size') == 301
+    assert gin.query_parameter('DROPOUT_RATE/macro.value') == 0.1
+  finally:
+    gin.clear_config()
+
+
+def without_head(tensors):
+  return {
+      name.removeprefix('model.'): w
+      for name, w in tensors.items()
+      if name != 'final_logits_bias'
+  }
+
+
+def rewrite(model, change):
+  tensors, _ = weights.read_weights(model)
+  weights.write_safetensors(model / weights.SAFETENSORS, change(tensors))
+
+
+def test_a_model_saved_without_its_head(run, model, tmp_path):
+  rewrite(model, without_head)
+  params = imported(model, tmp_path / 'in')
+  assert not params['final_logits_bias'].any()
+  np.testing.assert_array_equal(
+      params['token_embedder']['embedding'][:301],
+      run.params['token_embedder']['embedding'][:301],
+  )
+
+
+def test_leftovers_and_tied_names_of_old_files(run, model, tmp_path):
+  def old(tensors):
+    tied = dict.fromkeys(mapping.TORCH_ALIASES, tensors.pop('model.shared.weight'))
+    return tensors | tied | {'model.encoder.version': np.ones(1, np.float32)}
+
+  expected = imported(model, tmp_path / 'new')
+  rewrite(model, old)
+  assert_same(imported(model, tmp_path / 'in'), expected)
+
+
+def test_flax_weights(run, model, tmp_path):
+  expected = imported(model, tmp_path / 'torch')
+  (model / weights.SAFETENSORS).unlink()
+  weights.write_msgpack(
+      model / weights.MSGPACK, mapping.to_hf(run.params, 301, 'flax')
+  )
+  assert_same(imported(model, tmp_path / 'flax'), expected)
+
+
+def untied(tensors):
+  return tensors | {'lm_head.weight': tensors['model.shared.weight'] + 1}
+
+
+def lacking(tensors):
+  del tensors['model.decoder.layers.2.fc1.bias']
+  return tensors
+
+
+def pre_norm(tensors):
+  return tensors | {'model.encoder.layer_norm.weight': np.ones(24, np.float32)}
+
+
+def misshapen(tensors):
+  return tensors | {'model.encoder.layers.0.fc1.bias': np.ones(41, np.float32)}
+
+
+def wide(tensors):
+  return tensors | {'model.shared.weight': np.ones((302, 24), np.float32)}
+
+
+def no_layers(tensors):
+  return {k: w for k, w in tensors.items() if '.layers.' not in k}
+
+
+WRONG_WEIGHTS = {
+    'has several token tables': untied,
+    'Missing 1: .*layers.2.fc1.bias': lacking,
+    'unexpected 1: .*encoder.layer_norm': pre_norm,
+    r'mlp/wi/bias is \(41,\), config.json asks for \(40,\)': misshapen,
+    'vocab_size = 301, the token table 302 rows': wide,
+    'do not fit config.json in': no_layers,
+}
+
+
+@pytest.mark.parametrize('message', WRONG_WEIGHTS)
+def test_weights_that_are_no_bart_s(model, message):
+  rewrite(model, WRONG_WEIGHTS[message])
+  fields = import_model.read_config(model)
+  with pytest.raises(ValueError, match=message):
+    import_model.read_params(model, network.BartConfig(**fields))
+
+
+def change_config(**changes):
+  def change(model):
+    path = model / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+  return change
+
+
+def other_tokenizer(model):
+  path = model / 'tokenizer.json'
+  tokenizer = json.loads(path.read_text())
+  tokenizer['pre_tokenizer'] = {
+      'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'always', 'split': True
+  }  # fmt: skip
+  path.write_text(json.dumps(tokenizer))
+
+
+FAULTS = {
+    'model_type \'mbart\'. Only "bart"': change_config(model_type='mbart'),
+    'scale_embedding = True': change_config(scale_embedding=True),
+    'num_heads must divide emb_dim': change_config(
+        encoder_attention_heads=5, decoder_attention_heads=5
+    ),
+    'has 301 ids, the model 300': change_config(vocab_size=300),
+    'holds no config.json': lambda model: (model / 'config.json').unlink(),
+    'config.json is damaged': lambda model: (model / 'config.json').write_text('{'),
+    'holds no tokenizer.json': lambda model: (model / 'tokenizer.json').unlink(),
+    'is no byte-level BPE': other_tokenizer,
+    'holds no weights': lambda model: (model / weights.SAFETENSORS).unlink(),
+    'damaged or truncated': lambda model: (model / weights.SAFETENSORS).write_bytes(
+        (model / weights.SAFETENSORS).read_bytes()[:-1]
+    ),
+}
+
+
+@pytest.mark.parametrize('message', FAULTS)
+def test_bad_input_is_one_message_and_writes_nothing(model, tmp_path, capsys, message):
+  FAULTS[message](model)
+  assert import_command(model, tmp_path / 'parent/in') == 1
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and message in error
+  assert not (tmp_path / 'parent').exists()
+
+
+def test_weights_alone(model, tmp_path):
+  (model / 'tokenizer.json').unlink()
+  imported(model, tmp_path / 'in', '--skip_tokenizer')
+  assert not (tmp_path / 'in/tokenizer.json').exists()
+
+
+def test_what_is_there_stays_unless_asked(model, tmp_path, capsys):
+  output = tmp_path / 'in'
+  output.mkdir()
+  (output / 'mine').write_text('')
+  assert import_command(model, output) == 1
+  assert 'add --overwrite' in capsys.readouterr().err
+  imported(model, output, '--overwrite')
+  assert not (output / 'mine').exists()
+
+
+def test_a_revision_of_a_folder_is_refused(model, tmp_path, capsys):
+  assert import_command(model, tmp_path / 'in', '--revision=main') == 1
+  assert 'belongs to a Hub id' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('optimizer', [False, True])
+def test_the_runtime_restores_it(run, model, tmp_path, optimizer):
+  """As infer and eval do, and as fine-tuning does, whose optimizer starts fresh."""
+  from t5x import checkpoint_configs, optimizers, partitioning, restore
+
+  params = imported(model, tmp_path / 'in')
+  config = export_module.bart_config(run_config.read(tmp_path / 'in/config.gin'))
+
+  def init(rng, input_shapes, input_types):
+    tokens = np.ones(input_shapes['encoder_input_tokens'], np.int32)
+    return network.Transformer(config).init(
+        rng, tokens, tokens, tokens, enable_dropout=False
+    )
+
+  initializer = restore.TrainStateInitializer(
+      optimizers.adamw(1e-3) if optimizer else None,
+      init,
+      {'encoder_input_tokens': (8, 4)},
+      partitioning.PjitPartitioner(num_partitions=1),
+  )
+  state = initializer.from_checkpoint(
+      [
+          checkpoint_configs.RestoreCheckpointConfig(
+              path=str(tmp_path / 'in/checkpoint_0'), mode='specific', strict=False
+          )
+      ],
+      init_rng=jax.random.PRNGKey(0),
+  )
+  assert int(state.step) == 0
+  assert_same(flax.core.unfreeze(jax.device_get(state.params)), params)
+  moments = flax.traverse_util.flatten_dict(
+      flax.core.unfreeze(state.state_dict()['state'].get('param_states') or {})
+  )
+  assert bool(moments) == optimizer
+  assert not any(np.asarray(leaf).any() for leaf in moments.values())
