@@ -1,5 +1,7 @@
 """Learning-rate schedules that know where training ends."""
 
+import re
+
 import gin
 import optax
 
@@ -40,3 +42,28 @@ def linear_warmup_linear_decay(
     rise = optax.linear_schedule(0.0, peak, warmup_steps)
     schedule = optax.join_schedules([rise, decay], boundaries=[warmup_steps])
   return lambda step: schedule(step - first_step)
+
+
+@gin.configurable
+def checkpoint_step(path: str | None) -> int:
+  """The step that a checkpoint's name tells, for `first_step` of what is logged.
+
+  Args:
+    path: such as `runs/no/checkpoint_1500`; None or empty where training starts from
+      random parameters.
+
+  Returns:
+    The step; 0 for no checkpoint.
+
+  Raises:
+    ValueError: the name has no step.
+  """
+  if not path:
+    return 0
+  match = re.search(r'checkpoint_(\d+)/*$', str(path))
+  if match is None:
+    raise ValueError(
+        'INITIAL_CHECKPOINT_PATH must name one checkpoint, whose name ends in '
+        f'checkpoint_<step>. Got: {path!r}'
+    )
+  return int(match.group(1))
