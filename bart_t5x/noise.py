@@ -364,11 +364,12 @@ def randomize_masks(
   refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int, ordinary: np.ndarray
 ) -> tf.Tensor:
   """Turns each mask, with probability `ratio`, into a random ordinary token."""
-  size = tf.size(refs)
-  uniform = tf.reshape(uniform_draws(2 * size, seed), [2, -1])
+  places = tf.where(refs == -mask)
+  uniform = tf.reshape(uniform_draws(2 * tf.shape(places)[0], seed), [2, -1])
   index = tf.cast(uniform[1] * len(ordinary), tf.int32)
   drawn = tf.gather(tf.constant(ordinary, tf.int32), index)
-  return tf.where((refs == -mask) & (uniform[0] < ratio), -drawn, refs)
+  values = tf.where(uniform[0] < ratio, -drawn, -mask)
+  return tf.tensor_scatter_nd_update(refs, places, values)
 
 
 def rotate(refs: tf.Tensor, seed: tf.Tensor, probability: float) -> tf.Tensor:

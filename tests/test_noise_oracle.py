@@ -188,10 +188,11 @@ class Reference:
       draws = self.draws(self.share(recipe.insert_ratio, size), noise._INSERT)
       self.insert(self.places(draws, size))
     if recipe.random_ratio:
-      draws = self.draws(2 * len(self.elements), noise._RANDOM).reshape(2, -1)
-      for i, e in enumerate(self.elements):
-        if e == -MASK and draws[0, i] < np.float32(recipe.random_ratio):
-          drawn = IDS.ordinary[int(draws[1, i] * np.float32(len(IDS.ordinary)))]
+      masks = [i for i, e in enumerate(self.elements) if e == -MASK]
+      draws = self.draws(2 * len(masks), noise._RANDOM).reshape(2, -1)
+      for i, whether, which in zip(masks, *draws, strict=True):
+        if whether < np.float32(recipe.random_ratio):
+          drawn = IDS.ordinary[int(which * np.float32(len(IDS.ordinary)))]
           self.elements[i] = -int(drawn)
     if recipe.rotate_probability:
       whether, where = self.draws(2, noise._ROTATE)
