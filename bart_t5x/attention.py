@@ -6,8 +6,6 @@ block by block. A query of segment s sees the keys of segment s; a key of segmen
 `PAD_SEGMENT` is padding and is seen by padding only.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -25,6 +23,7 @@ def visible(
     causal: bool,
     query_length: int,
     key_length: int,
+    first_query: Int[Array, ''] | int = 0,
 ) -> Bool[Array, '_ 1 q k'] | None:
   """Which key each query may see, as [batch or 1, 1, query, key].
 
@@ -34,6 +33,7 @@ def visible(
     causal: whether a query at index i sees keys at indices <= i only.
     query_length: number of queries.
     key_length: number of keys.
+    first_query: index of the first query, where these are some of many.
 
   Returns:
     The mask, or None where everything is visible.
@@ -42,8 +42,8 @@ def visible(
   if query_segments is not None:
     mask = (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
   if causal:
-    earlier = jnp.arange(query_length)[:, None] >= jnp.arange(key_length)[None]
-    earlier = earlier[None, None]
+    queries = first_query + jnp.arange(query_length)
+    earlier = (queries[:, None] >= jnp.arange(key_length))[None, None]
     mask = earlier if mask is None else mask & earlier
   return mask
 
@@ -56,7 +56,9 @@ def plain_attention(
     key_segments: Int[Array, 'b k'] | None = None,
     *,
     causal: bool = False,
-    drop: Callable[[Array], Array] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    first_query: Int[Array, ''] | int = 0,
 ) -> Float[Array, 'b q h d']:
   """Softmax attention with all scores at once (Vaswani et al. 2017, 3.2.1).
 
@@ -70,7 +72,9 @@ def plain_attention(
     query_segments: see `visible`.
     key_segments: see `visible`.
     causal: see `visible`.
-    drop: dropout over the weights [b, h, q, k], None for none.
+    dropout_rate: dropout on the weights.
+    dropout_key: its random key, None for no dropout.
+    first_query: see `visible`.
 
   Returns:
     One mixed value per query and head.
@@ -78,14 +82,56 @@ def plain_attention(
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=wide)
   mask = visible(
-      query_segments, key_segments, causal, query.shape[1], key.shape[1]
+      query_segments, key_segments, causal, query.shape[1], key.shape[1], first_query
   )
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.asarray(_HIDDEN_SCORE, wide))
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  if drop is not None:
-    weights = drop(weights)
+  weights = dropout(weights, dropout_rate, dropout_key)
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+
+
+def chunked_attention(
+    query: Float[Array, 'b q h d'],
+    key: Float[Array, 'b k h d'],
+    value: Float[Array, 'b k h d'],
+    query_segments: Int[Array, 'b q'] | None = None,
+    key_segments: Int[Array, 'b k'] | None = None,
+    *,
+    causal: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    chunk_length: int,
+) -> Float[Array, 'b q h d']:
+  """The same for `chunk_length` queries at a time, in either pass.
+
+  Scores exist for one chunk only: the backward pass computes them again (Rabe and
+  Staats 2021, with whole rows of keys, so that every value is `plain_attention`'s).
+  Takes its arguments; dropout draws other bits, since each chunk draws its own.
+  """
+  length = query.shape[1]
+  size = min(chunk_length, length)
+  count = -(-length // size)
+
+  def split(x):  # [b, q, …] -> [chunks, b, chunk, …]
+    padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+    parts = jnp.pad(x, padding).reshape(x.shape[0], count, size, *x.shape[2:])
+    return jnp.moveaxis(parts, 1, 0)
+
+  @jax.checkpoint
+  def attend(index, query, segments):
+    chunk_key = None
+    if dropout_key is not None:
+      chunk_key = jax.random.fold_in(dropout_key, index)
+    return plain_attention(
+        query, key, value, segments, key_segments, causal=causal,
+        dropout_rate=dropout_rate, dropout_key=chunk_key, first_query=index * size,
+    )  # fmt: skip
+
+  chunks = jnp.arange(count), split(query), jax.tree.map(split, query_segments)
+  mixed = jax.lax.map(lambda chunk: attend(*chunk), chunks)
+  mixed = jnp.moveaxis(mixed, 0, 1)
+  return mixed.reshape(mixed.shape[0], count * size, *mixed.shape[3:])[:, :length]
 
 
 # ---- dropout -----------------------------------------------------------------

@@ -272,14 +272,13 @@ class Attention(nn.Module):
       if stepping:
         causal = False
         query_segments, key_segments = jnp.ones(query.shape[:2], jnp.int32), seen
-    drop = None
+    dropout_key = None
     if not self.deterministic and self.dropout_rate > 0:
-      drop = functools.partial(
-          attention.dropout, rate=self.dropout_rate, key=self.make_rng('dropout')
-      )
+      dropout_key = self.make_rng('dropout')
     mixed = self.core(
-        query, key, value, query_segments, key_segments, causal=causal, drop=drop
-    )
+        query, key, value, query_segments, key_segments, causal=causal,
+        dropout_rate=self.dropout_rate, dropout_key=dropout_key,
+    )  # fmt: skip
     mixed = constrain(mixed, ('batch', 'length', 'heads', 'kv'))
     return Linear(
         width, ('joined_kv', 'embed'), self.dtype, self.kernel_init, name='out'

@@ -117,7 +117,7 @@ def masked_logits(
 
 
 def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
-  """Gradients of one chunk's weighted loss by hidden states and table."""
+  """Gradients of one chunk's weighted loss by hidden states and table, transposed."""
   on, off, _ = smoothed_target(settings)
   columns = jnp.arange(exps.shape[-1])
   weight = weights.astype(exps.dtype)
@@ -131,8 +131,9 @@ def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
     goal = jnp.where(columns < settings.vocab_size, goal, 0)
   by_logits = (by_logits - weight * goal).astype(hidden.dtype)
   by_hidden = jnp.einsum('gbcv,vd->gbcd', by_logits, table)
+  # Transposed, as [d, v]: the small factor is then the one to turn round.
   by_table = jnp.einsum(
-      'gbcv,gbcd->gvd', by_logits, hidden, preferred_element_type=exps.dtype
+      'gbcd,gbcv->gdv', hidden, by_logits, preferred_element_type=exps.dtype
   )
   return by_hidden, by_table
 
@@ -174,12 +175,12 @@ def _run(settings, with_gradients, hidden, table, bias, targets, weights):
     by_hidden, more = _chunk_gradients(
         exps, log_z, hidden, narrow, targets, weights, settings
     )
-    more = partitioning.with_sharding_constraint(more, ('batch', 'vocab', None))
+    more = partitioning.with_sharding_constraint(more, ('batch', None, 'vocab'))
     return by_table + more, (losses, by_hidden)
 
   start = None
   if with_gradients:
-    start = jnp.zeros((settings.groups, *table.shape), wide)
+    start = jnp.zeros((settings.groups, *table.T.shape), wide)
   chunks = tuple(_chunks(array, settings) for array in (hidden, targets, weights))
   by_table, outputs = jax.lax.scan(one_chunk, start, chunks)
   losses, by_hidden = jax.tree.map(
@@ -188,7 +189,7 @@ def _run(settings, with_gradients, hidden, table, bias, targets, weights):
   total = jnp.sum((losses.cross_entropy + losses.z_loss) * weights)
   gradients = None
   if with_gradients:
-    gradients = by_hidden, by_table.sum(0).astype(table.dtype)
+    gradients = by_hidden, by_table.sum(0).T.astype(table.dtype)
   return (total, losses), gradients
 
 

@@ -21,7 +21,7 @@ from bart_t5x import attention, layers, loss
 PAD_ID = 0
 DECODER_START_ID = 2  # </s>, which is also what ends a sequence
 
-_ATTENTION_CORES = {'plain': attention.plain_attention}
+_ATTENTION_IMPLS = ('plain', 'chunked')
 
 # What the backward pass finds stored, from most memory to least.
 _REMAT_POLICIES = ('none', 'attention', 'dots', 'full')
@@ -50,7 +50,9 @@ class BartConfig:
       compiles faster, instead of writing every layer out, which runs faster.
     remat_policy: what the backward pass recomputes: 'none'; 'attention', scores
       and weights; 'dots', everything but projections; 'full', whole layers.
-    attention_impl: implementation of attention: 'plain'.
+    attention_impl: 'plain', all scores at once; 'chunked', scores of some queries
+      at a time, which takes less memory and more time.
+    attention_chunk_length: how many queries, for 'chunked'.
 
   Raises:
     ValueError: for values that make no model.
@@ -72,12 +74,14 @@ class BartConfig:
   scan_layers: bool = False
   remat_policy: str = 'none'
   attention_impl: str = 'plain'
+  attention_chunk_length: int = 256
 
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
     counts = (
         'vocab_size', 'emb_dim', 'num_heads', 'num_encoder_layers',
         'num_decoder_layers', 'mlp_dim', 'max_positions', 'vocab_multiple_of',
+        'attention_chunk_length',
     )  # fmt: skip
     for name in counts:
       if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
@@ -98,7 +102,7 @@ class BartConfig:
       )
     for name, choices in (
         ('remat_policy', _REMAT_POLICIES),
-        ('attention_impl', tuple(_ATTENTION_CORES)),
+        ('attention_impl', _ATTENTION_IMPLS),
     ):
       if getattr(self, name) not in choices:
         raise ValueError(
@@ -158,15 +162,12 @@ class _Layer(nn.Module):
   def attend(self, name, query_input, key_input, *call_args, **attributes):
     """The attention sublayer called `name`, with its residual and norm."""
     config = self.config
-    core = _ATTENTION_CORES[config.attention_impl]
-    if config.remat_policy == 'attention':
-      core = _recomputed(core)
     attended = layers.Attention(
         config.num_heads,
         config.dtype,
         config.attention_dropout_rate,
         _kernel_init(config),
-        core=core,
+        core=_attention_core(config),
         deterministic=self.mode.deterministic,
         name=name,
         **attributes,
@@ -249,14 +250,25 @@ def _kernel_init(config):
   return nn.initializers.normal(config.init_std)
 
 
-def _recomputed(core):
-  """An attention core whose scores and weights are not stored."""
+def _attention_core(config):
+  """The function that attends, as the config has it."""
+  core = attention.plain_attention
+  if config.attention_impl == 'chunked':
+    core = functools.partial(
+        attention.chunked_attention, chunk_length=config.attention_chunk_length
+    )
+  if config.remat_policy != 'attention':
+    return core
 
-  def run(*arrays, causal, drop):
-    inner = functools.partial(core, causal=causal, drop=drop)
-    return jax.checkpoint(inner)(*arrays)
+  def recomputed(*arrays, causal, dropout_rate, dropout_key):
+    def run(dropout_key, *arrays):
+      return core(
+          *arrays, causal=causal, dropout_rate=dropout_rate, dropout_key=dropout_key
+      )
 
-  return run
+    return jax.checkpoint(run)(dropout_key, *arrays)
+
+  return recomputed
 
 
 def _run_layers(layer, count, config, mode, x, *shared):

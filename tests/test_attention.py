@@ -27,6 +27,43 @@ def test_a_query_that_sees_nothing_gets_finite_values():
   assert np.isfinite(attention.plain_attention(q, k, v, ones, zeros)).all()
 
 
+@pytest.mark.parametrize('chunk_length', [1, 3, 7, 100])
+@pytest.mark.parametrize('causal', [False, True])
+def test_chunked_attention_equals_plain(chunk_length, causal):
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(2, 7, 3, 4)).astype(np.float32) for _ in range(3))
+  segments = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 3, 3]])
+
+  def value_and_gradients(core, *given, **kwargs):
+    def total(q, k, v):
+      return jnp.sum(jnp.sin(core(q, k, v, *given, causal=causal, **kwargs)))
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+  for given in ((segments, segments), ()):
+    plain = value_and_gradients(attention.plain_attention, *given)
+    chunked = value_and_gradients(
+        attention.chunked_attention, *given, chunk_length=chunk_length
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6),
+        chunked,
+        plain,
+    )
+
+
+def test_chunks_drop_weights_apart_from_each_other():
+  """Equal queries in two chunks lose different weights, at the rate asked for."""
+  q, k = np.zeros((1, 8, 1, 4), np.float32), np.zeros((1, 512, 1, 4), np.float32)
+  v = np.broadcast_to(np.eye(512, dtype=np.float32)[None, :, None], (1, 512, 1, 512))
+  mixed = attention.chunked_attention(
+      q, k, v, dropout_rate=0.25, dropout_key=jax.random.key(0), chunk_length=4
+  )
+  dropped = np.asarray(mixed)[0, :, 0] == 0  # [query, key]
+  assert abs(dropped.mean() - 0.25) < 5 * np.sqrt(0.1875 / dropped.size)
+  assert not (dropped[:4] == dropped[4:]).all(-1).any()
+
+
 @pytest.mark.parametrize('shape', [(1000,), (40, 500), (4, 3, 64, 64)])
 def test_dropout_keeps_the_share_and_the_expectation(shape):
   x = np.ones(shape, np.float32)

@@ -294,6 +294,13 @@ DROPPING = dataclasses.replace(
 )
 
 
+def test_chunked_attention_changes_nothing():
+  changed = dataclasses.replace(
+      ONE_LAYER, attention_impl='chunked', attention_chunk_length=3
+  )
+  _assert_close(_loss_and_gradients(changed), _loss_and_gradients(ONE_LAYER), 1e-6)
+
+
 @pytest.mark.parametrize('remat_policy', ['attention', 'dots', 'full'])
 def test_recomputation_changes_neither_loss_nor_gradients(remat_policy):
   """With dropout: what is recomputed draws the same bits again."""
@@ -427,7 +434,7 @@ def test_weight_decay_spares_biases_norms_and_the_logits_bias():
         ('mlp_dim', 2.5, 'must be a positive integer. Got: 2.5'),
         ('dropout_rate', 1.0, 'at least 0 and below 1. Got: 1.0'),
         ('remat_policy', 'minimal', "one of none, attention, dots, full. Got: 'min"),
-        ('attention_impl', 'fast', "one of plain.*Got: 'fast'"),
+        ('attention_impl', 'fast', "one of plain, chunked. Got: 'fast'"),
     ],
 )
 def test_config_refuses_what_makes_no_model(field, value, message):
