@@ -37,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
       help='upload the folder too; the token is that of `hf auth login` or HF_TOKEN',
   )
   export.add_argument(
-      '--private', action='store_true', help='of a repository that is made anew'
+      '--private', action='store_true', help='push to a private repository only'
+  )
+  export.add_argument(
+      '--with_logs', action='store_true', help="push the run's TensorBoard logs too"
   )
   export.add_argument('--revision', help='branch to push to; by default main')
   import_ = commands.add_parser(
@@ -62,8 +65,15 @@ def _parser() -> argparse.ArgumentParser:
 def _export(args: argparse.Namespace, command: str) -> None:
   from bart_t5x.hf import export
 
-  if not args.push_to_hub and (args.private or args.revision):
-    raise ValueError('--private and --revision belong to --push_to_hub=ORG/NAME')
+  pushing = args.private or args.revision or args.with_logs
+  if pushing and not args.push_to_hub:
+    raise ValueError(
+        '--private, --revision and --with_logs belong to --push_to_hub=ORG/NAME'
+    )
+  if args.push_to_hub:
+    from bart_t5x.hf import hub
+
+    hub.check_login(args.push_to_hub)
   export.export(
       args.checkpoint,
       args.output_dir,
@@ -76,11 +86,13 @@ def _export(args: argparse.Namespace, command: str) -> None:
   )
   print(f'exported {args.checkpoint} to {args.output_dir}')
   if args.push_to_hub:
-    from bart_t5x.hf import hub
-
-    message = f'Export of {args.checkpoint.name}'
     url = hub.push(
-        args.output_dir, args.push_to_hub, message, args.private, args.revision
+        args.output_dir,
+        args.push_to_hub,
+        f'Export of {args.checkpoint.name}',
+        args.private,
+        args.revision,
+        args.checkpoint.parent if args.with_logs else None,
     )
     print(f'pushed to {url}')
 

@@ -67,6 +67,7 @@ _READERS = {
     MSGPACK: _read_msgpack,
     TORCH: _read_torch,
 }
+KINDS = tuple(_READERS)
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
