@@ -147,6 +147,11 @@ ENTITY_TYPES = ('PER', 'ORG', 'LOC', 'PROD', 'EVT', 'DRV', 'MISC')
 _ENTITY_TYPE_OF = {'GPE_LOC': 'LOC', 'GPE_ORG': 'ORG'}
 
 
+def _prompt(task: str, text: str) -> str:
+  """The text behind the task's name; an empty text stays one, so that it is counted."""
+  return f'{task}: {text}' if text.strip() else ''
+
+
 def sentiment_to_text(record: Record) -> dict[str, str]:
   """`text`, and `label` (negative, neutral, positive) or `rating` (a die, 1 to 6)."""
   if 'label' in record:
@@ -156,13 +161,13 @@ def sentiment_to_text(record: Record) -> dict[str, str]:
     if not 1 <= rating <= 6:
       raise ValueError(f'a rating is the throw of a die, 1 to 6. Got: {rating}')
     label = SENTIMENTS[(rating - 1) // 2]
-  return {'inputs': f'stemning: {record["text"]}', 'targets': label}
+  return {'inputs': _prompt('stemning', record['text']), 'targets': label}
 
 
 def acceptability_to_text(record: Record) -> dict[str, str]:
   """`text`, and `label`: correct or incorrect."""
   label = _named(record['label'], _ACCEPTABILITY_OF, ACCEPTABILITY)
-  return {'inputs': f'språk: {record["text"]}', 'targets': label}
+  return {'inputs': _prompt('språk', record['text']), 'targets': label}
 
 
 def entities_to_text(record: Record) -> dict[str, str]:
@@ -187,7 +192,7 @@ def entities_to_text(record: Record) -> dict[str, str]:
       spans.append((entity, [token]))
   named = [f'{entity}: {" ".join(words)}' for entity, words in filter(None, spans)]
   return {
-    'inputs': f'navn: {" ".join(tokens)}',
+    'inputs': _prompt('navn', ' '.join(tokens)),
     'targets': metrics.SPAN_SEPARATOR.join(named) or metrics.NO_SPAN,
   }
 
@@ -210,7 +215,7 @@ def answers_of(text: str, example: Mapping, is_target: bool = False, **unused):
 
 def translation_to_text(record: Record) -> dict[str, str]:
   """`nb` and `nn`, the same sentence in both."""
-  return {'inputs': f'til nynorsk: {record["nb"]}', 'targets': record['nn']}
+  return {'inputs': _prompt('til nynorsk', record['nb']), 'targets': record['nn']}
 
 
 def _named(label: Any, names: Mapping[str, str], known: Sequence[str]) -> str:

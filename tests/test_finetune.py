@@ -1,5 +1,6 @@
 """Fine-tuning tasks on small files in the formats of the real ones."""
 
+import json
 import os
 import pathlib
 import runpy
@@ -8,10 +9,14 @@ import sys
 import types
 
 import gin
+import jax
+import numpy as np
 import pytest
 import seqio
 
 from bart_t5x.features import BartFeatureConverter
+from t5x import gin_utils, launch
+from t5x import train as train_script
 from tasks import finetune, readers
 
 DATA = pathlib.Path(__file__).parent / 'data'
@@ -139,22 +144,22 @@ def test_what_is_too_long_is_cut_and_counted(task):
 
 def test_importing_needs_neither_files_nor_libraries(tmp_path):
   code = (
-    'import sys, seqio, tasks\n'
-    'print(*(m for m in ("sklearn", "datasets", "pyarrow") if m in sys.modules))\n'
+    'import sys, tasks, seqio\n'
+    'modules = [m for m in ("sklearn", "datasets", "pyarrow") if m in sys.modules]\n'
+    'print("modules:", modules)\n'
     'try:\n'
-    '  seqio.get_mixture_or_task("norne_nb").get_dataset(None, "train")\n'
+    '  seqio.get_mixture_or_task("norne_nb").source.get_dataset("train")\n'
     'except FileNotFoundError as e:\n'
-    '  print(e)\n'
+    '  print("message:", e)\n'
   )
   run = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, text=True, check=True,
     env={**os.environ, 'BART_T5X_DATA': str(tmp_path)}, cwd=ROOT,
   )
-  modules, message = run.stdout.splitlines()
-  assert not modules
-  assert f'{tmp_path}/finetune/norne_nb/train.' in message
-  assert 'Download it from https://github.com/ltgoslo/norne' in message
-  assert "readers.records.source = 'hub'" in message
+  assert 'modules: []' in run.stdout.splitlines()
+  assert f'message: no data at {tmp_path}/finetune/norne_nb/train.' in run.stdout
+  assert 'Download it from https://github.com/ltgoslo/norne' in run.stdout
+  assert "readers.records.source = 'hub'" in run.stdout
 
 
 # ---- Where data comes from ----
@@ -278,3 +283,78 @@ def test_the_readme_task(tmp_path, corpus_dir, monkeypatch):
 def test_data_comes_from_one_place():
   with pytest.raises(ValueError, match='either files or read'):
     finetune.add_text_to_text_task('no_data', finetune.translation_to_text)
+
+
+# ---- Learning ----
+
+WORDS = {
+  'substantiv': ['snø', 'fjord', 'hus', 'barn', 'sjø', 'bok'],
+  'verb': ['gå', 'lese', 'snø inn', 'bo', 'ta'],
+  'adjektiv': ['rød', 'ærlig', 'stor', 'kald', 'lang'],
+}
+
+
+@pytest.fixture
+def words(tmp_path, corpus_dir):
+  """A task of 16 examples, the same for training and validation."""
+  rows = [f'{word}\t{name}' for name, found in WORDS.items() for word in found]
+  (tmp_path / 'words.tsv').write_text('\n'.join(['word\tclass', *rows]) + '\n')
+  files = dict.fromkeys(('train', 'validation'), str(tmp_path / 'words.tsv'))
+  yield finetune.add_text_to_text_task(
+    'finetune_test_words',
+    lambda row: {'inputs': row['word'], 'targets': row['class']},
+    files=files,
+    corpus_dir=corpus_dir,
+    labels=tuple(WORDS),
+  )
+  seqio.TaskRegistry.remove('finetune_test_words')
+
+
+def train(monkeypatch, task, model_dir, steps, checkpoint):
+  """Runs gin/finetune.gin with a tiny model; the step and state it ends with."""
+  function = train_script.train
+  monkeypatch.setattr(sys.modules['__main__'], 'train', function, raising=False)
+  gin.clear_config()
+  gin.configurable(function, module='__main__')
+  vocab_size = task.output_features['targets'].vocabulary.vocab_size
+  gin_utils.parse_gin_flags(
+    [str(ROOT), *launch.GIN_SEARCH_PATHS],
+    ['gin/finetune.gin', 'gin/models/tiny.gin'],
+    [
+      f'MIXTURE_OR_TASK_NAME = {task.name!r}',
+      f'INITIAL_CHECKPOINT_PATH = {checkpoint!r}',
+      f'MODEL_DIR = {str(model_dir)!r}',
+      f'network.BartConfig.vocab_size = {vocab_size}',
+      f'TRAIN_STEPS_RELATIVE = {steps}',
+      "TASK_FEATURE_LENGTHS = {'inputs': 16, 'targets': 16}",
+      "COMPUTE_DTYPE = 'float32'",
+      'DROPOUT_RATE = 0.0',
+      'BATCH_SIZE = 16',
+      'EVAL_STEPS = 1',
+      'EVAL_PERIOD = 1000',
+      'LEARNING_RATE = 5e-3',
+      'WARMUP_STEPS = 2',
+    ],
+  )
+  return gin.get_configurable(function)()
+
+
+@pytest.mark.slow
+def test_a_tiny_model_over_fits_from_a_checkpoint(words, tmp_path, monkeypatch):
+  step, _ = train(monkeypatch, words, tmp_path / 'first', 3, [])
+  assert step == 3
+  checkpoint = str(tmp_path / 'first' / 'checkpoint_3')
+  step, state = train(monkeypatch, words, tmp_path / 'second', 150, checkpoint)
+  assert step == 153
+  # The optimizer began anew, though the checkpoint has its states.
+  counts = {
+    int(np.asarray(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.param_states)
+    if 'count' in jax.tree_util.keystr(path)
+  }
+  assert counts == {150}
+  # By beam search, on the last step.
+  (found,) = (tmp_path / 'second').glob(f'inference_eval/*{words.name}-metrics.jsonl')
+  last = json.loads(found.read_text().splitlines()[-1])
+  assert last['step'] == 153
+  assert last['accuracy'] >= 95
