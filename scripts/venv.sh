@@ -1,8 +1,8 @@
 # Sourced by the other scripts: makes the virtual environments, once.
 #
 # make_venv FOLDER REQUIREMENTS [PACKAGE...] creates FOLDER if it is not there
-# and installs the requirements and the packages (editable). A stamp of what was
-# asked for makes the next call return at once.
+# and installs the requirements and the packages (editable). A stamp for each file of
+# requirements makes the next call return at once.
 
 fail() {
   echo "error: $*" >&2
@@ -22,10 +22,11 @@ find_python() {
 }
 
 make_venv() {
-  local folder=$1 requirements=$2 python stamp
+  local folder=$1 requirements=$2 python asked stamp
   shift 2
-  stamp=$(cat "$requirements" setup.py runtime/pyproject.toml | cksum)
-  if [ "$(cat "$folder/.stamp" 2>/dev/null)" = "$stamp $*" ]; then
+  asked="$(cat "$requirements" setup.py runtime/pyproject.toml | cksum) $*"
+  stamp=$folder/.stamp-$requirements
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$asked" ]; then
     echo "== $folder is up to date"
     return
   fi
@@ -40,5 +41,5 @@ make_venv() {
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
       --no-deps "${editable[@]}" || fail "could not install: $*"
   fi
-  echo "$stamp $*" >"$folder/.stamp"
+  echo "$asked" >"$stamp"
 }

@@ -130,6 +130,17 @@ def test_layout_on_disk(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['checkpoint_7']
 
 
+def test_a_relative_folder_is_one_of_the_working_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  save_all('runs/tiny', [3])
+  made = manager('runs/tiny')
+  assert (tmp_path / 'runs/tiny/checkpoint_3').is_dir()
+  for restored in (made.restore(3), made.restore(path='runs/tiny/checkpoint_3')):
+    np.testing.assert_array_equal(
+        restored.tree['target']['w'], state_at(3).tree['target']['w']
+    )
+
+
 def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
   made = manager(tmp_path)
   released = threading.Event()

@@ -149,7 +149,7 @@ class OrbaxCheckpointManagerInterface:
     directory = os.fspath(directory)
     if checkpoint_utils.whole_checkpoint(directory):
       directory, _ = checkpoints_utils.get_step_from_checkpoint_dir(directory)
-    self._directory = epath.Path(directory)
+    self._directory = checkpoints_utils.absolute(directory)
     self._train_state = train_state
     self._partitioner = partitioner
     self._dataset_iterator = dataset_iterator
@@ -394,7 +394,7 @@ class OrbaxCheckpointManagerInterface:
     if step is not None and path is not None:
       raise ValueError(f'Give a step or a path to restore, not both ({step}, {path}).')
     if path is not None:
-      folder = epath.Path(path)
+      folder = checkpoints_utils.absolute(path)
       if folder.name == checkpoint_formats.INDEX_FILE and folder.is_file():
         folder = folder.parent
     else:

@@ -41,6 +41,12 @@ def renames_at_once(path: epath.PathLike) -> bool:
   return not os.fspath(path).startswith('gs://')
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path, from the working folder where it is relative: Orbax asks for that."""
+  text = os.fspath(path)
+  return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
 def _is_committed(folder: epath.Path) -> bool:
   """Whether a folder of a whole checkpoint's name is whole.
 
