@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
+from bart_t5x.noise import do_not_convert
+
 NOISED = 'targets_noised'
 DECODER_NOISED = 'decoder_targets_noised'
 
@@ -60,6 +62,12 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
       return pack_first_fit(ds, packed_lengths, WINDOW, OPEN_ROWS)
     return super()._pack_or_pad(ds, packed_lengths)
 
+  @do_not_convert
+  def _convert_example(
+    self, features: Mapping[str, tf.Tensor]
+  ) -> Mapping[str, tf.Tensor]:
+    return super()._convert_example(features)
+
 
 class _NoisedFeatureConverter(BartFeatureConverter):
   """The same for tasks that have the codes."""
@@ -67,6 +75,7 @@ class _NoisedFeatureConverter(BartFeatureConverter):
   TASK_FEATURES = {**BartFeatureConverter.TASK_FEATURES, NOISED: _INT_VECTOR}
   MODEL_FEATURES = {**BartFeatureConverter.MODEL_FEATURES, DECODER_NOISED: _INT_VECTOR}
 
+  @do_not_convert
   def _convert_example(
     self, features: Mapping[str, tf.Tensor]
   ) -> Mapping[str, tf.Tensor]:
@@ -105,9 +114,11 @@ def pack_first_fit(
   groups = {'inputs': ['inputs'], 'targets': [k for k in lengths if k != 'inputs']}
   caps = {group: lengths[group] for group in groups}
 
+  @do_not_convert
   def trimmed(example):
     return {k: example[k][:n] for k, n in lengths.items()}
 
+  @do_not_convert
   def flattened(batch):
     sizes = {k: tf.cast(batch[k].row_lengths(), tf.int32) for k in groups}
     return {
@@ -132,9 +143,11 @@ def pack_first_fit(
     **{k: tf.zeros([0, caps[k], len(groups[k]) + 2], tf.int32) for k in groups},
   }
 
+  @do_not_convert
   def place(state, batch):
     return _place_window(state, batch, groups, caps, open_rows)
 
+  @do_not_convert
   def named(rows):
     out = {}
     for group, keys in groups.items():

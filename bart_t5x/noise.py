@@ -26,6 +26,11 @@ import tensorflow as tf
 from bart_t5x import spans
 from bart_t5x.spans import ceil_share, uniform_draws
 
+# Keeps a function from AutoGraph, which looks through all that it calls for `if` and
+# `for` over tensors. There are none here, and looking took most of a run's first ten
+# seconds.
+do_not_convert = tf.autograph.experimental.do_not_convert
+
 # Codes of the feature `targets_noised`. Not 0, which is padding.
 COPIED = 1
 INFILLED = 2
@@ -415,6 +420,7 @@ def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
   tokens = tf.ones([max(length - 2, 0)], tf.int32)
   ids = Ids(bos=1, eos=2, mask=4, ordinary=np.zeros(0), word_start=np.zeros(0))
 
+  @do_not_convert
   def source_length(draw):
     starts = tf.zeros([0], tf.int32)
     return tf.size(corrupt(tokens, starts, tf.stack([draw, 0]), recipe, ids).source)

@@ -18,6 +18,7 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import documents, noise
+from bart_t5x.noise import do_not_convert
 from bart_t5x.sources import EPOCH, SEED
 
 # Odd numbers that keep apart what goes into one seed (wrap-around is wanted).
@@ -51,6 +52,7 @@ def tokenize_documents(
     )
     return ids, starts, np.int64(documents.digest(text))
 
+  @do_not_convert
   def tokenize(example):
     ids, starts, example_id = tf.numpy_function(
       encode, [example['text']], [tf.int32, tf.int32, tf.int64], stateful=False
@@ -62,7 +64,9 @@ def tokenize_documents(
     }
 
   dataset = dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
-  return dataset.filter(lambda document: tf.size(document['tokens']) > 0)
+  return dataset.filter(
+    do_not_convert(lambda document: tf.size(document['tokens']) > 0)
+  )
 
 
 def split_documents(
@@ -83,6 +87,7 @@ def split_documents(
   """
   room = _lengths(sequence_length)[1] - 2
 
+  @do_not_convert
   def split(document):
     tokens, starts = document['tokens'], document['sentence_starts']
     cuts = cut_points(tf.size(tokens), starts, room)
@@ -107,6 +112,7 @@ def split_documents(
       **{k: repeated(document[k]) for k in ('example_id', SEED, EPOCH)},
     }
 
+  @do_not_convert
   def trim(piece):
     length = piece.pop('length')
     begins = piece.pop('begins')[:length]
@@ -188,6 +194,7 @@ def denoise(
     )
   ids = noise.Ids.of(output_features['targets'].vocabulary)
 
+  @do_not_convert
   def corrupt(piece):
     noised = noise.corrupt(
       piece['tokens'],
@@ -255,6 +262,7 @@ def tokenize_for_bart(
         f'bart_t5x.vocabularies.load_vocabulary(…). Got: {feature.vocabulary}'
       )
 
+  @do_not_convert
   def tokenize(example):
     out = dict(example)
     for name, feature in output_features.items():

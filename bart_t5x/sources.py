@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
+from bart_t5x.noise import do_not_convert
+
 CORPUS_FILE = 'corpus.json'
 TRAIN = 'train'
 VALIDATION = 'validation'
@@ -148,6 +150,7 @@ class CorpusSource(seqio.DataSource):
       order = tf.argsort(tf.random.stateless_uniform(tf.shape(files), seed=pair))
       numbers, files = tf.gather(numbers, order), tf.gather(files, order)
 
+    @do_not_convert
     def read(number, path):
       records = tf.data.TFRecordDataset(path)
       if not whole_files:
@@ -160,6 +163,7 @@ class CorpusSource(seqio.DataSource):
     return records.map(_parse, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+@do_not_convert
 def _parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
   document = tf.io.parse_single_example(record, _FEATURES)
   return {
@@ -208,9 +212,13 @@ class EpochTask(seqio.Task):
     # seqio's own sources shuffle by a dataset of files, which cannot be saved here.
     shuffle_files = shuffle and isinstance(source, CorpusSource)
 
+    open_source = source.get_dataset
+    if isinstance(source, CorpusSource):
+      open_source = do_not_convert(open_source)
+
     def read(epoch):
       order = tf.constant(seed, tf.int64) + epoch * _EPOCH_STEP
-      documents = source.get_dataset(
+      documents = open_source(
         split=split, shuffle=shuffle_files, seed=order, shard_info=shard_info
       )
       if not use_cached:
@@ -219,7 +227,7 @@ class EpochTask(seqio.Task):
         SEED: tf.constant(seed if training else EVALUATION_SEED, tf.int64),
         EPOCH: epoch if training else tf.zeros_like(epoch),
       }
-      return documents.map(lambda document: {**document, **stamp})
+      return documents.map(do_not_convert(lambda document: {**document, **stamp}))
 
     epochs = tf.data.Dataset.range(
       tf.int64.max if num_epochs is None else num_epochs
