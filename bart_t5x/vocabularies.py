@@ -6,6 +6,7 @@ its file exists (tasks are registered when a corpus is yet to be prepared): noth
 read before a size, an id or a text is asked for.
 """
 
+import difflib
 import functools
 import hashlib
 import os
@@ -318,5 +319,18 @@ def task_vocabulary(
   Raises:
     ValueError: there is no such task, or it has no such feature.
   """
-  provider = seqio.get_mixture_or_task(mixture_or_task_name)
-  return provider.output_features[feature].vocabulary
+  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if mixture_or_task_name not in known:
+    near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
+    raise ValueError(
+      f'There is no task or mixture {mixture_or_task_name!r}. '
+      + (f'Nearest: {", ".join(near)}. ' if near else '')
+      + 'Set MIXTURE_OR_TASK_NAME, and import the module that registers the task in '
+      'the gin file (`import tasks`).'
+    )
+  features = seqio.get_mixture_or_task(mixture_or_task_name).output_features
+  if feature not in features:
+    raise ValueError(
+      f'{mixture_or_task_name!r} has no feature {feature!r}. Got: {list(features)}'
+    )
+  return features[feature].vocabulary

@@ -30,6 +30,10 @@ RUNS = {
     'bart_base_no': ('train', ()),
     'bart_mini_no': ('train', ()),
     'eval': ('eval', ("CHECKPOINT_PATH = 'run/checkpoint_1'",)),
+    'finetune': (
+        'train',
+        ("MIXTURE_OR_TASK_NAME = 'norne_nb'", "INITIAL_CHECKPOINT_PATH = ''"),
+    ),
     'infer': ('infer', ("CHECKPOINT_PATH = 'c'", "INPUT_FILE = 'sentences.txt'")),
 }
 # Included by run files, which define what these use.

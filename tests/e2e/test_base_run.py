@@ -1,0 +1,89 @@
+"""The run that this project is for, cut down by gin bindings, on eight devices."""
+
+import glob
+
+import jax
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+# Layers and vocabulary are fewer, and rows are shorter and fewer; widths, heads, the
+# optimizer, dropout, dtypes and rules are those of the file.
+CUT = {
+    'network.BartConfig.vocab_size': 512,
+    'network.BartConfig.num_encoder_layers': 1,
+    'network.BartConfig.num_decoder_layers': 1,
+    'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
+    'BATCH_SIZE': 16,
+    'LOSS_NORMALIZING_FACTOR': 16 * 64,
+    'TRAIN_STEPS': STEPS,
+    'WARMUP_STEPS': 1,
+    'train.stats_period': 1,
+    'train.eval_period': STEPS,
+    'train.eval_steps': 1,
+    # 200 MB a checkpoint; saving is tested elsewhere.
+    'utils.SaveCheckpointConfig.period': None,
+}
+
+
+def losses(folder):
+  """{step: loss} of training."""
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.util import tensor_util
+
+  events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
+  events.Reload()
+  return {
+      event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+      for event in events.Tensors('loss')
+  }
+
+
+@pytest.fixture(scope='module')
+def seen():
+  """Losses by number of partitions, to compare the runs."""
+  return {}
+
+
+@pytest.mark.parametrize('partitions', [1, 2])
+def test_trains_on_eight_devices(
+    call_script, in_process_task, tmp_path, partitions, seen
+):
+  from t5x import train as script
+
+  assert jax.device_count() == 8
+  changes = {
+      **CUT,
+      'MIXTURE_OR_TASK_NAME': in_process_task,
+      'MODEL_DIR': str(tmp_path / 'run'),
+  }
+  if partitions > 1:
+    changes['partitioning.PjitPartitioner.num_partitions'] = partitions
+  outcome = call_script(script.train, ['gin/bart_base_no.gin'], changes)
+  assert outcome.code == 0, outcome.text
+  step, state = outcome.result
+  assert step == STEPS
+
+  mlp = state.params['encoder']['layers_0']['mlp']['wi']['kernel']
+  assert (mlp.shape, mlp.dtype) == ((768, 3072), np.float32)
+  assert len(mlp.sharding.device_set) == 8
+  assert mlp.sharding.shard_shape(mlp.shape) == (768, 3072 // partitions)
+  table = state.params['token_embedder']['embedding']
+  assert table.sharding.shard_shape(table.shape) == (512 // partitions, 768)
+
+  found = losses(tmp_path / 'run' / 'train')
+  assert sorted(found) == [1, 2, 3, 4]
+  values = [found[step] for step in sorted(found)]
+  # It starts below chance: tied embeddings, 768 wide, at first repeat the input token.
+  # The first step has learning rate 0.
+  assert values[0] > np.log(512)
+  assert values[3] < values[2] < values[1]
+  assert glob.glob(str(tmp_path / 'run' / 'training_eval' / '*' / 'events*'))
+  assert not glob.glob(str(tmp_path / 'run' / 'checkpoint_*'))
+  seen[partitions] = values
+  if len(seen) == 2:
+    # The same batches, parameters and dropout, however they lie. Sums are in another
+    # order and activations in bfloat16, which has 8 bits.
+    np.testing.assert_allclose(seen[1], seen[2], rtol=2**-8)

@@ -1,0 +1,217 @@
+"""Text in, a trained and exported BART out, by the commands that the README teaches."""
+
+import json
+import re
+import signal
+import struct
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS, PERIOD = 400, 100
+TASK = 'norwegian_denoising_mini'
+
+
+@pytest.fixture(scope='module')
+def train(helpers, data_root):
+  """Starts `python -m t5x.train` on a tiny run in a folder."""
+
+  def start(model_dir):
+    flags = helpers.gin_flags(helpers.TRAIN_FILES, helpers.tiny_training(model_dir))
+    return helpers.Process(data_root, 't5x.train', *flags)
+
+  return start
+
+
+@pytest.fixture(scope='module')
+def whole(train, tmp_path_factory):
+  """The folder of a run that nothing stopped."""
+  folder = tmp_path_factory.mktemp('whole') / 'run'
+  outcome = train(folder).end()
+  assert outcome.code == 0, outcome.text
+  assert f'Finished at step {STEPS}' in outcome.text
+  return folder
+
+
+def scalars(folder, tag='loss'):
+  """{step: value} of a scalar in a folder's TensorBoard files."""
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.util import tensor_util
+
+  events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
+  events.Reload()
+  return {
+      event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+      for event in events.Tensors(tag)
+  }
+
+
+def held_out(run, tag='loss'):
+  return scalars(run / 'training_eval' / TASK, tag)
+
+
+def saved_state(checkpoint):
+  """Parameters, optimizer state and step of a checkpoint, as NumPy arrays."""
+  reader = ocp.PyTreeCheckpointer()
+  tree = reader.metadata(checkpoint / 'state').item_metadata.tree
+  plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  return reader.restore(
+      checkpoint / 'state', args=ocp.args.PyTreeRestore(item=tree, restore_args=plain)
+  )
+
+
+def call(helpers, data_root, module, *args):
+  outcome = helpers.Process(data_root, module, *args).end()
+  assert outcome.code == 0, outcome.text
+  assert 'Traceback' not in outcome.text
+  return outcome.text
+
+
+# ---- prepare and train ----
+
+
+def test_prepare(data_root, helpers):
+  corpus = json.loads((data_root / 'mini' / 'corpus.json').read_text())
+  documents = len(set(helpers.made_up_norwegian()))
+  splits = corpus['splits']
+  assert splits['validation']['documents'] == 40
+  assert splits['train']['documents'] == documents - 40
+  assert corpus['vocab_size'] == 512
+  assert 0 < corpus['baselines']['unigram_loss'] < np.log(512)
+
+
+def test_train_leaves_its_files_and_learns(whole):
+  names = {path.name for path in whole.iterdir()}
+  assert names >= {'config.gin', 'model-info.txt', 'train', 'training_eval'}
+  # keep = 2 in the run's file.
+  assert {n for n in names if n.startswith('checkpoint_')} == {
+      'checkpoint_300', 'checkpoint_400'
+  }
+  loss = held_out(whole)
+  assert list(loss) == [0, 100, 200, 300, 400]
+  assert abs(loss[0] - np.log(512)) < 0.2
+  assert loss[400] < loss[200] < loss[0] - 0.5
+  for tag in ('accuracy', 'infilled_accuracy', 'copied_accuracy', 'hf_compat_loss'):
+    values = held_out(whole, tag)
+    assert np.isfinite(list(values.values())).all()
+  training = scalars(whole / 'train')
+  assert list(training) == list(range(20, STEPS + 1, 20))
+  rates = scalars(whole / 'train', 'learning_rate/current')
+  assert max(rates.values()) <= 2e-3 and rates[STEPS] < rates[40]
+  assert f'TRAIN_STEPS = {STEPS}' in (whole / 'config.gin').read_text()
+
+
+# ---- Stops ----
+
+
+def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
+    train, whole, tmp_path
+):
+  """Killed after its first checkpoint, then asked to stop in mid-period."""
+  run = tmp_path / 'run'
+  killed = train(run)
+  killed.wait_for(lambda _: (run / 'checkpoint_100').exists())
+  killed.send(signal.SIGKILL)
+  assert killed.end().code == -signal.SIGKILL
+  first = max(int(p.name.partition('_')[2]) for p in run.glob('checkpoint_*[0-9]'))
+  assert first % PERIOD == 0 and first < STEPS
+
+  stopped = train(run)
+  stopped.wait_for(lambda text: f'step {first + 20} of {STEPS}' in text)
+  stopped.send(signal.SIGTERM)
+  outcome = stopped.end()
+  assert outcome.code == 0, outcome.text
+  assert re.search(rf'Going on from \S*checkpoint_{first} ', outcome.text)
+  second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
+  assert first + 20 <= second < STEPS
+  assert (run / f'checkpoint_{second}').exists()
+
+  outcome = train(run).end()
+  assert outcome.code == 0, outcome.text
+  assert re.search(rf'Going on from \S*checkpoint_{second} ', outcome.text)
+  assert held_out(run)[STEPS] == held_out(whole)[STEPS]
+  name = f'checkpoint_{STEPS}'
+  ours, theirs = saved_state(run / name), saved_state(whole / name)
+  assert set(theirs) == {'state', 'target'}
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+# ---- eval, infer, export ----
+
+
+def test_eval(whole, helpers, data_root, tmp_path):
+  flags = helpers.gin_flags(
+      ('gin/eval.gin', 'gin/models/tiny.gin'),
+      {
+          'CHECKPOINT_PATH': str(whole / f'checkpoint_{STEPS}'),
+          'EVAL_OUTPUT_DIR': str(tmp_path),
+          'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
+          'COMPUTE_DTYPE': 'float32',
+          # As while training.
+          'utils.DatasetConfig.batch_size': 8,
+          'utils.get_training_eval_datasets.eval_steps': 4,
+          'seqio.Evaluator.num_examples': 8,
+      },
+  )
+  call(helpers, data_root, 't5x.eval', *flags)
+  found = held_out(tmp_path)
+  assert list(found) == [STEPS]
+  np.testing.assert_allclose(found[STEPS], held_out(whole)[STEPS], rtol=1e-6)
+  lines = (tmp_path / 'inference_eval' / f'{TASK}-metrics.jsonl').read_text()
+  metrics = json.loads(lines.splitlines()[-1])
+  assert metrics['step'] == STEPS
+  assert any('chrf' in name for name in metrics), metrics
+
+
+def test_infer(whole, helpers, data_root, tmp_path):
+  sentences = ['Sak 7: <mask> på fjordveien.', 'Åse <mask> i boka.', 'Og <mask>.']
+  path = tmp_path / 'sentences.txt'
+  path.write_text('\n'.join(sentences) + '\n', encoding='utf-8')
+  flags = helpers.gin_flags(
+      ('gin/infer.gin', 'gin/models/tiny.gin'),
+      {
+          'CHECKPOINT_PATH': str(whole / f'checkpoint_{STEPS}'),
+          'INFER_OUTPUT_DIR': str(tmp_path / 'out'),
+          'INPUT_FILE': str(path),
+          'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
+          'COMPUTE_DTYPE': 'float32',
+      },
+  )
+  call(helpers, data_root, 't5x.infer', *flags)
+  name = 'norwegian_fill_in_mini-predict.jsonl-00000-of-00001'
+  lines = (tmp_path / 'out' / name).read_text(encoding='utf-8').splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row['inputs']['inputs_pretokenized'] for row in rows] == sentences
+  for row in rows:
+    assert isinstance(row['prediction'], str)
+    assert '<s>' not in row['prediction']
+
+
+def safetensors_header(path):
+  with open(path, 'rb') as f:
+    (size,) = struct.unpack('<Q', f.read(8))
+    return json.loads(f.read(size))
+
+
+def test_export(whole, helpers, data_root, tmp_path):
+  out = tmp_path / 'exported'
+  call(
+      helpers, data_root, 'bart_t5x.hf.convert', 'export',
+      f'--checkpoint={whole / f"checkpoint_{STEPS}"}', f'--output_dir={out}',
+  )  # fmt: skip
+  assert {path.name for path in out.iterdir()} >= {
+      'config.json', 'generation_config.json', 'model.safetensors',
+      'flax_model.msgpack', 'tokenizer.json', 'tokenizer_config.json', 'README.md',
+  }
+  config = json.loads((out / 'config.json').read_text())
+  assert (config['model_type'], config['d_model']) == ('bart', 32)
+  assert config['vocab_size'] == 512
+  header = safetensors_header(out / 'model.safetensors')
+  # The names that transformers' BartForConditionalGeneration has.
+  assert header['model.shared.weight']['shape'] == [512, 32]
+  assert header['final_logits_bias']['shape'] == [1, 512]
+  assert 'CC0-1.0' in (out / 'README.md').read_text(encoding='utf-8')
