@@ -35,3 +35,11 @@ def test_first_step_shifts_it():
 def test_a_warmup_that_does_not_fit_is_refused(warmup_steps):
   with pytest.raises(ValueError, match=f'Got: {warmup_steps} / 100'):
     schedules.linear_warmup_linear_decay(1.0, warmup_steps, 100)
+
+
+def test_a_checkpoint_s_name_tells_its_step():
+  assert schedules.checkpoint_step('runs/no/checkpoint_1500') == 1500
+  assert schedules.checkpoint_step('gs://b/checkpoint_7/') == 7
+  assert schedules.checkpoint_step([]) == schedules.checkpoint_step(None) == 0
+  with pytest.raises(ValueError, match='runs/no'):
+    schedules.checkpoint_step('runs/no')
