@@ -53,6 +53,16 @@ def torch_peer(tmp_path):
   return _run_peer('TORCH_PEER_PYTHON', 'torch_peer.py', tmp_path)
 
 
+@pytest.fixture
+def flax_folder_peer(tmp_path):
+  return _run_peer('FLAX_PEER_PYTHON', 'hf_folder_peer.py', tmp_path)
+
+
+@pytest.fixture
+def torch_folder_peer(tmp_path):
+  return _run_peer('TORCH_PEER_PYTHON', 'hf_folder_peer.py', tmp_path)
+
+
 @dataclasses.dataclass
 class Case:
   """A model with random weights, and a batch with padding, in inside ids."""
