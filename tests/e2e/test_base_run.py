@@ -79,6 +79,6 @@ def test_trains_on_eight_devices(
   assert np.isfinite(values).all()
   seen[partitions] = values
   if len(seen) == 2:
-    # The same first batch, parameters and dropout, however they lie. Sums are in another
-    # order and activations in bfloat16, which has 8 bits.
+    # The same first batch, parameters and dropout, however they lie. Sums come in
+    # another order, and activations are in bfloat16, which has 8 bits.
     np.testing.assert_allclose(seen[1][0], seen[2][0], rtol=2**-8)
