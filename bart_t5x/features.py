@@ -114,28 +114,7 @@ def pack_first_fit(
   groups = {'inputs': ['inputs'], 'targets': [k for k in lengths if k != 'inputs']}
   caps = {group: lengths[group] for group in groups}
 
-  @do_not_convert
-  def trimmed(example):
-    return {k: example[k][:n] for k, n in lengths.items()}
-
-  @do_not_convert
-  def flattened(batch):
-    sizes = {k: tf.cast(batch[k].row_lengths(), tf.int32) for k in groups}
-    return {
-      'sizes': tf.stack([*sizes.values(), tf.ones_like(sizes['inputs'])], 1),
-      'close_all': tf.constant(False),
-      **{k: batch[k].flat_values for k in lengths},
-    }
-
-  windows = ds.map(trimmed, num_parallel_calls=tf.data.AUTOTUNE)
-  windows = windows.ragged_batch(window)
-  windows = windows.map(flattened, num_parallel_calls=tf.data.AUTOTUNE)
-  last = {
-    'sizes': tf.zeros([0, 3], tf.int32),
-    'close_all': tf.constant(True),
-    **{k: tf.zeros([0], tf.int32) for k in lengths},
-  }
-  windows = windows.concatenate(tf.data.Dataset.from_tensors(last))
+  windows = _windows(ds, lengths, groups, window)
   state = {
     # Slots taken in each open row (inputs, targets), and examples in it.
     'used': tf.zeros([0, 3], tf.int32),
@@ -158,6 +137,38 @@ def pack_first_fit(
 
   rows = windows.scan(state, place).map(named, num_parallel_calls=tf.data.AUTOTUNE)
   return rows.unbatch()
+
+
+def _windows(
+  ds: tf.data.Dataset,
+  lengths: Mapping[str, int],
+  groups: Mapping[str, Sequence[str]],
+  window: int,
+) -> tf.data.Dataset:
+  """Examples in windows of `window`, and after them one that closes all rows."""
+
+  @do_not_convert
+  def trimmed(example):
+    return {k: example[k][:n] for k, n in lengths.items()}
+
+  @do_not_convert
+  def flattened(batch):
+    sizes = {k: tf.cast(batch[k].row_lengths(), tf.int32) for k in groups}
+    return {
+      'sizes': tf.stack([*sizes.values(), tf.ones_like(sizes['inputs'])], 1),
+      'close_all': tf.constant(False),
+      **{k: batch[k].flat_values for k in lengths},
+    }
+
+  windows = ds.map(trimmed, num_parallel_calls=tf.data.AUTOTUNE)
+  windows = windows.ragged_batch(window)
+  windows = windows.map(flattened, num_parallel_calls=tf.data.AUTOTUNE)
+  last = {
+    'sizes': tf.zeros([0, 3], tf.int32),
+    'close_all': tf.constant(True),
+    **{k: tf.zeros([0], tf.int32) for k in lengths},
+  }
+  return windows.concatenate(tf.data.Dataset.from_tensors(last))
 
 
 def _place_window(

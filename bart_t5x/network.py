@@ -6,9 +6,6 @@ the embeddings and after every sublayer, biases everywhere, exact GELU, tied
 embeddings with a constant bias on the logits.
 """
 
-import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,104 +13,13 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int, PyTree
 
-from bart_t5x import attention, layers, loss
+from bart_t5x import attention, blocks, layers, loss
+from bart_t5x.config import BartConfig
+
+__all__ = ['BartConfig', 'Decoder', 'Encoder', 'Transformer', 'weight_decay_mask']
 
 PAD_ID = 0
 DECODER_START_ID = 2  # </s>, which is also what ends a sequence
-
-_ATTENTION_IMPLS = ('plain', 'chunked')
-
-# What the backward pass finds stored, from most memory to least.
-_REMAT_POLICIES = ('none', 'attention', 'dots', 'full')
-
-
-@dataclasses.dataclass(frozen=True)
-class BartConfig:
-  """Every number of the model; the defaults are those of bart-base.
-
-  Attributes:
-    vocab_size: ids of the vocabulary, without padding.
-    emb_dim: width of the hidden states.
-    num_heads: attention heads, in encoder and decoder.
-    num_encoder_layers: layers of the encoder.
-    num_decoder_layers: layers of the decoder.
-    mlp_dim: width inside the feed-forward blocks.
-    max_positions: longest row, in tokens.
-    dropout_rate: dropout after the embeddings and after every sublayer.
-    attention_dropout_rate: dropout on attention weights.
-    activation_dropout_rate: dropout inside the feed-forward blocks.
-    dtype: dtype of the computation; parameters are float32 whatever it is.
-    init_std: standard deviation of the initial kernels and embeddings.
-    vocab_multiple_of: the token table's rows are rounded up to a multiple of
-      this, so that it divides over devices and fills lanes.
-    scan_layers: compile one layer and loop over stacked parameters, which
-      compiles faster, instead of writing every layer out, which runs faster.
-    remat_policy: what the backward pass recomputes: 'none'; 'attention', scores
-      and weights; 'dots', everything but projections; 'full', whole layers.
-    attention_impl: 'plain', all scores at once; 'chunked', scores of some queries
-      at a time, which takes less memory and more time.
-    attention_chunk_length: how many queries, for 'chunked'.
-
-  Raises:
-    ValueError: for values that make no model.
-  """
-
-  vocab_size: int
-  emb_dim: int = 768
-  num_heads: int = 12
-  num_encoder_layers: int = 6
-  num_decoder_layers: int = 6
-  mlp_dim: int = 3072
-  max_positions: int = 1024
-  dropout_rate: float = 0.1
-  attention_dropout_rate: float = 0.1
-  activation_dropout_rate: float = 0.1
-  dtype: Any = jnp.float32
-  init_std: float = 0.02
-  vocab_multiple_of: int = 128
-  scan_layers: bool = False
-  remat_policy: str = 'none'
-  attention_impl: str = 'plain'
-  attention_chunk_length: int = 256
-
-  def __post_init__(self):
-    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
-    counts = (
-        'vocab_size', 'emb_dim', 'num_heads', 'num_encoder_layers',
-        'num_decoder_layers', 'mlp_dim', 'max_positions', 'vocab_multiple_of',
-        'attention_chunk_length',
-    )  # fmt: skip
-    for name in counts:
-      if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-        raise ValueError(
-            f'BartConfig.{name} must be a positive integer. '
-            f'Got: {getattr(self, name)!r}'
-        )
-    for name in ('dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate'):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(
-            f'BartConfig.{name} must be at least 0 and below 1. '
-            f'Got: {getattr(self, name)!r}'
-        )
-    if self.emb_dim % self.num_heads:
-      raise ValueError(
-          'BartConfig.num_heads must divide emb_dim. '
-          f'Got: {self.num_heads} / {self.emb_dim}'
-      )
-    for name, choices in (
-        ('remat_policy', _REMAT_POLICIES),
-        ('attention_impl', _ATTENTION_IMPLS),
-    ):
-      if getattr(self, name) not in choices:
-        raise ValueError(
-            f'BartConfig.{name} must be one of {", ".join(choices)}. '
-            f'Got: {getattr(self, name)!r}'
-        )
-
-  @property
-  def padded_vocab_size(self) -> int:
-    """Rows of the token table."""
-    return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
 
 
 def weight_decay_mask(params: PyTree) -> PyTree:
@@ -133,184 +39,6 @@ def weight_decay_mask(params: PyTree) -> PyTree:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mode:
-  """How a call runs; static, so that it compiles to one program each.
-
-  Attributes:
-    deterministic: whether dropout is off.
-    decode: whether to use the cache, a position at a time.
-    prefill: whether to fill the cache with a prompt.
-  """
-
-  deterministic: bool = True
-  decode: bool = False
-  prefill: bool = False
-
-
-class _Layer(nn.Module):
-  """What encoder and decoder layers share.
-
-  Attributes:
-    config: the model's numbers.
-    mode: how this call runs.
-  """
-
-  config: BartConfig
-  mode: _Mode
-
-  def attend(self, name, query_input, key_input, *call_args, **attributes):
-    """The attention sublayer called `name`, with its residual and norm."""
-    config = self.config
-    attended = layers.Attention(
-        config.num_heads,
-        config.dtype,
-        config.attention_dropout_rate,
-        _kernel_init(config),
-        core=_attention_core(config),
-        deterministic=self.mode.deterministic,
-        name=name,
-        **attributes,
-    )(query_input, key_input, *call_args)
-    return self.join(name, query_input, attended)
-
-  def feed_forward(self, x):
-    """The feed-forward sublayer, with its residual and norm."""
-    config = self.config
-    changed = layers.FeedForward(
-        config.mlp_dim,
-        config.dtype,
-        config.activation_dropout_rate,
-        _kernel_init(config),
-        deterministic=self.mode.deterministic,
-        name='mlp',
-    )(x)
-    return self.join('mlp', x, changed)
-
-  def join(self, name, before, change):
-    """Residual, then norm: BART norms after each sublayer."""
-    if not self.mode.deterministic:
-      change = attention.dropout(
-          change, self.config.dropout_rate, self.make_rng('dropout')
-      )
-    norm = layers.LayerNorm(self.config.dtype, name=f'{name}_layer_norm')
-    return layers.constrain_hidden(norm(before + change))
-
-
-class EncoderLayer(_Layer):
-  """Self-attention, then feed-forward."""
-
-  @nn.compact
-  def __call__(
-      self,
-      x: Float[Array, 'b l d'],
-      query_segments: Int[Array, 'b l'],
-      key_segments: Int[Array, 'b l'],
-  ) -> tuple[Float[Array, 'b l d'], None]:
-    """Returns the new hidden states, and None for the scan's sake."""
-    x = self.attend('self_attention', x, x, query_segments, key_segments)
-    return self.feed_forward(x), None
-
-
-class DecoderLayer(_Layer):
-  """Causal self-attention, attention to the encoder, feed-forward."""
-
-  @nn.compact
-  def __call__(
-      self,
-      x: Float[Array, 'b l d'],
-      encoded: Float[Array, 'b k d'],
-      segments: Int[Array, 'b l'] | None,
-      query_segments: Int[Array, 'b l'],
-      key_segments: Int[Array, 'b k'],
-      prefill_lengths: Int[Array, 'b'] | None,
-  ) -> tuple[Float[Array, 'b l d'], None]:
-    """Returns the new hidden states, and None for the scan's sake.
-
-    Args:
-      x: hidden states of the decoder.
-      encoded: what the encoder returned.
-      segments: segment ids of packed rows, for self-attention, or None.
-      query_segments: segment ids of x, for attention to the encoder.
-      key_segments: segment ids of `encoded`, 0 for padding.
-      prefill_lengths: lengths of the prompts while the cache is filled.
-    """
-    x = self.attend(
-        'self_attention', x, x, segments, segments, prefill_lengths,
-        causal=True, decode=self.mode.decode, prefill=self.mode.prefill,
-    )  # fmt: skip
-    x = self.attend(
-        'encoder_decoder_attention', x, encoded, query_segments, key_segments
-    )
-    return self.feed_forward(x), None
-
-
-def _kernel_init(config):
-  """BART draws every kernel and table from one normal distribution."""
-  return nn.initializers.normal(config.init_std)
-
-
-def _attention_core(config):
-  """The function that attends, as the config has it."""
-  core = attention.plain_attention
-  if config.attention_impl == 'chunked':
-    core = functools.partial(
-        attention.chunked_attention, chunk_length=config.attention_chunk_length
-    )
-  if config.remat_policy != 'attention':
-    return core
-
-  def recomputed(*arrays, causal, dropout_rate, dropout_key):
-    def run(dropout_key, *arrays):
-      return core(
-          *arrays, causal=causal, dropout_rate=dropout_rate, dropout_key=dropout_key
-      )
-
-    return jax.checkpoint(run)(dropout_key, *arrays)
-
-  return recomputed
-
-
-def _run_layers(layer, count, config, mode, x, *shared):
-  """Applies `count` layers in turn, inside a compact method.
-
-  Args:
-    layer: EncoderLayer or DecoderLayer.
-    count: how many.
-    config: the model's numbers.
-    mode: how this call runs.
-    x: hidden states [batch, length, d].
-    *shared: what every layer gets beside x.
-
-  Returns:
-    Hidden states like x.
-  """
-  policies = {
-      'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-      'full': None,
-  }
-  if config.remat_policy in policies and not (mode.decode or mode.prefill):
-    layer = partitioning.remat(
-        layer,
-        # A scan already keeps the compiler from merging the two passes.
-        prevent_cse=not config.scan_layers,
-        policy=policies[config.remat_policy],
-    )
-  if not config.scan_layers:
-    for index in range(count):
-      x, _ = layer(config, mode, name=f'layers_{index}')(x, *shared)
-    return x
-  stack = partitioning.scan_with_axes(
-      layer,
-      variable_axes={'params': 0, 'cache': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=(nn.broadcast,) * len(shared),
-      length=count,
-      axis_name='layers',
-  )
-  return stack(config, mode, name='layers')(x, *shared)[0]
-
-
 class _Stack(nn.Module):
   """What encoder and decoder share: embedding, norm, dropout.
 
@@ -327,7 +55,7 @@ class _Stack(nn.Module):
         config.max_positions,
         config.emb_dim,
         config.dtype,
-        _kernel_init(config),
+        blocks.kernel_init(config),
         decode=mode.decode,
         name='position_embedder',
     )(tokens, positions)
@@ -347,14 +75,14 @@ class Encoder(_Stack):
       tokens: Int[Array, 'b l'],
       positions: Int[Array, 'b l'] | None,
       segments: Int[Array, 'b l'] | None,
-      mode: _Mode,
+      mode: blocks.Mode,
   ) -> Float[Array, 'b l d']:
     """Encodes; see `Transformer.encode` for the arguments."""
     x = self.start(embedded, tokens, positions, mode)
     queries, keys = _encoder_segments(tokens, segments)
     config = self.config
-    return _run_layers(
-        EncoderLayer, config.num_encoder_layers, config, mode, x, queries, keys
+    return blocks.run_layers(
+        blocks.EncoderLayer, config.num_encoder_layers, config, mode, x, queries, keys
     )
 
 
@@ -371,14 +99,14 @@ class Decoder(_Stack):
       encoded: Float[Array, 'b k d'],
       key_segments: Int[Array, 'b k'],
       prefill_lengths: Int[Array, 'b'] | None,
-      mode: _Mode,
+      mode: blocks.Mode,
   ) -> Float[Array, 'b l d']:
     """Decodes; see `Transformer.decode` for the arguments."""
     x = self.start(embedded, tokens, positions, mode)
     queries = jnp.ones_like(tokens) if segments is None else segments
     config = self.config
-    return _run_layers(
-        DecoderLayer, config.num_decoder_layers, config, mode, x,
+    return blocks.run_layers(
+        blocks.DecoderLayer, config.num_decoder_layers, config, mode, x,
         encoded, segments, queries, key_segments, prefill_lengths,
     )  # fmt: skip
 
@@ -417,7 +145,10 @@ class Transformer(nn.Module):
   def setup(self):
     config = self.config
     self.token_embedder = layers.TokenEmbedder(
-        config.padded_vocab_size, config.emb_dim, config.dtype, _kernel_init(config)
+        config.padded_vocab_size,
+        config.emb_dim,
+        config.dtype,
+        blocks.kernel_init(config),
     )
     self.final_logits_bias = partitioning.param_with_axes(
         'final_logits_bias',
@@ -459,7 +190,7 @@ class Transformer(nn.Module):
         tokens,
         encoder_positions,
         encoder_segment_ids,
-        _Mode(deterministic=not enable_dropout),
+        blocks.Mode(deterministic=not enable_dropout),
     )
 
   def decode_hidden(
@@ -497,7 +228,7 @@ class Transformer(nn.Module):
         encoded,
         key_segments,
         prefill_lengths,
-        _Mode(not enable_dropout, decode, prefill),
+        blocks.Mode(not enable_dropout, decode, prefill),
     )
 
   def project(self, hidden: Float[Array, 'b l d']) -> Float[Array, 'b l v']:

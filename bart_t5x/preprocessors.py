@@ -184,14 +184,7 @@ def denoise(
   """
   recipe = noise.Recipe() if recipe is None else recipe
   encoder_length, decoder_length = _lengths(sequence_length)
-  longest = noise.longest_source(recipe, decoder_length)
-  if longest > encoder_length:
-    raise ValueError(
-      f'The noise makes sources of up to {longest} tokens from targets of '
-      f'{decoder_length}, but the encoder takes {encoder_length}. Set '
-      f"TASK_FEATURE_LENGTHS['inputs'] to {longest} or more, or use less noise: "
-      f'{recipe}'
-    )
+  _check_room(recipe, encoder_length, decoder_length)
   ids = noise.Ids.of(output_features['targets'].vocabulary)
 
   @do_not_convert
@@ -221,6 +214,18 @@ def denoise(
     return example
 
   return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _check_room(recipe: noise.Recipe, encoder_length: int, decoder_length: int) -> None:
+  """Refuses noise that may outgrow the encoder, whose tail would be cut silently."""
+  longest = noise.longest_source(recipe, decoder_length)
+  if longest > encoder_length:
+    raise ValueError(
+      f'The noise makes sources of up to {longest} tokens from targets of '
+      f'{decoder_length}, but the encoder takes {encoder_length}. Set '
+      f"TASK_FEATURE_LENGTHS['inputs'] to {longest} or more, or use less noise: "
+      f'{recipe}'
+    )
 
 
 def piece_seed(piece: Mapping[str, tf.Tensor]) -> tf.Tensor:

@@ -131,9 +131,7 @@ class CorpusSource(seqio.DataSource):
       shuffle: whether the files come in an order drawn with `seed`.
       seed: a number or an int64 scalar tensor; None for 0.
       shard_info: which share; None for all.
-      sequence_length: of no use here, documents are whole.
-      use_cached: of no use here.
-      num_epochs: of no use here, `EpochTask` repeats.
+      sequence_length, use_cached, num_epochs: of no use here; `EpochTask` repeats.
     """
     del sequence_length, use_cached, num_epochs
     paths = self.list_shards(split)
@@ -146,8 +144,7 @@ class CorpusSource(seqio.DataSource):
     if whole_files:
       numbers, files = numbers[host::hosts], files[host::hosts]
     if shuffle:
-      pair = tf.stack([tf.cast(0 if seed is None else seed, tf.int64), 0])
-      order = tf.argsort(tf.random.stateless_uniform(tf.shape(files), seed=pair))
+      order = _random_order(tf.size(files), 0 if seed is None else seed)
       numbers, files = tf.gather(numbers, order), tf.gather(files, order)
 
     @do_not_convert
@@ -161,6 +158,12 @@ class CorpusSource(seqio.DataSource):
       read, cycle_length=_OPEN_FILES, block_length=_RECORDS_A_TURN
     )
     return records.map(_parse, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _random_order(size: tf.Tensor, seed: int | tf.Tensor) -> tf.Tensor:
+  """The numbers below `size` in an order that depends on the seed alone."""
+  pair = tf.stack([tf.cast(seed, tf.int64), 0])
+  return tf.argsort(tf.random.stateless_uniform([size], seed=pair))
 
 
 @do_not_convert
@@ -229,10 +232,8 @@ class EpochTask(seqio.Task):
       }
       return documents.map(do_not_convert(lambda document: {**document, **stamp}))
 
-    epochs = tf.data.Dataset.range(
-      tf.int64.max if num_epochs is None else num_epochs
-    )
-    documents = epochs.flat_map(read)
+    epochs = tf.int64.max if num_epochs is None else num_epochs
+    documents = tf.data.Dataset.range(epochs).flat_map(read)
     if shuffle:
       documents = documents.shuffle(_SHUFFLED_DOCUMENTS, seed=seed)
     examples = self.preprocess_postcache(

@@ -76,10 +76,6 @@ def add_text_to_text_task(
     def read(split):
       return readers.read_file(paths[split])
 
-  if metric_fns is None:
-    metric_fns = [metrics.reconstruction]
-    if labels:
-      metric_fns = [functools.partial(metrics.classification, labels=tuple(labels))]
   vocabulary = load_vocabulary(corpus_dir or os.path.join(data_root(), 'no'))
   text = seqio.Feature(vocabulary, add_eos=True)
 
@@ -93,8 +89,14 @@ def add_text_to_text_task(
     preprocessors=[preprocessors.tokenize_for_bart],
     output_features={'inputs': text, 'targets': text},
     postprocess_fn=postprocess_fn or strip,
-    metric_fns=metric_fns,
+    metric_fns=_default_metrics(labels) if metric_fns is None else metric_fns,
   )
+
+
+def _default_metrics(labels: Sequence[str]) -> list[Callable]:
+  if labels:
+    return [functools.partial(metrics.classification, labels=tuple(labels))]
+  return [metrics.reconstruction]
 
 
 def _dataset(

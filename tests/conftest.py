@@ -20,7 +20,7 @@ def corpus_dir(tmp_path_factory):
   from bart_t5x import prepare
 
   random = np.random.default_rng(7)
-  words = ['fjord', 'snø', 'bokmål', 'ærlig', 'sjø', 'på', 'og', 'huset', 'barna', 'Åse']
+  words = 'fjord snø bokmål ærlig sjø på og huset barna Åse'.split()
   words += [f'ord{i}' for i in range(60)]
 
   def sentence():

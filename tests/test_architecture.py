@@ -26,13 +26,14 @@ LEVELS = (
   },
   {
     'actions', 'checkpoint_configs', 'checkpoint_manager', 'checkpoint_retention',
-    'checkpoints', 'dataset_checkpoint', 'fast_imports', 'feeding', 'health', 'inference', 'launch',
-    'legacy_checkpointing', 'progress', 'restore', 'summaries', 'train_step',
-    'trainer', 'trainer_types',
+    'checkpoints', 'dataset_checkpoint', 'fast_imports', 'feeding',
+    'health', 'inference', 'launch', 'legacy_checkpointing', 'progress', 'restore',
+    'summaries', 'train_step', 'trainer', 'trainer_types',
   },
   {
     'eval', 'infer', 'interactive_data', 'interactive_metrics', 'interactive_model',
-    'interactive_state', 'main', 'precompile', 'tfexample_task', 'train', 'training_loop', 'utils',
+    'interactive_state', 'main', 'precompile', 'tfexample_task',
+    'train', 'training_loop', 'utils',
   },
 )  # fmt: skip
 
@@ -40,24 +41,32 @@ LEVELS = (
 # here is a new module, which needs a line.
 ALLOWED = {
   'bart_t5x.attention': set(),
-  'bart_t5x.features': set(),
+  'bart_t5x.blocks': {'attention', 'config', 'layers'},
+  'bart_t5x.config': set(),
+  'bart_t5x.documents': {'sentences', 'tokenization'},
+  'bart_t5x.features': {'noise'},
   'bart_t5x.layers': {'attention'},
   'bart_t5x.loss': set(),
   'bart_t5x.metrics': set(),
   'bart_t5x.model': {'features', 'loss', 'network'},
-  'bart_t5x.network': {'attention', 'layers', 'loss'},
+  'bart_t5x.network': {'attention', 'blocks', 'config', 'layers', 'loss'},
   'bart_t5x.noise': {'spans'},
-  'bart_t5x.preprocessors': {'noise', 'sources'},
+  'bart_t5x.preprocessors': {'documents', 'noise', 'sources'},
   'bart_t5x.schedules': set(),
   'bart_t5x.sentences': set(),
-  'bart_t5x.sources': set(),
+  'bart_t5x.sources': {'noise'},
   'bart_t5x.spans': set(),
   'bart_t5x.tokenization': set(),
-  'bart_t5x.vocabularies': {'tokenization'},
+  'bart_t5x.vocabularies': {'documents', 'tokenization'},
 }
 
 # Linear mains: long, but read from top to bottom.
-LONG_FUNCTIONS = {'eval.evaluate', 'infer.infer', 'train.train', 'precompile.train'}
+LONG_FUNCTIONS = {
+  'eval.evaluate',
+  'infer.infer',
+  'precompile.precompile',
+  'train.train',
+}
 
 
 def python_files(*folders):

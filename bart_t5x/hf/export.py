@@ -10,17 +10,17 @@ import ml_dtypes
 import numpy as np
 
 from bart_t5x import tokenization
+from bart_t5x.config import BartConfig
 from bart_t5x.hf import (
-    checkpoints,
-    configs,
-    folders,
-    mapping,
-    model_card,
-    run_config,
-    tokenizer_files,
-    weights,
+  checkpoints,
+  configs,
+  folders,
+  mapping,
+  model_card,
+  run_config,
+  tokenizer_files,
+  weights,
 )
-from bart_t5x.network import BartConfig
 
 _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 

@@ -19,6 +19,7 @@ from t5x import (
   data_iterators,
   multihost,
   preemption,
+  progress,
   restore,
   run_schedule,
 )
@@ -133,11 +134,11 @@ class Evaluations:
   def run(self, step: int) -> None:
     """Evaluates the trainer's state and runs the actions on what comes out."""
     if self._datasets:
-      self._train_eval()
+      self._train_eval(step)
     if self._evaluator is not None:
       self._infer_eval(step)
 
-  def _train_eval(self) -> None:
+  def _train_eval(self, step: int) -> None:
     trainer = self._trainer
     if not self._compiled:
       trainer.compile_eval({
@@ -148,6 +149,8 @@ class Evaluations:
     summaries = trainer.eval({
       name: eval_lib.batches_of(dataset) for name, dataset in self._datasets.items()
     })
+    for name, values in summaries.items() if multihost.is_host_0() else ():
+      logging.info('%s: %s', name, progress.summary_line(step, values))
     self._act(trainer_lib.ActionMode.TRAIN_EVAL, summaries)
 
   def _infer_eval(self, step: int) -> None:
