@@ -7,15 +7,40 @@ put into corpus.json. Nothing is computed anew.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
+import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from tensorboard.compat.proto import event_pb2
 
 Curve = list[tuple[int, float]]  # (step, value), steps rising
 
 _BLOCKS = '▁▂▃▄▅▆▇█'
+
+
+def _events(file: pathlib.Path) -> Iterator['event_pb2.Event']:
+  """The events of a file, up to where a writer stopped in mid-record.
+
+  TensorBoard's own loader would import TensorFlow, which takes longer than all the
+  rest. A record is 8 bytes of length, 4 of checksum, the content, 4 of checksum.
+  """
+  from tensorboard.compat.proto import event_pb2  # late: --help answers at once
+
+  content = file.read_bytes()
+  at = 0
+  while len(content) >= at + 12:
+    (length,) = struct.unpack_from('<Q', content, at)
+    record = content[at + 12 : at + 12 + length]
+    at += 16 + length
+    if at > len(content):
+      return
+    yield event_pb2.Event.FromString(record)
 
 
 def read_curves(folder: pathlib.Path) -> dict[str, Curve]:
@@ -24,28 +49,23 @@ def read_curves(folder: pathlib.Path) -> dict[str, Curve]:
   Raises:
     FileNotFoundError: the folder holds no events.
   """
-  # Late: importing tensorboard takes longer than --help should.
-  from tensorboard.backend.event_processing import event_accumulator
-  from tensorboard.util import tensor_util
+  from tensorboard.util import tensor_util  # late, as above
 
-  if not list(folder.glob('events.out.tfevents.*')):
+  files = sorted(folder.glob('events.out.tfevents.*'))
+  if not files:
     raise FileNotFoundError(
-        f'no TensorBoard events in {folder}: has python -m t5x.train evaluated there?'
+      f'no TensorBoard events in {folder}: has python -m t5x.train evaluated there?'
     )
-  events = event_accumulator.EventAccumulator(
-      str(folder), size_guidance={event_accumulator.TENSORS: 0}
-  )
-  events.Reload()
   curves = {}
-  for tag in events.Tags()['tensors']:
-    points = {}  # a resumed run writes a step again: the later value counts
-    for event in events.Tensors(tag):
-      value = tensor_util.make_ndarray(event.tensor_proto)
-      if value.ndim == 0 and value.dtype.kind == 'f':
-        points[event.step] = float(value)
-    if points:
-      curves[tag] = sorted(points.items())
-  return curves
+  for event in itertools.chain.from_iterable(map(_events, files)):
+    for value in event.summary.value:
+      if not value.HasField('tensor'):
+        continue
+      array = tensor_util.make_ndarray(value.tensor)
+      if array.ndim == 0 and array.dtype.kind == 'f':
+        # A resumed run writes a step again: the later value counts.
+        curves.setdefault(value.tag, {})[event.step] = float(array)
+  return {tag: sorted(points.items()) for tag, points in curves.items()}
 
 
 def sparkline(curve: Curve, width: int = 40) -> str:
@@ -104,7 +124,8 @@ def prediction_lines(path: pathlib.Path) -> list[str]:
   for row in path.read_text(encoding='utf-8').splitlines():
     result = json.loads(row)
     inputs = result['inputs'].get('inputs_pretokenized', '')
-    lines += [f'  in   {inputs}', f'  out  {result["prediction"]}', '']
+    prediction = result['prediction'].replace('\n', '⏎')  # to stay on a line
+    lines += [f'  in   {inputs}', f'  out  {prediction}', '']
   return lines
 
 
