@@ -69,7 +69,7 @@ def _restore_configs(
   own = restore.RestoreCheckpointConfig(
     path=model_dir,
     mode='latest',
-    dtype=save.dtype if save else 'float32',
+    dtype='float32',  # the run goes on in it, whatever dtype it saves in
     restore_dataset=bool(save and save.save_dataset),
     state_transformation_fns=[
       functools.partial(transform, is_resuming=True) for transform in transformations
