@@ -43,6 +43,8 @@ FOR_A_MODEL = (
     "MIXTURE_OR_TASK_NAME = 'norwegian_denoising'",
     'OPTIMIZER = None',
     'LOSS_NORMALIZING_FACTOR = None',
+    "COMPUTE_DTYPE = 'bfloat16'",
+    'DROPOUT_RATE = 0.1',
 )
 
 # Name: (vocabulary, width, heads, layers on each side, MLP width, positions).

@@ -185,6 +185,8 @@ def test_interrupted(text_file, tmp_path):
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
+      # Where the tests run in the background, a shell has it ignored for all of them.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   for line in process.stderr:
     if line.startswith('Tokenizing'):

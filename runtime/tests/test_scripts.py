@@ -13,6 +13,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
@@ -302,15 +303,17 @@ def test_two_processes_train_evaluate_save_and_resume_as_one(tmp_path):
     losses(first.splitlines())[-1], losses(alone)[-1], atol=1e-4
   )
 
-  def state(folder):
-    return train.train(
-      **tiny.train_arguments(tmp_path / folder, model=tiny.make_model(0.0))
-    )[1].state_dict()['target']
+  def params(folder):
+    saved = tmp_path / folder / 'checkpoint_10' / 'state'
+    reader = ocp.PyTreeCheckpointer()
+    tree = reader.metadata(saved).item_metadata.tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return reader.restore(saved, args=ocp.args.PyTreeRestore(tree, args))['target']
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-    state('two'),
-    state('alone'),
+    params('two'),
+    params('alone'),
   )
   metrics = tmp_path / 'two' / 'inference_eval' / 'tiny_copy-metrics.jsonl'
   assert '"step": 10' in metrics.read_text()

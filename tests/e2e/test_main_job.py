@@ -101,7 +101,7 @@ def test_train_leaves_its_files_and_learns(whole):
   training = scalars(whole / 'train')
   assert list(training) == list(range(20, STEPS + 1, 20))
   rates = scalars(whole / 'train', 'learning_rate/current')
-  assert max(rates.values()) <= 2e-3 and rates[STEPS] < rates[40]
+  assert max(rates.values()) <= 3e-3 and rates[STEPS] < rates[40]
   assert f'TRAIN_STEPS = {STEPS}' in (whole / 'config.gin').read_text()
 
 
