@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import clu.values
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from t5x import metrics as metrics_lib
@@ -401,7 +400,7 @@ class BaseTrainer(abc.ABC):
     for name, batch in batches.items():
       begun = time.perf_counter()
       leaves, structure = jax.tree.flatten(batch)
-      spec = structure, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
+      spec = structure, tuple((np.shape(x), jax.numpy.result_type(x)) for x in leaves)
       if spec not in self._programs_by_spec:
         self._programs_by_spec[spec] = self._partitioner.compile(
             self._partitioned_eval_step, state, put_on_devices(batch, self._partitioner)
