@@ -18,12 +18,12 @@ _HIDDEN_SCORE = -1e9
 
 
 def visible(
-    query_segments: Int[Array, 'b q'] | None,
-    key_segments: Int[Array, 'b k'] | None,
-    causal: bool,
-    query_length: int,
-    key_length: int,
-    first_query: Int[Array, ''] | int = 0,
+  query_segments: Int[Array, 'b q'] | None,
+  key_segments: Int[Array, 'b k'] | None,
+  causal: bool,
+  query_length: int,
+  key_length: int,
+  first_query: Int[Array, ''] | int = 0,
 ) -> Bool[Array, '_ 1 q k'] | None:
   """Which key each query may see, as [batch or 1, 1, query, key].
 
@@ -49,16 +49,16 @@ def visible(
 
 
 def plain_attention(
-    query: Float[Array, 'b q h d'],
-    key: Float[Array, 'b k h d'],
-    value: Float[Array, 'b k h d'],
-    query_segments: Int[Array, 'b q'] | None = None,
-    key_segments: Int[Array, 'b k'] | None = None,
-    *,
-    causal: bool = False,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    first_query: Int[Array, ''] | int = 0,
+  query: Float[Array, 'b q h d'],
+  key: Float[Array, 'b k h d'],
+  value: Float[Array, 'b k h d'],
+  query_segments: Int[Array, 'b q'] | None = None,
+  key_segments: Int[Array, 'b k'] | None = None,
+  *,
+  causal: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+  first_query: Int[Array, ''] | int = 0,
 ) -> Float[Array, 'b q h d']:
   """Softmax attention with all scores at once (Vaswani et al. 2017, 3.2.1).
 
@@ -82,7 +82,7 @@ def plain_attention(
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=wide)
   mask = visible(
-      query_segments, key_segments, causal, query.shape[1], key.shape[1], first_query
+    query_segments, key_segments, causal, query.shape[1], key.shape[1], first_query
   )
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.asarray(_HIDDEN_SCORE, wide))
@@ -92,16 +92,16 @@ def plain_attention(
 
 
 def chunked_attention(
-    query: Float[Array, 'b q h d'],
-    key: Float[Array, 'b k h d'],
-    value: Float[Array, 'b k h d'],
-    query_segments: Int[Array, 'b q'] | None = None,
-    key_segments: Int[Array, 'b k'] | None = None,
-    *,
-    causal: bool = False,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    chunk_length: int,
+  query: Float[Array, 'b q h d'],
+  key: Float[Array, 'b k h d'],
+  value: Float[Array, 'b k h d'],
+  query_segments: Int[Array, 'b q'] | None = None,
+  key_segments: Int[Array, 'b k'] | None = None,
+  *,
+  causal: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+  chunk_length: int,
 ) -> Float[Array, 'b q h d']:
   """The same for `chunk_length` queries at a time, in either pass.
 
@@ -166,9 +166,7 @@ def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, '...']
   row_seed, column_seed = jax.random.bits(key, (2,), jnp.uint32)
   row = jnp.zeros(shape[:-1] + (1,), jnp.uint32)
   for axis, size in enumerate(shape[:-1]):
-    row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(
-        jnp.uint32, row.shape, axis
-    )
+    row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
   column_shape = (1,) * (len(shape) - 1) + shape[-1:]
   column = jax.lax.broadcasted_iota(jnp.uint32, column_shape, len(shape) - 1)
   # Mixed apart and joined by xor: two rows then never share a shifted run of
@@ -177,7 +175,7 @@ def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, '...']
 
 
 def dropout(
-    x: Float[Array, '...'], rate: float, key: jax.Array | None
+  x: Float[Array, '...'], rate: float, key: jax.Array | None
 ) -> Float[Array, '...']:
   """Sets each element to zero with probability `rate`, scaling up the rest.
 

@@ -42,14 +42,14 @@ class _Layer(nn.Module):
     """The attention sublayer called `name`, with its residual and norm."""
     config = self.config
     attended = layers.Attention(
-        config.num_heads,
-        config.dtype,
-        config.attention_dropout_rate,
-        kernel_init(config),
-        core=_attention_core(config),
-        deterministic=self.mode.deterministic,
-        name=name,
-        **attributes,
+      config.num_heads,
+      config.dtype,
+      config.attention_dropout_rate,
+      kernel_init(config),
+      core=_attention_core(config),
+      deterministic=self.mode.deterministic,
+      name=name,
+      **attributes,
     )(query_input, key_input, *call_args)
     return self.join(name, query_input, attended)
 
@@ -57,12 +57,12 @@ class _Layer(nn.Module):
     """The feed-forward sublayer, with its residual and norm."""
     config = self.config
     changed = layers.FeedForward(
-        config.mlp_dim,
-        config.dtype,
-        config.activation_dropout_rate,
-        kernel_init(config),
-        deterministic=self.mode.deterministic,
-        name='mlp',
+      config.mlp_dim,
+      config.dtype,
+      config.activation_dropout_rate,
+      kernel_init(config),
+      deterministic=self.mode.deterministic,
+      name='mlp',
     )(x)
     return self.join('mlp', x, changed)
 
@@ -70,7 +70,7 @@ class _Layer(nn.Module):
     """Residual, then norm: BART norms after each sublayer."""
     if not self.mode.deterministic:
       change = attention.dropout(
-          change, self.config.dropout_rate, self.make_rng('dropout')
+        change, self.config.dropout_rate, self.make_rng('dropout')
       )
     norm = layers.LayerNorm(self.config.dtype, name=f'{name}_layer_norm')
     return layers.constrain_hidden(norm(before + change))
@@ -81,10 +81,10 @@ class EncoderLayer(_Layer):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'b l d'],
-      query_segments: Int[Array, 'b l'],
-      key_segments: Int[Array, 'b l'],
+    self,
+    x: Float[Array, 'b l d'],
+    query_segments: Int[Array, 'b l'],
+    key_segments: Int[Array, 'b l'],
   ) -> tuple[Float[Array, 'b l d'], None]:
     """Returns the new hidden states, and None for the scan's sake."""
     x = self.attend('self_attention', x, x, query_segments, key_segments)
@@ -96,13 +96,13 @@ class DecoderLayer(_Layer):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, 'b l d'],
-      encoded: Float[Array, 'b k d'],
-      segments: Int[Array, 'b l'] | None,
-      query_segments: Int[Array, 'b l'],
-      key_segments: Int[Array, 'b k'],
-      prefill_lengths: Int[Array, 'b'] | None,
+    self,
+    x: Float[Array, 'b l d'],
+    encoded: Float[Array, 'b k d'],
+    segments: Int[Array, 'b l'] | None,
+    query_segments: Int[Array, 'b l'],
+    key_segments: Int[Array, 'b k'],
+    prefill_lengths: Int[Array, 'b'] | None,
   ) -> tuple[Float[Array, 'b l d'], None]:
     """Returns the new hidden states, and None for the scan's sake.
 
@@ -119,7 +119,7 @@ class DecoderLayer(_Layer):
         causal=True, decode=self.mode.decode, prefill=self.mode.prefill,
     )  # fmt: skip
     x = self.attend(
-        'encoder_decoder_attention', x, encoded, query_segments, key_segments
+      'encoder_decoder_attention', x, encoded, query_segments, key_segments
     )
     return self.feed_forward(x), None
 
@@ -134,7 +134,7 @@ def _attention_core(config):
   core = attention.plain_attention
   if config.attention_impl == 'chunked':
     core = functools.partial(
-        attention.chunked_attention, chunk_length=config.attention_chunk_length
+      attention.chunked_attention, chunk_length=config.attention_chunk_length
     )
   if config.remat_policy != 'attention':
     return core
@@ -142,7 +142,7 @@ def _attention_core(config):
   def recomputed(*arrays, causal, dropout_rate, dropout_key):
     def run(dropout_key, *arrays):
       return core(
-          *arrays, causal=causal, dropout_rate=dropout_rate, dropout_key=dropout_key
+        *arrays, causal=causal, dropout_rate=dropout_rate, dropout_key=dropout_key
       )
 
     return jax.checkpoint(run)(dropout_key, *arrays)
@@ -165,26 +165,26 @@ def run_layers(layer, count, config, mode, x, *shared):
     Hidden states like x.
   """
   policies = {
-      'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-      'full': None,
+    'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    'full': None,
   }
   if config.remat_policy in policies and not (mode.decode or mode.prefill):
     layer = partitioning.remat(
-        layer,
-        # A scan already keeps the compiler from merging the two passes.
-        prevent_cse=not config.scan_layers,
-        policy=policies[config.remat_policy],
+      layer,
+      # A scan already keeps the compiler from merging the two passes.
+      prevent_cse=not config.scan_layers,
+      policy=policies[config.remat_policy],
     )
   if not config.scan_layers:
     for index in range(count):
       x, _ = layer(config, mode, name=f'layers_{index}')(x, *shared)
     return x
   stack = partitioning.scan_with_axes(
-      layer,
-      variable_axes={'params': 0, 'cache': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=(nn.broadcast,) * len(shared),
-      length=count,
-      axis_name='layers',
+    layer,
+    variable_axes={'params': 0, 'cache': 0},
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=(nn.broadcast,) * len(shared),
+    length=count,
+    axis_name='layers',
   )
   return stack(config, mode, name='layers')(x, *shared)[0]

@@ -70,28 +70,27 @@ class BartConfig:
     for name in counts:
       if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
         raise ValueError(
-            f'BartConfig.{name} must be a positive integer. '
-            f'Got: {getattr(self, name)!r}'
+          f'BartConfig.{name} must be a positive integer. Got: {getattr(self, name)!r}'
         )
     for name in ('dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(
-            f'BartConfig.{name} must be at least 0 and below 1. '
-            f'Got: {getattr(self, name)!r}'
+          f'BartConfig.{name} must be at least 0 and below 1. '
+          f'Got: {getattr(self, name)!r}'
         )
     if self.emb_dim % self.num_heads:
       raise ValueError(
-          'BartConfig.num_heads must divide emb_dim. '
-          f'Got: {self.num_heads} / {self.emb_dim}'
+        'BartConfig.num_heads must divide emb_dim. '
+        f'Got: {self.num_heads} / {self.emb_dim}'
       )
     for name, choices in (
-        ('remat_policy', _REMAT_POLICIES),
-        ('attention_impl', _ATTENTION_IMPLS),
+      ('remat_policy', _REMAT_POLICIES),
+      ('attention_impl', _ATTENTION_IMPLS),
     ):
       if getattr(self, name) not in choices:
         raise ValueError(
-            f'BartConfig.{name} must be one of {", ".join(choices)}. '
-            f'Got: {getattr(self, name)!r}'
+          f'BartConfig.{name} must be one of {", ".join(choices)}. '
+          f'Got: {getattr(self, name)!r}'
         )
 
   @property

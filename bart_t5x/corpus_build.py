@@ -96,9 +96,7 @@ def build(
     'text_sha256': kept.text_sha256,
     'splits': {name: total.summary() for name, total in totals.items()},
     'dropped': {'empty': kept.counts.empty, 'duplicates': kept.counts.duplicates},
-    'baselines': baselines(
-      totals[spool.TRAIN], totals[spool.VALIDATION], vocabulary
-    ),
+    'baselines': baselines(totals[spool.TRAIN], totals[spool.VALIDATION], vocabulary),
   }
 
 

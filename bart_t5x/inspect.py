@@ -42,22 +42,30 @@ def _parser() -> argparse.ArgumentParser:
   add('--num_examples', type=int, default=5, help='examples to show (default: 5)')
   add('--num_rows', type=int, default=3, help='packed rows to show (default: 3)')
   add(
-    '--num_summed', type=int, default=1000,
+    '--num_summed',
+    type=int,
+    default=1000,
     help='examples of which the table is made (default: 1000)',
   )
   add('--inputs_length', type=int, default=1024, help='default: 1024')
   add('--targets_length', type=int, default=1024, help='default: 1024')
   add('--seed', type=int, default=0, help='of noise and order (default: 0)')
   add(
-    '--gin_file', action='append', default=None,
+    '--gin_file',
+    action='append',
+    default=None,
     help='noise recipe, gin/noise/….gin; may be repeated (default: gin/denoising.gin)',
   )
   add(
-    '--module', action='append', default=[],
+    '--module',
+    action='append',
+    default=[],
     help='module that registers the task, beside `tasks`; may be repeated',
   )
   add(
-    '--color', choices=('auto', 'always', 'never'), default='auto',
+    '--color',
+    choices=('auto', 'always', 'never'),
+    default='auto',
     help='auto: in a terminal (default)',
   )
   return parser
@@ -163,6 +171,7 @@ def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
 
 def _runs(references, target) -> Iterator[tuple[str, list[int]]]:
   """Source tokens in runs of one kind: kept, mask or another new one."""
+
   def kind(reference):
     return 'kept' if reference > 0 else 'new'
 

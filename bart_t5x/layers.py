@@ -61,18 +61,18 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'b l i']) -> Float[Array, 'b l o']:
     kernel = partitioning.param_with_axes(
-        'kernel',
-        self.kernel_init,
-        (x.shape[-1], self.features),
-        jnp.float32,
-        axes=self.axes,
+      'kernel',
+      self.kernel_init,
+      (x.shape[-1], self.features),
+      jnp.float32,
+      axes=self.axes,
     )
     bias = partitioning.param_with_axes(
-        'bias',
-        nn.initializers.zeros_init(),
-        (self.features,),
-        jnp.float32,
-        axes=self.axes[1:],
+      'bias',
+      nn.initializers.zeros_init(),
+      (self.features,),
+      jnp.float32,
+      axes=self.axes[1:],
     )
     return jnp.dot(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
@@ -116,12 +116,12 @@ class TokenEmbedder(nn.Module):
 
   def setup(self):
     self.embedding = partitioning.param_with_axes(
-        'embedding',
-        self.embedding_init,
-        (self.rows, self.features),
-        jnp.float32,
-        axes=('vocab', 'embed'),
-        module=self,
+      'embedding',
+      self.embedding_init,
+      (self.rows, self.features),
+      jnp.float32,
+      axes=('vocab', 'embed'),
+      module=self,
     )
 
   def __call__(self, ids: Int[Array, 'b l']) -> Float[Array, 'b l d']:
@@ -159,9 +159,9 @@ class PositionEmbedder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens: Int[Array, 'b l'],
-      positions: Int[Array, 'b l'] | None = None,
+    self,
+    tokens: Int[Array, 'b l'],
+    positions: Int[Array, 'b l'] | None = None,
   ) -> Float[Array, 'b_or_1 l d']:
     """Embeds positions, 0, 1, 2 … where none are given.
 
@@ -178,21 +178,21 @@ class PositionEmbedder(nn.Module):
     batch, length = tokens.shape
     if length > self.max_positions:
       raise ValueError(
-          f'A row of {length} tokens needs as many positions, and the model has '
-          f'{self.max_positions}: shorten the rows (TASK_FEATURE_LENGTHS) or '
-          'raise BartConfig.max_positions.'
+        f'A row of {length} tokens needs as many positions, and the model has '
+        f'{self.max_positions}: shorten the rows (TASK_FEATURE_LENGTHS) or '
+        'raise BartConfig.max_positions.'
       )
     table = partitioning.param_with_axes(
-        'embedding',
-        self.embedding_init,
-        (self.max_positions + POSITION_OFFSET, self.features),
-        jnp.float32,
-        axes=('abspos_buckets', 'embed'),
+      'embedding',
+      self.embedding_init,
+      (self.max_positions + POSITION_OFFSET, self.features),
+      jnp.float32,
+      axes=('abspos_buckets', 'embed'),
     ).astype(self.dtype)
     if self.decode:
       stepping = self.has_variable('cache', 'position_embedder_index')
       index = self.variable(
-          'cache', 'position_embedder_index', jnp.zeros, (), jnp.int32
+        'cache', 'position_embedder_index', jnp.zeros, (), jnp.int32
       )
       if stepping:
         positions = per_row(index.value, batch)[:, None]
@@ -230,12 +230,12 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      query_input: Float[Array, 'b q d'],
-      key_input: Float[Array, 'b k d'],
-      query_segments: Int[Array, 'b q'] | None = None,
-      key_segments: Int[Array, 'b k'] | None = None,
-      prefill_lengths: Int[Array, 'b'] | None = None,
+    self,
+    query_input: Float[Array, 'b q d'],
+    key_input: Float[Array, 'b k d'],
+    query_segments: Int[Array, 'b q'] | None = None,
+    key_segments: Int[Array, 'b k'] | None = None,
+    prefill_lengths: Int[Array, 'b'] | None = None,
   ) -> Float[Array, 'b q d']:
     """Lets every query position gather from the key positions it may see.
 
@@ -254,7 +254,7 @@ class Attention(nn.Module):
 
     def heads(x, name):  # [b, l, d] -> [b, l, h, d / h]
       projected = Linear(
-          width, ('embed', 'joined_kv'), self.dtype, self.kernel_init, name=name
+        width, ('embed', 'joined_kv'), self.dtype, self.kernel_init, name=name
       )(x)
       split = projected.reshape(*x.shape[:2], self.num_heads, head_dim)
       return constrain(split, ('batch', 'length', 'heads', 'kv'))
@@ -281,30 +281,30 @@ class Attention(nn.Module):
     )  # fmt: skip
     mixed = constrain(mixed, ('batch', 'length', 'heads', 'kv'))
     return Linear(
-        width, ('joined_kv', 'embed'), self.dtype, self.kernel_init, name='out'
+      width, ('joined_kv', 'embed'), self.dtype, self.kernel_init, name='out'
     )(mixed.reshape(*query.shape[:2], width))
 
   def _cache(self, key, value):
     """The cache variables; made with room for the positions given."""
     return (
-        self.variable('cache', 'cached_key', jnp.zeros_like, key),
-        self.variable('cache', 'cached_value', jnp.zeros_like, value),
-        self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32),
+      self.variable('cache', 'cached_key', jnp.zeros_like, key),
+      self.variable('cache', 'cached_value', jnp.zeros_like, value),
+      self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32),
     )
 
   def _fill_cache(self, key, value, lengths):
     """Stores a prompt; what lies beyond its end is overwritten step by step."""
     if not self.has_variable('cache', 'cached_key'):
       raise ValueError(
-          'Prefilling needs a cache: call the model once with decode=True and '
-          "mutable=['cache'] first, and pass that cache in."
+        'Prefilling needs a cache: call the model once with decode=True and '
+        "mutable=['cache'] first, and pass that cache in."
       )
     cached_key, cached_value, index = self._cache(key, value)
     if cached_key.value.shape != key.shape:
       raise ValueError(
-          f'The cache has room for keys {cached_key.value.shape}, the prompt '
-          f'gives {key.shape}: batch and length must be those the cache was '
-          'made with.'
+        f'The cache has room for keys {cached_key.value.shape}, the prompt '
+        f'gives {key.shape}: batch and length must be those the cache was '
+        'made with.'
       )
     cached_key.value, cached_value.value = key, value
     index.value = lengths
@@ -318,8 +318,8 @@ class Attention(nn.Module):
     batch, length = cached_key.value.shape[:2]
     if key.shape[:2] != (batch, 1):
       raise ValueError(
-          'Cached decoding takes one position of every row at a time, '
-          f'[{batch}, 1]. Got: {list(key.shape[:2])}'
+        'Cached decoding takes one position of every row at a time, '
+        f'[{batch}, 1]. Got: {list(key.shape[:2])}'
       )
     here = per_row(index.value, batch)[:, None]
     slot = jnp.arange(length)[None]
@@ -350,13 +350,9 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b l d']) -> Float[Array, 'b l d']:
-    make = functools.partial(
-        Linear, dtype=self.dtype, kernel_init=self.kernel_init
-    )
+    make = functools.partial(Linear, dtype=self.dtype, kernel_init=self.kernel_init)
     hidden = gelu(make(self.hidden, ('embed', 'mlp'), name='wi')(x))
     if not self.deterministic:
-      hidden = attention.dropout(
-          hidden, self.dropout_rate, self.make_rng('dropout')
-      )
+      hidden = attention.dropout(hidden, self.dropout_rate, self.make_rng('dropout'))
     hidden = constrain(hidden, ('batch', 'length', 'mlp'))
     return make(x.shape[-1], ('mlp', 'embed'), name='wo')(hidden)

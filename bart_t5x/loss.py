@@ -64,15 +64,15 @@ def smoothed_target(settings: LossSettings) -> tuple[float, float, float]:
   others = settings.vocab_size - 1
   off = settings.label_smoothing / max(others, 1)
   entropy = -sum(
-      count * p * math.log(p) for count, p in ((1, on), (others, off)) if p > 0
+    count * p * math.log(p) for count, p in ((1, on), (others, off)) if p > 0
   )
   return on, off, entropy
 
 
 def token_losses(
-    logits: Float[Array, '... v'],
-    targets: Int[Array, '...'],
-    settings: LossSettings,
+  logits: Float[Array, '... v'],
+  targets: Int[Array, '...'],
+  settings: LossSettings,
 ) -> tuple[TokenLosses, Float[Array, '... v'], Float[Array, '...']]:
   """Losses of targets under logits whose padded columns are `PADDED_LOGIT`.
 
@@ -93,24 +93,24 @@ def token_losses(
     spread = settings.vocab_size * log_z - all_logits
     cross_entropy = (on - off) * likelihood + off * spread - entropy
   losses = TokenLosses(
-      cross_entropy,
-      settings.z_loss * jnp.square(log_z),
-      likelihood,
-      target_logit >= top,
+    cross_entropy,
+    settings.z_loss * jnp.square(log_z),
+    likelihood,
+    target_logit >= top,
   )
   return losses, exps, log_z
 
 
 def masked_logits(
-    hidden: Float[Array, '... d'],
-    table: Float[Array, 'v d'],
-    bias: Float[Array, 'v'],
-    vocab_size: int,
+  hidden: Float[Array, '... d'],
+  table: Float[Array, 'v d'],
+  bias: Float[Array, 'v'],
+  vocab_size: int,
 ) -> Float[Array, '... v']:
   """Logits in float32 at least, padded columns `PADDED_LOGIT`."""
   wide = jnp.promote_types(hidden.dtype, jnp.float32)
   logits = jnp.einsum(
-      '...d,vd->...v', hidden, table.astype(hidden.dtype), preferred_element_type=wide
+    '...d,vd->...v', hidden, table.astype(hidden.dtype), preferred_element_type=wide
   )
   real = jnp.arange(table.shape[0]) < vocab_size
   return jnp.where(real, logits + bias, jnp.asarray(PADDED_LOGIT, wide))
@@ -133,7 +133,7 @@ def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
   by_hidden = jnp.einsum('gbcv,vd->gbcd', by_logits, table)
   # Transposed, as [d, v]: the small factor is then the one to turn round.
   by_table = jnp.einsum(
-      'gbcd,gbcv->gdv', hidden, by_logits, preferred_element_type=exps.dtype
+    'gbcd,gbcv->gdv', hidden, by_logits, preferred_element_type=exps.dtype
   )
   return by_hidden, by_table
 
@@ -167,13 +167,13 @@ def _run(settings, with_gradients, hidden, table, bias, targets, weights):
     hidden, targets, weights = chunk
     logits = masked_logits(hidden, narrow, bias, settings.vocab_size)
     logits = partitioning.with_sharding_constraint(
-        logits, ('batch', None, 'length', 'vocab')
+      logits, ('batch', None, 'length', 'vocab')
     )
     losses, exps, log_z = token_losses(logits, targets, settings)
     if not with_gradients:
       return None, (losses, None)
     by_hidden, more = _chunk_gradients(
-        exps, log_z, hidden, narrow, targets, weights, settings
+      exps, log_z, hidden, narrow, targets, weights, settings
     )
     more = partitioning.with_sharding_constraint(more, ('batch', None, 'vocab'))
     return by_table + more, (losses, by_hidden)
@@ -184,7 +184,7 @@ def _run(settings, with_gradients, hidden, table, bias, targets, weights):
   chunks = tuple(_chunks(array, settings) for array in (hidden, targets, weights))
   by_table, outputs = jax.lax.scan(one_chunk, start, chunks)
   losses, by_hidden = jax.tree.map(
-      functools.partial(_joined, length=hidden.shape[1]), outputs
+    functools.partial(_joined, length=hidden.shape[1]), outputs
   )
   total = jnp.sum((losses.cross_entropy + losses.z_loss) * weights)
   gradients = None
@@ -195,12 +195,12 @@ def _run(settings, with_gradients, hidden, table, bias, targets, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_loss(
-    settings: LossSettings,
-    hidden: Float[Array, 'b l d'],
-    table: Float[Array, 'v d'],
-    bias: Float[Array, 'v'],
-    targets: Int[Array, 'b l'],
-    weights: Float[Array, 'b l'],
+  settings: LossSettings,
+  hidden: Float[Array, 'b l d'],
+  table: Float[Array, 'v d'],
+  bias: Float[Array, 'v'],
+  targets: Int[Array, 'b l'],
+  weights: Float[Array, 'b l'],
 ) -> tuple[Float[Array, ''], TokenLosses]:
   """Σ weight · (cross-entropy + z-loss) over targets, and the losses of each.
 

@@ -165,9 +165,7 @@ def _bag_f1(target: Sequence[str], prediction: Sequence[str]) -> float:
   return 2.0 * common / (len(target) + len(prediction))
 
 
-def translation(
-  targets: Sequence[str], predictions: Sequence[str]
-) -> dict[str, float]:
+def translation(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
   """BLEU (Papineni et al. 2002) and chrF (Popović 2015) with sacrebleu's settings.
 
   Args:

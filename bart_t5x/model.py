@@ -33,18 +33,18 @@ class BartModel(models.EncoderDecoderModel):
   FEATURE_CONVERTER_CLS = features.BartFeatureConverter
 
   def __init__(
-      self,
-      module: nn.Module,
-      input_vocabulary: 'seqio.Vocabulary',
-      output_vocabulary: 'seqio.Vocabulary',
-      optimizer_def: Any,
-      decode_fn: Callable[..., Any] = decoding.beam_search,
-      feature_converter_cls: Callable[..., 'seqio.FeatureConverter'] | None = None,
-      label_smoothing: float = 0.0,
-      z_loss: float = 0.0,
-      loss_normalizing_factor: Any = None,
-      default_decoder_params: models.DecoderParams | None = None,
-      loss_chunk_length: int | None = 64,
+    self,
+    module: nn.Module,
+    input_vocabulary: 'seqio.Vocabulary',
+    output_vocabulary: 'seqio.Vocabulary',
+    optimizer_def: Any,
+    decode_fn: Callable[..., Any] = decoding.beam_search,
+    feature_converter_cls: Callable[..., 'seqio.FeatureConverter'] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: Any = None,
+    default_decoder_params: models.DecoderParams | None = None,
+    loss_chunk_length: int | None = 64,
   ):
     """As `EncoderDecoderModel`, with one argument more.
 
@@ -69,31 +69,31 @@ class BartModel(models.EncoderDecoderModel):
         chunk length below 1.
     """
     super().__init__(
-        module=module,
-        input_vocabulary=input_vocabulary,
-        output_vocabulary=output_vocabulary,
-        optimizer_def=optimizer_def,
-        decode_fn=decode_fn,
-        feature_converter_cls=feature_converter_cls,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        loss_normalizing_factor=loss_normalizing_factor,
-        default_decoder_params=default_decoder_params,
+      module=module,
+      input_vocabulary=input_vocabulary,
+      output_vocabulary=output_vocabulary,
+      optimizer_def=optimizer_def,
+      decode_fn=decode_fn,
+      feature_converter_cls=feature_converter_cls,
+      label_smoothing=label_smoothing,
+      z_loss=z_loss,
+      loss_normalizing_factor=loss_normalizing_factor,
+      default_decoder_params=default_decoder_params,
     )
     if loss_chunk_length is not None and loss_chunk_length < 1:
       raise ValueError(
-          'BartModel.loss_chunk_length must be a positive integer or None. '
-          f'Got: {loss_chunk_length!r}'
+        'BartModel.loss_chunk_length must be a positive integer or None. '
+        f'Got: {loss_chunk_length!r}'
       )
     self._loss_chunk_length = loss_chunk_length
     for side, vocabulary in (
-        ('input', input_vocabulary),
-        ('output', output_vocabulary),
+      ('input', input_vocabulary),
+      ('output', output_vocabulary),
     ):
       _check_vocabulary(side, vocabulary, module.config.vocab_size)
 
   def loss_fn(
-      self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
+    self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
   ) -> tuple[Float[Array, ''], Metrics]:
     """The loss that is differentiated, and metrics of the batch.
 
@@ -106,7 +106,7 @@ class BartModel(models.EncoderDecoderModel):
       Σ weight · loss / `loss_normalizing_factor`, and metrics, all Σ / Σ.
     """
     factor, weights = losses.get_loss_normalizing_factor_and_weights(
-        self._loss_normalizing_factor, batch
+      self._loss_normalizing_factor, batch
     )
     targets = batch['decoder_target_tokens']
     if weights is None:
@@ -116,17 +116,17 @@ class BartModel(models.EncoderDecoderModel):
       total = total / factor
     counted = batch.get('decoder_loss_weights', weights).astype(jnp.float32)
     found = {
-        **token_metrics(tokens, counted),
-        **compatible_metrics(tokens, targets, counted, self._special_ids()),
-        **packing_metrics(batch, counted),
-        **timing_metrics(targets.shape),
+      **token_metrics(tokens, counted),
+      **compatible_metrics(tokens, targets, counted, self._special_ids()),
+      **packing_metrics(batch, counted),
+      **timing_metrics(targets.shape),
     }
     if features.DECODER_NOISED in batch:
       found |= noise_metrics(tokens, batch[features.DECODER_NOISED], counted)
     return total, found
 
   def score_batch(
-      self, params: PyTree, batch: Batch, return_intermediates: bool = False
+    self, params: PyTree, batch: Batch, return_intermediates: bool = False
   ) -> Any:
     """Log probability of each row's targets, [batch]; without full logits.
 
@@ -149,26 +149,26 @@ class BartModel(models.EncoderDecoderModel):
         )
     }  # fmt: skip
     hidden = module.apply(
-        {'params': params},
-        batch['encoder_input_tokens'],
-        batch['decoder_input_tokens'],
-        enable_dropout=dropout_rng is not None,
-        rngs=None if dropout_rng is None else {'dropout': dropout_rng},
-        method=module.hidden,
-        **optional,
+      {'params': params},
+      batch['encoder_input_tokens'],
+      batch['decoder_input_tokens'],
+      enable_dropout=dropout_rng is not None,
+      rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+      method=module.hidden,
+      **optional,
     )
     table, bias = module.apply({'params': params}, method=module.output_weights)
     settings = loss_lib.LossSettings(
-        vocab_size=module.config.vocab_size,
-        label_smoothing=self._label_smoothing,
-        z_loss=self._z_loss,
-        chunk_length=self._loss_chunk_length,
-        # A multiple of the devices along the batch, whatever the mesh: the batch
-        # divides over them.
-        groups=math.gcd(hidden.shape[0], jax.device_count()),
+      vocab_size=module.config.vocab_size,
+      label_smoothing=self._label_smoothing,
+      z_loss=self._z_loss,
+      chunk_length=self._loss_chunk_length,
+      # A multiple of the devices along the batch, whatever the mesh: the batch
+      # divides over them.
+      groups=math.gcd(hidden.shape[0], jax.device_count()),
     )
     return loss_lib.chunked_loss(
-        settings, hidden, table, bias, batch['decoder_target_tokens'], weights
+      settings, hidden, table, bias, batch['decoder_target_tokens'], weights
     )
 
   def _special_ids(self) -> tuple[int, ...]:
@@ -186,10 +186,10 @@ def _check_vocabulary(side, vocabulary, vocab_size):
     return
   if vocabulary.vocab_size != vocab_size:
     raise ValueError(
-        f'The {side} vocabulary has {vocabulary.vocab_size} ids, and '
-        f'BartConfig.vocab_size is {vocab_size}. Set '
-        f'network.BartConfig.vocab_size = {vocabulary.vocab_size}, or prepare the '
-        f'corpus again with --vocab_size={vocab_size}.'
+      f'The {side} vocabulary has {vocabulary.vocab_size} ids, and '
+      f'BartConfig.vocab_size is {vocab_size}. Set '
+      f'network.BartConfig.vocab_size = {vocabulary.vocab_size}, or prepare the '
+      f'corpus again with --vocab_size={vocab_size}.'
     )
 
 
@@ -197,28 +197,28 @@ def _check_vocabulary(side, vocabulary, vocab_size):
 
 
 def _share(
-    values: Num[Array, 'b l'] | Bool[Array, 'b l'], weights: Float[Array, 'b l']
+  values: Num[Array, 'b l'] | Bool[Array, 'b l'], weights: Float[Array, 'b l']
 ) -> clu.metrics.Average:
   """Σ weight · value / Σ weight, over all that is merged."""
   return clu.metrics.Average(total=jnp.sum(values * weights), count=jnp.sum(weights))
 
 
 def token_metrics(
-    tokens: loss_lib.TokenLosses, weights: Float[Array, 'b l']
+  tokens: loss_lib.TokenLosses, weights: Float[Array, 'b l']
 ) -> Metrics:
   """Loss, with the z-loss in it and without, and accuracy, by weighted target."""
   return {
-      'loss': _share(tokens.cross_entropy + tokens.z_loss, weights),
-      'cross_ent_loss': _share(tokens.cross_entropy, weights),
-      'z_loss': _share(tokens.z_loss, weights),
-      'accuracy': _share(tokens.correct, weights),
+    'loss': _share(tokens.cross_entropy + tokens.z_loss, weights),
+    'cross_ent_loss': _share(tokens.cross_entropy, weights),
+    'z_loss': _share(tokens.z_loss, weights),
+    'accuracy': _share(tokens.correct, weights),
   }
 
 
 def noise_metrics(
-    tokens: loss_lib.TokenLosses,
-    noised: Int[Array, 'b l'],
-    weights: Float[Array, 'b l'],
+  tokens: loss_lib.TokenLosses,
+  noised: Int[Array, 'b l'],
+  weights: Float[Array, 'b l'],
 ) -> Metrics:
   """Accuracy by what the model had to do, and what copying alone would reach.
 
@@ -233,17 +233,17 @@ def noise_metrics(
   """
   kinds = {'copied': COPIED, 'infilled': INFILLED, 'end': END}
   accuracies = {
-      f'{name}_accuracy': _share(tokens.correct, weights * (noised == code))
-      for name, code in kinds.items()
+    f'{name}_accuracy': _share(tokens.correct, weights * (noised == code))
+    for name, code in kinds.items()
   }
   return {**accuracies, 'copy_baseline_accuracy': _share(noised == COPIED, weights)}
 
 
 def compatible_metrics(
-    tokens: loss_lib.TokenLosses,
-    targets: Int[Array, 'b l'],
-    weights: Float[Array, 'b l'],
-    special_ids: tuple[int, ...],
+  tokens: loss_lib.TokenLosses,
+  targets: Int[Array, 'b l'],
+  weights: Float[Array, 'b l'],
+  special_ids: tuple[int, ...],
 ) -> Metrics:
   """Loss and accuracy as Hugging Face's Flax script for BART counts them.
 
@@ -253,29 +253,29 @@ def compatible_metrics(
   special = jnp.isin(targets, jnp.asarray(special_ids, targets.dtype))
   kept = weights * ~special
   return {
-      'hf_compat_loss': _share(tokens.negative_log_likelihood, kept),
-      'hf_compat_accuracy': _share(tokens.correct, kept),
+    'hf_compat_loss': _share(tokens.negative_log_likelihood, kept),
+    'hf_compat_accuracy': _share(tokens.correct, kept),
   }
 
 
 def packing_metrics(batch: Batch, weights: Float[Array, 'b l']) -> Metrics:
   """How full the rows are, and how many examples a step sees."""
   found = {
-      'non_padding_fraction/loss_weights': clu.metrics.Average(
-          total=jnp.sum(weights), count=jnp.asarray(weights.size)
-      )
+    'non_padding_fraction/loss_weights': clu.metrics.Average(
+      total=jnp.sum(weights), count=jnp.asarray(weights.size)
+    )
   }
   for side, tokens in (
-      ('encoder', 'encoder_input_tokens'),
-      ('decoder', 'decoder_target_tokens'),
+    ('encoder', 'encoder_input_tokens'),
+    ('decoder', 'decoder_target_tokens'),
   ):
     # Without packing each row is one example, of segment 1.
     ids = batch.get(f'{side}_segment_ids', (batch[tokens] != 0).astype(jnp.int32))
     found[f'non_padding_fraction/{side}'] = clu.metrics.Average(
-        total=jnp.sum(ids != 0), count=jnp.asarray(ids.size)
+      total=jnp.sum(ids != 0), count=jnp.asarray(ids.size)
     )
     found[f'effective_batch_size/{side}'] = metrics.AveragePerStep(
-        total=models.count_packed_examples(ids)
+      total=models.count_packed_examples(ids)
     )
   return found
 
@@ -290,11 +290,11 @@ def timing_metrics(shape: tuple[int, int]) -> Metrics:
   per_time = metrics.TimeRate.from_model_output
   devices = jax.device_count()
   return {
-      'timing/seconds': metrics.Time(),
-      'timing/seqs': metrics.Sum.from_model_output(rows),
-      'timing/seqs_per_second': per_time(numerator=rows),
-      'timing/seqs_per_second_per_core': per_time(numerator=rows / devices),
-      'timing/steps_per_second': metrics.StepsPerTime.from_model_output(),
-      'timing/target_tokens_per_second': per_time(numerator=slots),
-      'timing/target_tokens_per_second_per_core': per_time(numerator=slots / devices),
+    'timing/seconds': metrics.Time(),
+    'timing/seqs': metrics.Sum.from_model_output(rows),
+    'timing/seqs_per_second': per_time(numerator=rows),
+    'timing/seqs_per_second_per_core': per_time(numerator=rows / devices),
+    'timing/steps_per_second': metrics.StepsPerTime.from_model_output(),
+    'timing/target_tokens_per_second': per_time(numerator=slots),
+    'timing/target_tokens_per_second_per_core': per_time(numerator=slots / devices),
   }

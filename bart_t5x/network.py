@@ -6,7 +6,6 @@ the embeddings and after every sublayer, biases everywhere, exact GELU, tied
 embeddings with a constant bias on the logits.
 """
 
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -35,7 +34,7 @@ def weight_decay_mask(params: PyTree) -> PyTree:
     A tree of the same structure, of booleans.
   """
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key in ('kernel', 'embedding'), params
+    lambda path, _: path[-1].key in ('kernel', 'embedding'), params
   )
 
 
@@ -52,12 +51,12 @@ class _Stack(nn.Module):
     """Token embeddings -> what the first layer reads: + positions, norm, dropout."""
     config = self.config
     located = embedded + layers.PositionEmbedder(
-        config.max_positions,
-        config.emb_dim,
-        config.dtype,
-        blocks.kernel_init(config),
-        decode=mode.decode,
-        name='position_embedder',
+      config.max_positions,
+      config.emb_dim,
+      config.dtype,
+      blocks.kernel_init(config),
+      decode=mode.decode,
+      name='position_embedder',
     )(tokens, positions)
     x = layers.LayerNorm(config.dtype, name='embedding_layer_norm')(located)
     if not mode.deterministic:
@@ -70,19 +69,19 @@ class Encoder(_Stack):
 
   @nn.compact
   def __call__(
-      self,
-      embedded: Float[Array, 'b l d'],
-      tokens: Int[Array, 'b l'],
-      positions: Int[Array, 'b l'] | None,
-      segments: Int[Array, 'b l'] | None,
-      mode: blocks.Mode,
+    self,
+    embedded: Float[Array, 'b l d'],
+    tokens: Int[Array, 'b l'],
+    positions: Int[Array, 'b l'] | None,
+    segments: Int[Array, 'b l'] | None,
+    mode: blocks.Mode,
   ) -> Float[Array, 'b l d']:
     """Encodes; see `Transformer.encode` for the arguments."""
     x = self.start(embedded, tokens, positions, mode)
     queries, keys = _encoder_segments(tokens, segments)
     config = self.config
     return blocks.run_layers(
-        blocks.EncoderLayer, config.num_encoder_layers, config, mode, x, queries, keys
+      blocks.EncoderLayer, config.num_encoder_layers, config, mode, x, queries, keys
     )
 
 
@@ -91,15 +90,15 @@ class Decoder(_Stack):
 
   @nn.compact
   def __call__(
-      self,
-      embedded: Float[Array, 'b l d'],
-      tokens: Int[Array, 'b l'],
-      positions: Int[Array, 'b l'] | None,
-      segments: Int[Array, 'b l'] | None,
-      encoded: Float[Array, 'b k d'],
-      key_segments: Int[Array, 'b k'],
-      prefill_lengths: Int[Array, 'b'] | None,
-      mode: blocks.Mode,
+    self,
+    embedded: Float[Array, 'b l d'],
+    tokens: Int[Array, 'b l'],
+    positions: Int[Array, 'b l'] | None,
+    segments: Int[Array, 'b l'] | None,
+    encoded: Float[Array, 'b k d'],
+    key_segments: Int[Array, 'b k'],
+    prefill_lengths: Int[Array, 'b'] | None,
+    mode: blocks.Mode,
   ) -> Float[Array, 'b l d']:
     """Decodes; see `Transformer.decode` for the arguments."""
     x = self.start(embedded, tokens, positions, mode)
@@ -123,8 +122,8 @@ def _check_packing(side, segments, positions):
   """Packed rows need both: learned positions start anew in each segment."""
   if segments is not None and positions is None:
     raise ValueError(
-        f'{side}_segment_ids came without {side}_positions: the examples of a '
-        'packed row each count their positions from 0. Pass both or neither.'
+      f'{side}_segment_ids came without {side}_positions: the examples of a '
+      'packed row each count their positions from 0. Pass both or neither.'
     )
 
 
@@ -145,28 +144,28 @@ class Transformer(nn.Module):
   def setup(self):
     config = self.config
     self.token_embedder = layers.TokenEmbedder(
-        config.padded_vocab_size,
-        config.emb_dim,
-        config.dtype,
-        blocks.kernel_init(config),
+      config.padded_vocab_size,
+      config.emb_dim,
+      config.dtype,
+      blocks.kernel_init(config),
     )
     self.final_logits_bias = partitioning.param_with_axes(
-        'final_logits_bias',
-        nn.initializers.zeros_init(),
-        (config.padded_vocab_size,),
-        jnp.float32,
-        axes=('vocab',),
-        module=self,
+      'final_logits_bias',
+      nn.initializers.zeros_init(),
+      (config.padded_vocab_size,),
+      jnp.float32,
+      axes=('vocab',),
+      module=self,
     )
     self.encoder = Encoder(config)
     self.decoder = Decoder(config)
 
   def encode(
-      self,
-      encoder_input_tokens: Int[Array, 'b k'],
-      encoder_segment_ids: Int[Array, 'b k'] | None = None,
-      enable_dropout: bool = True,
-      encoder_positions: Int[Array, 'b k'] | None = None,
+    self,
+    encoder_input_tokens: Int[Array, 'b k'],
+    encoder_segment_ids: Int[Array, 'b k'] | None = None,
+    enable_dropout: bool = True,
+    encoder_positions: Int[Array, 'b k'] | None = None,
   ) -> Float[Array, 'b k d']:
     """Encodes noised tokens.
 
@@ -186,49 +185,49 @@ class Transformer(nn.Module):
     _check_packing('encoder', encoder_segment_ids, encoder_positions)
     tokens = encoder_input_tokens.astype(jnp.int32)
     return self.encoder(
-        self.token_embedder(tokens),
-        tokens,
-        encoder_positions,
-        encoder_segment_ids,
-        blocks.Mode(deterministic=not enable_dropout),
+      self.token_embedder(tokens),
+      tokens,
+      encoder_positions,
+      encoder_segment_ids,
+      blocks.Mode(deterministic=not enable_dropout),
     )
 
   def decode_hidden(
-      self,
-      encoded: Float[Array, 'b k d'],
-      encoder_input_tokens: Int[Array, 'b k'],
-      decoder_input_tokens: Int[Array, 'b l'],
-      encoder_segment_ids: Int[Array, 'b k'] | None = None,
-      decoder_segment_ids: Int[Array, 'b l'] | None = None,
-      decoder_positions: Int[Array, 'b l'] | None = None,
-      enable_dropout: bool = True,
-      decode: bool = False,
-      prefill: bool = False,
-      prefill_lengths: Int[Array, 'b'] | None = None,
+    self,
+    encoded: Float[Array, 'b k d'],
+    encoder_input_tokens: Int[Array, 'b k'],
+    decoder_input_tokens: Int[Array, 'b l'],
+    encoder_segment_ids: Int[Array, 'b k'] | None = None,
+    decoder_segment_ids: Int[Array, 'b l'] | None = None,
+    decoder_positions: Int[Array, 'b l'] | None = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    prefill: bool = False,
+    prefill_lengths: Int[Array, 'b'] | None = None,
   ) -> Float[Array, 'b l d']:
     """`decode` without its last step: the states that `project` makes logits of."""
     _check_packing('decoder', decoder_segment_ids, decoder_positions)
     if decode and encoder_segment_ids is not None:
       raise ValueError(
-          'Cached decoding takes one example a row, and encoder_segment_ids were '
-          'given: use a feature converter with pack=False.'
+        'Cached decoding takes one example a row, and encoder_segment_ids were '
+        'given: use a feature converter with pack=False.'
       )
     tokens = decoder_input_tokens.astype(jnp.int32)
     # T5X starts every decoder input with id 0 where BART starts with </s>. Real
     # padding is read as </s> too: it comes last and carries no loss weight.
     tokens = jnp.where(tokens == PAD_ID, DECODER_START_ID, tokens)
     _, key_segments = _encoder_segments(
-        encoder_input_tokens.astype(jnp.int32), encoder_segment_ids
+      encoder_input_tokens.astype(jnp.int32), encoder_segment_ids
     )
     return self.decoder(
-        self.token_embedder(tokens),
-        tokens,
-        decoder_positions,
-        decoder_segment_ids,
-        encoded,
-        key_segments,
-        prefill_lengths,
-        blocks.Mode(not enable_dropout, decode, prefill),
+      self.token_embedder(tokens),
+      tokens,
+      decoder_positions,
+      decoder_segment_ids,
+      encoded,
+      key_segments,
+      prefill_lengths,
+      blocks.Mode(not enable_dropout, decode, prefill),
     )
 
   def project(self, hidden: Float[Array, 'b l d']) -> Float[Array, 'b l v']:
@@ -245,19 +244,19 @@ class Transformer(nn.Module):
     return self.token_embedder.embedding, jax.lax.stop_gradient(self.final_logits_bias)
 
   def decode(
-      self,
-      encoded: Float[Array, 'b k d'],
-      encoder_input_tokens: Int[Array, 'b k'],
-      decoder_input_tokens: Int[Array, 'b l'],
-      decoder_target_tokens: Int[Array, 'b l'],
-      encoder_segment_ids: Int[Array, 'b k'] | None = None,
-      decoder_segment_ids: Int[Array, 'b l'] | None = None,
-      decoder_positions: Int[Array, 'b l'] | None = None,
-      enable_dropout: bool = True,
-      decode: bool = False,
-      max_decode_length: int | None = None,
-      prefill: bool = False,
-      prefill_lengths: Int[Array, 'b'] | None = None,
+    self,
+    encoded: Float[Array, 'b k d'],
+    encoder_input_tokens: Int[Array, 'b k'],
+    decoder_input_tokens: Int[Array, 'b l'],
+    decoder_target_tokens: Int[Array, 'b l'],
+    encoder_segment_ids: Int[Array, 'b k'] | None = None,
+    decoder_segment_ids: Int[Array, 'b l'] | None = None,
+    decoder_positions: Int[Array, 'b l'] | None = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    prefill: bool = False,
+    prefill_lengths: Int[Array, 'b'] | None = None,
   ) -> Float[Array, 'b l v']:
     """Decodes: all positions at once, or one with the cache, or a prompt into it.
 
@@ -286,8 +285,8 @@ class Transformer(nn.Module):
     limit = self.config.max_positions
     if max_decode_length is not None and max_decode_length > limit:
       raise ValueError(
-          f'max_decode_length must be at most BartConfig.max_positions, {limit}. '
-          f'Got: {max_decode_length}'
+        f'max_decode_length must be at most BartConfig.max_positions, {limit}. '
+        f'Got: {max_decode_length}'
       )
     return self.project(
         self.decode_hidden(
@@ -298,20 +297,20 @@ class Transformer(nn.Module):
     )  # fmt: skip
 
   def hidden(
-      self,
-      encoder_input_tokens: Int[Array, 'b k'],
-      decoder_input_tokens: Int[Array, 'b l'],
-      encoder_segment_ids: Int[Array, 'b k'] | None = None,
-      decoder_segment_ids: Int[Array, 'b l'] | None = None,
-      encoder_positions: Int[Array, 'b k'] | None = None,
-      decoder_positions: Int[Array, 'b l'] | None = None,
-      *,
-      enable_dropout: bool = True,
-      decode: bool = False,
+    self,
+    encoder_input_tokens: Int[Array, 'b k'],
+    decoder_input_tokens: Int[Array, 'b l'],
+    encoder_segment_ids: Int[Array, 'b k'] | None = None,
+    decoder_segment_ids: Int[Array, 'b l'] | None = None,
+    encoder_positions: Int[Array, 'b k'] | None = None,
+    decoder_positions: Int[Array, 'b l'] | None = None,
+    *,
+    enable_dropout: bool = True,
+    decode: bool = False,
   ) -> Float[Array, 'b l d']:
     """Encoder and decoder up to the states that `project` makes logits of."""
     encoded = self.encode(
-        encoder_input_tokens, encoder_segment_ids, enable_dropout, encoder_positions
+      encoder_input_tokens, encoder_segment_ids, enable_dropout, encoder_positions
     )
     return self.decode_hidden(
         encoded, encoder_input_tokens, decoder_input_tokens,
@@ -320,17 +319,17 @@ class Transformer(nn.Module):
     )  # fmt: skip
 
   def __call__(
-      self,
-      encoder_input_tokens: Int[Array, 'b k'],
-      decoder_input_tokens: Int[Array, 'b l'],
-      decoder_target_tokens: Int[Array, 'b l'],
-      encoder_segment_ids: Int[Array, 'b k'] | None = None,
-      decoder_segment_ids: Int[Array, 'b l'] | None = None,
-      encoder_positions: Int[Array, 'b k'] | None = None,
-      decoder_positions: Int[Array, 'b l'] | None = None,
-      *,
-      enable_dropout: bool = True,
-      decode: bool = False,
+    self,
+    encoder_input_tokens: Int[Array, 'b k'],
+    decoder_input_tokens: Int[Array, 'b l'],
+    decoder_target_tokens: Int[Array, 'b l'],
+    encoder_segment_ids: Int[Array, 'b k'] | None = None,
+    decoder_segment_ids: Int[Array, 'b l'] | None = None,
+    encoder_positions: Int[Array, 'b k'] | None = None,
+    decoder_positions: Int[Array, 'b l'] | None = None,
+    *,
+    enable_dropout: bool = True,
+    decode: bool = False,
   ) -> Float[Array, 'b l v']:
     """Logits of the targets given the inputs; see `encode` and `decode`.
 

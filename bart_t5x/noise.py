@@ -343,9 +343,7 @@ def _word_starts(
 # Token by token.
 
 
-def mask_tokens(
-  refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int
-) -> tf.Tensor:
+def mask_tokens(refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int) -> tf.Tensor:
   """Turns `ceil(ratio · n)` of the n clean tokens into masks, one by one."""
   chosen = _choose_clean(refs, seed, ratio)
   return tf.where(chosen, -mask, refs)
@@ -393,9 +391,7 @@ def _choose_clean(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
   # New tokens come last: they are never chosen.
   draws = tf.where(clean, uniform_draws(tf.size(refs), seed), -1.0)
   places = tf.math.top_k(draws, count).indices
-  hits = tf.scatter_nd(
-    places[:, tf.newaxis], tf.ones_like(places), tf.shape(refs)
-  )
+  hits = tf.scatter_nd(places[:, tf.newaxis], tf.ones_like(places), tf.shape(refs))
   return hits > 0
 
 

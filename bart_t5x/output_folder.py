@@ -71,9 +71,7 @@ def building(folder: str, overwrite: bool) -> Iterator[str]:
   try:
     os.makedirs(working, exist_ok=True)
   except OSError as e:
-    raise OSError(
-      f'Cannot write to --output_dir={folder!r}: {e.strerror or e}.'
-    ) from e
+    raise OSError(f'Cannot write to --output_dir={folder!r}: {e.strerror or e}.') from e
   with _lock(working, folder):
     try:
       _empty(working)  # what a run that was killed left

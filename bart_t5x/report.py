@@ -95,17 +95,17 @@ def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
   baselines = corpus['baselines']
   unigram = f'{baselines["unigram_loss"]:.3f}  a unigram model'
   common = (
-      f'{baselines["commonest_token_share"]:.3f}  always guessing '
-      f'{baselines["commonest_token"]!r}'
+    f'{baselines["commonest_token_share"]:.3f}  always guessing '
+    f'{baselines["commonest_token"]!r}'
   )
   rows = [
-      ('loss', 'loss (nats a token)', unigram),
-      ('accuracy', 'accuracy', ''),
-      ('infilled_accuracy', 'accuracy, infilled tokens', common),
-      ('copied_accuracy', 'accuracy, copied tokens', ''),
-      ('end_accuracy', 'accuracy, end tokens', ''),
-      ('hf_compat_loss', 'loss, without <s> and </s>', ''),
-      ('hf_compat_accuracy', 'accuracy, without <s>, </s>', ''),
+    ('loss', 'loss (nats a token)', unigram),
+    ('accuracy', 'accuracy', ''),
+    ('infilled_accuracy', 'accuracy, infilled tokens', common),
+    ('copied_accuracy', 'accuracy, copied tokens', ''),
+    ('end_accuracy', 'accuracy, end tokens', ''),
+    ('hf_compat_loss', 'loss, without <s> and </s>', ''),
+    ('hf_compat_accuracy', 'accuracy, without <s>, </s>', ''),
   ]
   lines = [f'{"held-out documents":27} {"start":>8} {"end":>8}   to compare with']
   for tag, label, comparison in rows:
@@ -131,12 +131,12 @@ def prediction_lines(path: pathlib.Path) -> list[str]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-      prog='python -m bart_t5x.report', description=__doc__.split('\n')[0]
+    prog='python -m bart_t5x.report', description=__doc__.split('\n')[0]
   )
   parser.add_argument('--model_dir', required=True, type=pathlib.Path)
   parser.add_argument('--corpus_dir', required=True, type=pathlib.Path)
   parser.add_argument(
-      '--predictions', type=pathlib.Path, help='a file that t5x.infer wrote'
+    '--predictions', type=pathlib.Path, help='a file that t5x.infer wrote'
   )
   return parser.parse_args(argv)
 

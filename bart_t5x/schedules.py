@@ -8,7 +8,7 @@ import optax
 
 @gin.configurable
 def linear_warmup_linear_decay(
-    peak: float, warmup_steps: int, total_steps: int, first_step: int = 0
+  peak: float, warmup_steps: int, total_steps: int, first_step: int = 0
 ) -> optax.Schedule:
   """A straight line up to the peak, then a straight line down to zero.
 
@@ -33,8 +33,8 @@ def linear_warmup_linear_decay(
   """
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(
-        'linear_warmup_linear_decay needs 0 <= warmup_steps < total_steps. Got: '
-        f'{warmup_steps} / {total_steps}. Set WARMUP_STEPS or TRAIN_STEPS.'
+      'linear_warmup_linear_decay needs 0 <= warmup_steps < total_steps. Got: '
+      f'{warmup_steps} / {total_steps}. Set WARMUP_STEPS or TRAIN_STEPS.'
     )
   decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
   schedule = decay
@@ -63,7 +63,7 @@ def checkpoint_step(path: str | None) -> int:
   match = re.search(r'checkpoint_(\d+)/*$', str(path))
   if match is None:
     raise ValueError(
-        'INITIAL_CHECKPOINT_PATH must name one checkpoint, whose name ends in '
-        f'checkpoint_<step>. Got: {path!r}'
+      'INITIAL_CHECKPOINT_PATH must name one checkpoint, whose name ends in '
+      f'checkpoint_<step>. Got: {path!r}'
     )
   return int(match.group(1))

@@ -102,9 +102,7 @@ def _exactly(stream, size: int) -> bytes:
   return content
 
 
-def collect(
-  texts: Iterable[str], path: str, share: float, at_least: int
-) -> Spool:
+def collect(texts: Iterable[str], path: str, share: float, at_least: int) -> Spool:
   """Reads a source to its end.
 
   Args:

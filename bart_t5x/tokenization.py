@@ -134,7 +134,6 @@ class Tokenizer:
     table[list(self.special_ids)] = True
     return table
 
-
   @functools.cached_property
   def byte_lengths(self) -> np.ndarray:
     """How many bytes of UTF-8 each token stands for: int32 [vocab_size].

@@ -134,9 +134,9 @@ def measure_ours(name, pieces, recipe, ids, repeats):
   """The noise inside tf.data, one thread, on examples that are in memory."""
   length = len(pieces[0][0])
   starts = tf.ragged.constant([s.tolist() for _, s in pieces], dtype=tf.int32)
-  memory = tf.data.Dataset.from_tensor_slices((
-    np.stack([t for t, _ in pieces]), starts, np.arange(len(pieces), dtype=np.int64)
-  ))
+  memory = tf.data.Dataset.from_tensor_slices(
+    (np.stack([t for t, _ in pieces]), starts, np.arange(len(pieces), dtype=np.int64))
+  )
   memory = memory.map(lambda tokens, starts, i: (tokens, starts[:], i)).cache()
   for _ in memory:
     pass

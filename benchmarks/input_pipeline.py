@@ -35,15 +35,23 @@ def measure(args, converter) -> None:
   lengths = {'inputs': args.length, 'targets': args.length}
   begin = time.perf_counter()
   dataset = seqio.get_dataset(
-    args.task, lengths, converter(pack=True), shuffle=True, num_epochs=None, seed=0,
-    batch_size=args.batch_size, verbose=False,
+    args.task,
+    lengths,
+    converter(pack=True),
+    shuffle=True,
+    num_epochs=None,
+    seed=0,
+    batch_size=args.batch_size,
+    verbose=False,
   )
   built = time.perf_counter()
   batches = dataset.as_numpy_iterator()
   next(batches)
   first = time.perf_counter()
-  print(f'{converter.__name__}: graph built in {built - begin:.1f} s, first batch '
-        f'{first - built:.1f} s later')
+  print(
+    f'{converter.__name__}: graph built in {built - begin:.1f} s, first batch '
+    f'{first - built:.1f} s later'
+  )
   cpu, real, inputs, slots, rows = time.process_time(), 0, 0, 0, 0
   marks = []
   while time.perf_counter() - first < args.seconds:
@@ -73,8 +81,10 @@ def main():
   parser.add_argument('--gin_file', default='gin/denoising.gin')
   args = parser.parse_args()
   gin.parse_config_file(args.gin_file)
-  print(f'wanted: {TARGET:,.0f} target tokens a second on 2 cores, rows 97 % full, '
-        'first batch within 3 s')
+  print(
+    f'wanted: {TARGET:,.0f} target tokens a second on 2 cores, rows 97 % full, '
+    'first batch within 3 s'
+  )
   for converter in (BartFeatureConverter, seqio.EncDecFeatureConverter):
     measure(args, converter)
 

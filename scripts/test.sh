@@ -19,6 +19,7 @@ if [ -n "${FULL:-}" ]; then
 fi
 
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 # A file stays on one worker, so that what it compiles is compiled once.
 exec .venv/bin/python -m pytest --numprocesses=auto --dist=loadfile --quiet \
   ${select[@]+"${select[@]}"} "$@"

@@ -18,7 +18,7 @@ from tasks.pretrain import data_root
 
 @gin.configurable(module='tasks.fill_in', denylist=['split', 'shuffle_files', 'seed'])
 def lines(
-    split: str, shuffle_files: bool = False, seed: int | None = None, path: str = ''
+  split: str, shuffle_files: bool = False, seed: int | None = None, path: str = ''
 ) -> tf.data.Dataset:
   """The lines of a file that are not empty, as examples {'inputs', 'targets'}.
 
@@ -38,8 +38,8 @@ def lines(
   del split, shuffle_files, seed
   if not path:
     raise ValueError(
-        'no input file is named. Write one sentence with <mask> a line into a file '
-        'and name it: --gin.INPUT_FILE="\'sentences.txt\'"'
+      'no input file is named. Write one sentence with <mask> a line into a file '
+      'and name it: --gin.INPUT_FILE="\'sentences.txt\'"'
     )
   if not os.path.exists(path):
     raise FileNotFoundError(f'the input file {path!r} (INPUT_FILE) does not exist')
@@ -59,19 +59,17 @@ def add_fill_in_task(name: str, corpus_dir: str) -> seqio.Task:
     The task, registered; importing needs no file.
   """
   return seqio.TaskRegistry.add(
-      name,
-      source=seqio.FunctionDataSource(dataset_fn=lines, splits=['test']),
-      preprocessors=[preprocessors.tokenize_for_bart],
-      output_features={
-          # Here `<mask>` is the token; in a corpus it would be five characters.
-          'inputs': seqio.Feature(
-              vocabularies.load_vocabulary(corpus_dir, templates=True), add_eos=True
-          ),
-          'targets': seqio.Feature(
-              vocabularies.load_vocabulary(corpus_dir), add_eos=True
-          ),
-      },
-      metric_fns=[],
+    name,
+    source=seqio.FunctionDataSource(dataset_fn=lines, splits=['test']),
+    preprocessors=[preprocessors.tokenize_for_bart],
+    output_features={
+      # Here `<mask>` is the token; in a corpus it would be five characters.
+      'inputs': seqio.Feature(
+        vocabularies.load_vocabulary(corpus_dir, templates=True), add_eos=True
+      ),
+      'targets': seqio.Feature(vocabularies.load_vocabulary(corpus_dir), add_eos=True),
+    },
+    metric_fns=[],
   )
 
 

@@ -47,7 +47,7 @@ class HubDataset:
       import datasets
     except ImportError as e:
       raise ImportError(
-        f"reading {self.path} from the Hub needs the package datasets: "
+        f'reading {self.path} from the Hub needs the package datasets: '
         "pip install 'bart-t5x[hf]'"
       ) from e
     name = self.splits.get(split, split)

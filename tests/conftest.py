@@ -8,7 +8,7 @@ import pytest
 # Before JAX is imported: the flags are read once.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -33,11 +33,17 @@ def corpus_dir(tmp_path_factory):
       sentences = [sentence() for _ in range(random.integers(1, 25))]
       f.write(f'Dokument {i}. ' + '  '.join(sentences) + '\n')
   output = folder / 'prepared'
-  code = prepare.main([
-      '--source=text', f'--input={texts}', f'--output_dir={output}',
-      '--vocab_size=380', '--num_shards=4', '--min_validation_documents=20',
+  code = prepare.main(
+    [
+      '--source=text',
+      f'--input={texts}',
+      f'--output_dir={output}',
+      '--vocab_size=380',
+      '--num_shards=4',
+      '--min_validation_documents=20',
       '--num_workers=1',
-  ])
+    ]
+  )
   assert code == 0
   return str(output)
 
@@ -73,13 +79,18 @@ def _make_run(folder, seed=0, **fields):
   corpus = folder / 'corpus'
   corpus.mkdir(parents=True)
   (corpus / 'tokenizer.json').write_bytes(
-      tokenizer_training.train('bytelevel', texts, len(texts), 301, 2)
+    tokenizer_training.train('bytelevel', texts, len(texts), 301, 2)
   )
   split = {'documents': 1234, 'tokens': 56789, 'bytes': 345678}
-  (corpus / 'corpus.json').write_text(json.dumps({
-      'source': 'test', 'license': 'CC BY 4.0: "Bjørner", Ås',
-      'splits': {'train': split, 'validation': {**split, 'documents': 7}},
-  }))
+  (corpus / 'corpus.json').write_text(
+    json.dumps(
+      {
+        'source': 'test',
+        'license': 'CC BY 4.0: "Bjørner", Ås',
+        'splits': {'train': split, 'validation': {**split, 'documents': 7}},
+      }
+    )
+  )
   fields = {
       'vocab_size': 301, 'emb_dim': 24, 'num_heads': 3, 'num_encoder_layers': 2,
       'num_decoder_layers': 3, 'mlp_dim': 40, 'max_positions': 40,
@@ -88,15 +99,17 @@ def _make_run(folder, seed=0, **fields):
   config = network.BartConfig(**fields)
   tokens = jnp.ones((1, 2), jnp.int32)
   shapes = jax.eval_shape(
-      lambda: network.Transformer(config).init(
-          jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-      )
+    lambda: network.Transformer(config).init(
+      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+    )
   )['params']
   random = np.random.default_rng(seed)
-  params = mapping.unflatten({
+  params = mapping.unflatten(
+    {
       path: _random_leaf(random, path, leaf.shape).astype(np.float32)
       for path, leaf in mapping.flatten(shapes).items()
-  })
+    }
+  )
   model_dir = folder / 'run'
   checkpoints.write_params(model_dir / 'checkpoint_0', params)
   lines = ["MIXTURE_OR_TASK_NAME = 'bjorner'", 'BATCH_SIZE = 8']
@@ -104,6 +117,9 @@ def _make_run(folder, seed=0, **fields):
   lines += ['noise.Recipe.infill_ratio = 0.3']
   (model_dir / 'config.gin').write_text('\n'.join(lines) + '\n')
   return types.SimpleNamespace(
-      model_dir=model_dir, checkpoint=model_dir / 'checkpoint_0', corpus=corpus,
-      config=config, params=params,
+    model_dir=model_dir,
+    checkpoint=model_dir / 'checkpoint_0',
+    corpus=corpus,
+    config=config,
+    params=params,
   )

@@ -43,12 +43,12 @@ def test_chunked_attention_equals_plain(chunk_length, causal):
   for given in ((segments, segments), ()):
     plain = value_and_gradients(attention.plain_attention, *given)
     chunked = value_and_gradients(
-        attention.chunked_attention, *given, chunk_length=chunk_length
+      attention.chunked_attention, *given, chunk_length=chunk_length
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6),
-        chunked,
-        plain,
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6),
+      chunked,
+      plain,
     )
 
 
@@ -57,7 +57,7 @@ def test_chunks_drop_weights_apart_from_each_other():
   q, k = np.zeros((1, 8, 1, 4), np.float32), np.zeros((1, 512, 1, 4), np.float32)
   v = np.broadcast_to(np.eye(512, dtype=np.float32)[None, :, None], (1, 512, 1, 512))
   mixed = attention.chunked_attention(
-      q, k, v, dropout_rate=0.25, dropout_key=jax.random.key(0), chunk_length=4
+    q, k, v, dropout_rate=0.25, dropout_key=jax.random.key(0), chunk_length=4
   )
   dropped = np.asarray(mixed)[0, :, 0] == 0  # [query, key]
   assert abs(dropped.mean() - 0.25) < 5 * np.sqrt(0.1875 / dropped.size)

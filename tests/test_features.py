@@ -166,9 +166,7 @@ def test_rows_close_in_turn():
     dataset(made), {'inputs': 64, 'targets': 64}, window=1, open_rows=2
   )
   got = [collections.Counter(r['targets'].tolist()) for r in rows.as_numpy_iterator()]
-  assert got == [
-    {40: 40, 0: 24}, {41: 41, 10: 10, 11: 11, 0: 2}, {42: 42, 0: 22}
-  ]
+  assert got == [{40: 40, 0: 24}, {41: 41, 10: 10, 11: 11, 0: 2}, {42: 42, 0: 22}]
 
 
 def lognormal_examples(mean, spread, count):

@@ -105,8 +105,10 @@ def test_file_to_ids_to_perfect_score(task):
     task.postprocess_fn(target, example=example, is_target=True)
     for (_, target), example in zip(texts, found, strict=True)
   ]
-  answers = [task.postprocess_fn(target, example=e, is_target=False)
-             for (_, target), e in zip(texts, found, strict=True)]
+  answers = [
+    task.postprocess_fn(target, example=e, is_target=False)
+    for (_, target), e in zip(texts, found, strict=True)
+  ]
   (metric,) = task.metric_fns
   scores = metric(targets=targets, predictions=answers)
   headline = {'norec': 'macro_f1', 'norquad': 'em', 'nb_nn': 'chrf'}
@@ -126,8 +128,15 @@ def test_every_right_answer_counts(task):
 @pytest.mark.parametrize('task', ['norne_nb'], indirect=True)
 def test_batches_as_the_model_takes_them(task):
   batches = seqio.get_dataset(
-    task.name, LENGTHS, BartFeatureConverter(pack=False), dataset_split='train',
-    shuffle=True, batch_size=2, num_epochs=None, seed=1, verbose=False,
+    task.name,
+    LENGTHS,
+    BartFeatureConverter(pack=False),
+    dataset_split='train',
+    shuffle=True,
+    batch_size=2,
+    num_epochs=None,
+    seed=1,
+    verbose=False,
   )
   batch = next(batches.as_numpy_iterator())
   assert batch['encoder_input_tokens'].shape == (2, 200)
@@ -156,8 +165,12 @@ def test_importing_needs_neither_files_nor_libraries(tmp_path):
     '  print("message:", e)\n'
   )
   run = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True,
-    env={**os.environ, 'BART_T5X_DATA': str(tmp_path)}, cwd=ROOT,
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={**os.environ, 'BART_T5X_DATA': str(tmp_path)},
+    cwd=ROOT,
   )
   assert 'modules: []' in run.stdout.splitlines()
   assert f'message: no data at {tmp_path}/finetune/norne_nb/train.' in run.stdout
@@ -271,8 +284,9 @@ def test_the_readme_task(tmp_path, corpus_dir, monkeypatch):
   runpy.run_path(str(source))
   task = seqio.get_mixture_or_task('ordklasser')
   try:
-    found = [(e['inputs_pretokenized'], e['targets_pretokenized'])
-             for e in examples(task)]
+    found = [
+      (e['inputs_pretokenized'], e['targets_pretokenized']) for e in examples(task)
+    ]
     assert found[0] == ('ordklasse: snø'.encode(), b'substantiv')
     assert len(found) == 2
     (metric,) = task.metric_fns

@@ -21,38 +21,38 @@ ROOT = pathlib.Path(__file__).parent.parent
 GIN = ROOT / 'gin'
 
 SCRIPTS = {
-    'train': train_script.train,
-    'eval': eval_script.evaluate,
-    'infer': infer_script.infer,
+  'train': train_script.train,
+  'eval': eval_script.evaluate,
+  'infer': infer_script.infer,
 }
 # Run files, the script of each, and what a user still has to name.
 RUNS = {
-    'bart_base_no': ('train', ()),
-    'bart_mini_no': ('train', ()),
-    'eval': ('eval', ("CHECKPOINT_PATH = 'run/checkpoint_1'",)),
-    'finetune': (
-        'train',
-        ("MIXTURE_OR_TASK_NAME = 'norne_nb'", "INITIAL_CHECKPOINT_PATH = ''"),
-    ),
-    'infer': ('infer', ("CHECKPOINT_PATH = 'c'", "INPUT_FILE = 'sentences.txt'")),
+  'bart_base_no': ('train', ()),
+  'bart_mini_no': ('train', ()),
+  'eval': ('eval', ("CHECKPOINT_PATH = 'run/checkpoint_1'",)),
+  'finetune': (
+    'train',
+    ("MIXTURE_OR_TASK_NAME = 'norne_nb'", "INITIAL_CHECKPOINT_PATH = ''"),
+  ),
+  'infer': ('infer', ("CHECKPOINT_PATH = 'c'", "INPUT_FILE = 'sentences.txt'")),
 }
 # Included by run files, which define what these use.
 PARTS = ('adamw', 'denoising')
 # What a run file gives to a model file.
 FOR_A_MODEL = (
-    "MIXTURE_OR_TASK_NAME = 'norwegian_denoising'",
-    'OPTIMIZER = None',
-    'LOSS_NORMALIZING_FACTOR = None',
-    "COMPUTE_DTYPE = 'bfloat16'",
-    'DROPOUT_RATE = 0.1',
+  "MIXTURE_OR_TASK_NAME = 'norwegian_denoising'",
+  'OPTIMIZER = None',
+  'LOSS_NORMALIZING_FACTOR = None',
+  "COMPUTE_DTYPE = 'bfloat16'",
+  'DROPOUT_RATE = 0.1',
 )
 
 # Name: (vocabulary, width, heads, layers on each side, MLP width, positions).
 SIZES = {
-    'tiny': (512, 32, 2, 1, 64, 64),
-    'mini': (8000, 128, 4, 2, 512, 128),
-    'base': (50265, 768, 12, 6, 3072, 1024),
-    'large': (50265, 1024, 16, 12, 4096, 1024),
+  'tiny': (512, 32, 2, 1, 64, 64),
+  'mini': (8000, 128, 4, 2, 512, 128),
+  'base': (50265, 768, 12, 6, 3072, 1024),
+  'large': (50265, 1024, 16, 12, 4096, 1024),
 }
 # Of facebook/bart-base and facebook/bart-large, without the buffer
 # `final_logits_bias`.
@@ -64,7 +64,7 @@ def clean_gin(monkeypatch):
   """The gin files call the running script `__main__`; here that is pytest."""
   for function in SCRIPTS.values():
     monkeypatch.setattr(
-        sys.modules['__main__'], function.__name__, function, raising=False
+      sys.modules['__main__'], function.__name__, function, raising=False
     )
   gin.clear_config()
   yield
@@ -76,7 +76,7 @@ def parse(*names, bindings=()):
   for function in SCRIPTS.values():
     gin.configurable(function, module='__main__')
   gin_utils.parse_gin_flags(
-      [str(ROOT), *launch.GIN_SEARCH_PATHS], [f'gin/{n}.gin' for n in names], bindings
+    [str(ROOT), *launch.GIN_SEARCH_PATHS], [f'gin/{n}.gin' for n in names], bindings
   )
 
 
@@ -94,9 +94,7 @@ def abstract_variables(config, length=8):
   """Shapes of all variables, and nothing computed."""
   tokens = jnp.ones((2, length), jnp.int32)
   module = network.Transformer(config)
-  return jax.eval_shape(
-      lambda: module.init(jax.random.key(0), tokens, tokens, tokens)
-  )
+  return jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, tokens, tokens))
 
 
 def count(tree):
@@ -131,9 +129,7 @@ def test_runs_resolve(run):
   assert partitioner.logical_axis_rules
 
 
-@pytest.mark.parametrize(
-    ('run', 'left_out'), [('eval', 0), ('infer', 0), ('infer', 1)]
-)
+@pytest.mark.parametrize(('run', 'left_out'), [('eval', 0), ('infer', 0), ('infer', 1)])
 def test_what_only_the_user_knows_is_asked_for(run, left_out):
   bindings = list(RUNS[run][1])
   name = bindings.pop(left_out).split()[0]
@@ -189,10 +185,10 @@ def test_model_dimensions(size):
   assert config.num_decoder_layers == config.num_encoder_layers
   assert config.dtype == jnp.bfloat16
   assert (
-      config.dropout_rate
-      == config.attention_dropout_rate
-      == config.activation_dropout_rate
-      == 0.1
+    config.dropout_rate
+    == config.attention_dropout_rate
+    == config.activation_dropout_rate
+    == 0.1
   )
 
 
@@ -218,7 +214,8 @@ def test_base_batch_lengths_and_periods():
   # The constant by which gradients are divided: all target slots of a batch.
   assert gin.query_parameter('%LOSS_NORMALIZING_FACTOR') == 256 * 1024
   assert gin.query_parameter('%TASK_FEATURE_LENGTHS') == {
-      'inputs': 1024, 'targets': 1024
+    'inputs': 1024,
+    'targets': 1024,
   }
   with gin.config_scope('train'):
     data = configured(utils.DatasetConfig)()
@@ -230,8 +227,8 @@ def test_base_batch_lengths_and_periods():
   save = configured(utils.SaveCheckpointConfig)()
   assert (save.period, save.save_dataset) == (2000, True)
   periods = {
-      name: gin.query_parameter(f'__main__.train.{name}')
-      for name in ('stats_period', 'eval_period')
+    name: gin.query_parameter(f'__main__.train.{name}')
+    for name in ('stats_period', 'eval_period')
   }
   assert periods == {'stats_period': 500, 'eval_period': 2000}
 
@@ -258,8 +255,8 @@ def adamw_step(params, gradients, rate, decay):
     return value - rate * (first / (np.sqrt(second) + eps) + decay * decayed * value)
 
   return {
-      name: step(params[name], gradients[name], float(name == 'kernel'))
-      for name in params
+    name: step(params[name], gradients[name], float(name == 'kernel'))
+    for name in params
   }
 
 
@@ -281,7 +278,7 @@ def test_base_optimizer_is_adamw(decay):
   wanted = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, expected, params)
   # Float32 keeps 6e-8 of the parameter.
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=2.5e-7), moved, wanted
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2.5e-7), moved, wanted
   )
 
 
@@ -298,16 +295,16 @@ def axes_used(bart, monkeypatch):
   monkeypatch.setattr(flax_partitioning, 'with_sharding_constraint', record)
   tokens = jnp.ones((8, 16), jnp.int32)
   batch = {
-      f'{name}_tokens': tokens
-      for name in ('encoder_input', 'decoder_input', 'decoder_target')
+    f'{name}_tokens': tokens
+    for name in ('encoder_input', 'decoder_input', 'decoder_target')
   }
   shapes = {name: array.shape for name, array in batch.items()}
   variables = jax.eval_shape(
-      lambda: bart.get_initial_variables(jax.random.key(0), shapes)
+    lambda: bart.get_initial_variables(jax.random.key(0), shapes)
   )
   for metadata in jax.tree.leaves(
-      variables['params_axes'],
-      is_leaf=lambda x: isinstance(x, flax_partitioning.AxisMetadata),
+    variables['params_axes'],
+    is_leaf=lambda x: isinstance(x, flax_partitioning.AxisMetadata),
   ):
     used.update(metadata.names)
   gradient = jax.grad(bart.loss_fn, has_aux=True)
@@ -318,12 +315,12 @@ def axes_used(bart, monkeypatch):
 @pytest.mark.parametrize('scan', [False, True])
 def test_base_rules_name_every_axis(scan, monkeypatch):
   parse(
-      'bart_base_no',
-      bindings=(
-          f'network.BartConfig.scan_layers = {scan}',
-          'network.BartConfig.num_encoder_layers = 2',
-          'network.BartConfig.num_decoder_layers = 2',
-      ),
+    'bart_base_no',
+    bindings=(
+      f'network.BartConfig.scan_layers = {scan}',
+      'network.BartConfig.num_encoder_layers = 2',
+      'network.BartConfig.num_decoder_layers = 2',
+    ),
   )
   partitioner = configured(partitioning.PjitPartitioner)()
   rules = dict(partitioner.logical_axis_rules)

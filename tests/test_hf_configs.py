@@ -50,18 +50,18 @@ def test_keys_that_are_absent_have_bart_s_defaults():
 
 
 @pytest.mark.parametrize(
-    ('key', 'value'),
-    [
-        ('scale_embedding', True),
-        ('normalize_before', True),
-        ('add_final_layer_norm', True),
-        ('normalize_embedding', False),
-        ('tie_word_embeddings', False),
-        ('activation_function', 'relu'),
-        ('static_position_embeddings', True),
-        ('pad_token_id', 0),
-        ('decoder_start_token_id', 0),
-    ],
+  ('key', 'value'),
+  [
+    ('scale_embedding', True),
+    ('normalize_before', True),
+    ('add_final_layer_norm', True),
+    ('normalize_embedding', False),
+    ('tie_word_embeddings', False),
+    ('activation_function', 'relu'),
+    ('static_position_embeddings', True),
+    ('pad_token_id', 0),
+    ('decoder_start_token_id', 0),
+  ],
 )
 def test_variants_are_refused_with_the_reason(key, value):
   with pytest.raises(ValueError, match=f'{key} = {value!r}, BART has'):
@@ -81,7 +81,7 @@ def test_sides_must_agree(key):
 
 
 @pytest.mark.parametrize(
-    'key', ['vocab_size', 'd_model', 'encoder_attention_heads', 'decoder_ffn_dim']
+  'key', ['vocab_size', 'd_model', 'encoder_attention_heads', 'decoder_ffn_dim']
 )
 def test_half_a_config_is_refused(key):
   hf = hf_config()

@@ -88,21 +88,21 @@ def test_the_card(run, tmp_path):
   assert front['language'] == 'no' and front['license'] == 'cc-by-4.0'
   assert front['library_name'] == 'transformers' and 'bart' in front['tags']
   parameters = sum(
-      leaf.size for leaf in mapping.to_hf(run.params, 301, 'flax').values()
+    leaf.size for leaf in mapping.to_hf(run.params, 301, 'flax').values()
   )
   for line in (
-      '# norbart',
-      f'| parameters | {parameters - 301:,} |',
-      '| layers | 2 + 3 |',
-      '| licence | CC BY 4.0: "Bjørner", Ås |',
-      '| train, documents | 1,234 |',
-      '| train, tokens | 56,789 |',
-      '| validation, documents | 7 |',
-      '| BATCH_SIZE | 8 |',
-      '| noise: infill_ratio | 0.3 |',
-      "BartForConditionalGeneration.from_pretrained('norbart')",
-      "FlaxBartForConditionalGeneration.from_pretrained('norbart')",
-      'python -m bart_t5x.hf.convert export --checkpoint=',
+    '# norbart',
+    f'| parameters | {parameters - 301:,} |',
+    '| layers | 2 + 3 |',
+    '| licence | CC BY 4.0: "Bjørner", Ås |',
+    '| train, documents | 1,234 |',
+    '| train, tokens | 56,789 |',
+    '| validation, documents | 7 |',
+    '| BATCH_SIZE | 8 |',
+    '| noise: infill_ratio | 0.3 |',
+    "BartForConditionalGeneration.from_pretrained('norbart')",
+    "FlaxBartForConditionalGeneration.from_pretrained('norbart')",
+    'python -m bart_t5x.hf.convert export --checkpoint=',
   ):
     assert line in text
 
@@ -122,9 +122,9 @@ def test_metrics_are_those_of_the_checkpoint_s_step(run, tmp_path, monkeypatch):
 
   (run.model_dir / 'training_eval/bjorner').mkdir(parents=True)
   curves = {
-      'eval/accuracy': [(0, 0.125), (50, 0.5), (100, 0.75)],
-      'eval/loss': [(100, 1.0)],
-      'eval/timing/seconds': [(0, 3.0)],
+    'eval/accuracy': [(0, 0.125), (50, 0.5), (100, 0.75)],
+    'eval/loss': [(100, 1.0)],
+    'eval/timing/seconds': [(0, 3.0)],
   }
   monkeypatch.setattr(report, 'read_curves', lambda folder: curves)
   assert model_card.run_metrics(run.model_dir, 99) == {'eval/accuracy': 0.5}
@@ -145,7 +145,7 @@ def test_what_is_there_is_not_replaced_unless_asked(run, tmp_path, capsys):
 
 
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(
-    run, tmp_path, monkeypatch, capsys
+  run, tmp_path, monkeypatch, capsys
 ):
   parent = tmp_path / 'parent'
   (parent / 'out').mkdir(parents=True)
@@ -181,16 +181,16 @@ def damaged(run):
 
 
 FAULTS = {
-    'has 301 ids, the model 300': other_vocabulary,
-    'binds no network.BartConfig.vocab_size': other_model,
-    'binds num_experts of BartConfig': newer_config,
-    'cannot be read': damaged,
-    'no tokenizer in': lambda run: (run.corpus / 'tokenizer.json').unlink(),
-    'reads the shape of the model': lambda run: (run.model_dir / 'config.gin').unlink(),
-    'There are: checkpoint_0': lambda run: setattr(
-        run, 'checkpoint', run.model_dir / 'checkpoint_7'
-    ),
-    'names no checkpoint': lambda run: setattr(run, 'checkpoint', run.model_dir),
+  'has 301 ids, the model 300': other_vocabulary,
+  'binds no network.BartConfig.vocab_size': other_model,
+  'binds num_experts of BartConfig': newer_config,
+  'cannot be read': damaged,
+  'no tokenizer in': lambda run: (run.corpus / 'tokenizer.json').unlink(),
+  'reads the shape of the model': lambda run: (run.model_dir / 'config.gin').unlink(),
+  'There are: checkpoint_0': lambda run: setattr(
+    run, 'checkpoint', run.model_dir / 'checkpoint_7'
+  ),
+  'names no checkpoint': lambda run: setattr(run, 'checkpoint', run.model_dir),
 }
 
 

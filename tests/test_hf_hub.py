@@ -44,7 +44,7 @@ class FakeHub:
         fake.requests.append((self.command, self.path))
         time.sleep(fake.delay)
         status, headers, content = fake.answer(
-            self.command, self.path.partition('?')[0], self.headers, body
+          self.command, self.path.partition('?')[0], self.headers, body
         )
         self.send_response(status)
         for name, value in {**headers, 'Content-Length': len(content)}.items():
@@ -61,17 +61,17 @@ class FakeHub:
 
   def answer(self, method, path, headers, body):
     for pattern, step in (
-        (r'/api/whoami-v2', self.whoami),
-        (r'/api/repos/create', self.create),
-        (r'/api/validate-yaml', self.validate),
-        (r'/api/models/(.+)/branch/(.+)', self.branch),
-        (r'/api/models/(.+)/preupload/(.+)', self.preupload),
-        (r'/(.+)\.git/info/lfs/objects/batch', self.batch),
-        (r'/lfs/(.+)', self.upload),
-        (r'/api/models/(.+)/commit/(.+)', self.commit),
-        (r'/api/models/([^/]+/[^/]+)(?:/revision/(.+))?', self.info),
-        (r'/api/models/(.+)/tree/(.+)', self.tree),
-        (r'/(.+)/resolve/([^/]+)/(.+)', self.resolve),
+      (r'/api/whoami-v2', self.whoami),
+      (r'/api/repos/create', self.create),
+      (r'/api/validate-yaml', self.validate),
+      (r'/api/models/(.+)/branch/(.+)', self.branch),
+      (r'/api/models/(.+)/preupload/(.+)', self.preupload),
+      (r'/(.+)\.git/info/lfs/objects/batch', self.batch),
+      (r'/lfs/(.+)', self.upload),
+      (r'/api/models/(.+)/commit/(.+)', self.commit),
+      (r'/api/models/([^/]+/[^/]+)(?:/revision/(.+))?', self.info),
+      (r'/api/models/(.+)/tree/(.+)', self.tree),
+      (r'/(.+)/resolve/([^/]+)/(.+)', self.resolve),
     ):
       if match := re.fullmatch(pattern, path):
         if status := self.fail.get(step.__name__):
@@ -123,8 +123,8 @@ class FakeHub:
 
   def batch(self, repo, body):
     objects = [
-        {**o, 'actions': {'upload': {'href': f'{self.url}/lfs/{o["oid"]}'}}}
-        for o in json.loads(body)['objects']
+      {**o, 'actions': {'upload': {'href': f'{self.url}/lfs/{o["oid"]}'}}}
+      for o in json.loads(body)['objects']
     ]
     return self.json({'transfer': 'basic', 'objects': objects})
 
@@ -196,10 +196,10 @@ def server(monkeypatch, tmp_path):
 
 
 FILES = {
-    'config.json': b'{}',
-    'README.md': 'Bjørn'.encode(),
-    'model.safetensors': bytes(range(256)) * 40,
-    'flax_model.msgpack': b'\x80' * 999,
+  'config.json': b'{}',
+  'README.md': 'Bjørn'.encode(),
+  'model.safetensors': bytes(range(256)) * 40,
+  'flax_model.msgpack': b'\x80' * 999,
 }
 
 
@@ -244,9 +244,7 @@ def test_logs_go_along_where_asked(server, folder, tmp_path):
   assert server.repos['ola/norbart']['branches']['main'] == {**FILES, name: b'events'}
 
 
-@pytest.mark.parametrize(
-    'step', ['create', 'preupload', 'batch', 'upload', 'commit']
-)
+@pytest.mark.parametrize('step', ['create', 'preupload', 'batch', 'upload', 'commit'])
 @pytest.mark.parametrize('status', [403, 500])
 def test_a_failure_shows_nothing_of_the_model(server, folder, step, status):
   server.fail[step] = status
@@ -316,7 +314,7 @@ def test_export_pushes_and_import_fetches(server, make_run, tmp_path, capsys):
 
 
 def test_a_wrong_token_stops_an_export_before_it_begins(
-    server, make_run, tmp_path, capsys, monkeypatch
+  server, make_run, tmp_path, capsys, monkeypatch
 ):
   run = make_run(tmp_path / 'trained')
   monkeypatch.setenv('HF_TOKEN', 'hf_wrongwrongwrong')

@@ -9,12 +9,12 @@ import pytest
 
 from bart_t5x import network
 from bart_t5x.hf import (
-    checkpoints,
-    convert,
-    import_model,
-    mapping,
-    run_config,
-    weights,
+  checkpoints,
+  convert,
+  import_model,
+  mapping,
+  run_config,
+  weights,
 )
 from bart_t5x.hf import export as export_module
 
@@ -61,8 +61,8 @@ def test_the_folder(run, model, tmp_path, capsys):
   assert f'imported {model} to {output}' in capsys.readouterr().out
   # Without the padding, every parameter is the one that was exported.
   assert_same(
-      mapping.unflatten(mapping.to_hf(params, 301, 'torch'), '.'),
-      mapping.unflatten(mapping.to_hf(run.params, 301, 'torch'), '.'),
+    mapping.unflatten(mapping.to_hf(params, 301, 'torch'), '.'),
+    mapping.unflatten(mapping.to_hf(run.params, 301, 'torch'), '.'),
   )
   assert params['token_embedder']['embedding'].shape[0] == 384
   assert not params['token_embedder']['embedding'][301:].any()
@@ -115,9 +115,9 @@ def test_gin_reads_the_file(model, tmp_path):
 
 def without_head(tensors):
   return {
-      name.removeprefix('model.'): w
-      for name, w in tensors.items()
-      if name != 'final_logits_bias'
+    name.removeprefix('model.'): w
+    for name, w in tensors.items()
+    if name != 'final_logits_bias'
   }
 
 
@@ -131,8 +131,8 @@ def test_a_model_saved_without_its_head(run, model, tmp_path):
   params = imported(model, tmp_path / 'in')
   assert not params['final_logits_bias'].any()
   np.testing.assert_array_equal(
-      params['token_embedder']['embedding'][:301],
-      run.params['token_embedder']['embedding'][:301],
+    params['token_embedder']['embedding'][:301],
+    run.params['token_embedder']['embedding'][:301],
   )
 
 
@@ -149,9 +149,7 @@ def test_leftovers_and_tied_names_of_old_files(run, model, tmp_path):
 def test_flax_weights(run, model, tmp_path):
   expected = imported(model, tmp_path / 'torch')
   (model / weights.SAFETENSORS).unlink()
-  weights.write_msgpack(
-      model / weights.MSGPACK, mapping.to_hf(run.params, 301, 'flax')
-  )
+  weights.write_msgpack(model / weights.MSGPACK, mapping.to_hf(run.params, 301, 'flax'))
   assert_same(imported(model, tmp_path / 'flax'), expected)
 
 
@@ -181,12 +179,12 @@ def no_layers(tensors):
 
 
 WRONG_WEIGHTS = {
-    'has several token tables': untied,
-    'Missing 1: .*layers.2.fc1.bias': lacking,
-    'unexpected 1: .*encoder.layer_norm': pre_norm,
-    r'mlp/wi/bias is \(41,\), config.json asks for \(40,\)': misshapen,
-    'vocab_size = 301, the token table 302 rows': wide,
-    'do not fit config.json in': no_layers,
+  'has several token tables': untied,
+  'Missing 1: .*layers.2.fc1.bias': lacking,
+  'unexpected 1: .*encoder.layer_norm': pre_norm,
+  r'mlp/wi/bias is \(41,\), config.json asks for \(40,\)': misshapen,
+  'vocab_size = 301, the token table 302 rows': wide,
+  'do not fit config.json in': no_layers,
 }
 
 
@@ -216,20 +214,20 @@ def other_tokenizer(model):
 
 
 FAULTS = {
-    'model_type \'mbart\'. Only "bart"': change_config(model_type='mbart'),
-    'scale_embedding = True': change_config(scale_embedding=True),
-    'num_heads must divide emb_dim': change_config(
-        encoder_attention_heads=5, decoder_attention_heads=5
-    ),
-    'has 301 ids, the model 300': change_config(vocab_size=300),
-    'holds no config.json': lambda model: (model / 'config.json').unlink(),
-    'config.json is damaged': lambda model: (model / 'config.json').write_text('{'),
-    'holds no tokenizer.json': lambda model: (model / 'tokenizer.json').unlink(),
-    'is no byte-level BPE': other_tokenizer,
-    'holds no weights': lambda model: (model / weights.SAFETENSORS).unlink(),
-    'damaged or truncated': lambda model: (model / weights.SAFETENSORS).write_bytes(
-        (model / weights.SAFETENSORS).read_bytes()[:-1]
-    ),
+  'model_type \'mbart\'. Only "bart"': change_config(model_type='mbart'),
+  'scale_embedding = True': change_config(scale_embedding=True),
+  'num_heads must divide emb_dim': change_config(
+    encoder_attention_heads=5, decoder_attention_heads=5
+  ),
+  'has 301 ids, the model 300': change_config(vocab_size=300),
+  'holds no config.json': lambda model: (model / 'config.json').unlink(),
+  'config.json is damaged': lambda model: (model / 'config.json').write_text('{'),
+  'holds no tokenizer.json': lambda model: (model / 'tokenizer.json').unlink(),
+  'is no byte-level BPE': other_tokenizer,
+  'holds no weights': lambda model: (model / weights.SAFETENSORS).unlink(),
+  'damaged or truncated': lambda model: (model / weights.SAFETENSORS).write_bytes(
+    (model / weights.SAFETENSORS).read_bytes()[:-1]
+  ),
 }
 
 
@@ -274,27 +272,27 @@ def test_the_runtime_restores_it(run, model, tmp_path, optimizer):
   def init(rng, input_shapes, input_types):
     tokens = np.ones(input_shapes['encoder_input_tokens'], np.int32)
     return network.Transformer(config).init(
-        rng, tokens, tokens, tokens, enable_dropout=False
+      rng, tokens, tokens, tokens, enable_dropout=False
     )
 
   initializer = restore.TrainStateInitializer(
-      optimizers.adamw(1e-3) if optimizer else None,
-      init,
-      {'encoder_input_tokens': (8, 4)},
-      partitioning.PjitPartitioner(num_partitions=1),
+    optimizers.adamw(1e-3) if optimizer else None,
+    init,
+    {'encoder_input_tokens': (8, 4)},
+    partitioning.PjitPartitioner(num_partitions=1),
   )
   state = initializer.from_checkpoint(
-      [
-          checkpoint_configs.RestoreCheckpointConfig(
-              path=str(tmp_path / 'in/checkpoint_0'), mode='specific', strict=False
-          )
-      ],
-      init_rng=jax.random.PRNGKey(0),
+    [
+      checkpoint_configs.RestoreCheckpointConfig(
+        path=str(tmp_path / 'in/checkpoint_0'), mode='specific', strict=False
+      )
+    ],
+    init_rng=jax.random.PRNGKey(0),
   )
   assert int(state.step) == 0
   assert_same(flax.core.unfreeze(jax.device_get(state.params)), params)
   moments = flax.traverse_util.flatten_dict(
-      flax.core.unfreeze(state.state_dict()['state'].get('param_states') or {})
+    flax.core.unfreeze(state.state_dict()['state'].get('param_states') or {})
   )
   assert bool(moments) == optimizer
   assert not any(np.asarray(leaf).any() for leaf in moments.values())

@@ -17,13 +17,13 @@ def _params(scan_layers=False, seed=0):
   )  # fmt: skip
   tokens = jnp.ones((1, 2), jnp.int32)
   shapes = jax.eval_shape(
-      lambda: network.Transformer(config).init(
-          jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-      )
+    lambda: network.Transformer(config).init(
+      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+    )
   )['params']
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-      lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes
+    lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes
   )
 
 
@@ -38,7 +38,7 @@ def test_there_and_back(framework, scan_layers):
   params = _params(scan_layers)
   tensors = mapping.to_hf(params, 11, framework)
   back = mapping.from_hf(
-      tensors, framework, padded_vocab_size=16, scan_layers=scan_layers
+    tensors, framework, padded_vocab_size=16, scan_layers=scan_layers
   )
   # The five rows of padding come back as zeros, all else as it was.
   params['token_embedder']['embedding'][11:] = 0
@@ -52,7 +52,7 @@ def test_more_than_ten_layers_keep_their_order():
   stacked = mapping.stack_layers(params)
   bias = stacked['decoder']['layers']['mlp']['wi']['bias']
   np.testing.assert_array_equal(
-      bias[10], params['decoder']['layers_10']['mlp']['wi']['bias']
+    bias[10], params['decoder']['layers_10']['mlp']['wi']['bias']
   )
 
 
@@ -64,7 +64,7 @@ def test_pad_and_bos_trade_places():
   assert exported.shape == (11, 4)
   # Rows go where the tokenizer's border sends their ids.
   np.testing.assert_array_equal(
-      exported[tokenization.to_hf_ids(np.arange(11))], table[:11]
+    exported[tokenization.to_hf_ids(np.arange(11))], table[:11]
   )
   np.testing.assert_array_equal(exported[0], table[1])  # <s>
   np.testing.assert_array_equal(exported[1], table[0])  # padding
@@ -100,7 +100,7 @@ def test_torch_aliases_may_be_there():
 def test_wrong_tensors_are_named():
   tensors = mapping.to_hf(_params(), 11, 'flax')
   tensors['model.encoder.layers.0.fc3.bias'] = tensors.pop(
-      'model.encoder.layers.0.fc2.bias'
+    'model.encoder.layers.0.fc2.bias'
   )
   with pytest.raises(ValueError, match=r'Missing 1: .*fc2\.bias.*unexpected 1: .*fc3'):
     mapping.from_hf(tensors, 'flax')

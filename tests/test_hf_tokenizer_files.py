@@ -13,9 +13,7 @@ TEXTS = [f'Ås har {i} bjørner, og {i * 3} går på ski.' for i in range(200)]
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
   path = tmp_path_factory.mktemp('corpus') / 'tokenizer.json'
-  path.write_bytes(
-      tokenizer_training.train('bytelevel', TEXTS, len(TEXTS), 300, 2)
-  )
+  path.write_bytes(tokenizer_training.train('bytelevel', TEXTS, len(TEXTS), 300, 2))
   return path
 
 

@@ -15,10 +15,10 @@ import pytest
 from bart_t5x.hf import torch_files
 
 STATE = {
-    'weight': np.arange(6, dtype=np.float32).reshape(2, 3),
-    'half': np.array([1.5, -2], np.float16),
-    'brain': np.array([[0.5], [3]], ml_dtypes.bfloat16),
-    'count': np.array(7, np.int64),
+  'weight': np.arange(6, dtype=np.float32).reshape(2, 3),
+  'half': np.array([1.5, -2], np.float16),
+  'brain': np.array([[0.5], [3]], ml_dtypes.bfloat16),
+  'count': np.array(7, np.int64),
 }
 STORAGES = {
     'float32': 'FloatStorage', 'float16': 'HalfStorage',
@@ -80,7 +80,7 @@ def pickled(tree):
 
 def tree_of(state):
   return collections.OrderedDict(
-      (name, Saved(array, str(i))) for i, (name, array) in enumerate(state.items())
+    (name, Saved(array, str(i))) for i, (name, array) in enumerate(state.items())
   )
 
 

@@ -10,10 +10,10 @@ import safetensors.numpy
 from bart_t5x.hf import weights
 
 STATE = {
-    'model.shared.weight': np.arange(12, dtype=np.float32).reshape(3, 4),
-    'model.encoder.layers.0.fc1.weight': np.arange(6, dtype=np.float32).reshape(2, 3).T,
-    'model.encoder.layers.10.fc1.bias': np.array([1, 2], ml_dtypes.bfloat16),
-    'final_logits_bias': np.ones((1, 3), np.float32),
+  'model.shared.weight': np.arange(12, dtype=np.float32).reshape(3, 4),
+  'model.encoder.layers.0.fc1.weight': np.arange(6, dtype=np.float32).reshape(2, 3).T,
+  'model.encoder.layers.10.fc1.bias': np.array([1, 2], ml_dtypes.bfloat16),
+  'final_logits_bias': np.ones((1, 3), np.float32),
 }
 
 
@@ -61,7 +61,7 @@ def shard(folder):
   for i, part in enumerate((names[:2], names[2:]), start=1):
     file = f'model-{i:05}-of-00002.safetensors'
     safetensors.numpy.save_file(
-        {name: np.ascontiguousarray(STATE[name]) for name in part}, folder / file
+      {name: np.ascontiguousarray(STATE[name]) for name in part}, folder / file
     )
     where |= dict.fromkeys(part, file)
   index = folder / 'model.safetensors.index.json'

@@ -41,10 +41,15 @@ def tasks_to_look_at(corpus_dir):
 
 
 def inspected(capsys, *args, task='inspect_test'):
-  code = inspect.main([
-    f'--task={task}', '--inputs_length=64', '--targets_length=64', '--num_summed=100',
-    *args,
-  ])
+  code = inspect.main(
+    [
+      f'--task={task}',
+      '--inputs_length=64',
+      '--targets_length=64',
+      '--num_summed=100',
+      *args,
+    ]
+  )
   return (code, *capsys.readouterr())
 
 

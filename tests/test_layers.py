@@ -27,7 +27,7 @@ def test_layer_norm_is_the_formula_with_epsilon_1e_5():
   x = np.random.default_rng(0).normal(0.1, 1e-2, (2, 3, 8)).astype(np.float32)
   scale, bias = np.linspace(0.5, 2, 8), np.linspace(-1, 1, 8)
   got = layers.LayerNorm(jnp.float32).apply(
-      {'params': {'scale': scale, 'bias': bias}}, x
+    {'params': {'scale': scale, 'bias': bias}}, x
   )
   x = x.astype(np.float64)
   spread = np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -66,7 +66,7 @@ def test_positions_count_steps_in_the_cache():
   _, cache = module.apply(params, np.ones((2, 4), int), mutable=['cache'])
   for step in range(3):
     got, cache = module.apply(
-        {**params, **cache}, np.ones((2, 1), int), mutable=['cache']
+      {**params, **cache}, np.ones((2, 1), int), mutable=['cache']
     )
     np.testing.assert_array_equal(got, np.broadcast_to(TABLE[2 + step], (2, 1, 3)))
 
@@ -84,8 +84,8 @@ def test_unknown_ids_embed_as_nan():
 
 
 @pytest.mark.parametrize(
-    ('index', 'wanted'),
-    [(5, [5] * 4), ([1, 2], [1, 1, 2, 2]), ([[1, 2], [3, 4]], [1, 2, 3, 4])],
+  ('index', 'wanted'),
+  [(5, [5] * 4), ([1, 2], [1, 1, 2, 2]), ([[1, 2], [3, 4]], [1, 2, 3, 4])],
 )
 def test_indices_spread_over_beams(index, wanted):
   np.testing.assert_array_equal(layers.per_row(jnp.asarray(index), 4), wanted)
@@ -110,7 +110,7 @@ def test_a_prompt_needs_a_cache_of_its_own_shape():
   module, lengths = _attention(causal=True, prefill=True), np.array([1, 1])
   with pytest.raises(ValueError, match='needs a cache'):
     module.apply(
-        {'params': variables['params']}, x, x, None, None, lengths, mutable=['cache']
+      {'params': variables['params']}, x, x, None, None, lengths, mutable=['cache']
     )
   shorter = x[:, :3]
   with pytest.raises(ValueError, match=r'room for keys \(2, 4, 2, 3\)'):
@@ -127,8 +127,8 @@ def test_attention_is_the_formula():
   heads = []
   for head in (slice(0, 3), slice(3, 6)):
     q, k, v = (
-        x @ params[name]['kernel'][:, head] + params[name]['bias'][head]
-        for name, x in (('query', queries), ('key', keys), ('value', keys))
+      x @ params[name]['kernel'][:, head] + params[name]['bias'][head]
+      for name, x in (('query', queries), ('key', keys), ('value', keys))
     )
     scores = np.exp((q / math.sqrt(3)) @ k.transpose(0, 2, 1))
     heads.append(scores / scores.sum(-1, keepdims=True) @ v)

@@ -49,9 +49,9 @@ def _with_gradients(function, settings, arrays, factor=1.0):
 
 
 SETTINGS = [
-    loss.LossSettings(REAL, smoothing, z_loss, chunk, groups)
-    for smoothing, z_loss in ((0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-2))
-    for chunk, groups in ((None, 1), (1, 1), (3, 2), (7, 4), (100, 1))
+  loss.LossSettings(REAL, smoothing, z_loss, chunk, groups)
+  for smoothing, z_loss in ((0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-2))
+  for chunk, groups in ((None, 1), (1, 1), (3, 2), (7, 4), (100, 1))
 ]
 
 
@@ -60,10 +60,10 @@ def test_equals_the_plain_loss_in_float64(settings):
   with jax.enable_x64(True):
     arrays = _arrays(np.float64)
     (total, tokens), gradients = _with_gradients(
-        loss.chunked_loss, settings, arrays, 0.25
+      loss.chunked_loss, settings, arrays, 0.25
     )
     (plain_total, plain_tokens), plain_gradients = _with_gradients(
-        _plain, settings, arrays, 0.25
+      _plain, settings, arrays, 0.25
     )
     assert total.dtype == jnp.float64
     np.testing.assert_allclose(total, plain_total, rtol=1e-13)
@@ -78,7 +78,7 @@ def test_equals_the_plain_loss_in_float32(settings):
   arrays = _arrays(np.float32)
   (total, tokens), gradients = _with_gradients(loss.chunked_loss, settings, arrays)
   (plain_total, plain_tokens), plain_gradients = _with_gradients(
-      _plain, settings, arrays
+    _plain, settings, arrays
   )
   np.testing.assert_allclose(total, plain_total, rtol=1e-6)
   np.testing.assert_array_equal(tokens.correct, plain_tokens.correct)
@@ -91,9 +91,7 @@ def test_evaluation_gives_the_same_numbers_as_training():
   arrays = _arrays(np.float32)
   alone = loss.chunked_loss(settings, *arrays)
   trained, _ = _with_gradients(loss.chunked_loss, settings, arrays)
-  jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), alone, trained
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), alone, trained)
 
 
 def test_padded_rows_are_never_predicted_and_never_trained():
@@ -124,7 +122,7 @@ def test_bfloat16_products_keep_float32_sums():
   hidden, table, *rest = _arrays(np.float32)
   hidden = jnp.asarray(hidden, jnp.bfloat16)
   (total, _), (by_hidden, by_table) = _with_gradients(
-      loss.chunked_loss, settings, (hidden, table, *rest)
+    loss.chunked_loss, settings, (hidden, table, *rest)
   )
   (plain, _), _ = _with_gradients(_plain, settings, _arrays(np.float32))
   assert total.dtype == jnp.float32
@@ -139,9 +137,7 @@ def test_logits_never_exist_whole():
   dtypes = [jnp.float32] * 3 + [jnp.int32, jnp.float32]
   arguments = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
   lowered = jax.jit(
-      jax.value_and_grad(
-          lambda *a: loss.chunked_loss(settings, *a)[0], argnums=(0, 1)
-      )
+    jax.value_and_grad(lambda *a: loss.chunked_loss(settings, *a)[0], argnums=(0, 1))
   ).lower(*arguments)
   memory = lowered.compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4 * 16 * 1024 * 4

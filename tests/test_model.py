@@ -32,11 +32,11 @@ def _params(config=CONFIG):
   tokens = jnp.ones((1, 2), jnp.int32)
   init = network.Transformer(config).init
   shapes = jax.eval_shape(
-      lambda: init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+    lambda: init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
   )['params']
   rng = np.random.default_rng(0)
   return jax.tree.map(
-      lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes
+    lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes
   )
 
 
@@ -50,17 +50,17 @@ def _batch(rows=8, seed=0):
   targets[np.arange(rows), lengths - 1] = 2
   inputs = np.where(np.arange(9) < lengths[:, None] - 1, targets[:, :9], 0)
   return {
-      'encoder_input_tokens': inputs,
-      'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
-      'decoder_target_tokens': targets,
-      'decoder_loss_weights': real.astype(np.int32),
+    'encoder_input_tokens': inputs,
+    'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+    'decoder_target_tokens': targets,
+    'decoder_loss_weights': real.astype(np.int32),
   }
 
 
 def _run(model, batch, params=None, rng=None):
   run = jax.jit(
-      jax.value_and_grad(model.loss_fn, has_aux=True),
-      compiler_options={'xla_backend_optimization_level': 0},
+    jax.value_and_grad(model.loss_fn, has_aux=True),
+    compiler_options={'xla_backend_optimization_level': 0},
   )
   return run(_params() if params is None else params, batch, rng)
 
@@ -69,36 +69,36 @@ def _run(model, batch, params=None, rng=None):
 
 
 @pytest.mark.parametrize(
-    ('label_smoothing', 'z_loss', 'factor'),
-    [(0.0, 0.0, 80), (0.1, 1e-2, None), (0.1, 1e-2, 'AVERAGE_PER_SEQUENCE')],
+  ('label_smoothing', 'z_loss', 'factor'),
+  [(0.0, 0.0, 80), (0.1, 1e-2, None), (0.1, 1e-2, 'AVERAGE_PER_SEQUENCE')],
 )
 def test_loss_and_gradients_equal_t5x_with_full_logits(label_smoothing, z_loss, factor):
   settings = {
-      'label_smoothing': label_smoothing,
-      'z_loss': z_loss,
-      'loss_normalizing_factor': factor,
+    'label_smoothing': label_smoothing,
+    'z_loss': z_loss,
+    'loss_normalizing_factor': factor,
   }
   batch = _batch()
   (ours, found), our_gradients = _run(_model(loss_chunk_length=3, **settings), batch)
   (theirs, reference), their_gradients = _run(
-      _model(models.EncoderDecoderModel, **settings), batch
+    _model(models.EncoderDecoderModel, **settings), batch
   )
   np.testing.assert_allclose(ours, theirs, rtol=1e-6)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
-      our_gradients,
-      their_gradients,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+    our_gradients,
+    their_gradients,
   )
   np.testing.assert_allclose(
-      found['accuracy'].compute(), reference['accuracy'].compute(), rtol=1e-6
+    found['accuracy'].compute(), reference['accuracy'].compute(), rtol=1e-6
   )
 
 
 def test_reported_loss_does_not_depend_on_the_normalizing_factor():
   batch = _batch()
   losses = [
-      _run(_model(loss_normalizing_factor=factor), batch)[0][1]['loss'].compute()
-      for factor in (None, 80)
+    _run(_model(loss_normalizing_factor=factor), batch)[0][1]['loss'].compute()
+    for factor in (None, 80)
   ]
   assert losses[0] == losses[1]
 
@@ -112,31 +112,31 @@ def test_sharded_loss_equals_the_loss_on_one_device(axes):
   rules = t5x_partitioning.standard_logical_axis_rules()
   tokens = jnp.ones((1, 2), jnp.int32)
   variables = jax.eval_shape(
-      lambda: bart.module.init(
-          jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-      )
+    lambda: bart.module.init(
+      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+    )
   )
   names = partitioning.get_axis_names(variables['params_axes'])
   with jax.set_mesh(mesh), partitioning.axis_rules(rules):
     place = jax.sharding.NamedSharding
     shardings = jax.tree.map(
-        lambda spec: place(mesh, partitioning.logical_to_mesh_axes(spec, rules)),
-        dict(mapping.unflatten(mapping.flatten(names))),
+      lambda spec: place(mesh, partitioning.logical_to_mesh_axes(spec, rules)),
+      dict(mapping.unflatten(mapping.flatten(names))),
     )
     by_row = place(mesh, jax.sharding.PartitionSpec('data'))
     step = jax.jit(
-        jax.value_and_grad(bart.loss_fn, has_aux=True),
-        in_shardings=(shardings, by_row, None),
+      jax.value_and_grad(bart.loss_fn, has_aux=True),
+      in_shardings=(shardings, by_row, None),
     )
     compiled = step.lower(_params(), batch, None).compile()
     (loss, _), gradients = compiled(
-        jax.device_put(_params(), shardings), jax.device_put(batch, by_row), None
+      jax.device_put(_params(), shardings), jax.device_put(batch, by_row), None
     )
   np.testing.assert_allclose(loss, plain, rtol=2e-6)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
-      gradients,
-      plain_gradients,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+    gradients,
+    plain_gradients,
   )
   # Chunks of rows that lie on `data` are computed apart: the loop over them sends
   # nothing, and over `model` only sums of what the vocabulary's parts found.
@@ -151,7 +151,7 @@ def _while_bodies(text):
   names = set(re.findall(r'body=%?([\w.\-]+)', text))
   blocks = re.split(r'\n(?=%|ENTRY)', text)
   return '\n'.join(
-      block for block in blocks if block.lstrip('%').split(' ', 1)[0] in names
+    block for block in blocks if block.lstrip('%').split(' ', 1)[0] in names
   )
 
 
@@ -160,7 +160,7 @@ def test_packed_rows_have_the_loss_of_their_examples():
   rng = np.random.default_rng(3)
   examples = [rng.integers(4, 40, n) for n in (6, 4)]
   alone = {
-      'encoder_input_tokens': np.stack([np.pad(e, (0, 10 - len(e))) for e in examples])
+    'encoder_input_tokens': np.stack([np.pad(e, (0, 10 - len(e))) for e in examples])
   }
   tokens = alone['encoder_input_tokens']
   alone['decoder_target_tokens'] = tokens
@@ -169,10 +169,10 @@ def test_packed_rows_have_the_loss_of_their_examples():
   row = np.concatenate(examples)[None]
   starts = np.concatenate([np.arange(len(e)) for e in examples])[None]
   packed = {
-      'encoder_input_tokens': row,
-      'decoder_target_tokens': row,
-      'decoder_input_tokens': np.where(starts == 0, 0, np.roll(row, 1)),
-      'decoder_loss_weights': np.ones_like(row),
+    'encoder_input_tokens': row,
+    'decoder_target_tokens': row,
+    'decoder_input_tokens': np.where(starts == 0, 0, np.roll(row, 1)),
+    'decoder_loss_weights': np.ones_like(row),
   }
   for side in ('encoder', 'decoder'):
     packed[f'{side}_positions'] = starts
@@ -188,52 +188,52 @@ def test_packed_rows_have_the_loss_of_their_examples():
 
 def test_metrics_by_hand():
   tokens = model.loss_lib.TokenLosses(
-      cross_entropy=jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, 99.0]]),
-      z_loss=jnp.array([[0.5, 0.5, 0.5, 0.5, 0.5, 99.0]]),
-      negative_log_likelihood=jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0, 99.0]]),
-      correct=jnp.array([[True, True, False, True, False, True]]),
+    cross_entropy=jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, 99.0]]),
+    z_loss=jnp.array([[0.5, 0.5, 0.5, 0.5, 0.5, 99.0]]),
+    negative_log_likelihood=jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0, 99.0]]),
+    correct=jnp.array([[True, True, False, True, False, True]]),
   )
   targets = jnp.array([[1, 10, 11, 12, 2, 0]])  # <s> three words </s> padding
   noised = jnp.array([[1, 1, 2, 2, 3, 0]])
   weights = jnp.array([[1.0, 1, 1, 1, 1, 0]])
   found = {
-      **model.token_metrics(tokens, weights),
-      **model.noise_metrics(tokens, noised, weights),
-      **model.compatible_metrics(tokens, targets, weights, (0, 1, 2, 3, 4)),
+    **model.token_metrics(tokens, weights),
+    **model.noise_metrics(tokens, noised, weights),
+    **model.compatible_metrics(tokens, targets, weights, (0, 1, 2, 3, 4)),
   }
   wanted = {
-      'loss': 33.5 / 5,
-      'cross_ent_loss': 31 / 5,
-      'z_loss': 0.5,
-      'accuracy': 3 / 5,
-      'copied_accuracy': 1.0,
-      'infilled_accuracy': 0.5,
-      'end_accuracy': 0.0,
-      'copy_baseline_accuracy': 2 / 5,
-      'hf_compat_loss': 9 / 3,
-      'hf_compat_accuracy': 2 / 3,
+    'loss': 33.5 / 5,
+    'cross_ent_loss': 31 / 5,
+    'z_loss': 0.5,
+    'accuracy': 3 / 5,
+    'copied_accuracy': 1.0,
+    'infilled_accuracy': 0.5,
+    'end_accuracy': 0.0,
+    'copy_baseline_accuracy': 2 / 5,
+    'hf_compat_loss': 9 / 3,
+    'hf_compat_accuracy': 2 / 3,
   }
   assert {name: float(metric.compute()) for name, metric in found.items()} == (
-      pytest.approx(wanted)
+    pytest.approx(wanted)
   )
 
 
 def test_metrics_of_microbatches_merge_to_those_of_the_batch():
   bart, batch = _model(), _batch()
   batch['decoder_targets_noised'] = np.where(
-      batch['decoder_target_tokens'] == 0, 0, 1 + np.indices((8, 10)).sum(0) % 3
+    batch['decoder_target_tokens'] == 0, 0, 1 + np.indices((8, 10)).sum(0) % 3
   )
   whole = jax.jit(bart.eval_fn)(_params(), batch)[1]
   halves = [
-      jax.jit(bart.eval_fn)(_params(), {k: v[part] for k, v in batch.items()})[1]
-      for part in (slice(0, 4), slice(4, 8))
+    jax.jit(bart.eval_fn)(_params(), {k: v[part] for k, v in batch.items()})[1]
+    for part in (slice(0, 4), slice(4, 8))
   ]
   for name, metric in whole.items():
     if name.startswith('timing/') or name.startswith('effective'):
       continue
     merged = halves[0][name].merge(halves[1][name])
     np.testing.assert_allclose(
-        merged.compute(), metric.compute(), rtol=1e-6, err_msg=name
+      merged.compute(), metric.compute(), rtol=1e-6, err_msg=name
     )
   assert 'infilled_accuracy' in whole
 
@@ -242,7 +242,7 @@ def test_without_the_noise_feature_its_metrics_are_absent():
   found = _run(_model(), _batch())[0][1]
   assert 'infilled_accuracy' not in found
   assert found['non_padding_fraction/loss_weights'].compute() == pytest.approx(
-      _batch()['decoder_loss_weights'].mean()
+    _batch()['decoder_loss_weights'].mean()
   )
 
 
@@ -276,9 +276,9 @@ def test_beam_search_of_one_is_greedy(scan_layers, prompted):
     batch['decoder_input_tokens'] = np.where(keep, batch['decoder_input_tokens'], 0)
   bart = _model(config=config)
   predict = jax.jit(
-      functools.partial(
-          bart.predict_batch_with_aux, num_decodes=1, prompt_with_targets=prompted
-      )
+    functools.partial(
+      bart.predict_batch_with_aux, num_decodes=1, prompt_with_targets=prompted
+    )
   )
   got, _ = predict(params, batch)
   prompts = batch['decoder_input_tokens'] * prompted
@@ -291,19 +291,21 @@ def test_every_beam_s_score_is_that_of_its_sequence():
   batch = _batch(rows=3)
   bart = _model()
   predict = jax.jit(
-      functools.partial(
-          bart.predict_batch_with_aux,
-          num_decodes=3, return_all_decodes=True, decoder_params={'alpha': 0.0},
-      )  # fmt: skip
+    functools.partial(
+      bart.predict_batch_with_aux,
+      num_decodes=3,
+      return_all_decodes=True,
+      decoder_params={'alpha': 0.0},
+    )  # fmt: skip
   )
   decodes, aux = predict(_params(), batch)
   for beam in range(3):
     targets = np.asarray(decodes[:, beam])
     again = {
-        **batch,
-        'decoder_target_tokens': targets,
-        'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
-        'decoder_loss_weights': (targets != 0).astype(np.int32),
+      **batch,
+      'decoder_target_tokens': targets,
+      'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+      'decoder_loss_weights': (targets != 0).astype(np.int32),
     }
     scores = jax.jit(bart.score_batch)(_params(), again)
     np.testing.assert_allclose(aux['scores'][:, beam], scores, rtol=1e-4)
@@ -347,6 +349,6 @@ def test_initial_variables_from_the_shapes_of_a_packed_batch():
   for side in ('encoder', 'decoder'):
     shapes |= {f'{side}_positions': (2, 8), f'{side}_segment_ids': (2, 8)}
   variables = jax.eval_shape(
-      lambda: _model().get_initial_variables(jax.random.key(0), shapes)
+    lambda: _model().get_initial_variables(jax.random.key(0), shapes)
   )
   assert set(variables) == {'params', 'params_axes'}

@@ -24,7 +24,7 @@ def _shapes(config):
   tokens = jnp.ones((1, 2), jnp.int32)
   init = network.Transformer(config).init
   return jax.eval_shape(
-      lambda: init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+    lambda: init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
   )
 
 
@@ -33,7 +33,7 @@ def _random_params(config, seed=0):
   shapes = _shapes(config)['params']
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-      lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes
+    lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes
   )
 
 
@@ -53,7 +53,7 @@ def _jitted(config, method='__call__', **static):
 
   def run(variables, *args, **kwargs):
     return module.apply(
-        variables, *args, enable_dropout=False, method=method, **static, **kwargs
+      variables, *args, enable_dropout=False, method=method, **static, **kwargs
     )
 
   return jax.jit(run)
@@ -61,7 +61,7 @@ def _jitted(config, method='__call__', **static):
 
 def _logits(config, params, inputs, decoder_inputs, **kwargs):
   return _jitted(config)(
-      {'params': params}, inputs, decoder_inputs, decoder_inputs, **kwargs
+    {'params': params}, inputs, decoder_inputs, decoder_inputs, **kwargs
   )
 
 
@@ -98,8 +98,8 @@ def test_decoder_input_0_is_read_as_end_of_sequence():
   inputs, decoder_inputs = _batch()
   started = np.where(decoder_inputs == 0, 2, decoder_inputs)
   np.testing.assert_array_equal(
-      _logits(CONFIG, params, inputs, decoder_inputs),
-      _logits(CONFIG, params, inputs, started),
+    _logits(CONFIG, params, inputs, decoder_inputs),
+    _logits(CONFIG, params, inputs, started),
   )
 
 
@@ -108,8 +108,8 @@ def test_packed_examples_equal_the_same_examples_alone():
   rng = np.random.default_rng(5)
   sizes = [(4, 5), (6, 3), (2, 4)]  # source and target lengths, in one row
   examples = [
-      (rng.integers(4, 37, (1, source)), rng.integers(4, 37, (1, target)))
-      for source, target in sizes
+    (rng.integers(4, 37, (1, source)), rng.integers(4, 37, (1, target)))
+    for source, target in sizes
   ]
   packed = {}
   for side, index in (('encoder', 0), ('decoder', 1)):
@@ -117,13 +117,13 @@ def test_packed_examples_equal_the_same_examples_alone():
     rows = [example[index] for example in examples]
     packed[side] = np.concatenate([*rows, pad], 1)
     packed[f'{side}_segment_ids'] = np.concatenate(
-        [np.full_like(row, i + 1) for i, row in enumerate(rows)] + [pad], 1
+      [np.full_like(row, i + 1) for i, row in enumerate(rows)] + [pad], 1
     )
     packed[f'{side}_positions'] = np.concatenate(
-        [np.arange(row.shape[1])[None] for row in rows] + [pad], 1
+      [np.arange(row.shape[1])[None] for row in rows] + [pad], 1
     )
   together = _logits(
-      CONFIG, params, packed.pop('encoder'), packed.pop('decoder'), **packed
+    CONFIG, params, packed.pop('encoder'), packed.pop('decoder'), **packed
   )
 
   def padded(row):
@@ -134,7 +134,7 @@ def test_packed_examples_equal_the_same_examples_alone():
   start = 0
   for row, (_, length) in enumerate(sizes):
     np.testing.assert_allclose(
-        together[0, start : start + length], alone[row, :length], rtol=0, atol=2e-6
+      together[0, start : start + length], alone[row, :length], rtol=0, atol=2e-6
     )
     start += length
   assert np.isfinite(together).all()
@@ -160,7 +160,7 @@ def _setup(scan_layers, seed=0):
   encoded = _jitted(config, 'encode')({'params': params}, inputs)
   ones = np.ones_like(decoder_inputs)
   _, made = _jitted(config, mutable='cache', decode=True)(
-      {'params': params}, np.ones_like(inputs), ones, ones
+    {'params': params}, np.ones_like(inputs), ones, ones
   )
   full = _logits(config, params, inputs, decoder_inputs)
   return config, params, encoded, made['cache'], inputs, decoder_inputs, full
@@ -174,9 +174,7 @@ def test_cached_decoding_equals_the_full_pass(scan_layers):
         config, params, cache, encoded, inputs, tokens[:, position : position + 1],
         'decode',
     )  # fmt: skip
-    np.testing.assert_allclose(
-        logits[:, 0], full[:, position], rtol=0, atol=2e-6
-    )
+    np.testing.assert_allclose(logits[:, 0], full[:, position], rtol=0, atol=2e-6)
 
 
 def _set_position(cache, lengths):
@@ -196,7 +194,7 @@ def test_prompts_of_unequal_lengths_then_steps_equal_the_full_pass(scan_layers):
   )  # fmt: skip
   rows = np.arange(3)
   np.testing.assert_allclose(
-      logits[rows, lengths - 1], full[rows, lengths - 1], rtol=0, atol=2e-6
+    logits[rows, lengths - 1], full[rows, lengths - 1], rtol=0, atol=2e-6
   )
   cache = _set_position(cache, lengths)
   for step in range(3):
@@ -226,7 +224,7 @@ def test_beams_share_indices_in_every_shape_t5x_gives_them(index_shape):
       np.repeat(tokens[:, 3:4], 2, 0), 'decode',
   )  # fmt: skip
   np.testing.assert_allclose(
-      logits[:, 0], np.repeat(full[:, 3], 2, 0), rtol=0, atol=2e-6
+    logits[:, 0], np.repeat(full[:, 3], 2, 0), rtol=0, atol=2e-6
   )
   index = cache['decoder']['layers_0']['self_attention']['cache_index']
   np.testing.assert_array_equal(index, np.full(index_shape, 4))
@@ -271,16 +269,16 @@ def _loss_and_gradients(config, seed=None):
   if config.scan_layers:
     params = mapping.stack_layers(params)
   value, gradients = _run(
-      jax.value_and_grad(functools.partial(_loss, config, key=key)), params
+    jax.value_and_grad(functools.partial(_loss, config, key=key)), params
   )
   return value, mapping.unstack_layers(gradients)
 
 
 def _assert_close(left, right, tolerance):
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance),
-      left,
-      right,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance),
+    left,
+    right,
   )
 
 
@@ -290,13 +288,13 @@ def test_scanned_layers_equal_layers_written_out():
 
 
 DROPPING = dataclasses.replace(
-    ONE_LAYER, dropout_rate=0.2, attention_dropout_rate=0.3, activation_dropout_rate=0.1
+  ONE_LAYER, dropout_rate=0.2, attention_dropout_rate=0.3, activation_dropout_rate=0.1
 )
 
 
 def test_chunked_attention_changes_nothing():
   changed = dataclasses.replace(
-      ONE_LAYER, attention_impl='chunked', attention_chunk_length=3
+    ONE_LAYER, attention_impl='chunked', attention_chunk_length=3
   )
   _assert_close(_loss_and_gradients(changed), _loss_and_gradients(ONE_LAYER), 1e-6)
 
@@ -305,18 +303,14 @@ def test_chunked_attention_changes_nothing():
 def test_recomputation_changes_neither_loss_nor_gradients(remat_policy):
   """With dropout: what is recomputed draws the same bits again."""
   changed = dataclasses.replace(DROPPING, remat_policy=remat_policy)
-  _assert_close(
-      _loss_and_gradients(DROPPING, 3), _loss_and_gradients(changed, 3), 1e-6
-  )
+  _assert_close(_loss_and_gradients(DROPPING, 3), _loss_and_gradients(changed, 3), 1e-6)
 
 
 def test_recomputation_inside_a_scan_changes_nothing():
   """Scanned layers draw other bits, so against the scan without recomputation."""
   scanned = dataclasses.replace(DROPPING, scan_layers=True)
   changed = dataclasses.replace(scanned, remat_policy='full')
-  _assert_close(
-      _loss_and_gradients(scanned, 3), _loss_and_gradients(changed, 3), 1e-6
-  )
+  _assert_close(_loss_and_gradients(scanned, 3), _loss_and_gradients(changed, 3), 1e-6)
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
@@ -335,11 +329,11 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
 
 
 @pytest.mark.parametrize(
-    'name', ['dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate']
+  'name', ['dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate']
 )
 def test_each_dropout_rate_acts(name):
   off = dataclasses.replace(
-      ONE_LAYER, dropout_rate=0, attention_dropout_rate=0, activation_dropout_rate=0
+    ONE_LAYER, dropout_rate=0, attention_dropout_rate=0, activation_dropout_rate=0
   )
   on = dataclasses.replace(off, **{name: 0.5})
   params = _random_params(on)
@@ -372,9 +366,7 @@ def test_published_models_have_as_many_parameters(overrides, parameters, leaves)
   config = network.BartConfig(vocab_size=50265, vocab_multiple_of=1, **overrides)
   shapes = _shapes(config)['params']
   flat = mapping.flatten(shapes)
-  counted = sum(
-      leaf.size for name, leaf in flat.items() if name != 'final_logits_bias'
-  )
+  counted = sum(leaf.size for name, leaf in flat.items() if name != 'final_logits_bias')
   assert (counted, len(flat)) == (parameters, leaves)
 
 
@@ -427,15 +419,15 @@ def test_weight_decay_spares_biases_norms_and_the_logits_bias():
 
 
 @pytest.mark.parametrize(
-    ('field', 'value', 'message'),
-    [
-        ('num_heads', 5, 'must divide emb_dim. Got: 5 / 12'),
-        ('vocab_size', 0, 'must be a positive integer. Got: 0'),
-        ('mlp_dim', 2.5, 'must be a positive integer. Got: 2.5'),
-        ('dropout_rate', 1.0, 'at least 0 and below 1. Got: 1.0'),
-        ('remat_policy', 'minimal', "one of none, attention, dots, full. Got: 'min"),
-        ('attention_impl', 'fast', "one of plain, chunked. Got: 'fast'"),
-    ],
+  ('field', 'value', 'message'),
+  [
+    ('num_heads', 5, 'must divide emb_dim. Got: 5 / 12'),
+    ('vocab_size', 0, 'must be a positive integer. Got: 0'),
+    ('mlp_dim', 2.5, 'must be a positive integer. Got: 2.5'),
+    ('dropout_rate', 1.0, 'at least 0 and below 1. Got: 1.0'),
+    ('remat_policy', 'minimal', "one of none, attention, dots, full. Got: 'min"),
+    ('attention_impl', 'fast', "one of plain, chunked. Got: 'fast'"),
+  ],
 )
 def test_config_refuses_what_makes_no_model(field, value, message):
   with pytest.raises(ValueError, match=message):

@@ -26,8 +26,14 @@ IDS = noise.Ids(
 # One graph a recipe: hypothesis would otherwise trace one an example.
 PLAIN = noise.Recipe(permute_ratio=0.0)
 STRONG = noise.Recipe(
-  permute_ratio=0.8, infill_ratio=0.4, whole_words=True, mask_ratio=0.1,
-  delete_ratio=0.1, insert_ratio=0.1, random_ratio=0.3, rotate_probability=0.5,
+  permute_ratio=0.8,
+  infill_ratio=0.4,
+  whole_words=True,
+  mask_ratio=0.1,
+  delete_ratio=0.1,
+  insert_ratio=0.1,
+  random_ratio=0.3,
+  rotate_probability=0.5,
 )
 RECIPES = {
   'paper': noise.Recipe(),
@@ -64,9 +70,7 @@ CORRUPT = {name: compiled(recipe) for name, recipe in RECIPES.items()}
 @st.composite
 def drawn_texts(draw, most=150):
   size = draw(st.integers(0, most))
-  tokens = draw(
-    st.lists(st.integers(5, VOCABULARY - 1), min_size=size, max_size=size)
-  )
+  tokens = draw(st.lists(st.integers(5, VOCABULARY - 1), min_size=size, max_size=size))
   cuts = draw(st.sets(st.integers(1, max(size - 1, 1)), max_size=12))
   return tokens, sorted({0, *(c for c in cuts if c < size)} if size else [])
 
@@ -278,8 +282,15 @@ def test_p21_empty_and_tiny_texts(name):
 
 @pytest.mark.parametrize(
   'field',
-  ['permute_ratio', 'infill_ratio', 'mask_ratio', 'delete_ratio', 'insert_ratio',
-   'random_ratio', 'rotate_probability'],
+  [
+    'permute_ratio',
+    'infill_ratio',
+    'mask_ratio',
+    'delete_ratio',
+    'insert_ratio',
+    'random_ratio',
+    'rotate_probability',
+  ],
 )
 def test_p21_ratios_of_nothing_and_of_everything(field):
   none = {'permute_ratio': 0.0, 'infill_ratio': 0.0}

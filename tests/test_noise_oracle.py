@@ -49,8 +49,14 @@ RECIPES = {
   'insertion': noise.Recipe(infill_ratio=0, insert_ratio=0.2, random_ratio=0.3),
   'rotation': noise.Recipe(infill_ratio=0, rotate_probability=0.5),
   'everything': noise.Recipe(
-    permute_ratio=0.7, infill_ratio=0.2, whole_words=True, mask_ratio=0.1,
-    delete_ratio=0.1, insert_ratio=0.1, random_ratio=0.2, rotate_probability=0.5,
+    permute_ratio=0.7,
+    infill_ratio=0.2,
+    whole_words=True,
+    mask_ratio=0.1,
+    delete_ratio=0.1,
+    insert_ratio=0.1,
+    random_ratio=0.2,
+    rotate_probability=0.5,
   ),
 }
 
@@ -240,7 +246,9 @@ def test_p22_same_as_the_reference(name):
   dataset = tf.data.Dataset.from_generator(
     generate,
     output_signature={
-      'tokens': vector, 'starts': vector, 'seed': tf.TensorSpec([2], tf.int64)
+      'tokens': vector,
+      'starts': vector,
+      'seed': tf.TensorSpec([2], tf.int64),
     },
   )
 

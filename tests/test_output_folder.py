@@ -7,10 +7,10 @@ import pytest
 from bart_t5x import output_folder
 
 CORPUS = {
-    'format_version': output_folder.FORMAT_VERSION,
-    'settings': {'source': 'text'},
-    'source_files': {},
-    'splits': {'train': {'shards': 1}},
+  'format_version': output_folder.FORMAT_VERSION,
+  'settings': {'source': 'text'},
+  'source_files': {},
+  'splits': {'train': {'shards': 1}},
 }
 
 
@@ -33,14 +33,17 @@ def test_built_then_complete(tmp_path):
     assert not (out / 'corpus.json').exists()
     assert not output_folder.is_complete(str(out), CORPUS['settings'])
   assert names(out) == [
-      'corpus.json', 'tokenizer.json', 'train-00000-of-00001.tfrecord'
+    'corpus.json',
+    'tokenizer.json',
+    'train-00000-of-00001.tfrecord',
   ]
   assert output_folder.is_complete(str(out), {'source': 'text'})
   assert not output_folder.is_complete(str(out), {'source': 'jsonl'})
 
 
-@pytest.mark.parametrize('missing', ['tokenizer.json', 'train-00000-of-00001.tfrecord',
-                                     'corpus.json'])
+@pytest.mark.parametrize(
+  'missing', ['tokenizer.json', 'train-00000-of-00001.tfrecord', 'corpus.json']
+)
 def test_with_a_file_gone_it_is_not_complete(tmp_path, missing):
   with output_folder.building(str(tmp_path), overwrite=False) as working:
     fill(working)
@@ -82,7 +85,9 @@ def test_what_a_killed_run_left_goes(tmp_path):
   with output_folder.building(str(tmp_path), overwrite=False) as working:
     fill(working)
   assert names(tmp_path) == [
-      'corpus.json', 'tokenizer.json', 'train-00000-of-00001.tfrecord'
+    'corpus.json',
+    'tokenizer.json',
+    'train-00000-of-00001.tfrecord',
   ]
 
 
@@ -112,7 +117,10 @@ def test_overwriting_replaces_our_files_only_and_at_the_end(tmp_path):
     fill(working)
     assert (tmp_path / 'train-00007-of-00009.tfrecord').exists()
   assert names(tmp_path) == [
-      'corpus.json', 'notes.txt', 'tokenizer.json', 'train-00000-of-00001.tfrecord'
+    'corpus.json',
+    'notes.txt',
+    'tokenizer.json',
+    'train-00000-of-00001.tfrecord',
   ]
 
 

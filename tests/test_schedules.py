@@ -7,19 +7,19 @@ from bart_t5x import schedules
 
 
 @pytest.mark.parametrize(
-    ('step', 'rate'),
-    [(0, 0.0), (5, 0.5), (10, 1.0), (55, 0.5), (100, 0.0), (500, 0.0)],
+  ('step', 'rate'),
+  [(0, 0.0), (5, 0.5), (10, 1.0), (55, 0.5), (100, 0.0), (500, 0.0)],
 )
 def test_rises_to_the_peak_and_falls_to_zero(step, rate):
   schedule = schedules.linear_warmup_linear_decay(
-      peak=1.0, warmup_steps=10, total_steps=100
+    peak=1.0, warmup_steps=10, total_steps=100
   )
   np.testing.assert_allclose(schedule(step), rate, atol=1e-7)
 
 
 def test_without_warmup_it_starts_at_the_peak():
   schedule = schedules.linear_warmup_linear_decay(
-      peak=2.0, warmup_steps=0, total_steps=4
+    peak=2.0, warmup_steps=0, total_steps=4
   )
   np.testing.assert_allclose([schedule(s) for s in range(5)], [2, 1.5, 1, 0.5, 0])
 

@@ -49,12 +49,42 @@ def test_better_than_a_regular_expression_by_far():
 
 # Text dense in what the rules look at.
 TEXTS = strategies.lists(
-    strategies.sampled_from(
-        ['Han', 'kom', '.', '!', '?', '…', '...', ' ', '  ', '\n', '\n\n', '«', '»',
-         '"', '§', '4', '17', 'kl.', 'osv.', 'f.eks.', 'A.', '-', '•', ')', '(',
-         '\u00a0', 'Ø', 'å', '\u2028', '\U0001f600', '']
-    ),
-    max_size=40,
+  strategies.sampled_from(
+    [
+      'Han',
+      'kom',
+      '.',
+      '!',
+      '?',
+      '…',
+      '...',
+      ' ',
+      '  ',
+      '\n',
+      '\n\n',
+      '«',
+      '»',
+      '"',
+      '§',
+      '4',
+      '17',
+      'kl.',
+      'osv.',
+      'f.eks.',
+      'A.',
+      '-',
+      '•',
+      ')',
+      '(',
+      '\u00a0',
+      'Ø',
+      'å',
+      '\u2028',
+      '\U0001f600',
+      '',
+    ]
+  ),
+  max_size=40,
 ).map(''.join)
 
 
@@ -86,6 +116,12 @@ def test_no_sentence_in_white_space(text):
 
 
 def test_no_blow_up_on_odd_text():
-  for text in ('.' * 100_000, '. ' * 50_000, '(' * 50_000 + '. A', '\n' * 100_000,
-               'A. ' * 30_000, '- ' * 50_000):
+  for text in (
+    '.' * 100_000,
+    '. ' * 50_000,
+    '(' * 50_000 + '. A',
+    '\n' * 100_000,
+    'A. ' * 30_000,
+    '- ' * 50_000,
+  ):
     assert ''.join(sentences.split_sentences(text)) == text

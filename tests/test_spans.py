@@ -159,7 +159,12 @@ def test_p10_words_are_covered_whole():
     starts = np.unique(np.concatenate([[0], starts])).astype(np.int32)
     overlap = bool(draw % 2)
     out = spans.infill(
-      tf.range(1, size + 1), tf.constant(starts), seed(draw, 5), MASK, 0.3, 3.0,
+      tf.range(1, size + 1),
+      tf.constant(starts),
+      seed(draw, 5),
+      MASK,
+      0.3,
+      3.0,
       overlap=overlap,
     ).numpy()
     kept = {int(ref) - 1 for ref in out if ref > 0}

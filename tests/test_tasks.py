@@ -43,8 +43,12 @@ def mixture(corpus_dir, task):
 def batches(provider, batch_size=4, **kwargs):
   kwargs = {'shuffle': True, 'seed': 3, 'num_epochs': None, **kwargs}
   return seqio.get_dataset(
-    provider.name, LENGTHS, BartFeatureConverter(pack=True), batch_size=batch_size,
-    verbose=False, **kwargs,
+    provider.name,
+    LENGTHS,
+    BartFeatureConverter(pack=True),
+    batch_size=batch_size,
+    verbose=False,
+    **kwargs,
   )
 
 
@@ -72,8 +76,11 @@ def test_importing_needs_no_corpus(tmp_path):
     '    print(e)\n'
   )
   run = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True,
-    env={**os.environ, 'BART_T5X_DATA': str(tmp_path)}, check=True,
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'BART_T5X_DATA': str(tmp_path)},
+    check=True,
   )
   lines = run.stdout.splitlines()
   for line, folder in zip(lines, ('no', 'mini'), strict=True):
@@ -90,8 +97,7 @@ def test_p13_targets_give_the_text_back(task, corpus_dir):
       pieces[example][piece] = target[1:-1]
   vocabulary = task.output_features['targets'].vocabulary
   made = {
-    vocabulary.decode([t for i in range(len(p)) for t in p[i]])
-    for p in pieces.values()
+    vocabulary.decode([t for i in range(len(p)) for t in p[i]]) for p in pieces.values()
   }
   assert made == texts
 
@@ -124,8 +130,14 @@ def test_p15_evaluation_noise_is_frozen(task):
 
 def test_batches_are_full_and_static(task):
   ds = seqio.get_dataset(
-    task.name, {'inputs': 512, 'targets': 512}, BartFeatureConverter(pack=True),
-    shuffle=True, seed=3, num_epochs=None, batch_size=4, verbose=False,
+    task.name,
+    {'inputs': 512, 'targets': 512},
+    BartFeatureConverter(pack=True),
+    shuffle=True,
+    seed=3,
+    num_epochs=None,
+    batch_size=4,
+    verbose=False,
   )
   assert all(spec.shape == [4, 512] for spec in ds.element_spec.values())
   targets = [b['decoder_target_tokens'] for b in ds.take(60).as_numpy_iterator()]
@@ -175,8 +187,13 @@ def test_t5x_reads_the_task(task):
   from t5x import utils
 
   config = utils.DatasetConfig(
-    mixture_or_task_name=task.name, task_feature_lengths=LENGTHS, split='train',
-    batch_size=4, shuffle=True, seed=3, pack=True,
+    mixture_or_task_name=task.name,
+    task_feature_lengths=LENGTHS,
+    split='train',
+    batch_size=4,
+    shuffle=True,
+    seed=3,
+    pack=True,
   )
   ds = utils.get_dataset(config, 0, 1, BartFeatureConverter)
   assert_same(
@@ -208,8 +225,11 @@ def test_gin_binds_the_noise_after_the_task_is_registered(gin_task):
   with gin.unlock_config():
     gin.parse_config_files_and_bindings(
       ['gin/denoising.gin'],
-      ['noise.Recipe.permute_ratio = 0.0', 'noise.Recipe.infill_ratio = 0.0',
-       'noise.Recipe.random_ratio = 0.0'],
+      [
+        'noise.Recipe.permute_ratio = 0.0',
+        'noise.Recipe.infill_ratio = 0.0',
+        'noise.Recipe.random_ratio = 0.0',
+      ],
       skip_unknown=False,
     )
   bound = sources_of(gin_task)
@@ -264,7 +284,7 @@ def test_text_must_be_cached(corpus_dir):
   seqio.TaskRegistry.remove(name)
 
 
-CACHED = '''
+CACHED = """
 import os, sys
 import seqio
 import tensorflow as tf
@@ -282,9 +302,9 @@ pretrain.add_denoising_task('cached_corpus', CORPUS, recipe)
 pretrain.add_denoising_task(
   'cached_text', CORPUS, recipe, source=seqio.FunctionDataSource(read, ['train'])
 )
-'''
+"""
 
-COMPARE = '''
+COMPARE = """
 import cached_tasks
 LENGTHS = {'inputs': 64, 'targets': 64}
 seqio = cached_tasks.seqio
@@ -320,7 +340,7 @@ resumed = iter(dataset('cached_corpus', True, 'train'))
 tf.train.Checkpoint(i=resumed).read(path)
 assert [e['inputs'].numpy().tolist() for e in resumed] == want and want
 print('same')
-'''
+"""
 
 
 @pytest.mark.slow
@@ -330,8 +350,12 @@ def test_seqio_caches_the_same_examples(corpus_dir, tmp_path):
   paths = [str(tmp_path), os.getcwd(), os.environ.get('PYTHONPATH', '')]
   env = {**os.environ, 'CORPUS': corpus_dir, 'PYTHONPATH': os.pathsep.join(paths)}
   cache = [
-    sys.executable, '-m', 'seqio.scripts.cache_tasks_main', '--output_cache_dir=cache',
-    '--tasks=cached_.*', '--module_import=cached_tasks',
+    sys.executable,
+    '-m',
+    'seqio.scripts.cache_tasks_main',
+    '--output_cache_dir=cache',
+    '--tasks=cached_.*',
+    '--module_import=cached_tasks',
   ]
   for command in (cache, [sys.executable, 'compare.py']):
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -29,7 +29,11 @@ def test_ids_of_the_specials(tokenizer):
   assert tokenizer.special_ids == (0, 1, 2, 3, 4)
   assert tokenizer.mask_id == 4
   assert [tokenizer.piece(i) for i in range(5)] == [
-      '<pad>', '<s>', '</s>', '<unk>', '<mask>'
+    '<pad>',
+    '<s>',
+    '</s>',
+    '<unk>',
+    '<mask>',
   ]
 
 
@@ -39,7 +43,7 @@ def test_ids_of_the_specials(tokenizer):
 @hypothesis.example(text='日本 😀 \x00 \r\n')
 @hypothesis.example(text='<s></s><pad><unk><mask> < mask >')
 @hypothesis.settings(
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_nothing_is_lost_and_no_text_is_special(tokenizer, text):
   ids = tokenizer.encode(text)

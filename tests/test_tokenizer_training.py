@@ -11,8 +11,8 @@ SIZES = {'bytelevel': 330, 'unigram': 330, 'bpe': 330}
 @pytest.mark.parametrize('kind', tokenizer_training.KINDS)
 def test_same_bytes_twice_and_size_as_asked(kind):
   first, second = (
-      tokenizer_training.train(kind, iter(TEXTS), len(TEXTS), SIZES[kind], 2)
-      for _ in range(2)
+    tokenizer_training.train(kind, iter(TEXTS), len(TEXTS), SIZES[kind], 2)
+    for _ in range(2)
   )
   assert first == second
   assert tokenization.read_tokenizer('t', first).vocab_size == SIZES[kind]

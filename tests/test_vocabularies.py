@@ -82,7 +82,7 @@ def test_inside_tf_data(corpus_dir):
   dataset = tf.data.Dataset.from_tensor_slices(TEXTS[:5]).map(vocabulary.encode_tf)
   assert dataset.element_spec == tf.TensorSpec([None], tf.int32)
   assert [ids.tolist() for ids in dataset.as_numpy_iterator()] == [
-      vocabulary.encode(text) for text in TEXTS[:5]
+    vocabulary.encode(text) for text in TEXTS[:5]
   ]
 
 

@@ -28,30 +28,30 @@ def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
   if not (folder / _STATE).is_dir():
     siblings = sorted(p.name for p in folder.parent.glob('checkpoint_*'))
     raise FileNotFoundError(
-        f'no checkpoint in {checkpoint}. '
-        + (f'There are: {", ".join(siblings)}' if siblings else 'Train one first.')
+      f'no checkpoint in {checkpoint}. '
+      + (f'There are: {", ".join(siblings)}' if siblings else 'Train one first.')
     )
   handler = ocp.PyTreeCheckpointer()
   try:
     metadata = ocp.PyTreeCheckpointHandler().metadata(folder / _STATE)
     target = metadata.tree['target']
     restored = handler.restore(
-        folder / _STATE,
-        args=ocp.args.PyTreeRestore(
-            item={'target': target},
-            restore_args={
-                'target': jax.tree.map(
-                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target
-                )
-            },
-            partial_restore=True,
-        ),
+      folder / _STATE,
+      args=ocp.args.PyTreeRestore(
+        item={'target': target},
+        restore_args={
+          'target': jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target
+          )
+        },
+        partial_restore=True,
+      ),
     )
   except Exception as e:  # of Orbax, tensorstore or JSON: there is no common class
     reason = (str(e) or type(e).__name__).splitlines()[0]
     raise ValueError(
-        f'the checkpoint {checkpoint} cannot be read ({reason}). It is damaged or no '
-        'checkpoint of T5X; try the one before it.'
+      f'the checkpoint {checkpoint} cannot be read ({reason}). It is damaged or no '
+      'checkpoint of T5X; try the one before it.'
     ) from e
   return restored['target']
 
@@ -65,9 +65,9 @@ def write_params(checkpoint: pathlib.Path, params: dict[str, Any]) -> None:
   """
   tree = {'state': {'step': np.asarray(0, np.int32)}, 'target': params}
   manager = ocp.CheckpointManager(
-      checkpoint.parent.absolute(),
-      options=ocp.CheckpointManagerOptions(step_prefix='checkpoint', create=True),
-      item_names=(_STATE,),
+    checkpoint.parent.absolute(),
+    options=ocp.CheckpointManagerOptions(step_prefix='checkpoint', create=True),
+    item_names=(_STATE,),
   )
   with manager:
     manager.save(0, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))

@@ -8,25 +8,25 @@ from bart_t5x.config import BartConfig
 BOS_ID, PAD_ID, EOS_ID = 0, 1, 2
 
 _SPECIAL_IDS = {
-    'bos_token_id': BOS_ID,
-    'pad_token_id': PAD_ID,
-    'eos_token_id': EOS_ID,
-    'decoder_start_token_id': EOS_ID,
+  'bos_token_id': BOS_ID,
+  'pad_token_id': PAD_ID,
+  'eos_token_id': EOS_ID,
+  'decoder_start_token_id': EOS_ID,
 }
 
 # What would make a model with config.json's model_type "bart" another network than
 # the one in network.py. Value: what it must be, or be absent.
 _REQUIRED = {
-    'scale_embedding': False,
-    'normalize_before': False,
-    'add_final_layer_norm': False,
-    'normalize_embedding': True,
-    'add_bias_logits': False,
-    'static_position_embeddings': False,
-    'extra_pos_embeddings': 2,
-    'tie_word_embeddings': True,
-    'activation_function': 'gelu',
-    **_SPECIAL_IDS,
+  'scale_embedding': False,
+  'normalize_before': False,
+  'add_final_layer_norm': False,
+  'normalize_embedding': True,
+  'add_bias_logits': False,
+  'static_position_embeddings': False,
+  'extra_pos_embeddings': 2,
+  'tie_word_embeddings': True,
+  'activation_function': 'gelu',
+  **_SPECIAL_IDS,
 }
 
 
@@ -41,46 +41,46 @@ def to_hf(config: BartConfig, dtype: str) -> dict[str, Any]:
     The JSON object. `forced_bos_token_id` is left out: no recipe here forces it.
   """
   both = {
-      'layers': (config.num_encoder_layers, config.num_decoder_layers),
-      'attention_heads': (config.num_heads, config.num_heads),
-      'ffn_dim': (config.mlp_dim, config.mlp_dim),
-      'layerdrop': (0.0, 0.0),
+    'layers': (config.num_encoder_layers, config.num_decoder_layers),
+    'attention_heads': (config.num_heads, config.num_heads),
+    'ffn_dim': (config.mlp_dim, config.mlp_dim),
+    'layerdrop': (0.0, 0.0),
   }
   sides = {
-      f'{side}_{key}': values[i]
-      for i, side in enumerate(('encoder', 'decoder'))
-      for key, values in both.items()
+    f'{side}_{key}': values[i]
+    for i, side in enumerate(('encoder', 'decoder'))
+    for key, values in both.items()
   }
   return {
-      'architectures': ['BartForConditionalGeneration'],
-      'model_type': 'bart',
-      'vocab_size': config.vocab_size,
-      'd_model': config.emb_dim,
-      'num_hidden_layers': config.num_encoder_layers,
-      'max_position_embeddings': config.max_positions,
-      'activation_function': 'gelu',
-      'dropout': config.dropout_rate,
-      'attention_dropout': config.attention_dropout_rate,
-      'activation_dropout': config.activation_dropout_rate,
-      'classifier_dropout': 0.0,
-      'init_std': 0.02,
-      'scale_embedding': False,
-      'tie_word_embeddings': True,
-      'is_encoder_decoder': True,
-      'use_cache': True,
-      'torch_dtype': dtype,
-      'forced_eos_token_id': EOS_ID,
-      **_SPECIAL_IDS,
-      **sides,
+    'architectures': ['BartForConditionalGeneration'],
+    'model_type': 'bart',
+    'vocab_size': config.vocab_size,
+    'd_model': config.emb_dim,
+    'num_hidden_layers': config.num_encoder_layers,
+    'max_position_embeddings': config.max_positions,
+    'activation_function': 'gelu',
+    'dropout': config.dropout_rate,
+    'attention_dropout': config.attention_dropout_rate,
+    'activation_dropout': config.activation_dropout_rate,
+    'classifier_dropout': 0.0,
+    'init_std': 0.02,
+    'scale_embedding': False,
+    'tie_word_embeddings': True,
+    'is_encoder_decoder': True,
+    'use_cache': True,
+    'torch_dtype': dtype,
+    'forced_eos_token_id': EOS_ID,
+    **_SPECIAL_IDS,
+    **sides,
   }
 
 
 def generation_to_hf(config: BartConfig) -> dict[str, Any]:
   """`generation_config.json`: greedy search up to the longest sequence."""
   return {
-      **_SPECIAL_IDS,
-      'forced_eos_token_id': EOS_ID,
-      'max_length': config.max_positions,
+    **_SPECIAL_IDS,
+    'forced_eos_token_id': EOS_ID,
+    'max_length': config.max_positions,
   }
 
 
@@ -101,28 +101,28 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f'config.json holds no JSON object but {type(hf).__name__}')
   if hf.get('model_type') != 'bart':
     raise ValueError(
-        f'config.json has model_type {hf.get("model_type")!r}. Only "bart" can be '
-        'imported: mBART, for one, is pre-norm with a final norm.'
+      f'config.json has model_type {hf.get("model_type")!r}. Only "bart" can be '
+      'imported: mBART, for one, is pre-norm with a final norm.'
     )
   for key, value in _REQUIRED.items():
     if hf.get(key, value) != value:
       raise ValueError(
-          f'config.json has {key} = {hf[key]!r}, BART has {value!r}: a variant that '
-          'this network does not compute'
+        f'config.json has {key} = {hf[key]!r}, BART has {value!r}: a variant that '
+        'this network does not compute'
       )
   try:
     _check_sides(hf)
     return {
-        'vocab_size': hf['vocab_size'],
-        'emb_dim': hf['d_model'],
-        'num_heads': hf['encoder_attention_heads'],
-        'num_encoder_layers': hf['encoder_layers'],
-        'num_decoder_layers': hf['decoder_layers'],
-        'mlp_dim': hf['encoder_ffn_dim'],
-        'max_positions': hf['max_position_embeddings'],
-        'dropout_rate': hf.get('dropout', 0.1),
-        'attention_dropout_rate': hf.get('attention_dropout', 0.0),
-        'activation_dropout_rate': hf.get('activation_dropout', 0.0),
+      'vocab_size': hf['vocab_size'],
+      'emb_dim': hf['d_model'],
+      'num_heads': hf['encoder_attention_heads'],
+      'num_encoder_layers': hf['encoder_layers'],
+      'num_decoder_layers': hf['decoder_layers'],
+      'mlp_dim': hf['encoder_ffn_dim'],
+      'max_positions': hf['max_position_embeddings'],
+      'dropout_rate': hf.get('dropout', 0.1),
+      'attention_dropout_rate': hf.get('attention_dropout', 0.0),
+      'activation_dropout_rate': hf.get('activation_dropout', 0.0),
     }
   except KeyError as e:
     raise ValueError(f'config.json has no {e.args[0]!r}: it is no whole config') from e
@@ -133,6 +133,6 @@ def _check_sides(hf: dict[str, Any]) -> None:
   for key in ('attention_heads', 'ffn_dim'):
     if hf[f'encoder_{key}'] != hf[f'decoder_{key}']:
       raise ValueError(
-          f'config.json has encoder_{key} = {hf[f"encoder_{key}"]} and decoder_{key} '
-          f'= {hf[f"decoder_{key}"]}: encoder and decoder must agree here'
+        f'config.json has encoder_{key} = {hf[f"encoder_{key}"]} and decoder_{key} '
+        f'= {hf[f"decoder_{key}"]}: encoder and decoder must agree here'
       )

@@ -1,7 +1,7 @@
 """The bridge to Hugging Face, from the command line.
 
-    python -m bart_t5x.hf.convert export --checkpoint=RUN/checkpoint_N --output_dir=OUT
-    python -m bart_t5x.hf.convert import --model=FOLDER_OR_HUB_ID --output_dir=OUT
+python -m bart_t5x.hf.convert export --checkpoint=RUN/checkpoint_N --output_dir=OUT
+python -m bart_t5x.hf.convert import --model=FOLDER_OR_HUB_ID --output_dir=OUT
 """
 
 import argparse
@@ -13,48 +13,48 @@ from collections.abc import Sequence
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-      prog='python -m bart_t5x.hf.convert', description=__doc__.split('\n')[0]
+    prog='python -m bart_t5x.hf.convert', description=__doc__.split('\n')[0]
   )
   commands = parser.add_subparsers(dest='command', required=True)
   export = commands.add_parser(
-      'export', help='write a checkpoint as a folder that transformers loads'
+    'export', help='write a checkpoint as a folder that transformers loads'
   )
   export.add_argument(
-      '--checkpoint', type=pathlib.Path, required=True, help='MODEL_DIR/checkpoint_N'
+    '--checkpoint', type=pathlib.Path, required=True, help='MODEL_DIR/checkpoint_N'
   )
   export.add_argument(
-      '--config', type=pathlib.Path, help="the run's config.gin, if it lies elsewhere"
+    '--config', type=pathlib.Path, help="the run's config.gin, if it lies elsewhere"
   )
   export.add_argument(
-      '--corpus_dir',
-      type=pathlib.Path,
-      help="the folder with the tokenizer; by default that of the run's task",
+    '--corpus_dir',
+    type=pathlib.Path,
+    help="the folder with the tokenizer; by default that of the run's task",
   )
   export.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
   export.add_argument(
-      '--push_to_hub',
-      metavar='ORG/NAME',
-      help='upload the folder too; the token is that of `hf auth login` or HF_TOKEN',
+    '--push_to_hub',
+    metavar='ORG/NAME',
+    help='upload the folder too; the token is that of `hf auth login` or HF_TOKEN',
   )
   export.add_argument(
-      '--private', action='store_true', help='push to a private repository only'
+    '--private', action='store_true', help='push to a private repository only'
   )
   export.add_argument(
-      '--with_logs', action='store_true', help="push the run's TensorBoard logs too"
+    '--with_logs', action='store_true', help="push the run's TensorBoard logs too"
   )
   export.add_argument('--revision', help='branch to push to; by default main')
   import_ = commands.add_parser(
-      'import', help='write a BART of Hugging Face as a checkpoint to start from'
+    'import', help='write a BART of Hugging Face as a checkpoint to start from'
   )
   import_.add_argument('--model', required=True, help='a folder, or an id on the Hub')
   import_.add_argument('--revision', help='branch, tag or commit on the Hub')
   import_.add_argument(
-      '--skip_tokenizer', action='store_true', help='import the weights alone'
+    '--skip_tokenizer', action='store_true', help='import the weights alone'
   )
   for command in (export, import_):
     command.add_argument('--output_dir', type=pathlib.Path, required=True)
     command.add_argument(
-        '--overwrite', action='store_true', help='replace what is in output_dir'
+      '--overwrite', action='store_true', help='replace what is in output_dir'
     )
   return parser
 
@@ -68,31 +68,31 @@ def _export(args: argparse.Namespace, command: str) -> None:
   pushing = args.private or args.revision or args.with_logs
   if pushing and not args.push_to_hub:
     raise ValueError(
-        '--private, --revision and --with_logs belong to --push_to_hub=ORG/NAME'
+      '--private, --revision and --with_logs belong to --push_to_hub=ORG/NAME'
     )
   if args.push_to_hub:
     from bart_t5x.hf import hub
 
     hub.check_login(args.push_to_hub)
   export.export(
-      args.checkpoint,
-      args.output_dir,
-      command,
-      args.config,
-      args.corpus_dir,
-      args.dtype,
-      args.overwrite,
-      args.push_to_hub,
+    args.checkpoint,
+    args.output_dir,
+    command,
+    args.config,
+    args.corpus_dir,
+    args.dtype,
+    args.overwrite,
+    args.push_to_hub,
   )
   print(f'exported {args.checkpoint} to {args.output_dir}')
   if args.push_to_hub:
     url = hub.push(
-        args.output_dir,
-        args.push_to_hub,
-        f'Export of {args.checkpoint.name}',
-        args.private,
-        args.revision,
-        args.checkpoint.parent if args.with_logs else None,
+      args.output_dir,
+      args.push_to_hub,
+      f'Export of {args.checkpoint.name}',
+      args.private,
+      args.revision,
+      args.checkpoint.parent if args.with_logs else None,
     )
     print(f'pushed to {url}')
 
@@ -101,7 +101,7 @@ def _import(args: argparse.Namespace) -> None:
   from bart_t5x.hf import import_model
 
   import_model.import_model(
-      args.model, args.output_dir, args.revision, args.skip_tokenizer, args.overwrite
+    args.model, args.output_dir, args.revision, args.skip_tokenizer, args.overwrite
   )
   print(f'imported {args.model} to {args.output_dir}')
 

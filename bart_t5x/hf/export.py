@@ -34,14 +34,14 @@ def bart_config(run: run_config.RunConfig) -> BartConfig:
   bound = run.bindings_of('BartConfig')
   if 'vocab_size' not in bound:
     raise ValueError(
-        'config.gin binds no network.BartConfig.vocab_size: the run trained another '
-        'model than bart_t5x.network'
+      'config.gin binds no network.BartConfig.vocab_size: the run trained another '
+      'model than bart_t5x.network'
     )
   unknown = bound.keys() - {field.name for field in dataclasses.fields(BartConfig)}
   if unknown:
     raise ValueError(
-        f'config.gin binds {", ".join(sorted(unknown))} of BartConfig, which it does '
-        'not have here: the run was made by another version of bart-t5x'
+      f'config.gin binds {", ".join(sorted(unknown))} of BartConfig, which it does '
+      'not have here: the run was made by another version of bart-t5x'
     )
   return BartConfig(**bound)
 
@@ -74,7 +74,7 @@ def _step_of(checkpoint: pathlib.Path) -> int:
   match = re.fullmatch('checkpoint_([0-9]+)', checkpoint.name)
   if not match:
     raise ValueError(
-        f'--checkpoint={checkpoint} names no checkpoint: give MODEL_DIR/checkpoint_N'
+      f'--checkpoint={checkpoint} names no checkpoint: give MODEL_DIR/checkpoint_N'
     )
   return int(match[1])
 
@@ -91,14 +91,14 @@ def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
     raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
   if not path.endswith(tokenization.BYTE_LEVEL_FILE):
     raise ValueError(
-        f'{path} is a SentencePiece model: only byte-level tokenizers '
-        f'({tokenization.BYTE_LEVEL_FILE}) can be exported'
+      f'{path} is a SentencePiece model: only byte-level tokenizers '
+      f'({tokenization.BYTE_LEVEL_FILE}) can be exported'
     )
   found = tokenization.read_tokenizer(path).vocab_size
   if found != vocab_size:
     raise ValueError(
-        f'the tokenizer {path} has {found} ids, the model {vocab_size}: it is not '
-        'the one the model was trained with'
+      f'the tokenizer {path} has {found} ids, the model {vocab_size}: it is not '
+      'the one the model was trained with'
     )
   return pathlib.Path(path)
 
@@ -110,14 +110,14 @@ def _corpus_facts(corpus_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def export(
-    checkpoint: pathlib.Path,
-    output_dir: pathlib.Path,
-    command: str,
-    config_file: pathlib.Path | None = None,
-    corpus_dir: pathlib.Path | None = None,
-    dtype: str = 'float32',
-    overwrite: bool = False,
-    model_name: str | None = None,
+  checkpoint: pathlib.Path,
+  output_dir: pathlib.Path,
+  command: str,
+  config_file: pathlib.Path | None = None,
+  corpus_dir: pathlib.Path | None = None,
+  dtype: str = 'float32',
+  overwrite: bool = False,
+  model_name: str | None = None,
 ) -> None:
   """Writes a model folder for transformers 4 (Flax) and 5 (PyTorch).
 
@@ -143,37 +143,37 @@ def export(
     num_parameters = _write_model(folder, checkpoint, config, dtype)
     tokenizer_files.write(tokenizer_file, folder, config.max_positions)
     facts = model_card.CardFacts(
-        name=model_name or output_dir.absolute().name,
-        config=config,
-        num_parameters=num_parameters,
-        step=step,
-        corpus=_corpus_facts(corpus_dir),
-        recipe=_recipe(run),
-        metrics=model_card.run_metrics(checkpoint.parent, step),
-        command=command,
+      name=model_name or output_dir.absolute().name,
+      config=config,
+      num_parameters=num_parameters,
+      step=step,
+      corpus=_corpus_facts(corpus_dir),
+      recipe=_recipe(run),
+      metrics=model_card.run_metrics(checkpoint.parent, step),
+      command=command,
     )
     (folder / 'README.md').write_text(model_card.render(facts), encoding='utf-8')
 
 
 def _write_model(
-    folder: pathlib.Path, checkpoint: pathlib.Path, config: BartConfig, dtype: str
+  folder: pathlib.Path, checkpoint: pathlib.Path, config: BartConfig, dtype: str
 ) -> int:
   """Writes weights and configurations; returns the number of parameters."""
   params = checkpoints.read_params(checkpoint)
   torch_weights = mapping.to_hf(params, config.vocab_size, 'torch')
   weights.write_safetensors(
-      folder / weights.SAFETENSORS,
-      {name: w.astype(_DTYPES[dtype]) for name, w in torch_weights.items()},
+    folder / weights.SAFETENSORS,
+    {name: w.astype(_DTYPES[dtype]) for name, w in torch_weights.items()},
   )
   # Flax reads parameters as they are stored, and trains in float32.
   flax_weights = mapping.to_hf(params, config.vocab_size, 'flax')
   weights.write_msgpack(
-      folder / weights.MSGPACK,
-      {name: w.astype(np.float32) for name, w in flax_weights.items()},
+    folder / weights.MSGPACK,
+    {name: w.astype(np.float32) for name, w in flax_weights.items()},
   )
   tokenizer_files.write_json(folder / 'config.json', configs.to_hf(config, dtype))
   tokenizer_files.write_json(
-      folder / 'generation_config.json', configs.generation_to_hf(config)
+    folder / 'generation_config.json', configs.generation_to_hf(config)
   )
   # The bias on the logits is a buffer, no parameter.
   return sum(w.size for w in torch_weights.values()) - config.vocab_size

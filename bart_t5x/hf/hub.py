@@ -59,12 +59,12 @@ def check_login(repo_id: str) -> None:
 
 
 def push(
-    folder: pathlib.Path,
-    repo_id: str,
-    message: str,
-    private: bool = False,
-    revision: str | None = None,
-    logs: pathlib.Path | None = None,
+  folder: pathlib.Path,
+  repo_id: str,
+  message: str,
+  private: bool = False,
+  revision: str | None = None,
+  logs: pathlib.Path | None = None,
 ) -> str:
   """Uploads a model folder as one commit: all of it is seen, or none.
 
@@ -88,9 +88,9 @@ def push(
     events = logs.rglob('events.out.tfevents.*')
     files |= {'runs' / path.relative_to(logs): path for path in events}
   operations = [
-      huggingface_hub.CommitOperationAdd(name.as_posix(), path)
-      for name, path in sorted(files.items())
-      if path.is_file()
+    huggingface_hub.CommitOperationAdd(name.as_posix(), path)
+    for name, path in sorted(files.items())
+    if path.is_file()
   ]
   api = huggingface_hub.HfApi(library_name='bart-t5x')
   with _explained(f'Pushing to {repo_id}'):
@@ -98,13 +98,13 @@ def push(
     # A repository that was there keeps its visibility, whatever is asked for.
     if private and not api.model_info(repo_id).private:
       raise HubError(
-          f'{repo_id} is public, and --private was given: nothing was pushed. Make '
-          'it private on its settings page, or push to another name.'
+        f'{repo_id} is public, and --private was given: nothing was pushed. Make '
+        'it private on its settings page, or push to another name.'
       )
     if revision is not None:
       api.create_branch(repo_id, branch=revision, exist_ok=True)
     commit = api.create_commit(
-        repo_id, operations, commit_message=message, revision=revision
+      repo_id, operations, commit_message=message, revision=revision
     )
   return commit.commit_url
 
@@ -129,12 +129,15 @@ def download(repo_id: str, revision: str | None = None) -> pathlib.Path:
     kinds = [k for k in weights.KINDS if {k, f'{k}.index.json'} & names]
     stem, _, suffix = kinds[0].partition('.') if kinds else ('', '', '')
     return pathlib.Path(
-        huggingface_hub.snapshot_download(
-            repo_id,
-            revision=info.sha,
-            allow_patterns=[
-                'config.json', 'tokenizer.json', f'{stem}.{suffix}',
-                f'{stem}-*.{suffix}', f'{stem}.{suffix}.index.json',
-            ],
-        )  # fmt: skip
+      huggingface_hub.snapshot_download(
+        repo_id,
+        revision=info.sha,
+        allow_patterns=[
+          'config.json',
+          'tokenizer.json',
+          f'{stem}.{suffix}',
+          f'{stem}-*.{suffix}',
+          f'{stem}.{suffix}.index.json',
+        ],
+      )  # fmt: skip
     )

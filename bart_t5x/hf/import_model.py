@@ -53,7 +53,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def normalized(
-    tensors: weights.Weights, framework: mapping.Framework
+  tensors: weights.Weights, framework: mapping.Framework
 ) -> weights.Weights:
   """Brings the ways in which a BART is saved to the one that `mapping` knows.
 
@@ -73,8 +73,8 @@ def normalized(
   tensors = {k: w for k, w in tensors.items() if not _LEFTOVERS.fullmatch(k)}
   if any(_HEADLESS.match(name) for name in tensors):
     tensors = {
-        f'model.{name}' if _HEADLESS.match(name) else name: w
-        for name, w in tensors.items()
+      f'model.{name}' if _HEADLESS.match(name) else name: w
+      for name, w in tensors.items()
     }
   table = 'model.shared.embedding' if framework == 'flax' else 'model.shared.weight'
   aliases = [name for name in mapping.TORCH_ALIASES if name in tensors]
@@ -84,8 +84,8 @@ def normalized(
   for alias in aliases:
     if not np.array_equal(tensors[alias], tensors[table]):
       raise ValueError(
-          f'{alias} differs from {table}: the model has several token tables, this '
-          'network has one'
+        f'{alias} differs from {table}: the model has several token tables, this '
+        'network has one'
       )
   if table in tensors and 'final_logits_bias' not in tensors:
     rows = tensors[table].shape[0]
@@ -97,21 +97,21 @@ def _check_shapes(params: dict[str, Any], config: network.BartConfig) -> None:
   """Raises unless the parameters are those of the network that config describes."""
   tokens = jnp.ones((1, 2), jnp.int32)
   expected = jax.eval_shape(
-      lambda: network.Transformer(config).init(
-          jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-      )
+    lambda: network.Transformer(config).init(
+      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+    )
   )['params']
   wanted = {path: leaf.shape for path, leaf in mapping.flatten(expected).items()}
   given = {path: leaf.shape for path, leaf in mapping.flatten(params).items()}
   wrong = [
-      f'{path} is {given.get(path)}, config.json asks for {wanted.get(path)}'
-      for path in sorted(wanted.keys() | given.keys())
-      if given.get(path) != wanted.get(path)
+    f'{path} is {given.get(path)}, config.json asks for {wanted.get(path)}'
+    for path in sorted(wanted.keys() | given.keys())
+    if given.get(path) != wanted.get(path)
   ]
   if wrong:
     raise ValueError(
-        f'the weights do not fit config.json in {len(wrong)} places: '
-        + '; '.join(wrong[:3])
+      f'the weights do not fit config.json in {len(wrong)} places: '
+      + '; '.join(wrong[:3])
     )
 
 
@@ -135,11 +135,11 @@ def read_params(folder: pathlib.Path, config: network.BartConfig) -> dict[str, A
   table = tensors.get('model.shared.weight', tensors.get('model.shared.embedding'))
   if table is not None and len(table) != config.vocab_size:
     raise ValueError(
-        f'config.json has vocab_size = {config.vocab_size}, the token table '
-        f'{len(table)} rows: they must agree'
+      f'config.json has vocab_size = {config.vocab_size}, the token table '
+      f'{len(table)} rows: they must agree'
     )
   params = mapping.from_hf(
-      tensors, framework, config.padded_vocab_size, config.scan_layers
+    tensors, framework, config.padded_vocab_size, config.scan_layers
   )
   _check_shapes(params, config)
   return params
@@ -156,21 +156,21 @@ def read_tokenizer(folder: pathlib.Path, vocab_size: int) -> str:
   skip = 'or import the weights alone: --skip_tokenizer'
   if not path.exists():
     raise FileNotFoundError(
-        f'{folder} holds no {path.name}. Make it with transformers: '
-        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}'); {skip}"
+      f'{folder} holds no {path.name}. Make it with transformers: '
+      f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}'); {skip}"
     )
   text = path.read_text(encoding='utf-8')
   found = tokenization.read_tokenizer(str(path)).vocab_size
   pre_tokenizer = json.dumps(json.loads(text).get('pre_tokenizer'))
   if '"ByteLevel"' not in pre_tokenizer:
     raise ValueError(
-        f'{path} is no byte-level BPE, the only kind whose files can be taken over. '
-        f'Train a tokenizer of your own, {skip}'
+      f'{path} is no byte-level BPE, the only kind whose files can be taken over. '
+      f'Train a tokenizer of your own, {skip}'
     )
   if found != vocab_size:
     raise ValueError(
-        f'{path} has {found} ids, the model {vocab_size}. Take the tokenizer that '
-        f'belongs to the model, {skip}'
+      f'{path} has {found} ids, the model {vocab_size}. Take the tokenizer that '
+      f'belongs to the model, {skip}'
     )
   return text
 
@@ -191,19 +191,19 @@ def gin_file(model: str, checkpoint: pathlib.Path, fields: dict[str, Any]) -> st
     if bound[name] == fields['dropout_rate']:
       bound[name] = '%DROPOUT_RATE'
   return _GIN.format(
-      model=model.replace('\n', ' '),
-      checkpoint=checkpoint,
-      dropout_rate=fields['dropout_rate'],
-      bindings='\n'.join(f'  {name} = {value}' for name, value in bound.items()),
+    model=model.replace('\n', ' '),
+    checkpoint=checkpoint,
+    dropout_rate=fields['dropout_rate'],
+    bindings='\n'.join(f'  {name} = {value}' for name, value in bound.items()),
   )
 
 
 def import_model(
-    model: str,
-    output_dir: pathlib.Path,
-    revision: str | None = None,
-    skip_tokenizer: bool = False,
-    overwrite: bool = False,
+  model: str,
+  output_dir: pathlib.Path,
+  revision: str | None = None,
+  skip_tokenizer: bool = False,
+  overwrite: bool = False,
 ) -> None:
   """Writes a model of Hugging Face as a folder that T5X starts from.
 

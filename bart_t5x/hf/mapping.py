@@ -20,9 +20,9 @@ Framework = Literal['flax', 'torch']
 
 # Names under which PyTorch checkpoints repeat the token table.
 TORCH_ALIASES = (
-    'model.encoder.embed_tokens.weight',
-    'model.decoder.embed_tokens.weight',
-    'lm_head.weight',
+  'model.encoder.embed_tokens.weight',
+  'model.decoder.embed_tokens.weight',
+  'lm_head.weight',
 )
 
 _TOKEN_TABLE = 'token_embedder/embedding'
@@ -30,29 +30,29 @@ _LOGITS_BIAS = 'final_logits_bias'
 
 # THE table. Module here, module in Hugging Face, what the module is.
 _SIDE = (
-    ('position_embedder', 'embed_positions', 'table'),
-    ('embedding_layer_norm', 'layernorm_embedding', 'norm'),
+  ('position_embedder', 'embed_positions', 'table'),
+  ('embedding_layer_norm', 'layernorm_embedding', 'norm'),
 )
 _LAYER = (
-    ('self_attention', 'self_attn', 'attention'),
-    ('self_attention_layer_norm', 'self_attn_layer_norm', 'norm'),
-    ('encoder_decoder_attention', 'encoder_attn', 'attention'),
-    ('encoder_decoder_attention_layer_norm', 'encoder_attn_layer_norm', 'norm'),
-    ('mlp/wi', 'fc1', 'linear'),
-    ('mlp/wo', 'fc2', 'linear'),
-    ('mlp_layer_norm', 'final_layer_norm', 'norm'),
+  ('self_attention', 'self_attn', 'attention'),
+  ('self_attention_layer_norm', 'self_attn_layer_norm', 'norm'),
+  ('encoder_decoder_attention', 'encoder_attn', 'attention'),
+  ('encoder_decoder_attention_layer_norm', 'encoder_attn_layer_norm', 'norm'),
+  ('mlp/wi', 'fc1', 'linear'),
+  ('mlp/wo', 'fc2', 'linear'),
+  ('mlp_layer_norm', 'final_layer_norm', 'norm'),
 )
 _ATTENTION = (
-    ('query', 'q_proj'),
-    ('key', 'k_proj'),
-    ('value', 'v_proj'),
-    ('out', 'out_proj'),
+  ('query', 'q_proj'),
+  ('key', 'k_proj'),
+  ('value', 'v_proj'),
+  ('out', 'out_proj'),
 )
 # Its leaves: here and in Flax, in PyTorch.
 _LEAVES = {
-    'table': (('embedding', 'weight'),),
-    'norm': (('scale', 'weight'), ('bias', 'bias')),
-    'linear': (('kernel', 'weight'), ('bias', 'bias')),
+  'table': (('embedding', 'weight'),),
+  'norm': (('scale', 'weight'), ('bias', 'bias')),
+  'linear': (('kernel', 'weight'), ('bias', 'bias')),
 }
 
 
@@ -87,12 +87,12 @@ def _module_leaves(ours: str, theirs: str, kind: str) -> Iterator[Leaf]:
 def leaves(num_encoder_layers: int, num_decoder_layers: int) -> list[Leaf]:
   """Every parameter of a model with that many layers."""
   found = [
-      Leaf(_TOKEN_TABLE, 'model.shared.embedding', 'model.shared.weight'),
-      Leaf(_LOGITS_BIAS, _LOGITS_BIAS, _LOGITS_BIAS),
+    Leaf(_TOKEN_TABLE, 'model.shared.embedding', 'model.shared.weight'),
+    Leaf(_LOGITS_BIAS, _LOGITS_BIAS, _LOGITS_BIAS),
   ]
   for side, count in (
-      ('encoder', num_encoder_layers),
-      ('decoder', num_decoder_layers),
+    ('encoder', num_encoder_layers),
+    ('decoder', num_decoder_layers),
   ):
     for ours, theirs, kind in _SIDE:
       found.extend(_module_leaves(f'{side}/{ours}', f'model.{side}.{theirs}', kind))
@@ -101,11 +101,11 @@ def leaves(num_encoder_layers: int, num_decoder_layers: int) -> list[Leaf]:
         if side == 'encoder' and ours.startswith('encoder_decoder'):
           continue
         found.extend(
-            _module_leaves(
-                f'{side}/layers_{layer}/{ours}',
-                f'model.{side}.layers.{layer}.{theirs}',
-                kind,
-            )
+          _module_leaves(
+            f'{side}/layers_{layer}/{ours}',
+            f'model.{side}.layers.{layer}.{theirs}',
+            kind,
+          )
         )
   return found
 
@@ -180,7 +180,7 @@ def count_layers(names: Mapping[str, Any], side: str) -> int:
 
 
 def to_hf(
-    params: Mapping[str, Any], vocab_size: int, framework: Framework
+  params: Mapping[str, Any], vocab_size: int, framework: Framework
 ) -> dict[str, Float[np.ndarray, '...']]:
   """Our parameters -> Hugging Face's, as flat dotted names.
 
@@ -202,8 +202,8 @@ def to_hf(
   rows = flat[_TOKEN_TABLE].shape[0]
   if rows < vocab_size:
     raise ValueError(
-        f'The token table has {rows} rows, fewer than the vocabulary: {vocab_size}. '
-        'The checkpoint belongs to another vocabulary.'
+      f'The token table has {rows} rows, fewer than the vocabulary: {vocab_size}. '
+      'The checkpoint belongs to another vocabulary.'
     )
   tensors = {}
   for leaf in table:
@@ -219,10 +219,10 @@ def to_hf(
 
 
 def from_hf(
-    tensors: Mapping[str, Shaped[np.ndarray, '...']],
-    framework: Framework,
-    padded_vocab_size: int | None = None,
-    scan_layers: bool = False,
+  tensors: Mapping[str, Shaped[np.ndarray, '...']],
+  framework: Framework,
+  padded_vocab_size: int | None = None,
+  scan_layers: bool = False,
 ) -> dict[str, Any]:
   """Hugging Face's parameters -> ours, nested.
 
@@ -263,8 +263,8 @@ def _pad_rows(array, rows):
     return array
   if rows < len(array):
     raise ValueError(
-        f'The checkpoint has {len(array)} vocabulary rows, more than the {rows} of '
-        'the model: set BartConfig.vocab_size to the number in its config.json.'
+      f'The checkpoint has {len(array)} vocabulary rows, more than the {rows} of '
+      'the model: set BartConfig.vocab_size to the number in its config.json.'
     )
   padding = [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1)
   return np.pad(array, padding)
@@ -276,6 +276,6 @@ def _check_names(given, expected, what):
   extra = sorted(set(given) - set(expected))
   if missing or extra:
     raise ValueError(
-        f'{what} are not those of a BART with as many layers. '
-        f'Missing {len(missing)}: {missing[:5]}; unexpected {len(extra)}: {extra[:5]}'
+      f'{what} are not those of a BART with as many layers. '
+      f'Missing {len(missing)}: {missing[:5]}; unexpected {len(extra)}: {extra[:5]}'
     )

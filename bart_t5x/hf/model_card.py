@@ -9,9 +9,9 @@ from bart_t5x.config import BartConfig
 
 # How a corpus states its licence, before any colon, and the Hub's name for it.
 _HUB_LICENSES = (
-    ('CC0 1.0', 'cc0-1.0'),
-    ('CC BY 4.0', 'cc-by-4.0'),
-    ('CC BY-SA 4.0', 'cc-by-sa-4.0'),
+  ('CC0 1.0', 'cc0-1.0'),
+  ('CC BY 4.0', 'cc-by-4.0'),
+  ('CC BY-SA 4.0', 'cc-by-sa-4.0'),
 )
 
 
@@ -72,9 +72,9 @@ def _corpus_section(corpus: dict[str, Any]) -> str:
   if not corpus:
     return 'The corpus was not at hand when this model was exported.'
   counts = {
-      f'{split}, {unit}': f'{numbers[unit]:,}'
-      for split, numbers in corpus['splits'].items()
-      for unit in ('documents', 'tokens', 'bytes')
+    f'{split}, {unit}': f'{numbers[unit]:,}'
+    for split, numbers in corpus['splits'].items()
+    for unit in ('documents', 'tokens', 'bytes')
   }
   facts = {'source': corpus['source'], 'licence': corpus.get('license') or 'not stated'}
   return _table(('corpus', ''), facts | counts)
@@ -109,31 +109,31 @@ def render(facts: CardFacts) -> str:
   """
   config = facts.config
   shape = {
-      'parameters': f'{facts.num_parameters:,}',
-      'layers': f'{config.num_encoder_layers} + {config.num_decoder_layers}',
-      'width': config.emb_dim,
-      'heads': config.num_heads,
-      'feed-forward width': config.mlp_dim,
-      'vocabulary': f'{config.vocab_size:,}',
-      'longest input, tokens': config.max_positions,
+    'parameters': f'{facts.num_parameters:,}',
+    'layers': f'{config.num_encoder_layers} + {config.num_decoder_layers}',
+    'width': config.emb_dim,
+    'heads': config.num_heads,
+    'feed-forward width': config.mlp_dim,
+    'vocabulary': f'{config.vocab_size:,}',
+    'longest input, tokens': config.max_positions,
   }
   sections = [
-      _front_matter(facts.corpus),
-      f'# {facts.name}',
-      'A BART for Norwegian, pre-trained to restore noised text '
-      '([Lewis et al. 2019](https://arxiv.org/abs/1910.13461)) for '
-      f'{facts.step:,} steps with bart-t5x.',
-      _table(('model', ''), shape),
-      '## Loading',
-      _loading(facts.name),
-      '## Training',
-      _corpus_section(facts.corpus),
-      _table(('setting', 'value'), facts.recipe),
+    _front_matter(facts.corpus),
+    f'# {facts.name}',
+    'A BART for Norwegian, pre-trained to restore noised text '
+    '([Lewis et al. 2019](https://arxiv.org/abs/1910.13461)) for '
+    f'{facts.step:,} steps with bart-t5x.',
+    _table(('model', ''), shape),
+    '## Loading',
+    _loading(facts.name),
+    '## Training',
+    _corpus_section(facts.corpus),
+    _table(('setting', 'value'), facts.recipe),
   ]
   if facts.metrics:
     sections += [
-        '## Held-out documents, at the last evaluation before the export',
-        _table(('metric', 'value'), facts.metrics),
+      '## Held-out documents, at the last evaluation before the export',
+      _table(('metric', 'value'), facts.metrics),
     ]
   sections += ['## Made by', f'```\n{facts.command}\n```']
   return '\n\n'.join(sections) + '\n'

@@ -49,8 +49,8 @@ class RunConfig:
     if isinstance(value, _Macro):
       if (value.name, '') not in self._bindings:
         raise ValueError(
-            f'config.gin uses the macro {value.name}, which it does not define: it '
-            'is no whole config.gin of a run'
+          f'config.gin uses the macro {value.name}, which it does not define: it '
+          'is no whole config.gin of a run'
         )
       return self._resolved(self._bindings[value.name, ''])
     if isinstance(value, dict):
@@ -95,8 +95,8 @@ def read(path: str | pathlib.Path) -> RunConfig:
     text = path.read_text(encoding='utf-8')
   except FileNotFoundError as e:
     raise FileNotFoundError(
-        f'no {path}: the bridge reads the shape of the model from it. It lies '
-        'beside the checkpoints of every run; name another with --config=FILE.'
+      f'no {path}: the bridge reads the shape of the model from it. It lies '
+      'beside the checkpoints of every run; name another with --config=FILE.'
     ) from e
   try:
     return RunConfig(text)

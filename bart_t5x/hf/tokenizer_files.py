@@ -12,12 +12,12 @@ from typing import Any
 from bart_t5x import tokenization
 
 _SPECIAL_TOKENS = {
-    'bos_token': tokenization.BOS,
-    'eos_token': tokenization.EOS,
-    'unk_token': tokenization.UNK,
-    'sep_token': tokenization.EOS,
-    'pad_token': tokenization.PAD,
-    'cls_token': tokenization.BOS,
+  'bos_token': tokenization.BOS,
+  'eos_token': tokenization.EOS,
+  'unk_token': tokenization.UNK,
+  'sep_token': tokenization.EOS,
+  'pad_token': tokenization.PAD,
+  'cls_token': tokenization.BOS,
 }
 
 
@@ -34,21 +34,21 @@ def tokenizer_config(tokenizer_json: dict[str, Any], max_length: int) -> dict[st
     it, and lose its post-processor.
   """
   mask = next(
-      token
-      for token in tokenizer_json['added_tokens']
-      if token['content'] == tokenization.MASK
+    token
+    for token in tokenizer_json['added_tokens']
+    if token['content'] == tokenization.MASK
   )
   return {
-      'tokenizer_class': 'PreTrainedTokenizerFast',
-      'model_max_length': max_length,
-      'model_input_names': ['input_ids', 'attention_mask'],
-      # What makes decode(encode(text)) the text: no spaces are tidied away.
-      'clean_up_tokenization_spaces': False,
-      **_SPECIAL_TOKENS,
-      'mask_token': {
-          '__type': 'AddedToken',
-          **{k: v for k, v in mask.items() if k != 'id'},
-      },
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'model_max_length': max_length,
+    'model_input_names': ['input_ids', 'attention_mask'],
+    # What makes decode(encode(text)) the text: no spaces are tidied away.
+    'clean_up_tokenization_spaces': False,
+    **_SPECIAL_TOKENS,
+    'mask_token': {
+      '__type': 'AddedToken',
+      **{k: v for k, v in mask.items() if k != 'id'},
+    },
   }
 
 
@@ -65,7 +65,7 @@ def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
   (folder / tokenization.BYTE_LEVEL_FILE).write_text(text, encoding='utf-8')
   write_json(folder / 'tokenizer_config.json', config)
   special_tokens = _SPECIAL_TOKENS | {
-      'mask_token': {k: v for k, v in config['mask_token'].items() if k != '__type'}
+    'mask_token': {k: v for k, v in config['mask_token'].items() if k != '__type'}
   }
   write_json(folder / 'special_tokens_map.json', special_tokens)
 

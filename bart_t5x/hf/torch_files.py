@@ -21,16 +21,16 @@ import ml_dtypes
 import numpy as np
 
 _DTYPES = {
-    'FloatStorage': np.dtype(np.float32),
-    'DoubleStorage': np.dtype(np.float64),
-    'HalfStorage': np.dtype(np.float16),
-    'BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
-    'LongStorage': np.dtype(np.int64),
-    'IntStorage': np.dtype(np.int32),
-    'ShortStorage': np.dtype(np.int16),
-    'CharStorage': np.dtype(np.int8),
-    'ByteStorage': np.dtype(np.uint8),
-    'BoolStorage': np.dtype(np.bool_),
+  'FloatStorage': np.dtype(np.float32),
+  'DoubleStorage': np.dtype(np.float64),
+  'HalfStorage': np.dtype(np.float16),
+  'BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
+  'LongStorage': np.dtype(np.int64),
+  'IntStorage': np.dtype(np.int32),
+  'ShortStorage': np.dtype(np.int16),
+  'CharStorage': np.dtype(np.int8),
+  'ByteStorage': np.dtype(np.uint8),
+  'BoolStorage': np.dtype(np.bool_),
 }
 
 # The first objects of the older format: a magic number, the protocol version.
@@ -85,9 +85,7 @@ class _Storage:
 
   def fill(self, raw: bytes) -> None:
     if len(raw) != self.size * self.dtype.itemsize:
-      raise ValueError(
-          f'a storage of {self.size} {self.dtype} has {len(raw)} bytes'
-      )
+      raise ValueError(f'a storage of {self.size} {self.dtype} has {len(raw)} bytes')
     self.data = np.frombuffer(raw, self.dtype)
 
 
@@ -100,15 +98,15 @@ class _Tensor:
 
   def to_array(self) -> np.ndarray:
     last = self.offset + sum(
-        (n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)
+      (n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)
     )
     if min((self.offset, *self.shape, *self.strides)) < 0 or (
-        0 not in self.shape and last >= self.storage.size
+      0 not in self.shape and last >= self.storage.size
     ):
       raise ValueError('a tensor reaches outside its storage')
     item = self.storage.dtype.itemsize
     view = np.lib.stride_tricks.as_strided(
-        self.storage.data[self.offset :], self.shape, [s * item for s in self.strides]
+      self.storage.data[self.offset :], self.shape, [s * item for s in self.strides]
     )
     return view.copy()
 
@@ -122,12 +120,12 @@ def _rebuild_parameter(tensor, *_unused) -> _Tensor:
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
-    ('collections', 'OrderedDict'): collections.OrderedDict,
-    ('argparse', 'Namespace'): argparse.Namespace,
-    ('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
-    **{('torch', name): _StorageType(dtype) for name, dtype in _DTYPES.items()},
+  ('collections', 'OrderedDict'): collections.OrderedDict,
+  ('argparse', 'Namespace'): argparse.Namespace,
+  ('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
+  ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
+  ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
+  **{('torch', name): _StorageType(dtype) for name, dtype in _DTYPES.items()},
 }
 
 
@@ -135,10 +133,10 @@ class _Unpickler(pickle.Unpickler):
   """Finds only the names above; storages come from `load_storage`."""
 
   def __init__(
-      self,
-      file: BinaryIO,
-      load_storage: Callable[..., _Storage],
-      opaque_classes: bool,
+    self,
+    file: BinaryIO,
+    load_storage: Callable[..., _Storage],
+    opaque_classes: bool,
   ):
     super().__init__(file, encoding='utf-8')
     self._load_storage = load_storage
@@ -150,8 +148,8 @@ class _Unpickler(pickle.Unpickler):
     if self._opaque_classes:
       return Opaque
     raise UnsafeFileError(
-        f'the file wants to load {module}.{name}, which is no part of a saved '
-        'state dict; it may be malicious. Use model.safetensors instead.'
+      f'the file wants to load {module}.{name}, which is no part of a saved '
+      'state dict; it may be malicious. Use model.safetensors instead.'
     )
 
   def persistent_load(self, saved_id: tuple) -> _Storage:
@@ -248,6 +246,6 @@ def load(path: str | pathlib.Path, opaque_classes: bool = False) -> Any:
     raise UnsafeFileError(f'{path}: {e}') from e
   except Exception as e:  # a damaged pickle ends in whatever its opcodes hit on
     raise ValueError(
-        f'{path} cannot be read as a PyTorch file: {e or type(e).__name__}. It is '
-        'truncated, damaged, or of another kind. Download it again.'
+      f'{path} cannot be read as a PyTorch file: {e or type(e).__name__}. It is '
+      'truncated, damaged, or of another kind. Download it again.'
     ) from e

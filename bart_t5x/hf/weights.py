@@ -49,7 +49,7 @@ def _read_msgpack(path: pathlib.Path) -> Weights:
     return flax.traverse_util.flatten_dict(nested, sep='.')
   except Exception as e:  # whatever the damaged bytes happen to mean
     raise ValueError(
-        f'{path} is damaged or truncated ({e!r}). Download it again.'
+      f'{path} is damaged or truncated ({e!r}). Download it again.'
     ) from e
 
 
@@ -63,9 +63,9 @@ def _read_torch(path: pathlib.Path) -> Weights:
 
 # In the order in which they are looked for: the safest and fastest first.
 _READERS = {
-    SAFETENSORS: _read_safetensors,
-    MSGPACK: _read_msgpack,
-    TORCH: _read_torch,
+  SAFETENSORS: _read_safetensors,
+  MSGPACK: _read_msgpack,
+  TORCH: _read_torch,
 }
 KINDS = tuple(_READERS)
 
@@ -76,7 +76,7 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
   except (ValueError, LookupError, TypeError, AttributeError) as e:
     raise ValueError(
-        f'{index} is damaged or no index ({e!r}). Download it again.'
+      f'{index} is damaged or no index ({e!r}). Download it again.'
     ) from e
   for name in names:
     if pathlib.PurePath(name).name != name:
@@ -84,7 +84,7 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
   missing = [name for name in names if not (index.parent / name).exists()]
   if missing:
     raise FileNotFoundError(
-        f'{index} names shards that are not there: {", ".join(missing)}'
+      f'{index} names shards that are not there: {", ".join(missing)}'
     )
   return [index.parent / name for name in names]
 
@@ -114,6 +114,6 @@ def read_weights(folder: pathlib.Path) -> tuple[Weights, str]:
         weights |= read(shard)
       return weights, name
   raise FileNotFoundError(
-      f'{folder} holds no weights: expected one of {", ".join(_READERS)} (or its '
-      'sharded form with an index).'
+    f'{folder} holds no weights: expected one of {", ".join(_READERS)} (or its '
+    'sharded form with an index).'
   )

@@ -12,31 +12,31 @@ def run_all(action, values):
 
 
 @pytest.mark.parametrize(
-    ('mode', 'values', 'atol', 'rtol', 'stops'),
-    [
-        # By hand: a value is better if it beats the one before by more than
-        # atol + rtol * |before|; three in a row of which none is better end the run.
-        ('max', [1, 1, 1], 0.0, 0.0, True),
-        ('max', [1, 0.9, 0.8], 0.0, 0.0, True),
-        ('max', [1, 1.09, 1.18], 0.1, 0.0, True),
-        ('max', [1, 1.2, 1.4], 0.1, 0.0, False),
-        ('max', [1, 1.2, 1.4], 0.1, 0.08, False),
-        ('max', [1, 1.2, 1.4], 0.0, 0.2, True),
-        ('min', [1, 1, 1], 0.0, 0.0, True),
-        ('min', [1, 0.9, 0.71], 0.2, 0.0, True),
-        ('min', [1, 0.8, 0.6], 0.15, 0.0, False),
-        ('min', [1, 0.8, 0.6], 0.1, 0.09, False),
-        ('min', [1, 0.8, 0.6], 0.0, 0.3, True),
-        ('min', [1, 0.8, 0.7, 0.6], 0.15, 0.0, True),
-        ('min', [1, 2, 1.5], 0.0, 0.0, False),
-        ('min', [-1, -1.05, -1.1], 0.0, 0.1, True),
-        ('min', [1, float('nan'), float('nan')], 0.0, 0.0, True),
-        ('min', [1, 1], 0.0, 0.0, False),
-    ],
+  ('mode', 'values', 'atol', 'rtol', 'stops'),
+  [
+    # By hand: a value is better if it beats the one before by more than
+    # atol + rtol * |before|; three in a row of which none is better end the run.
+    ('max', [1, 1, 1], 0.0, 0.0, True),
+    ('max', [1, 0.9, 0.8], 0.0, 0.0, True),
+    ('max', [1, 1.09, 1.18], 0.1, 0.0, True),
+    ('max', [1, 1.2, 1.4], 0.1, 0.0, False),
+    ('max', [1, 1.2, 1.4], 0.1, 0.08, False),
+    ('max', [1, 1.2, 1.4], 0.0, 0.2, True),
+    ('min', [1, 1, 1], 0.0, 0.0, True),
+    ('min', [1, 0.9, 0.71], 0.2, 0.0, True),
+    ('min', [1, 0.8, 0.6], 0.15, 0.0, False),
+    ('min', [1, 0.8, 0.6], 0.1, 0.09, False),
+    ('min', [1, 0.8, 0.6], 0.0, 0.3, True),
+    ('min', [1, 0.8, 0.7, 0.6], 0.15, 0.0, True),
+    ('min', [1, 2, 1.5], 0.0, 0.0, False),
+    ('min', [-1, -1.05, -1.1], 0.0, 0.1, True),
+    ('min', [1, float('nan'), float('nan')], 0.0, 0.0, True),
+    ('min', [1, 1], 0.0, 0.0, False),
+  ],
 )
 def test_early_stopping(mode, values, atol, rtol, stops):
   action = actions.EarlyStoppingAction(
-      ('task', 'metric'), mode, patience=3, atol=atol, rtol=rtol
+    ('task', 'metric'), mode, patience=3, atol=atol, rtol=rtol
   )
   verdicts = run_all(action, [clu.values.Scalar(value) for value in values])
   assert verdicts == [*[False] * (len(values) - 1), stops]
@@ -58,11 +58,11 @@ def test_other_values_are_left_alone_with_a_warning(value, caplog):
 
 
 @pytest.mark.parametrize(
-    ('task', 'metric', 'text'),
-    [
-        ('tusk', 'metric', "no task 'tusk'. There are: task"),
-        ('task', 'los', "no metric 'los'. There are: metric"),
-    ],
+  ('task', 'metric', 'text'),
+  [
+    ('tusk', 'metric', "no task 'tusk'. There are: task"),
+    ('task', 'los', "no metric 'los'. There are: metric"),
+  ],
 )
 def test_names_that_are_not_there(task, metric, text, caplog):
   nan = float('nan')
@@ -73,7 +73,7 @@ def test_names_that_are_not_there(task, metric, text, caplog):
 
 
 @pytest.mark.parametrize(
-    ('value', 'stops'), [(1.0, False), (np.nan, True), (np.inf, True), (-np.inf, True)]
+  ('value', 'stops'), [(1.0, False), (np.nan, True), (np.inf, True), (-np.inf, True)]
 )
 def test_nan(value, stops):
   action = actions.TerminateOnNanAction('task')
@@ -81,13 +81,13 @@ def test_nan(value, stops):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ({'mode': 'least'}, "mode must be .*'least'"),
-        ({'mode': 'min', 'patience': 1}, 'patience must be at least 2.*Got: 1'),
-        ({'mode': 'min', 'atol': -1}, 'atol and rtol.*-1'),
-        ({'mode': 'min', 'rtol': -0.5}, 'atol and rtol.*-0.5'),
-    ],
+  ('arguments', 'message'),
+  [
+    ({'mode': 'least'}, "mode must be .*'least'"),
+    ({'mode': 'min', 'patience': 1}, 'patience must be at least 2.*Got: 1'),
+    ({'mode': 'min', 'atol': -1}, 'atol and rtol.*-1'),
+    ({'mode': 'min', 'rtol': -0.5}, 'atol and rtol.*-0.5'),
+  ],
 )
 def test_arguments_that_make_no_sense(arguments, message):
   with pytest.raises(ValueError, match=message):
@@ -97,5 +97,7 @@ def test_arguments_that_make_no_sense(arguments, message):
 def test_names_of_the_trainer_module():
   assert trainer.EarlyStoppingAction is actions.EarlyStoppingAction
   assert [mode.name for mode in trainer.ActionMode] == [
-      'TRAIN', 'TRAIN_EVAL', 'INFER_EVAL',
+    'TRAIN',
+    'TRAIN_EVAL',
+    'INFER_EVAL',
   ]

@@ -58,9 +58,7 @@ def test_factored_step_by_hand():
   optimizer = run(plain(min_dim_size_to_factor=2), params, [{'w': jnp.array(grad)}])
   rows, columns = (grad**2).mean(1), (grad**2).mean(0)
   v = np.outer(rows, columns) / rows.mean()
-  np.testing.assert_allclose(
-      optimizer.target['w'], -0.1 * grad / np.sqrt(v), rtol=1e-5
-  )
+  np.testing.assert_allclose(optimizer.target['w'], -0.1 * grad / np.sqrt(v), rtol=1e-5)
 
 
 def test_pieces_by_hand():
@@ -73,26 +71,26 @@ def test_pieces_by_hand():
 
   np.testing.assert_allclose(step(), 0.1, rtol=1e-5)
   np.testing.assert_allclose(
-      step(multiply_by_parameter_scale=True), 0.1 * rms, rtol=1e-5
+    step(multiply_by_parameter_scale=True), 0.1 * rms, rtol=1e-5
   )
   np.testing.assert_allclose(
-      step(multiply_by_parameter_scale=True, max_parameter_scale=2.0), 0.2, rtol=1e-5
+    step(multiply_by_parameter_scale=True, max_parameter_scale=2.0), 0.2, rtol=1e-5
   )
   np.testing.assert_allclose(
-      step(multiply_by_parameter_scale=True, epsilon2=50.0), 5.0, rtol=1e-5
+    step(multiply_by_parameter_scale=True, epsilon2=50.0), 5.0, rtol=1e-5
   )
   np.testing.assert_allclose(step(clipping_threshold=0.25), 0.025, rtol=1e-5)
   np.testing.assert_allclose(step(clipping_threshold=4.0), 0.1, rtol=1e-5)
   np.testing.assert_allclose(
-      step(weight_decay_rate=0.01), 0.1 + 0.01 * np.array([3.0, 4.0]), rtol=1e-5
+    step(weight_decay_rate=0.01), 0.1 + 0.01 * np.array([3.0, 4.0]), rtol=1e-5
   )
   np.testing.assert_allclose(
-      step(weight_decay_rate_lr_exponent=2.0), 0.1 + 0.01 * np.array([3, 4]), rtol=1e-5
+    step(weight_decay_rate_lr_exponent=2.0), 0.1 + 0.01 * np.array([3, 4]), rtol=1e-5
   )
   np.testing.assert_allclose(
-      step(weight_decay_rate=0.5, weight_decay_rate_lr_exponent=2.0),
-      0.1 + 0.005 * np.array([3, 4]),
-      rtol=1e-5,
+    step(weight_decay_rate=0.5, weight_decay_rate_lr_exponent=2.0),
+    0.1 + 0.005 * np.array([3, 4]),
+    rtol=1e-5,
   )
   np.testing.assert_allclose(step(beta1=0.9), 0.01, rtol=1e-4)
 
@@ -116,7 +114,7 @@ def test_gradients_are_clipped_together():
   np.testing.assert_allclose(states['b'].v, [0.64], rtol=1e-6)
   rule = plain(global_norm_clip_threshold=10.0)
   np.testing.assert_allclose(
-      run(rule, params, [grads]).state.param_states['b'].v, [16.0], rtol=1e-6
+    run(rule, params, [grads]).state.param_states['b'].v, [16.0], rtol=1e-6
   )
 
 
@@ -126,9 +124,7 @@ def test_nan_updates_can_be_skipped():
   assert jnp.isnan(run(plain(), params, grads).target['b'][0])
   optimizer = run(plain(skip_nan_updates=True), params, grads)
   np.testing.assert_allclose(optimizer.target['b'], [1.0, 0.9], rtol=1e-6)
-  np.testing.assert_allclose(
-      optimizer.state.param_states['b'].v, [0.0, 1.0], rtol=1e-6
-  )
+  np.testing.assert_allclose(optimizer.state.param_states['b'].v, [0.0, 1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize('shape', [(5,), (4, 6), (6, 4), (4, 4), (200, 130)])
@@ -138,7 +134,7 @@ def test_against_optax(shape):
   rng = np.random.default_rng(0)
   params = {'w': jnp.asarray(rng.normal(size=shape), jnp.float32)}
   reference = optax.adafactor(
-      0.01, min_dim_size_to_factor=4, multiply_by_parameter_scale=True
+    0.01, min_dim_size_to_factor=4, multiply_by_parameter_scale=True
   )
   inner, theirs = reference.init(params), params
   ours = adafactor.Adafactor(0.01, min_dim_size_to_factor=4).create(params)
@@ -151,18 +147,16 @@ def test_against_optax(shape):
 
 
 AXES = {
-    'kernel': PartitionSpec('embed', 'heads', 'kv'),
-    'stacked': PartitionSpec('layers', 'embed', 'mlp'),
-    'bias': PartitionSpec('layers', 'mlp'),
-    'scale': PartitionSpec('embed'),
+  'kernel': PartitionSpec('embed', 'heads', 'kv'),
+  'stacked': PartitionSpec('layers', 'embed', 'mlp'),
+  'bias': PartitionSpec('layers', 'mlp'),
+  'scale': PartitionSpec('embed'),
 }
 SHAPES = {'kernel': (4, 2, 3), 'stacked': (2, 3, 5), 'bias': (2, 5), 'scale': (4,)}
 
 
 def by_axes(**kwargs):
-  rule = plain(
-      logical_factor_rules=adafactor.standard_logical_factor_rules(), **kwargs
-  )
+  rule = plain(logical_factor_rules=adafactor.standard_logical_factor_rules(), **kwargs)
   rule.set_param_axes(AXES)
   return rule
 
@@ -197,9 +191,9 @@ def test_three_axes_are_factored_as_the_matrix_they_are():
   params = {'kernel': jnp.ones((4, 2, 3))}
   got = run(by_axes(), params, [{'kernel': grad}]).target['kernel']
   want = run(
-      plain(min_dim_size_to_factor=1),
-      {'w': jnp.ones((4, 6))},
-      [{'w': grad.reshape(4, 6)}],
+    plain(min_dim_size_to_factor=1),
+    {'w': jnp.ones((4, 6))},
+    [{'w': grad.reshape(4, 6)}],
   ).target['w']
   np.testing.assert_allclose(got.reshape(4, 6), want, rtol=1e-5)
 
@@ -211,7 +205,10 @@ def test_logical_axes_of_the_state():
   assert got.target == AXES and got.state.step is None
   entry = got.state.param_states['kernel']
   assert (entry.v_row, entry.v_col, entry.v, entry.m) == (
-      None, None, None, AXES['kernel']
+    None,
+    None,
+    None,
+    AXES['kernel'],
   )
   assert got.state.param_states['bias'].v == AXES['bias']
 
@@ -235,7 +232,7 @@ def test_maps_by_path():
   target = run(plain(multiply_by_parameter_scale=rules), params, [params]).target
   np.testing.assert_allclose(target['w'], 3.6, rtol=1e-6)
   np.testing.assert_allclose(target['bias'], 3.9, rtol=1e-6)
-  with pytest.raises(KeyError, match="a/b"):
+  with pytest.raises(KeyError, match='a/b'):
     adafactor.HParamMap([('x', 1)])['a/b']
 
   factor_map = adafactor.HParamMap([('.*', (Factor.ROW, Factor.COLUMN, Factor.COLUMN))])

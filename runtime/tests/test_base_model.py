@@ -15,7 +15,8 @@ def test_options_get_defaults_and_are_not_edited():
   assert base_model.decode_options(MODEL, None, given) == {'alpha': 1.0, 'eos_id': 5}
   assert given == {'alpha': 1.0}
   assert base_model.decode_options(MODEL, 'key', {'eos_id': 7}) == {
-    'decode_rng': 'key', 'eos_id': 7,
+    'decode_rng': 'key',
+    'eos_id': 7,
   }
   # A key that is None is none.
   assert base_model.decode_options(MODEL, 4, {'decode_rng': None})['decode_rng'] == 4

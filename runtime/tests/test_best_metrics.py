@@ -15,7 +15,7 @@ def write(folder, tag, values):
   with (folder / f'events.out.tfevents.{number}').open('wb') as file:
     for step, value in values.items():
       summary = summary_pb2.Summary(
-          value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)]
+        value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)]
       )
       event = event_pb2.Event(step=step, summary=summary).SerializeToString()
       # Two checksums, which the reader does not look at.

@@ -14,17 +14,17 @@ from t5x.checkpoint_reading import DamagedCheckpointError, Destination
 from t5x.lazy_arrays import LazyAwaitableArray
 
 STATE = {
-    'state': {
-        'step': np.int32(7),
-        'param_states': {'enc': {'kernel': {'v_row': np.ones(4, np.float32)}}},
+  'state': {
+    'step': np.int32(7),
+    'param_states': {'enc': {'kernel': {'v_row': np.ones(4, np.float32)}}},
+  },
+  'target': {
+    'enc': {
+      'kernel': np.arange(32, dtype=np.float32).reshape(4, 8),
+      'half': np.arange(8, dtype=jnp.bfloat16),
     },
-    'target': {
-        'enc': {
-            'kernel': np.arange(32, dtype=np.float32).reshape(4, 8),
-            'half': np.arange(8, dtype=jnp.bfloat16),
-        },
-        'bias': np.array([1.5, -2.5], np.float32),  # Not partitioned: in the index.
-    },
+    'bias': np.array([1.5, -2.5], np.float32),  # Not partitioned: in the index.
+  },
 }
 IN_INDEX = {'state/step', 'target/bias', 'state/param_states/enc/kernel/v_row'}
 
@@ -39,14 +39,14 @@ def write(folder, state=STATE, version=3, driver='file', old_paths=False):
       continue
     path = name.replace('/', '.')
     spec = {
-        'driver': 'zarr',
-        'dtype': value.dtype.name,
-        'kvstore': {'driver': 'file', 'path': str(folder / path) + '/'},
-        'metadata': {
-            'shape': list(value.shape),
-            'chunks': [max(1, n // 2) for n in value.shape],
-            'compressor': {'id': 'gzip', 'level': 1},
-        },
+      'driver': 'zarr',
+      'dtype': value.dtype.name,
+      'kvstore': {'driver': 'file', 'path': str(folder / path) + '/'},
+      'metadata': {
+        'shape': list(value.shape),
+        'chunks': [max(1, n // 2) for n in value.shape],
+        'compressor': {'id': 'gzip', 'level': 1},
+      },
     }
     tensorstore.open(spec, create=True).result().write(value).result()
     spec['kvstore'] = {'driver': driver}
@@ -96,7 +96,9 @@ def test_describes_without_reading(tmp_path):
   tree = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
   kernel = tree['target']['enc']['kernel']
   assert (kernel.shape, kernel.dtype, kernel.name) == (
-      (4, 8), np.float32, 'target/enc/kernel'
+    (4, 8),
+    np.float32,
+    'target/enc/kernel',
   )
   assert tree['state']['step'] == 7
 
@@ -104,7 +106,7 @@ def test_describes_without_reading(tmp_path):
 def test_casts_parameters_only(tmp_path):
   write(tmp_path / 'checkpoint_7')
   state = checkpoint_formats.load_t5x_checkpoint(
-      str(tmp_path), restore_dtype=jnp.bfloat16
+    str(tmp_path), restore_dtype=jnp.bfloat16
   )
   assert state['target']['enc']['kernel'].dtype == jnp.bfloat16
   assert state['target']['bias'].dtype == jnp.bfloat16
@@ -117,8 +119,11 @@ def test_each_device_reads_its_part(tmp_path):
   kernel = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
   kernel = kernel['target']['enc']['kernel']
   mesh = jax.make_mesh((2, 4), ('data', 'model'))
-  for spec in (PartitionSpec(None, 'model'), PartitionSpec('data', 'model'),
-               PartitionSpec()):
+  for spec in (
+    PartitionSpec(None, 'model'),
+    PartitionSpec('data', 'model'),
+    PartitionSpec(),
+  ):
     got = kernel.read(NamedSharding(mesh, spec), jnp.bfloat16)
     assert got.sharding.spec == spec and got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, STATE['target']['enc']['kernel'])
@@ -160,8 +165,8 @@ def test_a_train_state_is_laid_on_the_mesh(tmp_path):
 def test_a_train_state_of_other_names_and_more_parts(tmp_path):
   write(tmp_path / 'checkpoint_7')
   other = {
-      'state': STATE['state'],
-      'target': {'encoder': STATE['target']['enc'], 'new': np.ones(2, np.float32)},
+    'state': STATE['state'],
+    'target': {'encoder': STATE['target']['enc'], 'new': np.ones(2, np.float32)},
   }
 
   def rename(saved, wanted):
@@ -189,7 +194,7 @@ def test_transformations(tmp_path):
   state = load(str(tmp_path), state_transformation_fns=[rename])
   assert set(state) == {'target'}
   np.testing.assert_array_equal(
-      state['target']['encoder']['kernel'], STATE['target']['enc']['kernel']
+    state['target']['encoder']['kernel'], STATE['target']['enc']['kernel']
   )
   assert 'state' in load(str(tmp_path), state_transformation_fns=[rename], remap=False)
 
@@ -197,7 +202,7 @@ def test_transformations(tmp_path):
 def test_lazy_parameters(tmp_path):
   write(tmp_path / 'checkpoint_7')
   state = checkpoint_formats.load_t5x_checkpoint(
-      str(tmp_path), restore_dtype=jnp.bfloat16, lazy_parameters=True
+    str(tmp_path), restore_dtype=jnp.bfloat16, lazy_parameters=True
   )
   kernel = state['target']['enc']['kernel']
   assert isinstance(kernel, LazyAwaitableArray)

@@ -8,46 +8,46 @@ import pytest
 from t5x import checkpoint_importer
 
 NAMES = {
-    'shared/embedding': 'target/token_embedder/embedding',
-    'shared/embedding_slot_vr': 'state/param_states/token_embedder/embedding/v_row',
-    'encoder/embedding': 'target/encoder/token_embedder/embedding',
-    'transformer/embedding_slot_v': (
-        'state/param_states/decoder/token_embedder/embedding/v'
-    ),
-    'encoder/block_003/layer_000/SelfAttention/q': (
-        'target/encoder/layers_3/attention/query/kernel'
-    ),
-    'decoder/block_011/layer_000/SelfAttention/o_slot_vc': (
-        'state/param_states/decoder/layers_11/self_attention/out/kernel/v_col'
-    ),
-    'decoder/block_000/layer_001/EncDecAttention/k': (
-        'target/decoder/layers_0/encoder_decoder_attention/key/kernel'
-    ),
-    'transformer/block_000/layer_000/SelfAttention/v': (
-        'target/decoder/layers_0/self_attention/value/kernel'
-    ),
-    'encoder/block_000/layer_001/DenseReluDense/wi/kernel': (
-        'target/encoder/layers_0/mlp/wi/kernel'
-    ),
-    'decoder/block_002/layer_002/DenseReluDense/wi_1/kernel_slot_v': (
-        'state/param_states/decoder/layers_2/mlp/wi_1/kernel/v'
-    ),
-    'decoder/block_002/layer_002/DenseReluDense/wo/kernel': (
-        'target/decoder/layers_2/mlp/wo/kernel'
-    ),
-    'encoder/block_000/layer_001/layer_norm/scale': (
-        'target/encoder/layers_0/pre_mlp_layer_norm/scale'
-    ),
-    'decoder/block_000/layer_001/rms_norm/scale': (
-        'target/decoder/layers_0/pre_cross_attention_layer_norm/scale'
-    ),
-    'transformer/block_000/layer_001/layer_norm/scale': (
-        'target/decoder/layers_0/pre_mlp_layer_norm/scale'
-    ),
-    'encoder/final_layer_norm/scale': 'target/encoder/encoder_norm/scale',
-    'transformer/rms_norm/scale': 'target/decoder/decoder_norm/scale',
-    'decoder/logits/kernel': 'target/decoder/logits_dense/kernel',
-    'global_step': 'state/step',
+  'shared/embedding': 'target/token_embedder/embedding',
+  'shared/embedding_slot_vr': 'state/param_states/token_embedder/embedding/v_row',
+  'encoder/embedding': 'target/encoder/token_embedder/embedding',
+  'transformer/embedding_slot_v': (
+    'state/param_states/decoder/token_embedder/embedding/v'
+  ),
+  'encoder/block_003/layer_000/SelfAttention/q': (
+    'target/encoder/layers_3/attention/query/kernel'
+  ),
+  'decoder/block_011/layer_000/SelfAttention/o_slot_vc': (
+    'state/param_states/decoder/layers_11/self_attention/out/kernel/v_col'
+  ),
+  'decoder/block_000/layer_001/EncDecAttention/k': (
+    'target/decoder/layers_0/encoder_decoder_attention/key/kernel'
+  ),
+  'transformer/block_000/layer_000/SelfAttention/v': (
+    'target/decoder/layers_0/self_attention/value/kernel'
+  ),
+  'encoder/block_000/layer_001/DenseReluDense/wi/kernel': (
+    'target/encoder/layers_0/mlp/wi/kernel'
+  ),
+  'decoder/block_002/layer_002/DenseReluDense/wi_1/kernel_slot_v': (
+    'state/param_states/decoder/layers_2/mlp/wi_1/kernel/v'
+  ),
+  'decoder/block_002/layer_002/DenseReluDense/wo/kernel': (
+    'target/decoder/layers_2/mlp/wo/kernel'
+  ),
+  'encoder/block_000/layer_001/layer_norm/scale': (
+    'target/encoder/layers_0/pre_mlp_layer_norm/scale'
+  ),
+  'decoder/block_000/layer_001/rms_norm/scale': (
+    'target/decoder/layers_0/pre_cross_attention_layer_norm/scale'
+  ),
+  'transformer/block_000/layer_001/layer_norm/scale': (
+    'target/decoder/layers_0/pre_mlp_layer_norm/scale'
+  ),
+  'encoder/final_layer_norm/scale': 'target/encoder/encoder_norm/scale',
+  'transformer/rms_norm/scale': 'target/decoder/decoder_norm/scale',
+  'decoder/logits/kernel': 'target/decoder/logits_dense/kernel',
+  'global_step': 'state/step',
 }
 
 
@@ -82,49 +82,49 @@ def test_rules_of_ones_own():
 
 
 TF_VARIABLES = {
-    'global_step': np.int64(3),
-    'shared/embedding': np.ones((4, 2), np.float32),
-    'shared/embedding_slot_vr': np.full(4, 2.0, np.float32),
-    'shared/embedding_slot_vc': np.full(2, 3.0, np.float32),
-    'encoder/block_000/layer_000/SelfAttention/relative_attention_bias': np.ones(
-        (2, 3), np.float32
-    ),
-    'encoder/block_000/layer_000/SelfAttention/relative_attention_bias_slot_v': np.ones(
-        (2, 3), np.float32
-    ),
+  'global_step': np.int64(3),
+  'shared/embedding': np.ones((4, 2), np.float32),
+  'shared/embedding_slot_vr': np.full(4, 2.0, np.float32),
+  'shared/embedding_slot_vc': np.full(2, 3.0, np.float32),
+  'encoder/block_000/layer_000/SelfAttention/relative_attention_bias': np.ones(
+    (2, 3), np.float32
+  ),
+  'encoder/block_000/layer_000/SelfAttention/relative_attention_bias_slot_v': np.ones(
+    (2, 3), np.float32
+  ),
 }
 
 
 def wanted_state():
   placeholder = np.zeros(1, np.float32)
   return {
-      'state': {
-          'step': np.int32(0),
-          'param_states': {
-              'token_embedder': {
-                  'embedding': {
-                      'v_row': np.zeros(4, np.float32),
-                      'v_col': np.zeros(2, np.float32),
-                      'v': placeholder,
-                      'm': placeholder,
-                  }
-              },
-              'encoder': {
-                  'relpos_bias': {
-                      'rel_embedding': {
-                          'v_row': placeholder,
-                          'v_col': placeholder,
-                          'v': np.zeros((2, 3), np.float32),
-                          'm': placeholder,
-                      }
-                  }
-              },
-          },
+    'state': {
+      'step': np.int32(0),
+      'param_states': {
+        'token_embedder': {
+          'embedding': {
+            'v_row': np.zeros(4, np.float32),
+            'v_col': np.zeros(2, np.float32),
+            'v': placeholder,
+            'm': placeholder,
+          }
+        },
+        'encoder': {
+          'relpos_bias': {
+            'rel_embedding': {
+              'v_row': placeholder,
+              'v_col': placeholder,
+              'v': np.zeros((2, 3), np.float32),
+              'm': placeholder,
+            }
+          }
+        },
       },
-      'target': {
-          'token_embedder': {'embedding': np.zeros((4, 2), np.float32)},
-          'encoder': {'relpos_bias': {'rel_embedding': np.zeros((2, 3), np.float32)}},
-      },
+    },
+    'target': {
+      'token_embedder': {'embedding': np.zeros((4, 2), np.float32)},
+      'encoder': {'relpos_bias': {'rel_embedding': np.zeros((2, 3), np.float32)}},
+    },
   }
 
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_is_restored(tf_checkpoint):
   assert flat['state/step'] == 3 and flat['state/step'].dtype == np.int32
   # Positions that only block 0 has are those of all blocks.
   np.testing.assert_array_equal(
-      flat['target/encoder/relpos_bias/rel_embedding'], np.ones((2, 3))
+    flat['target/encoder/relpos_bias/rel_embedding'], np.ones((2, 3))
   )
   entry = 'state/param_states/token_embedder/embedding/'
   np.testing.assert_array_equal(flat[entry + 'v_row'], np.full(4, 2.0))
@@ -164,8 +164,8 @@ def test_positions_of_each_block_stay_there():
   name = 'encoder/block_{:03}/layer_000/SelfAttention/relative_attention_bias'
   data = checkpoint_importer.t5_importer.apply({name.format(i): i for i in (0, 1)})
   assert checkpoint_importer._share_positions(data) == {
-      'target/encoder/layers_0/relpos_bias/rel_embedding': 0,
-      'target/encoder/layers_1/relpos_bias/rel_embedding': 1,
+    'target/encoder/layers_0/relpos_bias/rel_embedding': 0,
+    'target/encoder/layers_1/relpos_bias/rel_embedding': 1,
   }
 
 

@@ -48,26 +48,30 @@ class State:
 
 def state_at(step, size=8):
   w = np.arange(size * 4, dtype=np.float32).reshape(size, 4) + step / 3
-  return State({
+  return State(
+    {
       'state': {'step': jnp.asarray(step, jnp.int32)},
       'target': {'w': jax.device_put(w, NamedSharding(MESH, AXES['target']['w']))},
-  })
+    }
+  )
 
 
 def partitioner(shard_id=0, num_shards=1, first=True):
   return types.SimpleNamespace(
-      mesh=MESH,
-      get_mesh_axes=lambda state: State(AXES),
-      get_data_layout=lambda: types.SimpleNamespace(
-          batch_size=8, shard_id=shard_id, num_shards=num_shards,
-          is_first_host_in_replica_set=first,
-      ),
+    mesh=MESH,
+    get_mesh_axes=lambda state: State(AXES),
+    get_data_layout=lambda: types.SimpleNamespace(
+      batch_size=8,
+      shard_id=shard_id,
+      num_shards=num_shards,
+      is_first_host_in_replica_set=first,
+    ),
   )
 
 
 def manager(folder, part=None, size=8, **settings):
   return checkpoints.OrbaxCheckpointManagerInterface(
-      str(folder), state_at(0, size), part or partitioner(), **settings
+    str(folder), state_at(0, size), part or partitioner(), **settings
   )
 
 
@@ -137,7 +141,7 @@ def test_a_relative_folder_is_one_of_the_working_folder(tmp_path, monkeypatch):
   assert (tmp_path / 'runs/tiny/checkpoint_3').is_dir()
   for restored in (made.restore(3), made.restore(path='runs/tiny/checkpoint_3')):
     np.testing.assert_array_equal(
-        restored.tree['target']['w'], state_at(3).tree['target']['w']
+      restored.tree['target']['w'], state_at(3).tree['target']['w']
     )
 
 
@@ -146,7 +150,7 @@ def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
   released = threading.Event()
   finish = made._checkpointer.wait_until_finished
   monkeypatch.setattr(
-      made._checkpointer, 'wait_until_finished', lambda: (released.wait(), finish())
+    made._checkpointer, 'wait_until_finished', lambda: (released.wait(), finish())
   )
   counter = Counter(5)
   made._dataset_iterator = counter.as_clu()
@@ -195,7 +199,11 @@ def test_without_a_period_nothing_is_due_but_saving_works(tmp_path, period):
 def test_checkpoint_steps_act(tmp_path):
   made = manager(tmp_path, period=None, checkpoint_steps=[0, 3])
   assert [made.should_save(step) for step in range(5)] == [
-      True, False, False, True, False,
+    True,
+    False,
+    False,
+    True,
+    False,
   ]
 
 
@@ -240,32 +248,33 @@ def test_best_checkpoints_and_the_newest_stay(tmp_path):
     event = event_pb2.Event(step=step, summary=summary_pb2.Summary(value=[value]))
     record = event.SerializeToString()
     (folder / f'events.out.tfevents.{step}').write_bytes(
-        struct.pack('<QI', len(record), 0) + record + bytes(4)
+      struct.pack('<QI', len(record), 0) + record + bytes(4)
     )
 
   name = 'eval/task/eval/accuracy'
-  kept = save_all(
-      tmp_path, range(5), evaluate, keep=2, metric_name_to_monitor=name
-  )
+  kept = save_all(tmp_path, range(5), evaluate, keep=2, metric_name_to_monitor=name)
   assert kept == [1, 3, 4]
-  kept = save_all(
-      tmp_path, [5], keep=1, metric_name_to_monitor=name, metric_mode='min'
-  )
+  kept = save_all(tmp_path, [5], keep=1, metric_name_to_monitor=name, metric_mode='min')
   assert kept == [4, 5]
 
 
 @pytest.mark.parametrize('keep_without, kept', [(True, [0, 1, 2, 3]), (False, [2, 3])])
 def test_keep_checkpoints_without_metrics_acts(tmp_path, keep_without, kept):
   assert kept == save_all(
-      tmp_path, range(4), keep=1, metric_name_to_monitor='train/accuracy',
-      keep_checkpoints_without_metrics=keep_without,
+    tmp_path,
+    range(4),
+    keep=1,
+    metric_name_to_monitor='train/accuracy',
+    keep_checkpoints_without_metrics=keep_without,
   )
 
 
 def test_keep_dataset_checkpoints_acts(tmp_path):
   steps = save_all(
-      tmp_path, range(4), keep_dataset_checkpoints=2,
-      dataset_iterator=Counter().as_clu(),
+    tmp_path,
+    range(4),
+    keep_dataset_checkpoints=2,
+    dataset_iterator=Counter().as_clu(),
   )
   assert steps == [0, 1, 2, 3]
   assert checkpoints_utils.all_dataset_checkpoint_steps(tmp_path) == [2, 3]
@@ -274,14 +283,14 @@ def test_keep_dataset_checkpoints_acts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'settings, message',
-    [
-        ({'keep': 0}, 'keep is 0'),
-        ({'period': -5}, 'period is -5'),
-        ({'keep_dataset_checkpoints': 0}, 'keep_dataset_checkpoints is 0'),
-        ({'force_keep_period': -1}, 'force_keep_period is -1'),
-        ({'metric_mode': 'best'}, "metric_mode is 'best'"),
-    ],
+  'settings, message',
+  [
+    ({'keep': 0}, 'keep is 0'),
+    ({'period': -5}, 'period is -5'),
+    ({'keep_dataset_checkpoints': 0}, 'keep_dataset_checkpoints is 0'),
+    ({'force_keep_period': -1}, 'force_keep_period is -1'),
+    ({'metric_mode': 'best'}, "metric_mode is 'best'"),
+  ],
 )
 def test_bad_settings(tmp_path, settings, message):
   with pytest.raises(ValueError, match=message):
@@ -294,7 +303,7 @@ def test_bad_settings(tmp_path, settings, message):
 def test_an_unwritable_folder_fails_at_once(tmp_path):
   (tmp_path / 'file').write_text('in the way')
   with pytest.raises(
-      checkpoints.CheckpointSaveError, match='file/model.*another MODEL_DIR'
+    checkpoints.CheckpointSaveError, match='file/model.*another MODEL_DIR'
   ):
     manager(tmp_path / 'file' / 'model')
   manager(tmp_path / 'file' / 'model', period=None)  # Readers do not care.
@@ -310,7 +319,7 @@ def test_a_read_only_folder_fails_at_once(tmp_path):
 def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch):
   made = manager(tmp_path)
   monkeypatch.setattr(
-      checkpoint_manager.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100)
+    checkpoint_manager.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100)
   )
   with pytest.raises(checkpoints.CheckpointSaveError, match='keep'):
     made.save(state_at(1))
@@ -329,7 +338,7 @@ def test_a_failing_write_is_told_once_and_leaves_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(handler, 'finalize', no_space)
   made.save(state_at(2))
   with pytest.raises(
-      checkpoints.CheckpointSaveError, match='checkpoint_2.*No space.*keep.*whole'
+    checkpoints.CheckpointSaveError, match='checkpoint_2.*No space.*keep.*whole'
   ):
     made.wait_until_finished()
   assert [p.name for p in tmp_path.iterdir()] == ['checkpoint_1']
@@ -380,9 +389,14 @@ for step in range(10_000):
 
 def child(code, folder):
   return subprocess.Popen(
-      [sys.executable, '-c',
-       code.format(tests=os.path.dirname(__file__), folder=str(folder))],
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    [
+      sys.executable,
+      '-c',
+      code.format(tests=os.path.dirname(__file__), folder=str(folder)),
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
 
 
@@ -411,7 +425,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, after):
   for step in steps:
     state = manager(tmp_path, size=100_000, period=None).restore(step)
     np.testing.assert_array_equal(
-        state.tree['target']['w'], state_at(step, 100_000).tree['target']['w']
+      state.tree['target']['w'], state_at(step, 100_000).tree['target']['w']
     )
   # The next run clears up and saves on.
   made = manager(tmp_path)
@@ -481,11 +495,9 @@ def test_every_host_of_a_shard_restores_and_one_writes(tmp_path):
 
 def test_another_number_of_shards_is_told(tmp_path):
   save_all(tmp_path, [1], dataset_iterator=Counter().as_clu())
-  two = manager(
-      tmp_path, partitioner(0, 2), dataset_iterator=Counter().as_clu()
-  )
+  two = manager(tmp_path, partitioner(0, 2), dataset_iterator=Counter().as_clu())
   with pytest.raises(
-      dataset_checkpoint.DataPositionError, match='train_ds-000-of-001.*as many'
+    dataset_checkpoint.DataPositionError, match='train_ds-000-of-001.*as many'
   ):
     two.restore()
 

@@ -69,8 +69,12 @@ def test_a_removal_cut_short_leaves_no_checkpoint(folder, monkeypatch):
 def test_leftovers(tmp_path):
   assert checkpoint_utils.leftovers(tmp_path / 'nowhere') == []
   for name in (
-      'checkpoint_1', 'checkpoint_2.orbax-checkpoint-tmp', 'deleting_checkpoint_0',
-      'damaged_checkpoint_3', 'train', 'other.orbax-checkpoint-tmp',
+    'checkpoint_1',
+    'checkpoint_2.orbax-checkpoint-tmp',
+    'deleting_checkpoint_0',
+    'damaged_checkpoint_3',
+    'train',
+    'other.orbax-checkpoint-tmp',
   ):
     (tmp_path / name).mkdir()
   names = sorted(p.name for p in checkpoint_utils.leftovers(tmp_path))
@@ -78,19 +82,19 @@ def test_leftovers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'files, expected',
-    [
-        ({'_METADATA': b'{}'}, CheckpointTypes.ORBAX),
-        ({'checkpoint': b'model_checkpoint_path: "x"'}, CheckpointTypes.T5X_TF),
-        (
-            {
-                'checkpoint': flax.serialization.msgpack_serialize(
-                    {'version': 3, 'optimizer': {}}
-                )
-            },
-            CheckpointTypes.T5X,
-        ),
-    ],
+  'files, expected',
+  [
+    ({'_METADATA': b'{}'}, CheckpointTypes.ORBAX),
+    ({'checkpoint': b'model_checkpoint_path: "x"'}, CheckpointTypes.T5X_TF),
+    (
+      {
+        'checkpoint': flax.serialization.msgpack_serialize(
+          {'version': 3, 'optimizer': {}}
+        )
+      },
+      CheckpointTypes.T5X,
+    ),
+  ],
 )
 def test_layouts(tmp_path, files, expected, caplog):
   for name, content in files.items():
@@ -100,8 +104,11 @@ def test_layouts(tmp_path, files, expected, caplog):
   assert detect(index) is expected
   detect(index, expected)
   assert not caplog.records
-  other = CheckpointTypes.T5X if expected is not CheckpointTypes.T5X else (
-      CheckpointTypes.ORBAX)
+  other = (
+    CheckpointTypes.T5X
+    if expected is not CheckpointTypes.T5X
+    else (CheckpointTypes.ORBAX)
+  )
   assert detect(index, other) is expected
   assert expected.value in caplog.text
 

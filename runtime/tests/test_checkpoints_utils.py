@@ -13,9 +13,16 @@ def test_steps(tmp_path):
   assert checkpoints_utils.all_steps(tmp_path / 'nowhere') == []
   assert checkpoints_utils.latest_step(tmp_path) is None
   for name in (
-      'checkpoint_100', 'checkpoint_0', 'checkpoint_20', 'checkpoint_', 'checkpoint_x',
-      'checkpoint_30.orbax-checkpoint-tmp', 'checkpoint_40.tmp-1234',
-      'damaged_checkpoint_50', 'deleting_checkpoint_60', 'train',
+    'checkpoint_100',
+    'checkpoint_0',
+    'checkpoint_20',
+    'checkpoint_',
+    'checkpoint_x',
+    'checkpoint_30.orbax-checkpoint-tmp',
+    'checkpoint_40.tmp-1234',
+    'damaged_checkpoint_50',
+    'deleting_checkpoint_60',
+    'train',
   ):
     (tmp_path / name).mkdir()
   assert checkpoints_utils.all_steps(tmp_path) == [0, 20, 100]
@@ -32,10 +39,10 @@ def test_folders_of_object_stores_must_be_committed(tmp_path, monkeypatch):
 
 def test_data_positions(tmp_path):
   for path in (
-      'checkpoint_1/train_ds-000-of-001.index',  # The previous layout.
-      'checkpoint_2/dataset/train_ds-000-of-001.index',
-      'checkpoint_3/dataset/process_1-of-2/train_ds-001-of-002.index',
-      'checkpoint_4/state/train_ds',
+    'checkpoint_1/train_ds-000-of-001.index',  # The previous layout.
+    'checkpoint_2/dataset/train_ds-000-of-001.index',
+    'checkpoint_3/dataset/process_1-of-2/train_ds-001-of-002.index',
+    'checkpoint_4/state/train_ds',
   ):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text('')
@@ -67,10 +74,10 @@ def test_the_prefix_is_configurable(tmp_path):
 
 def test_needs_neither_jax_nor_tensorflow():
   code = (
-      'import sys, t5x.checkpoints_utils;'
-      'print([m for m in ("jax", "tensorflow", "orbax") if m in sys.modules])'
+    'import sys, t5x.checkpoints_utils;'
+    'print([m for m in ("jax", "tensorflow", "orbax") if m in sys.modules])'
   )
   out = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
   assert out.stdout.strip() == '[]'

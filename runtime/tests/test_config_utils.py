@@ -25,10 +25,10 @@ def test_flags_of_gin_and_jax(tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(textwrap.dedent(SCRIPT))
   done = subprocess.run(
-      [sys.executable, script, '--gin.a/F.x=1', '--jax_debug_nans=true', 'more'],
-      capture_output=True,
-      text=True,
-      check=True,
+    [sys.executable, script, '--gin.a/F.x=1', '--jax_debug_nans=true', 'more'],
+    capture_output=True,
+    text=True,
+    check=True,
   )
   assert done.stdout.strip() == "['a/F.x = 1'] ['more'] True"
 

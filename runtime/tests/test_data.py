@@ -15,8 +15,8 @@ from t5x import data, data_iterators, task_vocabularies
 
 VOCABULARY = seqio.PassThroughVocabulary(100)
 FEATURES = {
-    'inputs': seqio.Feature(VOCABULARY, add_eos=False),
-    'targets': seqio.Feature(VOCABULARY, add_eos=False),
+  'inputs': seqio.Feature(VOCABULARY, add_eos=False),
+  'targets': seqio.Feature(VOCABULARY, add_eos=False),
 }
 LENGTHS = {'inputs': 8, 'targets': 6}
 
@@ -39,11 +39,11 @@ def _register(name, start, count, splits=('train', 'validation'), preprocessors=
   if name in seqio.TaskRegistry.names():
     return
   seqio.TaskRegistry.add(
-      name,
-      source=seqio.FunctionDataSource(_examples(start, count), splits=splits),
-      preprocessors=list(preprocessors),
-      output_features=FEATURES,
-      metric_fns=[],
+    name,
+    source=seqio.FunctionDataSource(_examples(start, count), splits=splits),
+    preprocessors=list(preprocessors),
+    output_features=FEATURES,
+    metric_fns=[],
   )
 
 
@@ -55,20 +55,20 @@ if 'numbers' not in seqio.MixtureRegistry.names():
 
 def config(**changes):
   fields = {
-      'mixture_or_task_name': 'numbers',
-      'task_feature_lengths': LENGTHS,
-      'split': 'train',
-      'batch_size': 8,
-      'shuffle': True,
-      'seed': 3,
-      'pack': True,
+    'mixture_or_task_name': 'numbers',
+    'task_feature_lengths': LENGTHS,
+    'split': 'train',
+    'batch_size': 8,
+    'shuffle': True,
+    'seed': 3,
+    'pack': True,
   }
   return data.DatasetConfig(**{**fields, **changes})
 
 
 def batches(cfg, count, shard_id=0, num_shards=1, num_epochs=None):
   ds = data.get_dataset(
-      cfg, shard_id, num_shards, seqio.EncDecFeatureConverter, num_epochs
+    cfg, shard_id, num_shards, seqio.EncDecFeatureConverter, num_epochs
   )
   return [dict(b) for b in ds.take(count).as_numpy_iterator()]
 
@@ -86,8 +86,8 @@ def test_same_seed_same_batches_and_other_seed_others():
   assert_same(first, batches(config(), 3))
   other = batches(config(seed=4), 3)
   assert any(
-      not np.array_equal(a['encoder_input_tokens'], b['encoder_input_tokens'])
-      for a, b in zip(first, other)
+    not np.array_equal(a['encoder_input_tokens'], b['encoder_input_tokens'])
+    for a, b in zip(first, other)
   )
   assert first[0]['encoder_input_tokens'].shape == (8, 8)
   assert first[0]['decoder_target_tokens'].shape == (8, 6)
@@ -122,22 +122,22 @@ def test_shuffle_acts():
 
 def test_shards_divide_the_task_between_them():
   cfg = config(
-      mixture_or_task_name='numbers_low', shuffle=False, pack=False, batch_size=4
+    mixture_or_task_name='numbers_low', shuffle=False, pack=False, batch_size=4
   )
   whole = batches(cfg, 10, num_epochs=1)
   halves = [batches(cfg, 10, i, 2, num_epochs=1) for i in range(2)]
   assert all(b['encoder_input_tokens'].shape == (2, 8) for b in halves[0])
   rows = lambda parts: sorted(  # noqa: E731 - a key for both sides
-      tuple(r) for b in parts for r in b['encoder_input_tokens']
+    tuple(r) for b in parts for r in b['encoder_input_tokens']
   )
   assert rows(whole) == rows(halves[0] + halves[1])
 
 
 def test_trim_output_features_acts():
   short = config(
-      mixture_or_task_name='numbers_low',
-      task_feature_lengths={'inputs': 2, 'targets': 2},
-      pack=False,
+    mixture_or_task_name='numbers_low',
+    task_feature_lengths={'inputs': 2, 'targets': 2},
+    pack=False,
   )
   assert batches(short, 1)[0]['encoder_input_tokens'].shape == (8, 2)
   with pytest.raises(tf.errors.InvalidArgumentError):
@@ -145,9 +145,7 @@ def test_trim_output_features_acts():
 
 
 def test_use_cached_asks_for_the_cache():
-  _register(
-      'numbers_cacheable', 0, 8, preprocessors=[seqio.CacheDatasetPlaceholder()]
-  )
+  _register('numbers_cacheable', 0, 8, preprocessors=[seqio.CacheDatasetPlaceholder()])
   cfg = config(mixture_or_task_name='numbers_cacheable')
   assert batches(cfg, 1)
   with pytest.raises(AssertionError, match='numbers_cacheable.*cache'):
@@ -155,20 +153,20 @@ def test_use_cached_asks_for_the_cache():
 
 
 @pytest.mark.parametrize(
-    'changes, message',
-    [
-        ({'mixture_or_task_name': 'numbers_lo'}, "called 'numbers_lo'.*numbers_low"),
-        ({'mixture_or_task_name': 7}, 'is a int'),
-        ({'split': 'test'}, "no split 'test'; it has train, validation"),
-        (
-            {'task_feature_lengths': {'inputs': 8, 'target': 6}},
-            "'target', no feature of 'numbers'.*Nearest: targets",
-        ),
-        ({'task_feature_lengths': None}, 'is None'),
-        ({'task_feature_lengths': {'inputs': 0, 'targets': 6}}, 'above 0'),
-        ({'task_feature_lengths': {'inputs': 8}}, 'targets'),
-        ({'batch_size': 9}, 'Batch size 9 cannot be cut into 2'),
-    ],
+  'changes, message',
+  [
+    ({'mixture_or_task_name': 'numbers_lo'}, "called 'numbers_lo'.*numbers_low"),
+    ({'mixture_or_task_name': 7}, 'is a int'),
+    ({'split': 'test'}, "no split 'test'; it has train, validation"),
+    (
+      {'task_feature_lengths': {'inputs': 8, 'target': 6}},
+      "'target', no feature of 'numbers'.*Nearest: targets",
+    ),
+    ({'task_feature_lengths': None}, 'is None'),
+    ({'task_feature_lengths': {'inputs': 0, 'targets': 6}}, 'above 0'),
+    ({'task_feature_lengths': {'inputs': 8}}, 'targets'),
+    ({'batch_size': 9}, 'Batch size 9 cannot be cut into 2'),
+  ],
 )
 def test_bad_configs_say_what_is_wrong(changes, message):
   with pytest.raises(ValueError, match=message):
@@ -176,8 +174,8 @@ def test_bad_configs_say_what_is_wrong(changes, message):
 
 
 @pytest.mark.parametrize(
-    'field, value',
-    [('runtime_preprocessors', [abs]), ('num_prefetch_threads', 2), ('num_workers', 1)],
+  'field, value',
+  [('runtime_preprocessors', [abs]), ('num_prefetch_threads', 2), ('num_workers', 1)],
 )
 def test_airio_fields_are_refused(field, value):
   with pytest.raises(ValueError, match=field):
@@ -192,7 +190,7 @@ def test_batch_size_must_be_positive():
 def test_continuing_is_refused():
   with pytest.raises(ValueError, match='save_dataset'):
     data.get_dataset(
-        config(), 0, 1, seqio.EncDecFeatureConverter, continue_from_last_checkpoint=True
+      config(), 0, 1, seqio.EncDecFeatureConverter, continue_from_last_checkpoint=True
     )
 
 
@@ -205,14 +203,14 @@ def test_splits_may_be_expressions():
 def test_module_is_imported(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(str(tmp_path))
   (tmp_path / 'late_tasks.py').write_text(
-      'import seqio\n'
-      'seqio.TaskRegistry.add("late", source=seqio.FunctionDataSource('
-      'lambda split, shuffle_files: None, splits=["train"]), output_features={},'
-      ' metric_fns=[])\n'
+    'import seqio\n'
+    'seqio.TaskRegistry.add("late", source=seqio.FunctionDataSource('
+    'lambda split, shuffle_files: None, splits=["train"]), output_features={},'
+    ' metric_fns=[])\n'
   )
   with pytest.warns(DeprecationWarning, match='late_tasks'):
     provider = data.find_provider(
-        config(mixture_or_task_name='late', module='late_tasks')
+      config(mixture_or_task_name='late', module='late_tasks')
     )
   assert provider.name == 'late'
 
@@ -220,8 +218,8 @@ def test_module_is_imported(tmp_path, monkeypatch):
 def test_locked_gin_is_explained(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(str(tmp_path))
   (tmp_path / 'locked_tasks.py').write_text(
-      'raise RuntimeError("Attempted to add a new configurable after the config was'
-      ' locked.")\n'
+    'raise RuntimeError("Attempted to add a new configurable after the config was'
+    ' locked.")\n'
   )
   with pytest.raises(RuntimeError, match='import locked_tasks'):
     data.import_module('locked_tasks')
@@ -229,7 +227,7 @@ def test_locked_gin_is_explained(tmp_path, monkeypatch):
 
 def evaluation(cfg, shard_id=0, num_shards=1, eval_steps=3, **kwargs):
   return data.get_training_eval_datasets(
-      cfg, shard_id, num_shards, eval_steps, seqio.EncDecFeatureConverter, **kwargs
+    cfg, shard_id, num_shards, eval_steps, seqio.EncDecFeatureConverter, **kwargs
   )
 
 
@@ -237,7 +235,9 @@ def test_evaluation_covers_tasks_with_the_split_and_the_mixture():
   sets = evaluation(config(split='validation', shuffle=False))
   assert list(sets) == ['numbers_low', 'numbers']
   assert list(evaluation(config(shuffle=False))) == [
-      'numbers_high', 'numbers_low', 'numbers',
+    'numbers_high',
+    'numbers_low',
+    'numbers',
   ]
 
 
@@ -252,7 +252,7 @@ def test_evaluation_deals_rows_to_hosts():
   cfg = config(mixture_or_task_name='numbers_low', shuffle=False, pack=False)
   whole = list(evaluation(cfg)['numbers_low'].as_numpy_iterator())
   halves = [
-      list(evaluation(cfg, i, 2)['numbers_low'].as_numpy_iterator()) for i in range(2)
+    list(evaluation(cfg, i, 2)['numbers_low'].as_numpy_iterator()) for i in range(2)
   ]
   key = 'encoder_input_tokens'
   for batch, left, right in zip(whole, *halves, strict=True):
@@ -276,7 +276,7 @@ def test_deterministic_evaluation_is_refused():
 def test_vocabularies():
   assert task_vocabularies.get_vocabulary(config()) == (VOCABULARY, VOCABULARY)
   model = types.SimpleNamespace(
-      input_vocabulary=VOCABULARY, output_vocabulary=VOCABULARY
+    input_vocabulary=VOCABULARY, output_vocabulary=VOCABULARY
   )
   task_vocabularies.verify_matching_vocabs(config(), model)
   model.output_vocabulary = seqio.ByteVocabulary()
@@ -286,17 +286,17 @@ def test_vocabularies():
 
 def _task_of(**vocabularies):
   return seqio.Task(
-      'unregistered',
-      source=seqio.FunctionDataSource(_examples(0, 1), splits=['train']),
-      output_features={k: seqio.Feature(v) for k, v in vocabularies.items()},
-      preprocessors=[],
+    'unregistered',
+    source=seqio.FunctionDataSource(_examples(0, 1), splits=['train']),
+    output_features={k: seqio.Feature(v) for k, v in vocabularies.items()},
+    preprocessors=[],
   )
 
 
 def test_vocabularies_without_inputs():
   text = seqio.ByteVocabulary()
   get = lambda **v: task_vocabularies.get_vocabulary(  # noqa: E731 - a shorthand
-      config(mixture_or_task_name=_task_of(**v))
+    config(mixture_or_task_name=_task_of(**v))
   )
   assert get(targets=text, weights=VOCABULARY) == (text, text)
   assert get(targets=VOCABULARY) == (VOCABULARY, VOCABULARY)
@@ -323,10 +323,10 @@ def test_zeros_like_dataset():
 
 def test_importing_data_does_not_import_tensorflow():
   code = (
-      'import sys, t5x.data, t5x.data_iterators, t5x.task_vocabularies;'
-      'print("tensorflow" in sys.modules, "seqio" in sys.modules)'
+    'import sys, t5x.data, t5x.data_iterators, t5x.task_vocabularies;'
+    'print("tensorflow" in sys.modules, "seqio" in sys.modules)'
   )
   out = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
   assert re.fullmatch(r'False False\s*', out.stdout)

@@ -15,8 +15,8 @@ from t5x import data, data_iterators
 BATCH = 8
 VOCABULARY = seqio.PassThroughVocabulary(1000)
 FEATURES = {
-    'inputs': seqio.Feature(VOCABULARY, add_eos=False),
-    'targets': seqio.Feature(VOCABULARY, add_eos=False),
+  'inputs': seqio.Feature(VOCABULARY, add_eos=False),
+  'targets': seqio.Feature(VOCABULARY, add_eos=False),
 }
 
 
@@ -37,7 +37,7 @@ def _source(start, count):
 def _random_replacement(example, seed):
   """Noise that has to be the same after resuming."""
   noise = tf.random.stateless_uniform(
-      tf.shape(example['inputs']), seed, 1, 900, tf.int32
+    tf.shape(example['inputs']), seed, 1, 900, tf.int32
   )
   return {**example, 'inputs': noise}
 
@@ -57,16 +57,16 @@ def _register():
   if 'resume_mixture' in seqio.MixtureRegistry.names():
     return
   for name, start, steps in [
-      ('resume_a', 0, [_random_replacement]),
-      ('resume_b', 500, []),
-      ('resume_in_python', 0, [_in_python]),
+    ('resume_a', 0, [_random_replacement]),
+    ('resume_b', 500, []),
+    ('resume_in_python', 0, [_in_python]),
   ]:
     seqio.TaskRegistry.add(
-        name,
-        source=seqio.FunctionDataSource(_source(start, 60), splits=['train']),
-        preprocessors=steps,
-        output_features=FEATURES,
-        metric_fns=[],
+      name,
+      source=seqio.FunctionDataSource(_source(start, 60), splits=['train']),
+      preprocessors=steps,
+      output_features=FEATURES,
+      metric_fns=[],
     )
   seqio.MixtureRegistry.add('resume_mixture', [('resume_a', 3.0), ('resume_b', 1.0)])
 
@@ -77,17 +77,15 @@ _register()
 def partitioner(data_axis=8, model_axis=1):
   devices = np.array(jax.devices()[: data_axis * model_axis])
   return types.SimpleNamespace(
-      mesh=jax.sharding.Mesh(
-          devices.reshape(data_axis, model_axis), ('data', 'model')
-      ),
-      data_partition_spec=PartitionSpec('data'),
+    mesh=jax.sharding.Mesh(devices.reshape(data_axis, model_axis), ('data', 'model')),
+    data_partition_spec=PartitionSpec('data'),
   )
 
 
 def checkpointing(save_dataset=True, restore_dataset=False):
   return types.SimpleNamespace(
-      save=types.SimpleNamespace(save_dataset=save_dataset),
-      restore=types.SimpleNamespace(restore_dataset=restore_dataset),
+    save=types.SimpleNamespace(save_dataset=save_dataset),
+    restore=types.SimpleNamespace(restore_dataset=restore_dataset),
   )
 
 
@@ -96,18 +94,18 @@ LAYOUT = types.SimpleNamespace(batch_size=BATCH, shard_id=0, num_shards=1)
 
 def dataset(task='resume_mixture', seed=5, pack=True):
   cfg = data.DatasetConfig(
-      task, {'inputs': 12, 'targets': 8}, 'train', BATCH, True, seed, pack=pack
+    task, {'inputs': 12, 'targets': 8}, 'train', BATCH, True, seed, pack=pack
   )
   return data.get_dataset(cfg, 0, 1, seqio.EncDecFeatureConverter)
 
 
 def iterator(ds=None, save_dataset=True, **kwargs):
   return data_iterators.prepare_train_iter(
-      dataset() if ds is None else ds,
-      partitioner=partitioner(),
-      checkpoint_cfg=checkpointing(save_dataset),
-      data_layout=LAYOUT,
-      **kwargs,
+    dataset() if ds is None else ds,
+    partitioner=partitioner(),
+    checkpoint_cfg=checkpointing(save_dataset),
+    data_layout=LAYOUT,
+    **kwargs,
   )
 
 
@@ -171,8 +169,8 @@ def test_files_are_those_of_tf_train_checkpoint(tmp_path):
   take(it, 3)
   it.save(tmp_path / 'train_ds-000-of-001')
   assert sorted(p.name for p in tmp_path.iterdir()) == [
-      'train_ds-000-of-001.data-00000-of-00001',
-      'train_ds-000-of-001.index',
+    'train_ds-000-of-001.data-00000-of-00001',
+    'train_ds-000-of-001.index',
   ]
   # The pipeline that upstream would build reads it, with TensorFlow's own means.
   plain = iter(dataset())
@@ -186,7 +184,7 @@ def test_files_are_those_of_tf_train_checkpoint(tmp_path):
 def test_reset_starts_again():
   # Without shuffling: TensorFlow shuffles differently each time round.
   cfg = data.DatasetConfig(
-      'resume_mixture', {'inputs': 12, 'targets': 8}, 'train', BATCH, False, 5
+    'resume_mixture', {'inputs': 12, 'targets': 8}, 'train', BATCH, False, 5
   )
   it = iterator(data.get_dataset(cfg, 0, 1, seqio.EncDecFeatureConverter))
   first = take(it, 2)
@@ -218,7 +216,7 @@ def test_a_pipeline_with_python_in_it_fails_at_once():
 
 def test_a_stateful_random_operation_fails_at_once():
   noisy = tf.data.Dataset.range(100).map(
-      lambda i: {'x': tf.random.uniform([]) + tf.cast(i, tf.float32)}
+    lambda i: {'x': tf.random.uniform([]) + tf.cast(i, tf.float32)}
   )
   with pytest.raises(ValueError, match='RandomUniform is stateful'):
     iterator(noisy.shuffle(10).repeat().batch(BATCH, drop_remainder=True))
@@ -227,7 +225,7 @@ def test_a_stateful_random_operation_fails_at_once():
 def test_external_state_can_be_ignored_on_request():
   options = tf.data.Options()
   options.experimental_external_state_policy = (
-      tf.data.experimental.ExternalStatePolicy.IGNORE
+    tf.data.experimental.ExternalStatePolicy.IGNORE
   )
   take(iterator(dataset('resume_in_python').with_options(options)), 1)
 
@@ -253,10 +251,10 @@ def test_batch_size_must_be_the_layouts():
   layout = types.SimpleNamespace(batch_size=32, shard_id=0, num_shards=2)
   with pytest.raises(ValueError, match='8 rows.*ask for 16'):
     data_iterators.prepare_train_iter(
-        dataset(),
-        partitioner=partitioner(),
-        checkpoint_cfg=checkpointing(False),
-        data_layout=layout,
+      dataset(),
+      partitioner=partitioner(),
+      checkpoint_cfg=checkpointing(False),
+      data_layout=layout,
     )
 
 

@@ -26,10 +26,18 @@ class Averager(nn.Module):
 
   @nn.compact
   def __call__(
-    self, decoder_input_tokens, decoder_target_tokens, decoder_segment_ids=None,
-    decoder_positions=None, decoder_causal_attention=None, *,
-    enable_dropout=True, decode=False, max_decode_length=None,
-    prefill=False, prefill_lengths=None,
+    self,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    decoder_segment_ids=None,
+    decoder_positions=None,
+    decoder_causal_attention=None,
+    *,
+    enable_dropout=True,
+    decode=False,
+    max_decode_length=None,
+    prefill=False,
+    prefill_lengths=None,
   ):
     x = nn.Embed(VOCABULARY, WIDTH, embedding_init=nn.initializers.normal(2.0))(
       decoder_input_tokens.astype(jnp.int32)
@@ -71,9 +79,7 @@ BATCH = {
   'decoder_target_tokens': np.array([[3, 4, 2, 5, 6, 1, 0], [6, 3, 4, 1, 0, 0, 0]]),
   'decoder_input_tokens': np.array([[0, 3, 4, 2, 5, 6, 1], [0, 6, 3, 4, 1, 0, 0]]),
   'decoder_loss_weights': np.array([[0, 0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0, 0]]),
-  'decoder_causal_attention': np.array(
-    [[1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
-  ),
+  'decoder_causal_attention': np.array([[1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]),
 }
 PROMPTS = [[3, 4, 2], [6]]
 
@@ -135,8 +141,12 @@ def test_scores_of_decodes_are_their_log_probabilities(
   before = dict(options)
   decodes, aux = jax.jit(
     lambda params, batch: make_model(decode_fn=decode_fn).predict_batch_with_aux(
-      params, batch, decoder_params=options, num_decodes=num_decodes,
-      return_all_decodes=True, rng=jax.random.PRNGKey(0),
+      params,
+      batch,
+      decoder_params=options,
+      num_decodes=num_decodes,
+      return_all_decodes=True,
+      rng=jax.random.PRNGKey(0),
     )
   )(params, BATCH)
   assert options == before

@@ -48,20 +48,20 @@ def run_processes(count, num_partitions, folder):
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   environment = {
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // count}',
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // count}',
   }
   arguments = [str(port), str(count)]
   running = [
-      subprocess.Popen(
-          [sys.executable, SCRIPT, *arguments, str(i), str(num_partitions), folder],
-          env=environment,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.PIPE,
-          text=True,
-      )
-      for i in range(count)
+    subprocess.Popen(
+      [sys.executable, SCRIPT, *arguments, str(i), str(num_partitions), folder],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(count)
   ]
   try:
     outputs = [process.communicate(timeout=240) for process in running]

@@ -40,8 +40,8 @@ def train(model=None, steps=1, extra=None):
 def fake_modules(monkeypatch):
   """Modules made anew for each test, and forgotten by gin after it."""
   for name, source, says in (
-      ('fakelib', LIBRARY, 'fakelib'),
-      ('fakescript', SCRIPT, '__main__'),  # As a script's own functions do.
+    ('fakelib', LIBRARY, 'fakelib'),
+    ('fakescript', SCRIPT, '__main__'),  # As a script's own functions do.
   ):
     module = types.ModuleType(name)
     vars(module)['__name__'] = says
@@ -79,10 +79,10 @@ def call_train():
 def test_rewrite_gin_args():
   args = ['prog', '--gin.train/Foo.x=a=b', '--gin_file=x.gin', '--other']
   assert gin_utils.rewrite_gin_args(args) == [
-      'prog',
-      '--gin_bindings=train/Foo.x = a=b',
-      '--gin_file=x.gin',
-      '--other',
+    'prog',
+    '--gin_bindings=train/Foo.x = a=b',
+    '--gin_file=x.gin',
+    '--other',
   ]
   with pytest.raises(ValueError, match='equals sign'):
     gin_utils.rewrite_gin_args(['--gin.STEPS'])
@@ -96,9 +96,9 @@ def test_command_line_wins_over_files(tmp_path):
 def test_command_line_reaches_what_no_file_has_bound(tmp_path):
   # The binding that fails with "No configurable matching" in gin itself.
   parse(
-      tmp_path,
-      'fakescript.train.model = @fakelib.Model()\n',
-      'fakelib.Model.predict.num_decodes = 4',
+    tmp_path,
+    'fakescript.train.model = @fakelib.Model()\n',
+    'fakelib.Model.predict.num_decodes = 4',
   )
   model, _, _ = call_train()
   assert model.predict() == 4
@@ -106,10 +106,10 @@ def test_command_line_reaches_what_no_file_has_bound(tmp_path):
 
 def test_command_line_may_refer_to_new_things(tmp_path):
   parse(
-      tmp_path,
-      'fakescript.train.steps = 2\n',
-      'fakescript.train.model = @fakelib.Child()',
-      'fakelib.Child.size = 5',
+    tmp_path,
+    'fakescript.train.steps = 2\n',
+    'fakescript.train.model = @fakelib.Child()',
+    'fakelib.Child.size = 5',
   )
   model, _, _ = call_train()
   assert type(model).__name__ == 'Child' and model.size == 5
@@ -119,36 +119,36 @@ def test_command_line_reaches_runtime_modules_without_any_import():
   from t5x import optimizers
 
   gin_utils.parse_gin_flags(
-      [], [], ['optimizers.adamw.b1 = 0.5'], finalize_config=False
+    [], [], ['optimizers.adamw.b1 = 0.5'], finalize_config=False
   )
   assert gin.get_bindings(optimizers.adamw) == {'b1': 0.5}
 
 
 def test_command_line_takes_imports_as_lines(tmp_path):
   parse(
-      tmp_path,
-      'fakescript.train.steps = 2\n',
-      'from __gin__ import dynamic_registration',
-      'import fakelib',
-      'import fakescript',
-      'fakescript.train.model = @fakelib.Model()',
+    tmp_path,
+    'fakescript.train.steps = 2\n',
+    'from __gin__ import dynamic_registration',
+    'import fakelib',
+    'import fakescript',
+    'fakescript.train.model = @fakelib.Model()',
   )
   assert type(call_train()[0]).__name__ == 'Model'
 
 
 @pytest.mark.parametrize(
-    ('text', 'binding', 'message'),
-    [
-        ('', 'fakelib.Modle.size = 1', "Did you mean 'Model'"),
-        ('', 'fakelib.Model.sizes = 1', "Did you mean 'size'"),
-        ('', 'fakescript.train.x = @fakelib.optimiser()', "mean 'optimizer'"),
-        ('fakelib.Model.sizes = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'size'"),
-        ('fakelib.Modle.size = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'Model'"),
-        ('losses.f.x = 1', None, 'Add `from t5x import losses`'),
-        ('STEPS = 1\nfakescript.train.steps = %STEPS', 'STEP = 2', "mean 'STEPS'"),
-        ('fakescript.train.steps = %STEPS', None, 'never defined: STEPS'),
-        ('', 'STEPS = /tmp/x', "'STEPS = /tmp/x' cannot be read.*text keeps quotes"),
-    ],
+  ('text', 'binding', 'message'),
+  [
+    ('', 'fakelib.Modle.size = 1', "Did you mean 'Model'"),
+    ('', 'fakelib.Model.sizes = 1', "Did you mean 'size'"),
+    ('', 'fakescript.train.x = @fakelib.optimiser()', "mean 'optimizer'"),
+    ('fakelib.Model.sizes = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'size'"),
+    ('fakelib.Modle.size = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'Model'"),
+    ('losses.f.x = 1', None, 'Add `from t5x import losses`'),
+    ('STEPS = 1\nfakescript.train.steps = %STEPS', 'STEP = 2', "mean 'STEPS'"),
+    ('fakescript.train.steps = %STEPS', None, 'never defined: STEPS'),
+    ('', 'STEPS = /tmp/x', "'STEPS = /tmp/x' cannot be read.*text keeps quotes"),
+  ],
 )
 def test_wrong_names_are_refused_with_the_nearest(tmp_path, text, binding, message):
   with pytest.raises(ValueError, match=message):
@@ -164,11 +164,11 @@ def test_every_missing_macro_is_named_at_once(tmp_path):
 @pytest.mark.parametrize('order', [1, -1])
 @pytest.mark.parametrize('on_command_line', [False, True])
 def test_binding_on_a_parents_method_is_refused_where_a_subclass_is_used(
-    tmp_path, order, on_command_line
+  tmp_path, order, on_command_line
 ):
   lines = [
-      'fakescript.train.model = @fakelib.Child()',
-      'fakelib.Model.predict.num_decodes = 4',
+    'fakescript.train.model = @fakelib.Child()',
+    'fakelib.Model.predict.num_decodes = 4',
   ][::order]
   text, bindings = (lines[0], [lines[1]]) if on_command_line else ('\n'.join(lines), [])
   with pytest.raises(ValueError, match='Bind (fakelib.)?Child.predict instead'):
@@ -177,9 +177,9 @@ def test_binding_on_a_parents_method_is_refused_where_a_subclass_is_used(
 
 def test_binding_on_the_class_in_use_reaches_an_inherited_method(tmp_path):
   parse(
-      tmp_path,
-      'fakescript.train.model = @fakelib.Child()\n',
-      'fakelib.Child.predict.num_decodes = 4',
+    tmp_path,
+    'fakescript.train.model = @fakelib.Child()\n',
+    'fakelib.Child.predict.num_decodes = 4',
   )
   assert call_train()[0].predict() == 4
 
@@ -203,9 +203,9 @@ def test_command_line_binding_in_a_scope_that_nothing_opens_is_refused(tmp_path)
   gin.clear_config()
   # A reference without a scope may run in any.
   parse(
-      tmp_path,
-      'fakescript.train.extra = @fakelib.optimizer()\n',
-      'some/fakelib.optimizer.rate = 3.0',
+    tmp_path,
+    'fakescript.train.extra = @fakelib.optimizer()\n',
+    'some/fakelib.optimizer.rate = 3.0',
   )
 
 
@@ -218,8 +218,8 @@ def test_includes_resolve_in_packages_wherever_one_stands(tmp_path, monkeypatch)
   monkeypatch.syspath_prepend(tmp_path / 'site')
   monkeypatch.chdir(tmp_path / 'elsewhere')
   parse(
-      tmp_path,
-      "include 'fakepackage/no_init_here/base.gin'\nfakescript.train.steps = %A\n",
+    tmp_path,
+    "include 'fakepackage/no_init_here/base.gin'\nfakescript.train.steps = %A\n",
   )
   assert call_train()[1] == 1
   assert gin_utils._in_packages('t5x/configs/runs/pretrain.gin')
@@ -316,18 +316,18 @@ optimizers.adamw.mask = @fakelib.matrices
 
 def test_no_tensorflow_in_the_lower_levels():
   modules = (
-      'multihost state_utils losses metrics gin_utils config_utils learning_rate '
-      'optimizers adafactor train_state'
+    'multihost state_utils losses metrics gin_utils config_utils learning_rate '
+    'optimizers adafactor train_state'
   ).split()
   code = (
-      f'import sys; from t5x import {", ".join(modules)}\n'
-      "print([m for m in sys.modules if m in ('tensorflow', 'seqio', 'tensorstore')])"
+    f'import sys; from t5x import {", ".join(modules)}\n'
+    "print([m for m in sys.modules if m in ('tensorflow', 'seqio', 'tensorstore')])"
   )
   done = subprocess.run(
-      [sys.executable, '-c', code],
-      capture_output=True,
-      text=True,
-      check=True,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
   )
   assert done.stdout.strip() == '[]'

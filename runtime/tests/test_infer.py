@@ -86,11 +86,13 @@ def test_scores_are_those_of_the_model(run, tmp_path, tiny_run):
     input_shapes={name: value.shape for name, value in batch.items()},
     partitioner=make_partitioner(),
   )
-  state = initializer.from_checkpoint([
-    restore.RestoreCheckpointConfig(
-      path=str(tiny_run / 'checkpoint_10'), mode='specific', strict=False
-    )
-  ])
+  state = initializer.from_checkpoint(
+    [
+      restore.RestoreCheckpointConfig(
+        path=str(tiny_run / 'checkpoint_10'), mode='specific', strict=False
+      )
+    ]
+  )
   # On one device: the reference is the model alone, without any mesh.
   params = jax.device_get(state.params)
   np.testing.assert_allclose(got, model.score_batch(params, batch), rtol=1e-5)
@@ -119,9 +121,7 @@ def interrupted_at(chunk):
 
 
 @pytest.mark.parametrize('checkpoint_ds_iter', [True, False])
-def test_an_interrupted_run_goes_on_where_it_stopped(
-  run, tmp_path, checkpoint_ds_iter
-):
+def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path, checkpoint_ds_iter):
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
   run(whole, mode='score')
   with pytest.raises(_Interrupted):
@@ -169,8 +169,7 @@ def test_shards_together_are_the_whole(run, tmp_path):
     for row in rows(tmp_path, f'tiny_copy-score.jsonl-{shard:05}-of-00002')
   ]
   assert sorted(texts) == sorted(
-    example['inputs'].decode()
-    for example in tiny._examples('test').as_numpy_iterator()
+    example['inputs'].decode() for example in tiny._examples('test').as_numpy_iterator()
   )
 
 
@@ -210,9 +209,7 @@ def test_a_task_from_files_of_examples(tmp_path):
     for question, answer in [('ja', 'nei'), ('opp', 'ned')]:
       values = {'question': question, 'answer': answer}
       features = {
-        key: tf.train.Feature(
-          bytes_list=tf.train.BytesList(value=[value.encode()])
-        )
+        key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value.encode()]))
         for key, value in values.items()
       }
       example = tf.train.Example(features=tf.train.Features(feature=features))

@@ -20,11 +20,13 @@ def encode(text):
 
 @pytest.fixture
 def examples():
-  return tf.data.Dataset.from_tensor_slices({
-    'inputs_pretokenized': ['første', 'andre'],
-    'targets_pretokenized': ['1', '2'],
-    'inputs': [[5, 6], [7, 0]],
-  })
+  return tf.data.Dataset.from_tensor_slices(
+    {
+      'inputs_pretokenized': ['første', 'andre'],
+      'targets_pretokenized': ['1', '2'],
+      'inputs': [[5, 6], [7, 0]],
+    }
+  )
 
 
 def rows(path):

@@ -21,7 +21,8 @@ def test_functions_are_known_by_their_required_parameters():
   assert interactive_metrics.arguments_of(equal) == ('targets', 'predictions')
   assert interactive_metrics.arguments_of(best) == ('targets', 'scores')
   assert interactive_metrics.arguments_of(functools.partial(best, digits=1)) == (
-    'targets', 'scores',
+    'targets',
+    'scores',
   )
   with pytest.raises(ValueError, match=r"Got: \('predictions', 'targets'\)"):
     interactive_metrics.arguments_of(lambda predictions, targets: {})

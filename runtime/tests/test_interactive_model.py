@@ -56,8 +56,10 @@ def params_of(model):
 @pytest.mark.parametrize('mode', ['specific', 'latest'])
 def test_it_reads_what_train_writes(tmp_path, trained, mode):
   folder, state = trained
-  path = checkpoints.get_checkpoint_dir(str(folder), 10) if mode == 'specific' else (
-    str(folder)
+  path = (
+    checkpoints.get_checkpoint_dir(str(folder), 10)
+    if mode == 'specific'
+    else (str(folder))
   )
   model = make(tmp_path, path, mode)
   assert model.step == 10
@@ -208,9 +210,10 @@ def test_postprocessors_see_targets_and_predictions(fresh):
     return example['inputs_pretokenized'].decode() + text
 
   def firsts(targets, predictions):
-    return {'targets': targets, 'inputs': [p[: len(t) - 1] for t, p in zip(
-      targets, predictions, strict=True
-    )]}
+    return {
+      'targets': targets,
+      'inputs': [p[: len(t) - 1] for t, p in zip(targets, predictions, strict=True)],
+    }
 
   metrics = fresh.evaluate_with_preprocessors(
     EXAMPLES[:3],
@@ -274,9 +277,7 @@ def test_the_gin_file_of_a_model_is_gin(fresh, tmp_path, trained):
       model, script, 'my_task', 'PARTITIONS = 1', 'MODEL = None', train_steps=7
     )
     statements = gin.config_parser.ConfigParser(text, gin.config.ParserDelegate())
-    values = {
-      s.selector: s.value for s in statements if hasattr(s, 'value')
-    }
+    values = {s.selector: s.value for s in statements if hasattr(s, 'value')}
     assert values[binding[0]] == binding[1]
     assert values['MIXTURE_OR_TASK_NAME'] == 'my_task'
     assert values['TASK_FEATURE_LENGTHS'] == tiny.LENGTHS

@@ -32,12 +32,14 @@ def test_awaitables():
 
   lazy = LazyAwaitableArray.from_array(np.zeros(3, np.float64), read, np.int32)
   assert lazy.get().dtype == np.int32
-  spec = tensorstore.Spec({
+  spec = tensorstore.Spec(
+    {
       'driver': 'zarr',
       'dtype': 'uint16',
       'kvstore': {'driver': 'memory'},
       'metadata': {'shape': [3], 'chunks': [3], 'compressor': None},
-  })
+    }
+  )
   make = LazyAwaitableArray.from_tensor_store_spec_or_array
   # The second version of T5X's layout kept bfloat16 under this name.
   assert make(spec, read).dtype == jnp.bfloat16

@@ -13,33 +13,33 @@ STEPS = [0, 1, 50, 99, 100, 101, 150, 399, 400, 1000]
 W, BASE, DECAY, EVERY, CYCLE = 100, 0.3, 0.01, 150, 300
 
 FORMULAS = {
-    'constant': lambda s: BASE,
-    'linear_warmup': lambda s: min(1, s / W),
-    'linear_decay': lambda s: BASE * min(s / W, 1 + DECAY * (W - s)),
-    'rsqrt_decay': lambda s: 1 / math.sqrt(max(s, W)),
-    'rsqrt_normalized_decay': lambda s: math.sqrt(W / max(s, W)),
-    'decay_every': lambda s: DECAY ** (s // EVERY),
-    'cosine_decay': lambda s: (
-        0.5 * (1 + math.cos(math.pi * (max(0, (s - W) / CYCLE) % 1)))
-    ),
+  'constant': lambda s: BASE,
+  'linear_warmup': lambda s: min(1, s / W),
+  'linear_decay': lambda s: BASE * min(s / W, 1 + DECAY * (W - s)),
+  'rsqrt_decay': lambda s: 1 / math.sqrt(max(s, W)),
+  'rsqrt_normalized_decay': lambda s: math.sqrt(W / max(s, W)),
+  'decay_every': lambda s: DECAY ** (s // EVERY),
+  'cosine_decay': lambda s: (
+    0.5 * (1 + math.cos(math.pi * (max(0, (s - W) / CYCLE) % 1)))
+  ),
 }
 
 
 def make(factors, **kwargs):
   return learning_rate.create_learning_rate_scheduler(
-      factors,
-      base_learning_rate=BASE,
-      warmup_steps=W,
-      decay_factor=DECAY,
-      steps_per_decay=EVERY,
-      steps_per_cycle=CYCLE,
-      **kwargs,
+    factors,
+    base_learning_rate=BASE,
+    warmup_steps=W,
+    decay_factor=DECAY,
+    steps_per_decay=EVERY,
+    steps_per_cycle=CYCLE,
+    **kwargs,
   )
 
 
 @pytest.mark.parametrize(
-    'factors',
-    [*FORMULAS, 'constant * linear_warmup * rsqrt_decay', 'constant*cosine_decay'],
+  'factors',
+  [*FORMULAS, 'constant * linear_warmup * rsqrt_decay', 'constant*cosine_decay'],
 )
 @pytest.mark.parametrize('offset', [0, 40])
 def test_formula(factors, offset):
@@ -81,7 +81,7 @@ def test_wrong_factor():
 
 
 @pytest.mark.parametrize(
-    'factor', ['linear_warmup', 'linear_decay', 'rsqrt_decay', 'rsqrt_normalized_decay']
+  'factor', ['linear_warmup', 'linear_decay', 'rsqrt_decay', 'rsqrt_normalized_decay']
 )
 def test_division_by_no_steps(factor):
   with pytest.raises(ValueError, match='warmup_steps'):

@@ -33,7 +33,7 @@ def example():
 def test_by_hand():
   logits = jnp.log(jnp.array([[[1.0, 2.0, 5.0]]]))  # log Z = log 8
   loss, z_term, count = losses.compute_weighted_cross_entropy(
-      logits, jnp.array([[1]]), z_loss=0.5
+    logits, jnp.array([[1]]), z_loss=0.5
   )
   z = 0.5 * math.log(8) ** 2
   np.testing.assert_allclose(z_term, z, rtol=1e-6)
@@ -45,12 +45,12 @@ def test_smoothing_by_hand():
   # Predicting exactly the smoothed distribution costs nothing.
   smoothed = jnp.array([[0.05, 0.9, 0.05]])
   loss, _, _ = losses.compute_weighted_cross_entropy(
-      jnp.log(smoothed), jnp.array([1]), label_smoothing=0.1
+    jnp.log(smoothed), jnp.array([1]), label_smoothing=0.1
   )
   np.testing.assert_allclose(loss, 0.0, atol=1e-6)
   # And a uniform guess: log 3 less the entropy of the target.
   loss, _, _ = losses.compute_weighted_cross_entropy(
-      jnp.zeros((1, 3)), jnp.array([1]), label_smoothing=0.1
+    jnp.zeros((1, 3)), jnp.array([1]), label_smoothing=0.1
   )
   entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.05))
   np.testing.assert_allclose(loss, math.log(3) - entropy, rtol=1e-5)
@@ -75,7 +75,7 @@ def test_gradient_is_the_formulas_in_float64(example, z_loss, smoothing):
 
     def ours(x):
       return losses.compute_weighted_cross_entropy(
-          x, targets, weights, smoothing, z_loss, loss_normalizing_factor=7.0
+        x, targets, weights, smoothing, z_loss, loss_normalizing_factor=7.0
       )[0]
 
     def want(x):
@@ -83,9 +83,9 @@ def test_gradient_is_the_formulas_in_float64(example, z_loss, smoothing):
 
     np.testing.assert_allclose(jax.grad(ours)(logits), jax.grad(want)(logits), 1e-12)
     dense = functools.partial(
-        losses.cross_entropy_with_logits,
-        targets=plain_loss(logits, targets, z_loss, smoothing)[1],
-        z_loss=z_loss,
+      losses.cross_entropy_with_logits,
+      targets=plain_loss(logits, targets, z_loss, smoothing)[1],
+      z_loss=z_loss,
     )
     got = jax.grad(lambda x: (dense(x)[0] * weights).sum() / 7)(logits)
     np.testing.assert_allclose(got, jax.grad(want)(logits), 1e-12)
@@ -107,9 +107,9 @@ def test_gradient_through_targets_and_through_the_z_term_alone(example):
       return (loss * 2 + z_term * 5).sum()
 
     for got, want in zip(
-        jax.grad(ours, (0, 1))(logits, soft),
-        jax.grad(formula, (0, 1))(logits, soft),
-        strict=True,
+      jax.grad(ours, (0, 1))(logits, soft),
+      jax.grad(formula, (0, 1))(logits, soft),
+      strict=True,
     ):
       np.testing.assert_allclose(got, want, 1e-12)
 
@@ -120,7 +120,7 @@ def test_bfloat16_logits_are_summed_in_float32():
   assert loss.dtype == jnp.float32
   np.testing.assert_allclose(loss, math.log(50_000), rtol=1e-6)
   grad = jax.grad(
-      lambda x: losses.compute_weighted_cross_entropy(x, jnp.array([3]))[0]
+    lambda x: losses.compute_weighted_cross_entropy(x, jnp.array([3]))[0]
   )(logits)
   assert grad.dtype == jnp.bfloat16
 
@@ -128,7 +128,7 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_large_logits_are_stable():
   logits = jnp.array([[1e4, 0.0, -1e4]])
   value, grad = jax.value_and_grad(
-      lambda x: losses.compute_weighted_cross_entropy(x, jnp.array([0]))[0]
+    lambda x: losses.compute_weighted_cross_entropy(x, jnp.array([0]))[0]
   )(logits)
   assert value == 0 and np.isfinite(grad).all()
 
@@ -138,7 +138,7 @@ def test_weights_and_divisor(example):
   weights = jnp.array([[1.0, 0.0, 2.0], [0.0, 0.0, 1.0]])
   each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   loss, z_term, count = losses.compute_weighted_cross_entropy(
-      logits, targets, weights, z_loss=0.1, loss_normalizing_factor=4.0
+    logits, targets, weights, z_loss=0.1, loss_normalizing_factor=4.0
   )
   z = 0.1 * jax.scipy.special.logsumexp(logits, axis=-1) ** 2
   np.testing.assert_allclose(z_term, (z * weights).sum() / 4, rtol=1e-5)
@@ -148,7 +148,7 @@ def test_weights_and_divisor(example):
 
 def test_one_class_costs_nothing():
   loss, _, _ = losses.compute_weighted_cross_entropy(
-      jnp.ones((2, 1)), jnp.zeros(2, jnp.int32), label_smoothing=0.1
+    jnp.ones((2, 1)), jnp.zeros(2, jnp.int32), label_smoothing=0.1
   )
   assert loss == 0
 
@@ -164,7 +164,7 @@ def test_backward_keeps_no_dense_targets():
   # What the forward pass keeps of size [b, c] is the logits alone.
   logits, targets = jnp.ones((8, 1000)), jnp.zeros(8, jnp.int32)
   _, pullback = jax.vjp(
-      lambda x: losses.compute_weighted_cross_entropy(x, targets)[0], logits
+    lambda x: losses.compute_weighted_cross_entropy(x, targets)[0], logits
   )
   kept = [x for x in jax.tree.leaves(pullback) if getattr(x, 'size', 0) >= 8000]
   assert len(kept) == 1
@@ -195,7 +195,7 @@ def test_token_factors():
   np.testing.assert_array_equal(weights, [[1, 1, 0], [1, 0, 0]])
   given = jnp.array([[0.5, 1.0, 0.0], [1.0, 0.0, 0.0]])
   factor, weights = normalize(
-      Factor.NUM_REAL_TARGET_TOKENS, {**batch, 'decoder_loss_weights': given}
+    Factor.NUM_REAL_TARGET_TOKENS, {**batch, 'decoder_loss_weights': given}
   )
   assert factor == 2.5
   np.testing.assert_array_equal(weights, given)
@@ -205,18 +205,18 @@ def test_average_per_sequence():
   normalize = losses.get_loss_normalizing_factor_and_weights
   weights = jnp.array([[1.0, 1.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
   batch = {
-      'decoder_target_tokens': jnp.array([[4, 5, 6, 0], [0, 0, 0, 0]]),
-      'decoder_loss_weights': weights,
+    'decoder_target_tokens': jnp.array([[4, 5, 6, 0], [0, 0, 0, 0]]),
+    'decoder_loss_weights': weights,
   }
   factor, got = normalize('AVERAGE_PER_SEQUENCE', batch)
   assert factor == 1
   np.testing.assert_allclose(got, [[0.25, 0.25, 0.5, 0], [0, 0, 0, 0]])
 
   packed = {
-      'decoder_target_tokens': jnp.array([[4, 5, 6, 7, 8, 0]]),
-      'decoder_loss_weights': jnp.array([[1.0, 3.0, 0.0, 1.0, 0.0, 0.0]]),
-      'decoder_segment_ids': jnp.array([[1, 1, 2, 2, 3, 0]]),
-      'decoder_positions': jnp.array([[0, 1, 0, 1, 0, 0]]),
+    'decoder_target_tokens': jnp.array([[4, 5, 6, 7, 8, 0]]),
+    'decoder_loss_weights': jnp.array([[1.0, 3.0, 0.0, 1.0, 0.0, 0.0]]),
+    'decoder_segment_ids': jnp.array([[1, 1, 2, 2, 3, 0]]),
+    'decoder_positions': jnp.array([[0, 1, 0, 1, 0, 0]]),
   }
   factor, got = normalize('AVERAGE_PER_SEQUENCE', packed)
   # Segment 3 has no weight: it does not count as a sequence.
@@ -228,8 +228,8 @@ def test_packed_and_unpacked_sequences_average_alike():
   normalize = losses.get_loss_normalizing_factor_and_weights
   rows = {'decoder_target_tokens': jnp.array([[4, 5, 0], [6, 7, 8]])}
   packed = {
-      'decoder_target_tokens': jnp.array([[4, 5, 6, 7, 8]]),
-      'decoder_segment_ids': jnp.array([[1, 1, 2, 2, 2]]),
+    'decoder_target_tokens': jnp.array([[4, 5, 6, 7, 8]]),
+    'decoder_segment_ids': jnp.array([[1, 1, 2, 2, 2]]),
   }
   factor_a, a = normalize('AVERAGE_PER_SEQUENCE', rows)
   factor_b, b = jax.jit(functools.partial(normalize, 'AVERAGE_PER_SEQUENCE'))(packed)

@@ -40,9 +40,7 @@ def torus(x, y, z, cores, host=(2, 2, 1)):
 
 
 def gpus(hosts, per_host):
-  return [
-      FakeDevice(i, i // per_host, platform='gpu') for i in range(hosts * per_host)
-  ]
+  return [FakeDevice(i, i // per_host, platform='gpu') for i in range(hosts * per_host)]
 
 
 def use_devices(monkeypatch, devices):
@@ -82,7 +80,7 @@ def test_submesh_without_a_torus(tile):
 
 
 @pytest.mark.parametrize(
-    ('partitions', 'model_hosts'), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4)]
+  ('partitions', 'model_hosts'), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4)]
 )
 def test_gpus_of_a_host_share_a_copy_first(monkeypatch, partitions, model_hosts):
   use_devices(monkeypatch, gpus(hosts=4, per_host=4))
@@ -107,7 +105,7 @@ def test_copies_over_hosts_of_six(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'shape', [(2, 2, 1, 2), (4, 4, 1, 2), (4, 4, 4, 1), (8, 4, 1, 1)]
+  'shape', [(2, 2, 1, 2), (4, 4, 1, 2), (4, 4, 4, 1), (8, 4, 1, 1)]
 )
 def test_every_torus_gives_blocks_of_hosts(monkeypatch, shape):
   devices = torus(*shape)
@@ -115,9 +113,7 @@ def test_every_torus_gives_blocks_of_hosts(monkeypatch, shape):
   partitions = 1
   while partitions <= len(devices):
     made = mesh_lib.default_mesh(partitions)
-    assert dict(made.shape) == {
-        'data': len(devices) // partitions, 'model': partitions
-    }
+    assert dict(made.shape) == {'data': len(devices) // partitions, 'model': partitions}
     assert {d.id for d in made.devices.flat} == {d.id for d in devices}
     for process in {device.process_index for device in devices}:
       mesh_lib.LocalChunker(made, process)  # Raises where a host is scattered.
@@ -125,15 +121,15 @@ def test_every_torus_gives_blocks_of_hosts(monkeypatch, shape):
 
 
 @pytest.mark.parametrize(
-    ('partitions', 'extent'),
-    [
-        (1, (1, 1, 1, 1)),
-        (2, (1, 1, 1, 2)),
-        (4, (2, 1, 1, 2)),
-        (8, (2, 2, 1, 2)),
-        (16, (4, 2, 1, 2)),
-        (32, (4, 4, 1, 2)),
-    ],
+  ('partitions', 'extent'),
+  [
+    (1, (1, 1, 1, 1)),
+    (2, (1, 1, 1, 2)),
+    (4, (2, 1, 1, 2)),
+    (8, (2, 2, 1, 2)),
+    (16, (4, 2, 1, 2)),
+    (32, (4, 4, 1, 2)),
+  ],
 )
 def test_tiles_of_a_v3_32(monkeypatch, partitions, extent):
   # By hand: cores of a chip first, then the chips of a host, then neighbouring hosts.
@@ -148,8 +144,8 @@ def test_v3_32_by_four_host_zero(monkeypatch):
   made = mesh_lib.default_mesh(4)
   rows = [[(*d.coords, d.core_on_chip) for d in row] for row in made.devices[:2]]
   assert rows == [
-      [(0, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0), (1, 0, 0, 1)],
-      [(0, 1, 0, 0), (0, 1, 0, 1), (1, 1, 0, 0), (1, 1, 0, 1)],
+    [(0, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0), (1, 0, 0, 1)],
+    [(0, 1, 0, 0), (0, 1, 0, 1), (1, 1, 0, 0), (1, 1, 0, 1)],
   ]
   assert {d.process_index for d in made.devices[:2].flat} == {0}
 
@@ -206,8 +202,10 @@ def test_local_chunks_by_hand():
   #   data 0-3: hosts 0 and 1 side by side, data 4-7: hosts 2 and 3.
   rows = [[0, 1]] * 4 + [[2, 3]] * 4
   devices = np.array(
-      [[FakeDevice(10 * i + j, p) for j, p in enumerate(row)]
-       for i, row in enumerate(rows)]
+    [
+      [FakeDevice(10 * i + j, p) for j, p in enumerate(row)]
+      for i, row in enumerate(rows)
+    ]
   )
   made = jax.sharding.Mesh(devices, ('data', 'model'))
   chunker = mesh_lib.LocalChunker(made, process_index=3)
@@ -235,7 +233,7 @@ def test_chunks_cover_an_array_once(monkeypatch):
     seen = collections.Counter()
     for process in range(4):
       info = mesh_lib.LocalChunker(made, process).get_local_chunk_info(
-          (32, 32), ('data', 'model')
+        (32, 32), ('data', 'model')
       )
       if info.replica_id == 0:
         seen.update(itertools.product(*(range(32)[part] for part in info.slice)))
@@ -276,16 +274,16 @@ def test_every_tpu_generation():
   pytest.importorskip('libtpu')
   names = ['v2:2x2', 'v3:4x4', 'v4:2x2x2', 'v5e:4x4', 'v5p:2x2x2', 'v6e:4x4']
   done = subprocess.run(
-      [sys.executable, '-c', _EVERY_GENERATION.format(names=names)],
-      env={
-          **os.environ,
-          'TPU_SKIP_MDS_QUERY': '1',
-          'TPU_WORKER_HOSTNAMES': 'localhost',
-          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-      },
-      capture_output=True,
-      text=True,
-      timeout=240,
+    [sys.executable, '-c', _EVERY_GENERATION.format(names=names)],
+    env={
+      **os.environ,
+      'TPU_SKIP_MDS_QUERY': '1',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    },
+    capture_output=True,
+    text=True,
+    timeout=240,
   )
   assert done.returncode == 0, done.stderr
   lines = [line.split() for line in done.stdout.splitlines()]

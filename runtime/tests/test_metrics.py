@@ -57,8 +57,8 @@ def test_kinds():
 def test_zeros_of_an_abstract_metric():
   def make(x):
     return {
-        'sum': metrics.Sum.from_model_output(x),
-        'mean': metrics.AveragePerStep.from_model_output(x),
+      'sum': metrics.Sum.from_model_output(x),
+      'mean': metrics.AveragePerStep.from_model_output(x),
     }
 
   abstract = jax.eval_shape(make, jnp.ones(3))

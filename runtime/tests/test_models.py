@@ -35,7 +35,9 @@ class Attention(nn.Module):
       return nn.DenseGeneral((HEADS, WIDTH // HEADS), name=name)(inputs)
 
     query, key, value = (
-      project('query', x), project('key', source), project('value', source)
+      project('query', x),
+      project('key', source),
+      project('value', source),
     )
     if decode or prefill_lengths is not None:
       key, value, mask = self.cached(key, value, mask, prefill_lengths)
@@ -106,8 +108,14 @@ class Transformer(nn.Module):
     return x + self.mix(x, x, (encoder_input_tokens > 0)[:, None, None, :])
 
   def decode(
-    self, encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
-    enable_dropout=True, decode=False, max_decode_length=None,
+    self,
+    encoded,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    enable_dropout=True,
+    decode=False,
+    max_decode_length=None,
   ):
     return self._decode(
       encoded, encoder_input_tokens, decoder_input_tokens, enable_dropout, decode
@@ -123,15 +131,26 @@ class Transformer(nn.Module):
     return self.decoder(y, encoded, masks, decode, prefill_lengths, dropout)
 
   def __call__(
-    self, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
-    encoder_segment_ids=None, decoder_segment_ids=None,
-    encoder_positions=None, decoder_positions=None,
-    *, enable_dropout=True, decode=False,
+    self,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
+    encoder_positions=None,
+    decoder_positions=None,
+    *,
+    enable_dropout=True,
+    decode=False,
   ):
     encoded = self.encode(encoder_input_tokens)
     return self.decode(
-      encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
-      enable_dropout=enable_dropout, decode=decode,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      enable_dropout=enable_dropout,
+      decode=decode,
     )
 
 
@@ -139,12 +158,23 @@ class PrefillTransformer(Transformer):
   """T5X's contract, with prefilling."""
 
   def decode(
-    self, encoded, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
-    enable_dropout=True, decode=False, max_decode_length=None,
-    prefill=False, prefill_lengths=None,
+    self,
+    encoded,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    enable_dropout=True,
+    decode=False,
+    max_decode_length=None,
+    prefill=False,
+    prefill_lengths=None,
   ):
     return self._decode(
-      encoded, encoder_input_tokens, decoder_input_tokens, enable_dropout, decode,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      enable_dropout,
+      decode,
       prefill_lengths if prefill else None,
     )
 
@@ -212,9 +242,9 @@ def all_sequences(params, encoder_row, prompt=(), length=LENGTH):
     'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
     'decoder_target_tokens': targets,
   }
-  token = np.take_along_axis(
-    log_probs_of(params, batch), targets[:, :, None], axis=2
-  )[:, :, 0]
+  token = np.take_along_axis(log_probs_of(params, batch), targets[:, :, None], axis=2)[
+    :, :, 0
+  ]
   counted = (targets != 0) & (np.arange(length) >= len(prompt))
   log_prob = np.sum(token * counted, axis=1)
   order = np.argsort(-log_prob)
@@ -233,8 +263,12 @@ def test_cached_beam_search_finds_the_best_of_all_sequences(params, module, prom
 
   def predict(params, batch):
     return model.predict_batch_with_aux(
-      params, batch, decoder_params={'alpha': 0.0}, return_all_decodes=True,
-      num_decodes=8, prompt_with_targets=prompted,
+      params,
+      batch,
+      decoder_params={'alpha': 0.0},
+      return_all_decodes=True,
+      num_decodes=8,
+      prompt_with_targets=prompted,
     )
 
   decodes, aux = jax.jit(predict)(params, batch)
@@ -258,8 +292,12 @@ def test_cached_sampling_draws_what_the_whole_model_says(params, module):
   options = {'topk': 0, 'max_decode_steps': 3}
   before = dict(options)
   decodes, aux = model.predict_batch_with_aux(
-    params, batch, rng=jax.random.PRNGKey(3), decoder_params=options,
-    return_all_decodes=True, num_decodes=5,
+    params,
+    batch,
+    rng=jax.random.PRNGKey(3),
+    decoder_params=options,
+    return_all_decodes=True,
+    num_decodes=5,
   )
   # Options are read, not edited.
   assert options == before
@@ -298,9 +336,7 @@ def test_the_best_decode_is_returned_unless_all_are_wanted(params):
   )
   decodes, aux = model.predict_batch_with_aux(params, batch)
   assert decodes.shape == (3, 3, LENGTH)
-  best, best_aux = model.predict_batch_with_aux(
-    params, batch, return_all_decodes=False
-  )
+  best, best_aux = model.predict_batch_with_aux(params, batch, return_all_decodes=False)
   np.testing.assert_array_equal(best, decodes[:, -1])
   np.testing.assert_array_equal(best_aux['scores'], aux['scores'][:, -1])
   alone = make_model().predict_batch(params, batch)
@@ -411,8 +447,12 @@ def test_smoothing_z_loss_and_normalisation_reach_the_loss(params):
       options.get('loss_normalizing_factor'), batch
     )
     expected, z_loss, _ = losses.compute_weighted_cross_entropy(
-      logits, batch['decoder_target_tokens'], weights,
-      options.get('label_smoothing', 0.0), options.get('z_loss', 0.0), divisor,
+      logits,
+      batch['decoder_target_tokens'],
+      weights,
+      options.get('label_smoothing', 0.0),
+      options.get('z_loss', 0.0),
+      divisor,
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(metrics['z_loss'].compute(), z_loss, rtol=1e-6)
@@ -535,5 +575,8 @@ def test_the_feature_converters_are_those_of_seqio():
 def test_models_are_abstract_where_they_must_be():
   assert inspect.isabstract(models.BaseModel)
   assert models.BaseTransformerModel.__abstractmethods__ == {
-    '_compute_logits', 'predict_batch_with_aux', 'score_batch', 'get_initial_variables'
+    '_compute_logits',
+    'predict_batch_with_aux',
+    'score_batch',
+    'get_initial_variables',
   }

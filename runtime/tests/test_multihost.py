@@ -37,13 +37,13 @@ def test_arguments_are_passed_on(calls):
   multihost.initialize('host:12', 2, 1, initialization_timeout=9)
   multihost.initialize(multiprocess_gpu=True)
   assert calls == [
-      {
-          'coordinator_address': 'host:12',
-          'num_processes': 2,
-          'process_id': 1,
-          'initialization_timeout': 9,
-      },
-      {},
+    {
+      'coordinator_address': 'host:12',
+      'num_processes': 2,
+      'process_id': 1,
+      'initialization_timeout': 9,
+    },
+    {},
   ]
 
 
@@ -72,13 +72,13 @@ def test_tpu_is_not_asked_for_where_it_is_not_used(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ({'process_count': 0}, 'at least 1'),
-        ({'process_index': -1}, 'at least 0'),
-        ({'process_count': 2, 'process_index': 2}, '2 of 2'),
-        ({'coordinator_address': 'host'}, "'host'"),
-    ],
+  ('arguments', 'message'),
+  [
+    ({'process_count': 0}, 'at least 1'),
+    ({'process_index': -1}, 'at least 0'),
+    ({'process_count': 2, 'process_index': 2}, '2 of 2'),
+    ({'coordinator_address': 'host'}, "'host'"),
+  ],
 )
 def test_refusals(calls, arguments, message):
   with pytest.raises(ValueError, match=message):
@@ -124,19 +124,19 @@ def test_two_processes():
     free.bind(('localhost', 0))
     port = str(free.getsockname()[1])
   environment = {
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
   }
   children = [
-      subprocess.Popen(
-          [sys.executable, '-c', textwrap.dedent(CHILD), port, str(index)],
-          env=environment,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT,
-          text=True,
-      )
-      for index in range(2)
+    subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(CHILD), port, str(index)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
   ]
   for index, child in enumerate(children):
     said, _ = child.communicate(timeout=120)

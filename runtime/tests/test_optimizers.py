@@ -14,15 +14,15 @@ from jax.sharding import PartitionSpec as P
 from t5x import adafactor, optimizers
 
 PARAMS = {
-    'enc': {'kernel': jnp.full((3, 4), 0.5), 'bias': jnp.ones(4)},
-    'out': {'kernel': jnp.ones((4, 2))},
+  'enc': {'kernel': jnp.full((3, 4), 0.5), 'bias': jnp.ones(4)},
+  'out': {'kernel': jnp.ones((4, 2))},
 }
 AXES = {
-    'enc': {'kernel': P('embed', 'mlp'), 'bias': P('mlp')},
-    'out': {'kernel': P('mlp', 'vocab')},
+  'enc': {'kernel': P('embed', 'mlp'), 'bias': P('mlp')},
+  'out': {'kernel': P('mlp', 'vocab')},
 }
 GRADS = jax.tree.map(
-    lambda p: jnp.cos(jnp.arange(p.size * 1.0)).reshape(p.shape), PARAMS
+  lambda p: jnp.cos(jnp.arange(p.size * 1.0)).reshape(p.shape), PARAMS
 )
 
 
@@ -32,36 +32,36 @@ def matrices(params):
 
 
 NAMED = {
-    'adabelief': {'learning_rate': 0.1},
-    'adagrad': {'learning_rate': 0.1},
-    'adam': {'learning_rate': 0.1},
-    'adamw': {'learning_rate': 0.1, 'mask': matrices},
-    'fromage': {'learning_rate': 0.1},
-    'lamb': {'learning_rate': 0.1},
-    'lars': {'learning_rate': 0.1},
-    'lion': {'learning_rate': 0.1},
-    'noisy_sgd': {'learning_rate': 0.1, 'key': 0},
-    'radam': {'learning_rate': 0.1},
-    'rmsprop': {'learning_rate': 0.1},
-    'sgd': {'learning_rate': 0.1, 'momentum': 0.9},
-    'yogi': {'learning_rate': 0.1},
+  'adabelief': {'learning_rate': 0.1},
+  'adagrad': {'learning_rate': 0.1},
+  'adam': {'learning_rate': 0.1},
+  'adamw': {'learning_rate': 0.1, 'mask': matrices},
+  'fromage': {'learning_rate': 0.1},
+  'lamb': {'learning_rate': 0.1},
+  'lars': {'learning_rate': 0.1},
+  'lion': {'learning_rate': 0.1},
+  'noisy_sgd': {'learning_rate': 0.1, 'key': 0},
+  'radam': {'learning_rate': 0.1},
+  'rmsprop': {'learning_rate': 0.1},
+  'sgd': {'learning_rate': 0.1, 'momentum': 0.9},
+  'yogi': {'learning_rate': 0.1},
 }
 
 CHAINS = {
-    'clip and decay': optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(0.1, mask=matrices), optax.ema(0.9)
-    ),
-    'multi_transform': optax.multi_transform(
-        {'a': optax.adam(0.1), 'b': optax.sgd(0.1, momentum=0.9)},
-        {'enc': 'a', 'out': 'b'},
-    ),
-    'masked': optax.masked(optax.adam(0.1), {'enc': True, 'out': False}),
-    'inject': optax.inject_hyperparams(optax.adamw)(learning_rate=lambda step: 0.1),
-    'multi steps': optax.MultiSteps(optax.adam(0.1), 2),
-    'finite': optax.apply_if_finite(optax.lion(0.1), 3),
-    'factored': optax.adafactor(0.1, min_dim_size_to_factor=2),
-    'schedule': optax.adamw(lambda step: 0.1 / (1 + step)),
-    'trust ratio': optax.chain(optax.scale_by_trust_ratio(), optax.zero_nans()),
+  'clip and decay': optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(0.1, mask=matrices), optax.ema(0.9)
+  ),
+  'multi_transform': optax.multi_transform(
+    {'a': optax.adam(0.1), 'b': optax.sgd(0.1, momentum=0.9)},
+    {'enc': 'a', 'out': 'b'},
+  ),
+  'masked': optax.masked(optax.adam(0.1), {'enc': True, 'out': False}),
+  'inject': optax.inject_hyperparams(optax.adamw)(learning_rate=lambda step: 0.1),
+  'multi steps': optax.MultiSteps(optax.adam(0.1), 2),
+  'finite': optax.apply_if_finite(optax.lion(0.1), 3),
+  'factored': optax.adafactor(0.1, min_dim_size_to_factor=2),
+  'schedule': optax.adamw(lambda step: 0.1 / (1 + step)),
+  'trust ratio': optax.chain(optax.scale_by_trust_ratio(), optax.zero_nans()),
 }
 
 
@@ -80,7 +80,7 @@ def test_named_optimizers_are_optax_own(name):
   assert ours.state.step == 3
   jax.tree.map(np.testing.assert_array_equal, ours.target, params)
   for got, want in zip(
-      jax.tree.leaves(ours.state.param_states), jax.tree.leaves(state), strict=True
+    jax.tree.leaves(ours.state.param_states), jax.tree.leaves(state), strict=True
   ):
     if not jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
       np.testing.assert_array_equal(got, want)
@@ -120,10 +120,10 @@ def test_axes_follow_what_has_a_parameters_shape(name):
 
   # A shape tells which parameter a statistic belongs to: all are different here.
   by_shape = {
-      p.shape: a
-      for p, a in zip(
-          jax.tree.leaves(PARAMS), jax.tree.leaves(AXES, is_leaf=is_leaf), strict=True
-      )
+    p.shape: a
+    for p, a in zip(
+      jax.tree.leaves(PARAMS), jax.tree.leaves(AXES, is_leaf=is_leaf), strict=True
+    )
   }
   arrays = jax.tree.leaves(optimizer.state.param_states)
   axes = jax.tree.leaves(derived.state.param_states, is_leaf=is_leaf)
@@ -165,9 +165,9 @@ def test_missing_axes_are_named():
 
 # Masks and labels must have the very structure of the parameters, so dicts only.
 @pytest.mark.parametrize(
-    ('name', 'freeze'),
-    [(name, False) for name in CHAINS]
-    + [(name, True) for name in CHAINS if name not in ('masked', 'multi_transform')],
+  ('name', 'freeze'),
+  [(name, False) for name in CHAINS]
+  + [(name, True) for name in CHAINS if name not in ('masked', 'multi_transform')],
 )
 def test_state_dict_has_no_empty_dict_and_comes_back(name, freeze):
   params = flax.core.freeze(PARAMS) if freeze else PARAMS
@@ -189,11 +189,11 @@ def test_paths_of_a_saved_adamw():
   saved = optimizers.adamw(0.1).create({'w': jnp.ones(2)}).state_dict()
   flat = traverse_util.flatten_dict(saved, sep='/')
   assert set(flat) == {
-      'state/step',
-      'state/param_states/0/count',
-      'state/param_states/0/mu/w',
-      'state/param_states/0/nu/w',
-      'target/w',
+    'state/step',
+    'state/param_states/0/count',
+    'state/param_states/0/mu/w',
+    'state/param_states/0/nu/w',
+    'target/w',
   }
 
 
@@ -252,41 +252,41 @@ def test_multi_optimizer_of_adafactors(freeze):
 
 def test_multi_optimizer_of_optax_ones():
   rule = optimizers.MultiOptimizer(
-      [(KERNELS, optimizers.adam(0.1)), (VECTORS, optimizers.sgd(0.5, momentum=0.9))]
+    [(KERNELS, optimizers.adam(0.1)), (VECTORS, optimizers.sgd(0.5, momentum=0.9))]
   )
   optimizer = rule.create(PARAMS)
   step = jax.jit(lambda o, g: o.apply_gradient(g))
   for _ in range(2):
     optimizer = step(optimizer, GRADS)
   want = optimizers.OptaxWrapper(
-      optax.multi_transform(
-          {'a': optax.adam(0.1), 'b': optax.sgd(0.5, momentum=0.9)},
-          {'enc': {'kernel': 'a', 'bias': 'b'}, 'out': 'a'},
-      )
+    optax.multi_transform(
+      {'a': optax.adam(0.1), 'b': optax.sgd(0.5, momentum=0.9)},
+      {'enc': {'kernel': 'a', 'bias': 'b'}, 'out': 'a'},
+    )
   ).create(PARAMS)
   for _ in range(2):
     want = want.apply_gradient(GRADS)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-      optimizer.target,
-      want.target,
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+    optimizer.target,
+    want.target,
   )
   restored = rule.create(PARAMS).restore_state(optimizer.state_dict())
   jax.tree.map(np.testing.assert_array_equal, restored, optimizer)
   derived = rule.derive_logical_axes(optimizer, AXES)
   assert derived.state.param_states[0][0].mu == {
-      'enc': {'kernel': P('embed', 'mlp')},
-      'out': {'kernel': P('mlp', 'vocab')},
+    'enc': {'kernel': P('embed', 'mlp')},
+    'out': {'kernel': P('mlp', 'vocab')},
   }
 
 
 def test_multi_optimizer_takes_hyper_params_by_optimizer():
   rule = optimizers.MultiOptimizer(
-      [(KERNELS, plain_adafactor()), (BIASES, plain_adafactor())]
+    [(KERNELS, plain_adafactor()), (BIASES, plain_adafactor())]
   )
   first, second = rule.hyper_params
   optimizer = rule.create(PARAMS).apply_gradient(
-      GRADS, hyper_params=[first, second.replace(learning_rate=0.0)]
+    GRADS, hyper_params=[first, second.replace(learning_rate=0.0)]
   )
   np.testing.assert_array_equal(optimizer.target['enc']['bias'], PARAMS['enc']['bias'])
   assert (optimizer.target['enc']['kernel'] != PARAMS['enc']['kernel']).any()
@@ -294,7 +294,7 @@ def test_multi_optimizer_takes_hyper_params_by_optimizer():
 
 def test_multi_optimizer_refuses_two_owners():
   rule = optimizers.MultiOptimizer(
-      [(VECTORS, plain_adafactor()), (BIASES, plain_adafactor())]
+    [(VECTORS, plain_adafactor()), (BIASES, plain_adafactor())]
   )
   with pytest.raises(ValueError, match=r"'enc/bias': \[0, 1\]"):
     rule.create(PARAMS)

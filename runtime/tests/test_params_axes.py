@@ -12,16 +12,18 @@ AxisMetadata = partitioning.AxisMetadata
 
 @pytest.fixture
 def variables():
-  return flax.core.freeze({
-    'params': {
-      'logits': np.zeros((2, 4)),
-      'mlp': {'wo': {'kernel': np.zeros((4, 6)), 'bias': np.zeros(6)}},
-    },
-    'params_axes': {
-      'logits_axes': AxisMetadata(names=('vocab', 'embed')),
-      'mlp': {'wo': {'kernel_axes': AxisMetadata(names=('embed', 'mlp'))}},
-    },
-  })
+  return flax.core.freeze(
+    {
+      'params': {
+        'logits': np.zeros((2, 4)),
+        'mlp': {'wo': {'kernel': np.zeros((4, 6)), 'bias': np.zeros(6)}},
+      },
+      'params_axes': {
+        'logits_axes': AxisMetadata(names=('vocab', 'embed')),
+        'mlp': {'wo': {'kernel_axes': AxisMetadata(names=('embed', 'mlp'))}},
+      },
+    }
+  )
 
 
 def axes_of(variables, overrides):

@@ -21,7 +21,7 @@ class TinyModel(nn.Module):
   def __call__(self, tokens):
     def weight(name, shape, axes):
       return flax_partitioning.param_with_axes(
-          name, nn.initializers.normal(0.5), shape, jnp.float32, axes=axes
+        name, nn.initializers.normal(0.5), shape, jnp.float32, axes=axes
       )
 
     table = weight('table', (VOCAB, EMBED), ('vocab', 'embed'))
@@ -48,7 +48,7 @@ def batch():
 def make_state(optimizer=None):
   variables = TinyModel().init(jax.random.key(0), batch())
   return train_state.FlaxOptimTrainState.create(
-      optimizer or optimizers.adamw(learning_rate=0.1), variables
+    optimizer or optimizers.adamw(learning_rate=0.1), variables
   )
 
 
@@ -62,7 +62,7 @@ class FirstDevices(partitioning.PjitPartitioner):
   @property
   def mesh(self):
     return partitioning.get_mesh(
-        (1, self._num_partitions), jax.devices()[: self._count]
+      (1, self._num_partitions), jax.devices()[: self._count]
     )
 
 
@@ -77,17 +77,17 @@ def one_step(partitioner):
     return state.apply_gradient(grads, learning_rate=0.1), loss, grads
 
   run = partitioner.partition(
-      step,
-      in_axis_resources=(axes, partitioner.data_partition_spec),
-      out_axis_resources=(axes, None, axes.params),
+    step,
+    in_axis_resources=(axes, partitioner.data_partition_spec),
+    out_axis_resources=(axes, None, axes.params),
   )
   after, loss, grads = run(placed, batch())
   return jax.device_get((loss, grads, after.params)), after
 
 
 @pytest.mark.parametrize(
-    ('count', 'activation', 'parameter'),
-    [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)],
+  ('count', 'activation', 'parameter'),
+  [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)],
 )
 def test_every_mesh_gives_the_same_loss_and_gradients(count, activation, parameter):
   tokens = batch()
@@ -102,7 +102,7 @@ def test_every_mesh_gives_the_same_loss_and_gradients(count, activation, paramet
     got, _ = one_step(partitioner)
     want = jax.device_get((loss, grads, params))
     jax.tree.map(
-        lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want
+      lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want
     )
 
 
@@ -111,9 +111,7 @@ def test_parameters_and_optimizer_states_lie_where_the_rules_say():
   assert state.params['wi'].sharding.spec == PartitionSpec(None, 'model')
   assert state.params['wi'].sharding.shard_shape((EMBED, MLP)) == (EMBED, MLP // 4)
   moments = [
-      leaf
-      for leaf in jax.tree.leaves(state.param_states)
-      if leaf.shape == (EMBED, MLP)
+    leaf for leaf in jax.tree.leaves(state.param_states) if leaf.shape == (EMBED, MLP)
   ]
   assert len(moments) == 2
   for leaf in moments:
@@ -140,7 +138,7 @@ def test_constraints_of_the_model_act_on_cpus():
 
   # Without shardings for its results, what the constraints left can be seen.
   run = partitioning.PjittedFnWithContext(
-      jax.jit(constrain), partitioner.mesh, partitioner.logical_axis_rules
+    jax.jit(constrain), partitioner.mesh, partitioner.logical_axis_rules
   )
   by_name, by_mesh = run(np.ones((8, 8), np.float32))
   assert by_name.sharding.spec == PartitionSpec('data', 'model')
@@ -156,9 +154,9 @@ def test_a_constraint_outside_a_mesh_does_nothing():
 def test_a_partitioned_function_inside_another():
   partitioner = partitioning.PjitPartitioner(num_partitions=2)
   inner = partitioner.partition(
-      lambda x: flax_partitioning.with_sharding_constraint(2 * x, ('batch', 'mlp')),
-      (PartitionSpec('data'),),
-      PartitionSpec('data', 'model'),
+    lambda x: flax_partitioning.with_sharding_constraint(2 * x, ('batch', 'mlp')),
+    (PartitionSpec('data'),),
+    PartitionSpec('data', 'model'),
   )
   assert jax.eval_shape(inner, np.ones((8, 4))).shape == (8, 4)
   outer = jax.jit(lambda x: inner(x) + 1)
@@ -170,10 +168,11 @@ def test_static_and_donated_arguments_and_compile():
   partitioner = partitioning.PjitPartitioner(num_partitions=1)
   axes = PartitionSpec('data')
   fn = partitioner.partition(
-      lambda x, times: x * times, (axes,), axes, static_argnums=1, donate_argnums=0
+    lambda x, times: x * times, (axes,), axes, static_argnums=1, donate_argnums=0
   )
-  x = jax.device_put(np.ones(8, np.float32), jax.sharding.NamedSharding(
-      partitioner.mesh, axes))
+  x = jax.device_put(
+    np.ones(8, np.float32), jax.sharding.NamedSharding(partitioner.mesh, axes)
+  )
   compiled = partitioner.compile(fn, x, 3)
   np.testing.assert_array_equal(compiled(x), np.full(8, 3.0))
   assert x.is_deleted()
@@ -192,7 +191,7 @@ def test_moving_to_devices_leaves_the_source_alone():
   axes = partitioner.get_mesh_axes(state)
   placed = partitioner.move_params_to_devices(state, axes)
   wipe = partitioner.partition(
-      lambda s: jax.tree.map(jnp.zeros_like, s), (axes,), axes, donate_argnums=0
+    lambda s: jax.tree.map(jnp.zeros_like, s), (axes,), axes, donate_argnums=0
   )
   jax.block_until_ready(wipe(placed))
   jax.tree.map(np.testing.assert_array_equal, state, before)
@@ -231,7 +230,7 @@ def test_a_batch_that_does_not_divide_names_the_numbers(size):
 
 def test_slices_split_the_batch_over_replica_and_data():
   partitioner = partitioning.PjitPartitioner(
-      ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1)
+    ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1)
   )
   assert partitioner.data_partition_spec == PartitionSpec(('replica', 'data'))
   assert partitioner.data_mesh_size == 4
@@ -249,20 +248,20 @@ def test_batches_may_be_replicated_by_rule():
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ({}, 'Got: num_partitions=None, model_parallel_submesh=None'),
-        ({'num_partitions': 4, 'model_parallel_submesh': (1, 2)}, 'num_partitions=4'),
-        ({'num_partitions': 1, 'ici_mesh_shape': (1, 4, 2)}, 'dcn_mesh_shape=None'),
-        (
-            {
-                'model_parallel_submesh': (1, 2),
-                'ici_mesh_shape': (1, 4, 2),
-                'dcn_mesh_shape': (1, 1, 1),
-            },
-            r'excludes.*Got: \(1, 2\)',
-        ),
-    ],
+  ('arguments', 'message'),
+  [
+    ({}, 'Got: num_partitions=None, model_parallel_submesh=None'),
+    ({'num_partitions': 4, 'model_parallel_submesh': (1, 2)}, 'num_partitions=4'),
+    ({'num_partitions': 1, 'ici_mesh_shape': (1, 4, 2)}, 'dcn_mesh_shape=None'),
+    (
+      {
+        'model_parallel_submesh': (1, 2),
+        'ici_mesh_shape': (1, 4, 2),
+        'dcn_mesh_shape': (1, 1, 1),
+      },
+      r'excludes.*Got: \(1, 2\)',
+    ),
+  ],
 )
 def test_contradictions_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
@@ -271,15 +270,13 @@ def test_contradictions_are_refused(arguments, message):
 
 def test_a_submesh_beside_the_default_number_of_the_run_files():
   partitioner = partitioning.PjitPartitioner(
-      num_partitions=1, model_parallel_submesh=(1, 1, 1, 2)
+    num_partitions=1, model_parallel_submesh=(1, 1, 1, 2)
   )
   assert dict(partitioner.mesh.shape) == {'data': 4, 'model': 2}
 
 
 def test_params_on_devices_and_backend():
-  partitioner = partitioning.PjitPartitioner(
-      1, params_on_devices=False, backend='cpu'
-  )
+  partitioner = partitioning.PjitPartitioner(1, params_on_devices=False, backend='cpu')
   assert not partitioner.params_on_devices
   partitioner.params_on_devices = True
   assert partitioner.params_on_devices
@@ -297,7 +294,7 @@ def test_a_dimension_that_does_not_divide_is_named():
 
 def test_a_rule_for_an_unknown_mesh_axis_is_refused():
   partitioner = partitioning.PjitPartitioner(
-      2, logical_axis_rules=[('batch', 'data'), ('mlp', 'modle')]
+    2, logical_axis_rules=[('batch', 'data'), ('mlp', 'modle')]
   )
   with pytest.raises(ValueError, match=r"\('mlp', 'modle'\)"):
     partitioner.get_mesh_axes(make_state())
@@ -313,20 +310,31 @@ def test_names_twice_in_one_parameter_are_refused():
 
 
 @pytest.mark.parametrize(
-    ('activation', 'parameter', 'spec'),
-    [
-        (1, 1, (None, 'model')),
-        (2, 1, ('model', None)),
-        (1, 2, ('data', 'model')),
-        (2, 2, ('data', 'model')),
-    ],
+  ('activation', 'parameter', 'spec'),
+  [
+    (1, 1, (None, 'model')),
+    (2, 1, ('model', None)),
+    (1, 2, ('data', 'model')),
+    (2, 2, ('data', 'model')),
+  ],
 )
 def test_standard_rules(activation, parameter, spec):
   rules = partitioning.standard_logical_axis_rules(activation, parameter)
   to_mesh = flax_partitioning.logical_to_mesh_axes
   assert dict(rules).keys() >= {
-      'batch', 'vocab', 'embed', 'mlp', 'heads', 'kv', 'joined_kv', 'relpos_buckets',
-      'abspos_buckets', 'length', 'layers', 'stack', 'mlp_activations',
+    'batch',
+    'vocab',
+    'embed',
+    'mlp',
+    'heads',
+    'kv',
+    'joined_kv',
+    'relpos_buckets',
+    'abspos_buckets',
+    'length',
+    'layers',
+    'stack',
+    'mlp_activations',
   }
   # 'vocab', 'mlp', 'heads' come before 'embed', so they win the axis 'model'.
   for wide in ('vocab', 'mlp', 'heads', 'joined_kv'):
@@ -341,7 +349,8 @@ def test_additional_rules_come_last():
   standard = partitioning.standard_logical_axis_rules()
   more = [('experts', 'data'), ('mine', None)]
   assert partitioning.standard_logical_axis_rules(additional_rules=more) == [
-      *standard, *more,
+    *standard,
+    *more,
   ]
 
 

@@ -11,21 +11,20 @@ from absl import logging
 from t5x import progress
 
 METRICS = {
-    'loss': clu.values.Scalar(812.0),
-    'loss_per_nonpadding_target_token': clu.values.Scalar(2.34567),
-    'accuracy': 0.5,
-    'learning_rate': clu.values.Scalar(9.0),
-    'learning_rate/current': clu.values.Scalar(3e-4),
-    'timing/steps_per_second': clu.values.Scalar(2.0),
-    'timing/seqs_per_second': 64.0,
-    'timing/target_tokens_per_second': 65536.4,
-    'timing/data_wait_share': 0.0312,
-    'note': clu.values.Text('x'),
+  'loss': clu.values.Scalar(812.0),
+  'loss_per_nonpadding_target_token': clu.values.Scalar(2.34567),
+  'accuracy': 0.5,
+  'learning_rate': clu.values.Scalar(9.0),
+  'learning_rate/current': clu.values.Scalar(3e-4),
+  'timing/steps_per_second': clu.values.Scalar(2.0),
+  'timing/seqs_per_second': 64.0,
+  'timing/target_tokens_per_second': 65536.4,
+  'timing/data_wait_share': 0.0312,
+  'note': clu.values.Text('x'),
 }
 
 
 class Terminal(io.StringIO):
-
   def isatty(self):
     return True
 
@@ -39,9 +38,9 @@ def log(monkeypatch):
 
 def test_the_line_of_a_period():
   assert progress.summary_line(400, METRICS, total_steps=8000) == (
-      'step 400 of 8,000 | loss 2.3457 | accuracy 0.5000 | learning rate 0.0003 | '
-      'steps/s 2 | examples/s 64 | tokens/s 65,536 | waiting for data 3.1% | '
-      '1:03:20 left'
+    'step 400 of 8,000 | loss 2.3457 | accuracy 0.5000 | learning rate 0.0003 | '
+    'steps/s 2 | examples/s 64 | tokens/s 65,536 | waiting for data 3.1% | '
+    '1:03:20 left'
   )
 
 

@@ -14,13 +14,13 @@ import pytest
 from flax.linen import partitioning as flax_partitioning
 
 from t5x import (
-    checkpoint_manager,
-    checkpoints,
-    checkpoints_utils,
-    optimizers,
-    partitioning,
-    restore,
-    state_utils,
+  checkpoint_manager,
+  checkpoints,
+  checkpoints_utils,
+  optimizers,
+  partitioning,
+  restore,
+  state_utils,
 )
 
 SHAPES = {'x': (8, 16)}
@@ -51,10 +51,10 @@ class Mesh(partitioning.PjitPartitioner):
 
   def __init__(self, data=4, model=2):
     super().__init__(
-        num_partitions=model,
-        logical_axis_rules=partitioning.standard_logical_axis_rules(
-            parameter_partitioning_dims=2
-        ),
+      num_partitions=model,
+      logical_axis_rules=partitioning.standard_logical_axis_rules(
+        parameter_partitioning_dims=2
+      ),
     )
     devices = np.array(jax.devices()[: data * model]).reshape(data, model)
     self._own_mesh = jax.sharding.Mesh(devices, ('data', 'model'))
@@ -77,10 +77,10 @@ def _initializer(partitioner, net, optimizer):
     return net.init(rng, jnp.zeros(input_shapes['x']))
 
   return restore.TrainStateInitializer(
-      optimizers.adamw(learning_rate=0.1) if optimizer else None,
-      init,
-      SHAPES,
-      partitioner,
+    optimizers.adamw(learning_rate=0.1) if optimizer else None,
+    init,
+    SHAPES,
+    partitioner,
   )
 
 
@@ -95,7 +95,7 @@ def base_state():
 def state_at(step):
   """A state with something in every leaf, different at every step."""
   state = jax.tree.map(
-      lambda x: x * (1 + step / 8) if x.dtype == np.float32 else x, base_state()
+    lambda x: x * (1 + step / 8) if x.dtype == np.float32 else x, base_state()
   )
   return state.replace_step(jnp.asarray(step, jnp.int32))
 
@@ -125,11 +125,17 @@ def resume(folder, start=None, save=None, rng=None, use_orbax=True, **changes):
   """What train does at its start."""
   start = start or initializer()
   cfg, paths = restore.get_first_valid_restore_config_and_paths(
-      [restore_cfg(folder, **changes)]
+    [restore_cfg(folder, **changes)]
   )
   return restore.create_checkpoint_manager_and_restore(
-      start, start._partitioner, cfg, paths[0] if paths else None, rng,
-      save_checkpoint_cfg=save, model_dir=str(folder), use_orbax=use_orbax,
+    start,
+    start._partitioner,
+    cfg,
+    paths[0] if paths else None,
+    rng,
+    save_checkpoint_cfg=save,
+    model_dir=str(folder),
+    use_orbax=use_orbax,
   )
 
 
@@ -137,10 +143,10 @@ def write(folder, *steps, **changes):
   """Saves states at some steps and returns them."""
   start = initializer()
   manager = restore.create_orbax_checkpoint_manager(
-      save_cfg=save_cfg(**changes),
-      train_state=start.global_train_state_shape,
-      partitioner=start._partitioner,
-      model_dir=str(folder),
+    save_cfg=save_cfg(**changes),
+    train_state=start.global_train_state_shape,
+    partitioner=start._partitioner,
+    model_dir=str(folder),
   )
   states = {step: state_at(step) for step in steps}
   for state in states.values():
@@ -222,8 +228,8 @@ def test_from_scratch_where_there_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'path, message',
-    [('nowhere', 'is no folder'), ('checkpoint_10', "Set mode = 'specific'")],
+  'path, message',
+  [('nowhere', 'is no folder'), ('checkpoint_10', "Set mode = 'specific'")],
 )
 def test_folders_that_are_none(tmp_path, path, message):
   write(tmp_path, 10)
@@ -272,7 +278,7 @@ def test_inference_reads_a_training_checkpoint(tmp_path):
 def test_training_from_parameters_without_an_optimizer(tmp_path):
   start = initializer(optimizer=False)
   manager = checkpoints.OrbaxCheckpointManagerInterface(
-      str(tmp_path), start.global_train_state_shape, start._partitioner
+    str(tmp_path), start.global_train_state_shape, start._partitioner
   )
   saved = start.from_scratch(jax.random.PRNGKey(5))
   manager.save(saved)
@@ -305,9 +311,9 @@ def test_a_missing_array_is_named(tmp_path):
 def test_assignment_map_renames(tmp_path):
   saved = write(tmp_path, 10)[10]
   state, _ = resume(
-      tmp_path,
-      initializer(net=OTHER_HEAD),
-      assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
+    tmp_path,
+    initializer(net=OTHER_HEAD),
+    assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
   )
   np.testing.assert_array_equal(state.params['lm_head'], saved.params['head'])
   old, new = flat(saved), flat(state)
@@ -328,9 +334,9 @@ def test_two_arrays_may_share_a_source(tmp_path):
       return x @ param('wi_twin', init, (16, 32), axes=('mlp', 'embed'))
 
   state, _ = resume(
-      tmp_path,
-      initializer(net=Twice()),
-      assignment_map=[(r'(.*)wi_twin(.*)', r'\1wi\2')],
+    tmp_path,
+    initializer(net=Twice()),
+    assignment_map=[(r'(.*)wi_twin(.*)', r'\1wi\2')],
   )
   for name, shard in (('wi', (4, 16)), ('wi_twin', (8, 8))):
     got = state.params[name]
@@ -343,7 +349,7 @@ def test_fallback_to_scratch_initialises_what_is_dropped(tmp_path):
   start, rng = initializer(net=OTHER_HEAD), jax.random.PRNGKey(8)
   drop = [(r'.*lm_head.*', None)]
   state, _ = resume(
-      tmp_path, start, rng=rng, assignment_map=drop, fallback_to_scratch=True
+    tmp_path, start, rng=rng, assignment_map=drop, fallback_to_scratch=True
   )
   fresh = flat(start.from_scratch(rng))
   for name, value in flat(state).items():
@@ -368,7 +374,7 @@ def test_state_transformations_act_both_ways(tmp_path):
   def double(state_dict, infos):
     assert infos['target']['wi'].name == 'target/wi'
     assert infos['target']['wi'].mesh_axes == jax.sharding.PartitionSpec(
-        'data', 'model'
+      'data', 'model'
     )
     target = {**state_dict['target'], 'bias': state_dict['target']['bias'] * 2}
     return {**state_dict, 'target': target}, infos
@@ -381,7 +387,7 @@ def test_state_transformations_act_both_ways(tmp_path):
   start = initializer()
   saved = state_at(10)
   manager = checkpoints.OrbaxCheckpointManagerInterface(
-      str(tmp_path), start.global_train_state_shape, start._partitioner
+    str(tmp_path), start.global_train_state_shape, start._partitioner
   )
   manager.save(saved, [double])
   manager.close()
@@ -412,15 +418,19 @@ def spoil(folder, how):
 
 
 DAMAGES = [
-    'no state', 'no description', 'no manifest', 'truncated data', 'flipped bits',
+  'no state',
+  'no description',
+  'no manifest',
+  'truncated data',
+  'flipped bits',
 ]
 
 
 @pytest.mark.parametrize(
-    'how, use_orbax', [*((how, True) for how in DAMAGES), ('no state', False)]
+  'how, use_orbax', [*((how, True) for how in DAMAGES), ('no state', False)]
 )
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
-    tmp_path, how, use_orbax, caplog
+  tmp_path, how, use_orbax, caplog
 ):
   saved = write(tmp_path, 10, 20, 30)
   spoil(tmp_path / 'checkpoint_30', how)
@@ -473,14 +483,14 @@ def test_another_model_is_not_taken_for_damage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'changes, message',
-    [
-        ({'dtype': 'float16'}, "dtype is 'float16'"),
-        ({'period': -1}, 'period is -1'),
-        ({'keep': 0}, 'keep is 0'),
-        ({'checkpoint_steps': [5, -2]}, r'\[-2\]'),
-        ({'keep_dataset_checkpoints': 1}, 'save_dataset is False'),
-    ],
+  'changes, message',
+  [
+    ({'dtype': 'float16'}, "dtype is 'float16'"),
+    ({'period': -1}, 'period is -1'),
+    ({'keep': 0}, 'keep is 0'),
+    ({'checkpoint_steps': [5, -2]}, r'\[-2\]'),
+    ({'keep_dataset_checkpoints': 1}, 'save_dataset is False'),
+  ],
 )
 def test_bad_save_configurations(changes, message):
   with pytest.raises(ValueError, match=message):
@@ -488,8 +498,8 @@ def test_bad_save_configurations(changes, message):
 
 
 @pytest.mark.parametrize(
-    'changes, message',
-    [({'mode': 'newest'}, "mode is 'newest'"), ({'dtype': 'int8'}, "dtype is 'int8'")],
+  'changes, message',
+  [({'mode': 'newest'}, "mode is 'newest'"), ({'dtype': 'int8'}, "dtype is 'int8'")],
 )
 def test_bad_restore_configurations(changes, message):
   with pytest.raises(ValueError, match=message):
@@ -499,10 +509,10 @@ def test_bad_restore_configurations(changes, message):
 def manager_of(folder, **changes):
   start = initializer()
   return restore.create_orbax_checkpoint_manager(
-      save_cfg=save_cfg(**changes),
-      train_state=start.global_train_state_shape,
-      partitioner=start._partitioner,
-      model_dir=str(folder),
+    save_cfg=save_cfg(**changes),
+    train_state=start.global_train_state_shape,
+    partitioner=start._partitioner,
+    model_dir=str(folder),
   )
 
 
@@ -520,15 +530,25 @@ def test_save_best_checkpointer_reaches_the_manager(tmp_path, wrapped):
   cls = checkpoints.SaveBestCheckpointer
   if wrapped:
     cls = functools.partial(
-        cls, metric_name_to_monitor='eval/loss', metric_mode='min',
-        keep_checkpoints_without_metrics=False, force_keep_period=40,
+      cls,
+      metric_name_to_monitor='eval/loss',
+      metric_mode='min',
+      keep_checkpoints_without_metrics=False,
+      force_keep_period=40,
     )
   rules = manager_of(tmp_path, checkpointer_cls=cls, keep=2)._retention
   assert rules.keep == 2
-  expected = ('eval/loss', 'min', False, 40) if wrapped else (
-      'train/accuracy', 'max', True, None)
-  assert (rules.metric_name, rules.metric_mode, rules.keep_without_metrics,
-          rules.force_keep_period) == expected
+  expected = (
+    ('eval/loss', 'min', False, 40)
+    if wrapped
+    else ('train/accuracy', 'max', True, None)
+  )
+  assert (
+    rules.metric_name,
+    rules.metric_mode,
+    rules.keep_without_metrics,
+    rules.force_keep_period,
+  ) == expected
 
 
 def test_save_best_checkpointer_bound_by_gin(tmp_path):
@@ -543,7 +563,7 @@ def test_save_best_checkpointer_bound_by_gin(tmp_path):
         checkpoints.SaveBestCheckpointer.keep = 5
       """)
     rules = manager_of(
-        tmp_path, checkpointer_cls=checkpoints.SaveBestCheckpointer
+      tmp_path, checkpointer_cls=checkpoints.SaveBestCheckpointer
     )._retention
   finally:
     gin.clear_config()
@@ -559,21 +579,23 @@ def test_other_managers_may_be_given(tmp_path):
   got = {}
   start = initializer()
   restore.create_orbax_checkpoint_manager(
-      save_cfg=save_cfg(
-          checkpoint_manager_cls=lambda **kw: got.update(kw), dtype='bfloat16'
-      ),
-      train_state=start.global_train_state_shape,
-      partitioner=start._partitioner,
-      model_dir='somewhere',
+    save_cfg=save_cfg(
+      checkpoint_manager_cls=lambda **kw: got.update(kw), dtype='bfloat16'
+    ),
+    train_state=start.global_train_state_shape,
+    partitioner=start._partitioner,
+    model_dir='somewhere',
   )
   assert got['directory'] == 'somewhere'
   assert got['save_dtype'] == 'bfloat16' and got['period'] == 10
   assert 'keep' not in got and 'checkpoint_steps' not in got
   with pytest.raises(ValueError, match='different checkpoint_manager_cls'):
     restore.create_orbax_checkpoint_manager(
-        save_cfg=save_cfg(checkpoint_manager_cls=dict),
-        restore_cfg=restore_cfg('x'),
-        train_state=None, partitioner=None, model_dir='somewhere',
+      save_cfg=save_cfg(checkpoint_manager_cls=dict),
+      restore_cfg=restore_cfg('x'),
+      train_state=None,
+      partitioner=None,
+      model_dir='somewhere',
     )
 
 
@@ -595,8 +617,13 @@ def test_the_interface_from_before_orbax(tmp_path):
 def resume_without_checkpoint(folder):
   start = initializer()
   return restore.create_checkpoint_manager_and_restore(
-      start, start._partitioner, restore_cfg(folder), None, None,
-      save_checkpoint_cfg=save_cfg(), model_dir=str(folder),
+    start,
+    start._partitioner,
+    restore_cfg(folder),
+    None,
+    None,
+    save_checkpoint_cfg=save_cfg(),
+    model_dir=str(folder),
   )
 
 
@@ -605,7 +632,7 @@ def write_previous_layout(folder, state):
   folder.mkdir(parents=True)
   tree = jax.tree.map(np.asarray, state.state_dict())
   (folder / 'checkpoint').write_bytes(
-      flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+    flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
   )
 
 
@@ -617,9 +644,9 @@ def test_the_previous_layout_is_read_by_the_same_means(tmp_path):
     cfg = restore_cfg(tmp_path / path, mode='specific')
     assert_equal(initializer().from_checkpoint([cfg]), saved)
   renamed, _ = resume(
-      tmp_path,
-      initializer(net=OTHER_HEAD),
-      assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
+    tmp_path,
+    initializer(net=OTHER_HEAD),
+    assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
   )
   np.testing.assert_array_equal(renamed.params['lm_head'], saved.params['head'])
   # A run goes on from it in the new layout.
@@ -648,19 +675,19 @@ def test_tensorflow_checkpoints_go_to_the_importer(tmp_path, monkeypatch):
     return jax.tree.map(np.asarray, saved.state_dict())
 
   monkeypatch.setattr(
-      checkpoint_manager.checkpoint_importer, 'restore_from_t5_checkpoint', read
+    checkpoint_manager.checkpoint_importer, 'restore_from_t5_checkpoint', read
   )
   for step in (5, 10):
     (tmp_path / f'model.ckpt-{step}.index').write_text('')
   (tmp_path / 'checkpoint').write_text(
-      'model_checkpoint_path: "model.ckpt-10"\n'
-      'all_model_checkpoint_paths: "model.ckpt-5"\n'
-      'all_model_checkpoint_paths: "model.ckpt-10"\n'
+    'model_checkpoint_path: "model.ckpt-10"\n'
+    'all_model_checkpoint_paths: "model.ckpt-5"\n'
+    'all_model_checkpoint_paths: "model.ckpt-10"\n'
   )
   path = str(tmp_path / 'model.ckpt-10')
   for cfg in (
-      restore_cfg(path, mode='specific', strict=False),
-      restore_cfg(tmp_path, dtype='bfloat16'),
+    restore_cfg(path, mode='specific', strict=False),
+    restore_cfg(tmp_path, dtype='bfloat16'),
   ):
     state = initializer().from_checkpoint([cfg])
   assert got == [(path, False, None), (path, True, None)]
@@ -669,11 +696,12 @@ def test_tensorflow_checkpoints_go_to_the_importer(tmp_path, monkeypatch):
   every = initializer().from_checkpoints([restore_cfg(tmp_path, mode='all')])
   assert [p for _, p in every] == [str(tmp_path / f'model.ckpt-{s}') for s in (5, 10)]
   with pytest.raises(ValueError, match='Convert it first'):
-    initializer().from_checkpoint([restore_cfg(path, mode='specific',
-                                               state_transformation_fns=[len])])
+    initializer().from_checkpoint(
+      [restore_cfg(path, mode='specific', state_transformation_fns=[len])]
+    )
   start = initializer()
   checkpoints.Checkpointer(
-      start.global_train_state_shape, start._partitioner, str(tmp_path / 'new')
+    start.global_train_state_shape, start._partitioner, str(tmp_path / 'new')
   ).convert_from_tf_checkpoint(path)
   assert_equal(resume(tmp_path / 'new')[0], saved)
 
@@ -681,9 +709,7 @@ def test_tensorflow_checkpoints_go_to_the_importer(tmp_path, monkeypatch):
 def test_model_info(tmp_path):
   start = initializer()
   file = tmp_path / 'model-info.txt'
-  restore.log_model_info(
-      str(file), start.global_train_state_shape, start._partitioner
-  )
+  restore.log_model_info(str(file), start.global_train_state_shape, start._partitioner)
   text = file.read_text()
   total = 16 * 32 + 32 + 32 * 16
   assert f'Total number of parameters: {total}' in text

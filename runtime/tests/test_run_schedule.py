@@ -56,9 +56,7 @@ def test_a_resumed_run_does_what_is_left_of_the_whole_one():
 
 def test_without_periods_only_the_end_is_a_stop_and_nothing_is_saved():
   (only,) = run_schedule.RunSchedule(total_steps=5).stops_after(0)
-  assert only == run_schedule.Stop(
-    step=5, save=False, evaluate=False, collect=False
-  )
+  assert only == run_schedule.Stop(step=5, save=False, evaluate=False, collect=False)
 
 
 def test_checkpoint_steps_alone_also_save_the_last_step():

@@ -41,7 +41,8 @@ def sample(model, inputs, seed=0, cache=None, **options):
     sampling.temperature_sample, tokens_to_logits=model, eos_id=EOS, **options
   )
   decodes, scores = jax.jit(run)(
-    jnp.asarray(inputs), {} if cache is None else cache,
+    jnp.asarray(inputs),
+    {} if cache is None else cache,
     decode_rng=jax.random.PRNGKey(seed),
   )
   return np.asarray(decodes), np.asarray(scores)
@@ -197,9 +198,7 @@ def test_keep_top_k_is_sorting():
   # Zero keeps all, also where it is not known before tracing; ties stay.
   np.testing.assert_array_equal(cut(logits, 0), logits)
   ties = jnp.array([[1.0, 3.0, 2.0, 2.0, 0.0]])
-  np.testing.assert_array_equal(
-    cut(ties, 2), [[-np.inf, 3.0, 2.0, 2.0, -np.inf]]
-  )
+  np.testing.assert_array_equal(cut(ties, 2), [[-np.inf, 3.0, 2.0, 2.0, -np.inf]])
   # Negative zero and zero are equal.
   zeros = jnp.array([[0.0, -0.0, -1.0]])
   assert np.isfinite(sampling.keep_top_k(zeros, 1)).sum() in (1, 2)
@@ -266,9 +265,7 @@ class CyclicModel:
     self.vocabulary = vocabulary
 
   def __call__(self, state):
-    logits = jnp.where(
-      jnp.arange(self.vocabulary) == state.cur_token + 1, 0.0, -1e4
-    )
+    logits = jnp.where(jnp.arange(self.vocabulary) == state.cur_token + 1, 0.0, -1e4)
     cache = {
       'cached_key': state.cache['cached_key'] * 3 + state.cur_token,
       'cache_index': state.cache['cache_index'] + 1,

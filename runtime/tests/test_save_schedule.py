@@ -9,15 +9,15 @@ from t5x import save_schedule
 
 
 @pytest.mark.parametrize(
-    'period, steps, expected',
-    [
-        (None, None, []),
-        (0, None, []),
-        (0, [3], [3]),
-        (4, None, [0, 4, 8]),
-        (4, [0, 5, 8, 50], [0, 4, 5, 8]),
-        (1, [], list(range(10))),
-    ],
+  'period, steps, expected',
+  [
+    (None, None, []),
+    (0, None, []),
+    (0, [3], [3]),
+    (4, None, [0, 4, 8]),
+    (4, [0, 5, 8, 50], [0, 4, 5, 8]),
+    (1, [], list(range(10))),
+  ],
 )
 def test_save_steps(period, steps, expected):
   due = [s for s in range(10) if save_schedule.is_save_step(s, period, steps)]
@@ -64,9 +64,7 @@ def test_the_best_are_kept():
 def test_nan_is_never_best():
   metrics = {0: math.nan, 1: 1.0, 2: 5.0, 3: 0.0}
   for mode in ('max', 'min'):
-    old = save_schedule.steps_to_remove_by_metric(
-        range(4), metrics, keep=1, mode=mode
-    )
+    old = save_schedule.steps_to_remove_by_metric(range(4), metrics, keep=1, mode=mode)
     assert 0 in old
 
 
@@ -89,7 +87,7 @@ def test_t5x_helpers():
 
   def following(host_step, inner, steps=steps, period=10, first_step=0):
     return save_schedule.find_next_checkpoint_step(
-        0, inner, False, host_step, steps, 100, period, first_step
+      0, inner, False, host_step, steps, 100, period, first_step
     )
 
   assert following(0, 4) == (2, True)

@@ -59,8 +59,12 @@ def test_none_drops_and_the_rest_stays():
 
 
 def test_first_rule_wins():
-  got = assign({'p': 1, 'q': 2}, {'x': 0}, [('x', 'p'), ('x|z', 'q')],
-               require_all_rules_match=False)
+  got = assign(
+    {'p': 1, 'q': 2},
+    {'x': 0},
+    [('x', 'p'), ('x|z', 'q')],
+    require_all_rules_match=False,
+  )
   assert got == {'x': 1, 'q': 2}
 
 

@@ -64,23 +64,23 @@ def test_a_summary_sets_times_and_steps(tmp_path):
   manager.start_duration_timer()
   time.sleep(0.2)
   metrics = {
-      'loss': metrics_lib.Sum(jnp.float32(40.0)),
-      'accuracy': metrics_lib.AveragePerStep.from_model_output(jnp.float32(20.0)),
-      'speed': metrics_lib.StepsPerTime.from_model_output(),
-      'tokens': metrics_lib.TimeRate.from_model_output(jnp.float32(8.0)),
-      'seconds': metrics_lib.Time(),
-      'note': Note(),
+    'loss': metrics_lib.Sum(jnp.float32(40.0)),
+    'accuracy': metrics_lib.AveragePerStep.from_model_output(jnp.float32(20.0)),
+    'speed': metrics_lib.StepsPerTime.from_model_output(),
+    'tokens': metrics_lib.TimeRate.from_model_output(jnp.float32(8.0)),
+    'seconds': metrics_lib.Time(),
+    'note': Note(),
   }
   values = manager.write_metrics_summary(metrics, step=4, num_steps=2).result()
   manager.close()
   seconds = float(values['seconds'].value)
   assert 0.2 <= seconds < 2
   want = {
-      'loss': 40.0,
-      'accuracy': 10.0,
-      'speed': 2 / seconds,
-      'tokens': 8 / seconds,
-      'seconds': seconds,
+    'loss': 40.0,
+    'accuracy': 10.0,
+    'speed': 2 / seconds,
+    'tokens': 8 / seconds,
+    'seconds': seconds,
   }
   for name, value in want.items():
     assert not isinstance(values[name].value, jax.Array)
@@ -118,9 +118,7 @@ def test_summaries_come_in_order_and_do_not_overlap():
   for step in range(20):
     manager.start_duration_timer()
     time.sleep(0.005)
-    futures.append(
-        manager.write_metrics_summary({'s': metrics_lib.Time()}, step, 1)
-    )
+    futures.append(manager.write_metrics_summary({'s': metrics_lib.Time()}, step, 1))
   total = sum(float(future.result()['s'].value) for future in futures)
   assert 20 * 0.005 <= total <= time.perf_counter() - begun
   manager.close()
@@ -147,7 +145,6 @@ def test_a_clock_that_was_not_started():
 def test_an_error_in_the_background_comes_out():
   @flax.struct.dataclass
   class Broken(clu.metrics.Metric):
-
     def compute_value(self):
       raise ArithmeticError('broken')
 

@@ -243,9 +243,7 @@ def test_saving_is_what_was_asked_for(tmp_path, checkpoint_cfg):
   config = {
     'nothing': lambda: tiny.restore.CheckpointConfig(),
     'no period': lambda: tiny.checkpoint_config(period=None),
-    'extra steps': lambda: tiny.checkpoint_config(
-      period=None, checkpoint_steps=[2, 7]
-    ),
+    'extra steps': lambda: tiny.checkpoint_config(period=None, checkpoint_steps=[2, 7]),
   }[checkpoint_cfg]()
   step, _ = run(tmp_path, checkpoint_cfg=config)
   assert step == 10

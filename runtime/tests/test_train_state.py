@@ -19,13 +19,13 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = flax_partitioning.param_with_axes(
-        'kernel', nn.initializers.ones, (3, 2), axes=('embed', 'mlp')
+      'kernel', nn.initializers.ones, (3, 2), axes=('embed', 'mlp')
     )
     bias = flax_partitioning.param_with_axes(
-        'bias', nn.initializers.zeros, (2,), axes=('mlp',)
+      'bias', nn.initializers.zeros, (2,), axes=('mlp',)
     )
     mean = flax_partitioning.variable_with_axes(
-        'stats', 'mean', jnp.zeros, (2,), axes=('mlp',)
+      'stats', 'mean', jnp.zeros, (2,), axes=('mlp',)
     )
     mean.value = mean.value + 1
     return x @ kernel + bias
@@ -77,13 +77,13 @@ def test_replacing(variables):
 
 
 @pytest.mark.parametrize(
-    'rule',
-    [
-        optimizers.adam(0.5),
-        adafactor.Adafactor(
-            0.1, logical_factor_rules=adafactor.standard_logical_factor_rules()
-        ),
-    ],
+  'rule',
+  [
+    optimizers.adam(0.5),
+    adafactor.Adafactor(
+      0.1, logical_factor_rules=adafactor.standard_logical_factor_rules()
+    ),
+  ],
 )
 def test_logical_axes(variables, rule):
   def create(v):
@@ -133,8 +133,8 @@ def test_refusals(variables):
   with pytest.raises(ValueError, match='Adafactor'):
     create(adafactor.Adafactor(0.1), nameless)
   partial = {
-      **nameless,
-      'params_axes': {'kernel_axes': AxisMetadata(names=P('embed', 'mlp'))},
+    **nameless,
+    'params_axes': {'kernel_axes': AxisMetadata(names=P('embed', 'mlp'))},
   }
   with pytest.raises(ValueError, match="1 of 2 entries of 'params'.*: bias"):
     create(optimizers.sgd(0.1), partial)

@@ -23,10 +23,10 @@ class Line(nn.Module):
   def __call__(self, x, deterministic):
     x = nn.Dropout(0.5, deterministic=deterministic)(x)
     weight = flax_partitioning.param_with_axes(
-        'w', nn.initializers.normal(1.0), (WIDTH,), jnp.float32, axes=('embed',)
+      'w', nn.initializers.normal(1.0), (WIDTH,), jnp.float32, axes=('embed',)
     )
     bias = flax_partitioning.param_with_axes(
-        'b', nn.initializers.zeros, (1,), jnp.float32, axes=('kv',)
+      'b', nn.initializers.zeros, (1,), jnp.float32, axes=('kv',)
     )
     return x @ weight + bias[0]
 
@@ -46,14 +46,14 @@ class Model:
     squares = jnp.square(out - batch['y']) * batch['weight']
     loss = jnp.sum(squares) / ROWS
     metrics = {
-        'loss': metrics_lib.AveragePerStep(total=loss),
-        'loss_per_row': clu.metrics.Average(
-            total=jnp.sum(squares), count=jnp.sum(batch['weight'])
-        ),
-        'rows': metrics_lib.Sum.from_model_output(batch['weight']),
-        'timing/seqs_per_second': metrics_lib.TimeRate.from_model_output(
-            jnp.float32(batch['x'].shape[0])
-        ),
+      'loss': metrics_lib.AveragePerStep(total=loss),
+      'loss_per_row': clu.metrics.Average(
+        total=jnp.sum(squares), count=jnp.sum(batch['weight'])
+      ),
+      'rows': metrics_lib.Sum.from_model_output(batch['weight']),
+      'timing/seqs_per_second': metrics_lib.TimeRate.from_model_output(
+        jnp.float32(batch['x'].shape[0])
+      ),
     }
     return loss, metrics
 
@@ -64,9 +64,9 @@ class Model:
 def make_batch(seed, rows=ROWS):
   random = np.random.default_rng(seed)
   return {
-      'x': random.normal(size=(rows, WIDTH)).astype(np.float32),
-      'y': random.normal(size=(rows,)).astype(np.float32),
-      'weight': (random.random(rows) < 0.7).astype(np.float32),
+    'x': random.normal(size=(rows, WIDTH)).astype(np.float32),
+    'y': random.normal(size=(rows,)).astype(np.float32),
+    'weight': (random.random(rows) < 0.7).astype(np.float32),
   }
 
 
@@ -85,18 +85,18 @@ def make_trainer(model=None, state=None, num_partitions=1, **arguments):
   state = fresh_state(model) if state is None else state
   axes = partitioner.get_mesh_axes(state)
   return trainer.Trainer(
-      model=model,
-      train_state=partitioner.move_params_to_devices(state, axes),
-      partitioner=partitioner,
-      train_state_axes=axes,
-      **{
-          'eval_names': ['task', 'other'],
-          'summary_dir': None,
-          'rng': jax.random.key(3),
-          'learning_rate_fn': lambda step: 0.1 * (step + 1),
-          'num_microbatches': None,
-          **arguments,
-      },
+    model=model,
+    train_state=partitioner.move_params_to_devices(state, axes),
+    partitioner=partitioner,
+    train_state_axes=axes,
+    **{
+      'eval_names': ['task', 'other'],
+      'summary_dir': None,
+      'rng': jax.random.key(3),
+      'learning_rate_fn': lambda step: 0.1 * (step + 1),
+      'num_microbatches': None,
+      **arguments,
+    },
   )
 
 
@@ -116,7 +116,7 @@ def plain_training(model, steps):
   for step in range(steps):
     rng = jax.random.fold_in(jax.random.key(3), step)
     (loss, _), grads = jax.value_and_grad(model.loss_fn, has_aux=True)(
-        state.params, make_batch(step), rng
+      state.params, make_batch(step), rng
     )
     losses.append(float(loss))
     state = state.apply_gradient(grads, learning_rate=0.0)
@@ -131,9 +131,9 @@ def test_training_is_plain_training(num_partitions):
     summary = values_of(made.train(batches(0, 4), 4).result())
     got = made.train_state
   jax.tree.map(
-      lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6),
-      jax.device_get(got.params),
-      jax.device_get(want.params),
+    lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6),
+    jax.device_get(got.params),
+    jax.device_get(want.params),
   )
   assert int(got.step) == 4
   np.testing.assert_allclose(summary['loss'], np.mean(losses), rtol=1e-5)
@@ -143,7 +143,8 @@ def test_metrics_are_sums_over_sums():
   with make_trainer() as made:
     state = jax.device_get(made.train_state)
     made._partitioned_train_step = lambda state, batch: (
-        state, Model().loss_fn(state.params, batch, None)[1]
+      state,
+      Model().loss_fn(state.params, batch, None)[1],
     )
     made.halt_on_nonfinite_loss = False
     summary = values_of(made.train(batches(0, 3), 3).result())
@@ -187,9 +188,7 @@ def test_microbatches_give_the_gradient_of_the_batch(num_microbatches, num_parti
       return jax.device_get(made.train_state.params), summary
 
   want, want_summary = train()
-  got, summary = train(
-      num_microbatches=num_microbatches, num_partitions=num_partitions
-  )
+  got, summary = train(num_microbatches=num_microbatches, num_partitions=num_partitions)
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5), got, want)
   for name in ('loss_per_row', 'rows', 'weight_gradient_norm'):
     np.testing.assert_allclose(summary[name], want_summary[name], rtol=1e-5)
@@ -201,9 +200,9 @@ def test_microbatches_leave_rows_on_their_devices():
   partitioner = partitioning.PjitPartitioner(num_partitions=1)
   spec = partitioner.data_partition_spec
   deal = partitioner.partition(
-      lambda batch: train_step.split_microbatches(batch, 4, spec),
-      in_axis_resources=(spec,),
-      out_axis_resources=partitioning.PartitionSpec(None, 'data'),
+    lambda batch: train_step.split_microbatches(batch, 4, spec),
+    in_axis_resources=(spec,),
+    out_axis_resources=partitioning.PartitionSpec(None, 'data'),
   )
   rows = np.arange(64 * 3).reshape(64, 3)
   np.testing.assert_array_equal(deal(rows)[1], rows[1::4])
@@ -222,7 +221,7 @@ def test_reports_of_a_stretch():
   assert 0 < seconds <= summary['timing/uptime']
   np.testing.assert_allclose(summary['timing/steps_per_second'], 4 / seconds, rtol=1e-5)
   np.testing.assert_allclose(
-      summary['timing/seqs_per_second'], 4 * ROWS / seconds, rtol=1e-5
+    summary['timing/seqs_per_second'], 4 * ROWS / seconds, rtol=1e-5
   )
   assert 0 <= summary['timing/data_wait_share'] <= 1
   assert summary['weight_norm'] > 0 and summary['weight_gradient_norm'] > 0
@@ -266,8 +265,8 @@ def test_evaluation_merges_batches_and_has_no_dropout():
     got = made.eval({'task': batches(0, 3), 'other': batches(5, 1)})
   for name, seeds in (('task', range(3)), ('other', [5])):
     parts = [
-        Model().loss_fn(params, make_batch(seed), None)[1]['loss_per_row']
-        for seed in seeds
+      Model().loss_fn(params, make_batch(seed), None)[1]['loss_per_row']
+      for seed in seeds
     ]
     total = sum(float(p.total) for p in parts) / sum(float(p.count) for p in parts)
     np.testing.assert_allclose(got[name]['loss_per_row'].value, total, rtol=1e-5)
@@ -288,7 +287,9 @@ def test_mutable_collections_go_through_the_step():
     model = Counting()
     state = fresh_state(model)
     variables = {
-        'params': state.params, 'params_axes': state.params_axes, 'seen': jnp.int32(0)
+      'params': state.params,
+      'params_axes': state.params_axes,
+      'seen': jnp.int32(0),
     }
     state = train_state.FlaxOptimTrainState.create(model.optimizer_def, variables)
     axes = jax.tree.map(lambda _: None, state)
@@ -301,16 +302,16 @@ def test_mutable_collections_go_through_the_step():
 
 
 @pytest.mark.parametrize(
-    ('rows', 'num_microbatches', 'num_partitions', 'message'),
-    [
-        (12, None, 1, "12 rows of 'x', 1 microbatches, 8 data partitions"),
-        (16, 4, 1, "16 rows of 'x', 4 microbatches, 8 data partitions"),
-        (16, 3, 8, "16 rows of 'x', 3 microbatches, 1 data partitions"),
-    ],
+  ('rows', 'num_microbatches', 'num_partitions', 'message'),
+  [
+    (12, None, 1, "12 rows of 'x', 1 microbatches, 8 data partitions"),
+    (16, 4, 1, "16 rows of 'x', 4 microbatches, 8 data partitions"),
+    (16, 3, 8, "16 rows of 'x', 3 microbatches, 1 data partitions"),
+  ],
 )
 def test_a_batch_that_does_not_divide(rows, num_microbatches, num_partitions, message):
   with make_trainer(
-      num_microbatches=num_microbatches, num_partitions=num_partitions
+    num_microbatches=num_microbatches, num_partitions=num_partitions
   ) as made:
     with pytest.raises(ValueError, match=message):
       made.train(iter([make_batch(0, rows)]), 1)
@@ -322,7 +323,7 @@ def test_rows_that_do_not_divide_outside_the_trainer():
   state = fresh_state(Model())
   with pytest.raises(ValueError, match='a batch of 16 in 3 microbatches'):
     trainer.accumulate_grads_microbatched(
-        Model(), state, make_batch(0), jax.random.key(0), 3
+      Model(), state, make_batch(0), jax.random.key(0), 3
     )
 
 
@@ -385,7 +386,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, bad):
     with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not'):
       made.train(batches(0, 1), 1)
     made.train_state = made._partitioner.move_params_to_devices(
-        fresh_state(Model()), made._train_state_axes
+      fresh_state(Model()), made._train_state_axes
     )
     made.train(batches(0, 4), 4).result()
     assert int(made.train_state.step) == 4
@@ -418,13 +419,13 @@ def test_weight_metrics_by_hand():
   metrics = trainer.WeightMetricsComputer().compute_metrics(gradients, old, new)
   got = {name: float(metric.compute()) for name, metric in metrics.items()}
   want = {
-      'weight_gradient_norm': 10.0,
-      'weight_gradient_rms/a/w': np.sqrt((36 + 64) / 2),
-      'weight_rms/a/w': np.sqrt((3.3**2 + 16) / 2),
-      'weight_max/a/w': 4.0,
-      'weight_update_rms/a/w': np.sqrt((0.3**2 + 16) / 2),
-      # The second weight was 0: its change has no size relative to that.
-      'weight_update_divided_by_weight_rms/a/w': 0.1,
+    'weight_gradient_norm': 10.0,
+    'weight_gradient_rms/a/w': np.sqrt((36 + 64) / 2),
+    'weight_rms/a/w': np.sqrt((3.3**2 + 16) / 2),
+    'weight_max/a/w': 4.0,
+    'weight_update_rms/a/w': np.sqrt((0.3**2 + 16) / 2),
+    # The second weight was 0: its change has no size relative to that.
+    'weight_update_divided_by_weight_rms/a/w': 0.1,
   }
   assert got.keys() == want.keys()
   for name, value in want.items():
@@ -433,7 +434,7 @@ def test_weight_metrics_by_hand():
 
 def test_weight_metrics_are_averages_per_step():
   with make_trainer(
-      weight_metrics_computer=trainer.WeightMetricsComputer(), num_partitions=2
+    weight_metrics_computer=trainer.WeightMetricsComputer(), num_partitions=2
   ) as made:
     summary = values_of(made.train(batches(0, 2), 2).result())
   for name in ('weight_rms/w', 'weight_gradient_rms/b', 'weight_update_rms/w'):

@@ -21,12 +21,13 @@ def run(folder, mode):
   flags = '--xla_force_host_platform_device_count=4'
   outs = [folder.parent / f'{mode}-{i}.npz' for i in range(2)]
   processes = [
-      subprocess.Popen(
-          [sys.executable, SCRIPT, str(port), str(i), folder, mode, outs[i]],
-          env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
-          stderr=subprocess.PIPE, text=True,
-      )
-      for i in range(2)
+    subprocess.Popen(
+      [sys.executable, SCRIPT, str(port), str(i), folder, mode, outs[i]],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
   ]
   for process in processes:
     _, errors = process.communicate(timeout=240)
@@ -40,12 +41,12 @@ def test_save_and_restore(tmp_path):
   written = run(folder, 'write')
   assert checkpoints_utils.all_steps(folder) == [2, 3]
   positions = sorted(
-      str(p.relative_to(folder / 'checkpoint_3'))
-      for p in (folder / 'checkpoint_3').glob('dataset/process_*/*.index')
+    str(p.relative_to(folder / 'checkpoint_3'))
+    for p in (folder / 'checkpoint_3').glob('dataset/process_*/*.index')
   )
   assert positions == [
-      'dataset/process_0-of-2/train_ds-000-of-002.index',
-      'dataset/process_1-of-2/train_ds-001-of-002.index',
+    'dataset/process_0-of-2/train_ds-000-of-002.index',
+    'dataset/process_1-of-2/train_ds-001-of-002.index',
   ]
   assert not np.array_equal(written[0], written[1])
   for before, after in zip(written, run(folder, 'read')):

@@ -11,11 +11,11 @@ import pytest
 SCRIPT = pathlib.Path(__file__).with_name('upstream_checkpoints.py')
 
 pytestmark = [
-    pytest.mark.upstream,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        'UPSTREAM_T5X' not in os.environ, reason='UPSTREAM_T5X is not set'
-    ),
+  pytest.mark.upstream,
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    'UPSTREAM_T5X' not in os.environ, reason='UPSTREAM_T5X is not set'
+  ),
 ]
 
 
@@ -23,9 +23,9 @@ def run(mode, folder, upstream):
   path = {'PYTHONPATH': os.environ['UPSTREAM_T5X']} if upstream else {}
   out = folder.parent / f'{mode}-{upstream}.npz'
   subprocess.run(
-      [sys.executable, SCRIPT, mode, folder, out],
-      env={**os.environ, **path},
-      check=True,
+    [sys.executable, SCRIPT, mode, folder, out],
+    env={**os.environ, **path},
+    check=True,
   )
   return dict(np.load(out))
 

@@ -13,9 +13,9 @@ SCRIPT = pathlib.Path(__file__).with_name('upstream_numbers.py')
 
 def run(output, **environment):
   subprocess.run(
-      [sys.executable, SCRIPT, output],
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
-      check=True,
+    [sys.executable, SCRIPT, output],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+    check=True,
   )
   return dict(np.load(output))
 

@@ -226,9 +226,7 @@ def dataset_config(split, task='tiny_copy', **changes):
 def checkpoint_config(period=5, save_dataset=True, initial=None, **save):
   """Saves every `period` steps; starts from `initial` if given."""
   return restore.CheckpointConfig(
-    save=restore.SaveCheckpointConfig(
-      period=period, save_dataset=save_dataset, **save
-    ),
+    save=restore.SaveCheckpointConfig(period=period, save_dataset=save_dataset, **save),
     restore=restore.RestoreCheckpointConfig(path=initial or [], mode='specific'),
   )
 

@@ -24,12 +24,12 @@ def iterator(layout, partitioner):
   ds = tf.data.Dataset.range(1000).shard(layout.num_shards, layout.shard_id)
   ds = ds.map(lambda i: {'x': tf.cast(i, tf.int32)}).shuffle(50, seed=7).repeat()
   return data_iterators.prepare_train_iter(
-      ds.batch(rows, drop_remainder=True),
-      partitioner=partitioner,
-      checkpoint_cfg=types.SimpleNamespace(
-          save=types.SimpleNamespace(save_dataset=True), restore=None
-      ),
-      data_layout=layout,
+    ds.batch(rows, drop_remainder=True),
+    partitioner=partitioner,
+    checkpoint_cfg=types.SimpleNamespace(
+      save=types.SimpleNamespace(save_dataset=True), restore=None
+    ),
+    data_layout=layout,
   )
 
 
@@ -59,16 +59,18 @@ def main(port, index, folder, mode, out):
   def at(step):
     w = np.arange(64, dtype=np.float32).reshape(16, 4) + step
     sharding = NamedSharding(partitioner.mesh, axes['target']['w'])
-    return State({
+    return State(
+      {
         'state': {'step': jnp.asarray(step, jnp.int32)},
         'target': {
-            'w': jax.make_array_from_callback(w.shape, sharding, lambda i: w[i])
+          'w': jax.make_array_from_callback(w.shape, sharding, lambda i: w[i])
         },
-    })
+      }
+    )
 
   batches = iterator(partitioner.get_data_layout(16), partitioner)
   manager = checkpoints.OrbaxCheckpointManagerInterface(
-      folder, at(0), partitioner, batches, keep=2, period=1 if mode == 'write' else None
+    folder, at(0), partitioner, batches, keep=2, period=1 if mode == 'write' else None
   )
   if mode == 'write':
     for step in STEPS:

@@ -29,8 +29,8 @@ class Model:
 def make_batch(seed):
   random = np.random.default_rng(seed)
   return {
-      'x': random.normal(size=(ROWS, WIDTH)).astype(np.float32),
-      'y': random.normal(size=(ROWS, WIDTH)).astype(np.float32),
+    'x': random.normal(size=(ROWS, WIDTH)).astype(np.float32),
+    'y': random.normal(size=(ROWS, WIDTH)).astype(np.float32),
   }
 
 
@@ -43,11 +43,11 @@ def main(port, processes, index, num_partitions, folder):
 
   partitioner = partitioning.PjitPartitioner(num_partitions=num_partitions)
   variables = {
-      'params': {'w': np.ones((WIDTH, WIDTH), np.float32)},
-      'params_axes': {'w_axes': AxisMetadata(names=('embed', 'mlp'))},
+    'params': {'w': np.ones((WIDTH, WIDTH), np.float32)},
+    'params_axes': {'w_axes': AxisMetadata(names=('embed', 'mlp'))},
   }
   state = jax.device_get(
-      train_state.FlaxOptimTrainState.create(optimizers.adamw(0.05), variables)
+    train_state.FlaxOptimTrainState.create(optimizers.adamw(0.05), variables)
   )
   axes = partitioner.get_mesh_axes(state)
   layout = partitioner.get_data_layout(ROWS)
@@ -57,13 +57,13 @@ def main(port, processes, index, num_partitions, folder):
   def cut(tree, specs):
     """This host's part of whole arrays."""
     return partitioning.map_prefix(
-        lambda spec, x: x[
-            partitioner.get_local_chunk_info(
-                x.shape, (*(spec or ()), *[None] * (x.ndim - len(spec or ())))
-            ).slice
-        ],
-        specs,
-        tree,
+      lambda spec, x: x[
+        partitioner.get_local_chunk_info(
+          x.shape, (*(spec or ()), *[None] * (x.ndim - len(spec or ())))
+        ).slice
+      ],
+      specs,
+      tree,
     )
 
   def batches(seeds):
@@ -71,20 +71,19 @@ def main(port, processes, index, num_partitions, folder):
       yield {name: x[own] for name, x in make_batch(seed).items()}
 
   with trainer.Trainer(
-      model=Model(),
-      train_state=partitioner.move_params_to_devices(cut(state, axes), axes),
-      partitioner=partitioner,
-      eval_names=['task'],
-      summary_dir=folder,
-      train_state_axes=axes,
-      rng=jax.random.key(0),
-      learning_rate_fn=lambda step: 0.05,
-      num_microbatches=2 if num_partitions > 1 else None,
+    model=Model(),
+    train_state=partitioner.move_params_to_devices(cut(state, axes), axes),
+    partitioner=partitioner,
+    eval_names=['task'],
+    summary_dir=folder,
+    train_state_axes=axes,
+    rng=jax.random.key(0),
+    learning_rate_fn=lambda step: 0.05,
+    num_microbatches=2 if num_partitions > 1 else None,
   ) as made:
     made.compile_train(next(batches([0])))
     losses = [
-        float(made.train(batches([seed]), 1).result()['loss'].value)
-        for seed in range(4)
+      float(made.train(batches([seed]), 1).result()['loss'].value) for seed in range(4)
     ]
     evaluated = float(made.eval({'task': batches([5, 6])})['task']['loss'].value)
     uneven = ''
@@ -100,13 +99,17 @@ def main(port, processes, index, num_partitions, folder):
       stopped = None
     except trainer.NonFiniteLossError as e:
       stopped = e.step
-  print(json.dumps({
-      'losses': losses,
-      'evaluated': evaluated,
-      'uneven': uneven,
-      'stopped': stopped,
-      'shards': layout.num_shards,
-  }))
+  print(
+    json.dumps(
+      {
+        'losses': losses,
+        'evaluated': evaluated,
+        'uneven': uneven,
+        'stopped': stopped,
+        'shards': layout.num_shards,
+      }
+    )
+  )
 
 
 if __name__ == '__main__':

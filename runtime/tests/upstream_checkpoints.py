@@ -29,10 +29,10 @@ class Net(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = flax_partitioning.param_with_axes(
-        'kernel', nn.initializers.normal(1.0), (16, 32), axes=('embed', 'mlp')
+      'kernel', nn.initializers.normal(1.0), (16, 32), axes=('embed', 'mlp')
     )
     scale = flax_partitioning.param_with_axes(
-        'scale', nn.initializers.normal(1.0), (16,), axes=('embed',)
+      'scale', nn.initializers.normal(1.0), (16,), axes=('embed',)
     )
     return (x * scale) @ kernel
 
@@ -51,27 +51,27 @@ def train_iterator(partitioner):
   ds = tf.data.Dataset.range(200).map(lambda i: {'x': tf.cast(i, tf.int32)})
   ds = ds.shuffle(50, seed=7).repeat().batch(8, drop_remainder=True)
   return utils.prepare_train_iter(
-      ds,
-      partitioner=partitioner,
-      checkpoint_cfg=types.SimpleNamespace(
-          save=types.SimpleNamespace(save_dataset=True), restore=None
-      ),
-      data_layout=partitioner.get_data_layout(8),
+    ds,
+    partitioner=partitioner,
+    checkpoint_cfg=types.SimpleNamespace(
+      save=types.SimpleNamespace(save_dataset=True), restore=None
+    ),
+    data_layout=partitioner.get_data_layout(8),
   )
 
 
 def main(mode, folder, out):
   partitioner = partitioning.PjitPartitioner(num_partitions=2)
   initializer = utils.TrainStateInitializer(
-      optimizer_def=optimizers.adamw(learning_rate=0.1),
-      init_fn=Model().get_initial_variables,
-      input_shapes={'x': (8, 16)},
-      partitioner=partitioner,
+    optimizer_def=optimizers.adamw(learning_rate=0.1),
+    init_fn=Model().get_initial_variables,
+    input_shapes={'x': (8, 16)},
+    partitioner=partitioner,
   )
   batches = train_iterator(partitioner)
   shapes = initializer.global_train_state_shape
   manager = checkpoints.OrbaxCheckpointManagerInterface(
-      folder, shapes, partitioner, batches, save_dtype='float32'
+    folder, shapes, partitioner, batches, save_dtype='float32'
   )
   if mode == 'read':
     state = manager.restore(path=f'{folder}/checkpoint_{STEP}')

@@ -13,45 +13,45 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec
 
 SHAPES = {
-    'block': {'kernel': (4, 2, 3), 'stacked': (2, 3, 5), 'biases': (2, 5)},
-    'wide': (130, 140),
-    'small': (7, 9),
-    'scale': (5,),
+  'block': {'kernel': (4, 2, 3), 'stacked': (2, 3, 5), 'biases': (2, 5)},
+  'wide': (130, 140),
+  'small': (7, 9),
+  'scale': (5,),
 }
 AXES = {
-    'block': {
-        'kernel': PartitionSpec('embed', 'heads', 'kv'),
-        'stacked': PartitionSpec('layers', 'embed', 'mlp'),
-        'biases': PartitionSpec('layers', 'mlp'),
-    },
-    'wide': PartitionSpec('embed', 'mlp'),
-    'small': PartitionSpec('mlp', 'embed'),
-    'scale': PartitionSpec('embed'),
+  'block': {
+    'kernel': PartitionSpec('embed', 'heads', 'kv'),
+    'stacked': PartitionSpec('layers', 'embed', 'mlp'),
+    'biases': PartitionSpec('layers', 'mlp'),
+  },
+  'wide': PartitionSpec('embed', 'mlp'),
+  'small': PartitionSpec('mlp', 'embed'),
+  'scale': PartitionSpec('embed'),
 }
 ADAFACTORS = {
-    'default': {},
-    'momentum': {'beta1': 0.9},
-    'decayed': {'weight_decay_rate': 0.01, 'global_norm_clip_threshold': 1.0},
-    'absolute': {
-        'weight_decay_rate_lr_exponent': 2.0,
-        'multiply_by_parameter_scale': False,
-    },
-    'offset': {'decay_rate': 0.9, 'step_offset': -3, 'clipping_threshold': None},
+  'default': {},
+  'momentum': {'beta1': 0.9},
+  'decayed': {'weight_decay_rate': 0.01, 'global_norm_clip_threshold': 1.0},
+  'absolute': {
+    'weight_decay_rate_lr_exponent': 2.0,
+    'multiply_by_parameter_scale': False,
+  },
+  'offset': {'decay_rate': 0.9, 'step_offset': -3, 'clipping_threshold': None},
 }
 BATCH = {
-    'decoder_target_tokens': [[4, 5, 6, 7, 8, 0], [1, 2, 3, 0, 0, 0]],
-    'decoder_loss_weights': [[1.0, 3, 1, 1, 2, 0], [1, 1, 1, 0, 0, 0]],
-    'decoder_segment_ids': [[1, 1, 2, 2, 3, 0], [1, 1, 2, 0, 0, 0]],
-    'decoder_positions': [[0, 1, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]],
+  'decoder_target_tokens': [[4, 5, 6, 7, 8, 0], [1, 2, 3, 0, 0, 0]],
+  'decoder_loss_weights': [[1.0, 3, 1, 1, 2, 0], [1, 1, 1, 0, 0, 0]],
+  'decoder_segment_ids': [[1, 1, 2, 2, 3, 0], [1, 1, 2, 0, 0, 0]],
+  'decoder_positions': [[0, 1, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]],
 }
 
 
 def random_tree(rng):
   """Normal numbers, cubed for long tails."""
   return jax.tree.map(
-      lambda shape: jnp.asarray(rng.normal(size=shape) ** 3, jnp.float32),
-      SHAPES,
-      is_leaf=lambda x: isinstance(x, tuple),
+    lambda shape: jnp.asarray(rng.normal(size=shape) ** 3, jnp.float32),
+    SHAPES,
+    is_leaf=lambda x: isinstance(x, tuple),
   )
 
 
@@ -76,9 +76,9 @@ def numbers():
   rules = {name: getattr(optimizers, name)(0.1) for name in ('adamw', 'lion', 'lamb')}
   for name, settings in ADAFACTORS.items():
     rules[name] = adafactor.Adafactor(
-        0.1,
-        logical_factor_rules=adafactor.standard_logical_factor_rules(),
-        **settings,
+      0.1,
+      logical_factor_rules=adafactor.standard_logical_factor_rules(),
+      **settings,
     )
     rules[name].set_param_axes(AXES)
   for name, rule in rules.items():
@@ -91,7 +91,7 @@ def numbers():
 
     def loss(x, smoothing=smoothing, z_loss=z_loss):
       return losses.compute_weighted_cross_entropy(
-          x, targets, None, smoothing, z_loss, 5.0
+        x, targets, None, smoothing, z_loss, 5.0
       )[0]
 
     value, gradient = jax.value_and_grad(loss)(logits)

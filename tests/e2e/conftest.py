@@ -43,9 +43,8 @@ def made_up_norwegian(documents=400, seed=3):
     return chosen[0].upper() + chosen[1:] + '.'
 
   return [
-      f'Sak {number}: '
-      + ' '.join(sentence() for _ in range(random.integers(1, 9)))
-      for number in range(documents)
+    f'Sak {number}: ' + ' '.join(sentence() for _ in range(random.integers(1, 9)))
+    for number in range(documents)
   ]
 
 
@@ -69,8 +68,8 @@ class Outcome:
 def gin_flags(files, bindings):
   """Command line of gin files and {name: Python value}."""
   return [
-      *(f'--gin_file={name}' for name in files),
-      *(f'--gin.{name}={value!r}' for name, value in bindings.items()),
+    *(f'--gin_file={name}' for name in files),
+    *(f'--gin.{name}={value!r}' for name, value in bindings.items()),
   ]
 
 
@@ -80,18 +79,18 @@ TRAIN_FILES = ('gin/bart_mini_no.gin', 'gin/models/tiny.gin')
 def tiny_training(model_dir, **changes):
   """Bindings that make the quickstart's run a tiny one."""
   return {
-      'MODEL_DIR': str(model_dir),
-      'TASK_FEATURE_LENGTHS': {'inputs': LENGTH, 'targets': LENGTH},
-      'BATCH_SIZE': BATCH_SIZE,
-      'LOSS_NORMALIZING_FACTOR': BATCH_SIZE * LENGTH,
-      'TRAIN_STEPS': STEPS,
-      'WARMUP_STEPS': 20,
-      'COMPUTE_DTYPE': 'float32',
-      'train.eval_period': PERIOD,
-      'train.eval_steps': 4,
-      'train.stats_period': 20,
-      'utils.SaveCheckpointConfig.period': PERIOD,
-      **changes,
+    'MODEL_DIR': str(model_dir),
+    'TASK_FEATURE_LENGTHS': {'inputs': LENGTH, 'targets': LENGTH},
+    'BATCH_SIZE': BATCH_SIZE,
+    'LOSS_NORMALIZING_FACTOR': BATCH_SIZE * LENGTH,
+    'TRAIN_STEPS': STEPS,
+    'WARMUP_STEPS': 20,
+    'COMPUTE_DTYPE': 'float32',
+    'train.eval_period': PERIOD,
+    'train.eval_steps': 4,
+    'train.stats_period': 20,
+    'utils.SaveCheckpointConfig.period': PERIOD,
+    **changes,
   }
 
 
@@ -100,19 +99,19 @@ class Process:
 
   def __init__(self, data_root, module, *args):
     environment = {
-        **os.environ,
-        'BART_T5X_DATA': str(data_root),
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+      **os.environ,
+      'BART_T5X_DATA': str(data_root),
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
     }
     self.lines = []
     self._grown = threading.Condition()
     self._process = subprocess.Popen(
-        [sys.executable, '-m', module, *args],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+      [sys.executable, '-m', module, *args],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
     )
     self._reader = threading.Thread(target=self._read, daemon=True)
     self._reader.start()
@@ -194,15 +193,15 @@ def call_script(monkeypatch, capfd):
     gin.clear_config()
     capfd.readouterr()
     monkeypatch.setattr(
-        sys.modules['__main__'], function.__name__, function, raising=False
+      sys.modules['__main__'], function.__name__, function, raising=False
     )
     flags = gin_utils.rewrite_gin_args(gin_flags(files, bindings))
     split = [flag.removeprefix('--').partition('=') for flag in flags]
     values = types.SimpleNamespace(
-        gin_search_paths=[str(ROOT)],
-        gin_file=[value for name, _, value in split if name == 'gin_file'],
-        gin_bindings=[value for name, _, value in split if name == 'gin_bindings'],
-        verbosity=0,
+      gin_search_paths=[str(ROOT)],
+      gin_file=[value for name, _, value in split if name == 'gin_file'],
+      gin_bindings=[value for name, _, value in split if name == 'gin_bindings'],
+      verbosity=0,
     )
     monkeypatch.setattr(launch, 'FLAGS', values)
     outcome = Outcome(0, '')
@@ -223,10 +222,10 @@ def call_script(monkeypatch, capfd):
 def helpers():
   """The functions above; test files cannot import a conftest."""
   return types.SimpleNamespace(
-      Process=Process,
-      Outcome=Outcome,
-      TRAIN_FILES=TRAIN_FILES,
-      gin_flags=gin_flags,
-      tiny_training=tiny_training,
-      made_up_norwegian=made_up_norwegian,
+    Process=Process,
+    Outcome=Outcome,
+    TRAIN_FILES=TRAIN_FILES,
+    gin_flags=gin_flags,
+    tiny_training=tiny_training,
+    made_up_norwegian=made_up_norwegian,
   )

@@ -24,14 +24,14 @@ def prepare_from(tmp_path, content, *more):
 
 
 @pytest.mark.parametrize(
-    ('content', 'parts'),
-    [
-        (b'', ('holds no text: 0 documents', '--input')),
-        (b'\n \n\t\n', ('holds no text: 3 documents', '--input')),
-        (b'Ett eneste dokument om fjorden.\n', ('1 different document',)),
-        (b'Hei.\nP\xe5 fjellet.\n', ('UTF-8', 'texts.txt', 'line 2')),
-    ],
-    ids=['empty', 'blank', 'one document', 'invalid UTF-8'],
+  ('content', 'parts'),
+  [
+    (b'', ('holds no text: 0 documents', '--input')),
+    (b'\n \n\t\n', ('holds no text: 3 documents', '--input')),
+    (b'Ett eneste dokument om fjorden.\n', ('1 different document',)),
+    (b'Hei.\nP\xe5 fjellet.\n', ('UTF-8', 'texts.txt', 'line 2')),
+  ],
+  ids=['empty', 'blank', 'one document', 'invalid UTF-8'],
 )
 def test_text_that_is_no_corpus(tmp_path, capsys, helpers, content, parts):
   code = prepare_from(tmp_path, content)
@@ -57,7 +57,7 @@ def train(call_script, helpers, in_process_task, tmp_path):
   def call(**changes):
     changes = {'MIXTURE_OR_TASK_NAME': in_process_task, **changes}
     return call_script(
-        script.train, TRAIN_FILES, helpers.tiny_training(tmp_path / 'run', **changes)
+      script.train, TRAIN_FILES, helpers.tiny_training(tmp_path / 'run', **changes)
     )
 
   return call
@@ -78,13 +78,13 @@ def damaged(data_root, tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    ('damage', 'parts'),
-    [
-        (None, ('does not exist', 'python -m bart_t5x.prepare')),
-        ('corpus.json', ('is not complete (no corpus.json)', 'prepare')),
-        ('validation-*', ('validation-*.tfrecord', 'Prepare it again')),
-        ('tokenizer.json', ('no tokenizer at', 'python -m bart_t5x.prepare')),
-    ],
+  ('damage', 'parts'),
+  [
+    (None, ('does not exist', 'python -m bart_t5x.prepare')),
+    ('corpus.json', ('is not complete (no corpus.json)', 'prepare')),
+    ('validation-*', ('validation-*.tfrecord', 'Prepare it again')),
+    ('tokenizer.json', ('no tokenizer at', 'python -m bart_t5x.prepare')),
+  ],
 )
 def test_no_corpus(train, data_root, tmp_path, damage, parts):
   import seqio
@@ -102,30 +102,30 @@ def test_no_corpus(train, data_root, tmp_path, damage, parts):
 
 
 @pytest.mark.parametrize(
-    ('changes', 'parts'),
-    [
-        (
-            {'network.BartConfig.vocab_size': 500},
-            ('vocabulary has 512 ids', 'vocab_size is 500', '--vocab_size=500'),
-        ),
-        ({'BATCH_SIZE': 12}, ('multiple', 'a batch of 12 over 8 data partitions')),
-        ({'TRAIN_STPES': 5}, ("Did you mean 'TRAIN_STEPS'",)),
-        ({'train.eval_perod': 5}, ("Did you mean 'eval_period'",)),
-        ({'network.BartConfig.emb_dm': 5}, ("Did you mean 'emb_dim'",)),
-        ({'network.BartConfg.emb_dim': 5}, ("Did you mean 'BartConfig'",)),
-        ({'MIXTURE_OR_TASK_NAME': 'e2e_denoisng'}, ('Nearest: e2e_denoising',)),
-        ({'network.BartConfig.num_heads': 5}, ('must divide emb_dim', '5 / 32')),
-        (
-            {'network.BartConfig.max_positions': 32},
-            ('max_positions', '32', '64'),
-        ),
-        (
-            {'TASK_FEATURE_LENGTHS': {'inputs': 16, 'targets': 64}},
-            ("TASK_FEATURE_LENGTHS['inputs']",),
-        ),
-        ({'WARMUP_STEPS': 400}, ('warmup_steps < total_steps', '400 / 400')),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
+  ('changes', 'parts'),
+  [
+    (
+      {'network.BartConfig.vocab_size': 500},
+      ('vocabulary has 512 ids', 'vocab_size is 500', '--vocab_size=500'),
+    ),
+    ({'BATCH_SIZE': 12}, ('multiple', 'a batch of 12 over 8 data partitions')),
+    ({'TRAIN_STPES': 5}, ("Did you mean 'TRAIN_STEPS'",)),
+    ({'train.eval_perod': 5}, ("Did you mean 'eval_period'",)),
+    ({'network.BartConfig.emb_dm': 5}, ("Did you mean 'emb_dim'",)),
+    ({'network.BartConfg.emb_dim': 5}, ("Did you mean 'BartConfig'",)),
+    ({'MIXTURE_OR_TASK_NAME': 'e2e_denoisng'}, ('Nearest: e2e_denoising',)),
+    ({'network.BartConfig.num_heads': 5}, ('must divide emb_dim', '5 / 32')),
+    (
+      {'network.BartConfig.max_positions': 32},
+      ('max_positions', '32', '64'),
+    ),
+    (
+      {'TASK_FEATURE_LENGTHS': {'inputs': 16, 'targets': 64}},
+      ("TASK_FEATURE_LENGTHS['inputs']",),
+    ),
+    ({'WARMUP_STEPS': 400}, ('warmup_steps < total_steps', '400 / 400')),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
 )
 def test_values_that_do_not_fit(train, tmp_path, changes, parts):
   train(**changes).assert_one_error(*parts)
@@ -150,11 +150,11 @@ CHECKPOINT = 'checkpoint_7'
 def reading(task, tmp_path, **more):
   """Bindings of eval and infer, with a checkpoint that is not there."""
   return {
-      'MIXTURE_OR_TASK_NAME': task,
-      'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
-      'CHECKPOINT_PATH': str(tmp_path / CHECKPOINT),
-      'utils.DatasetConfig.batch_size': 8,
-      **more,
+    'MIXTURE_OR_TASK_NAME': task,
+    'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
+    'CHECKPOINT_PATH': str(tmp_path / CHECKPOINT),
+    'utils.DatasetConfig.batch_size': 8,
+    **more,
   }
 
 
@@ -163,7 +163,7 @@ def test_no_checkpoint_to_evaluate(call_script, in_process_task, tmp_path):
 
   bindings = reading(in_process_task, tmp_path, EVAL_OUTPUT_DIR=str(tmp_path / 'eval'))
   outcome = call_script(
-      script.evaluate, ('gin/eval.gin', 'gin/models/tiny.gin'), bindings
+    script.evaluate, ('gin/eval.gin', 'gin/models/tiny.gin'), bindings
   )
   outcome.assert_one_error(str(tmp_path / CHECKPOINT))
   assert not (tmp_path / 'eval' / 'inference_eval').exists()
@@ -180,13 +180,13 @@ def fill_in(data_root):
 
 
 @pytest.mark.parametrize(
-    ('given', 'parts'),
-    [
-        (None, ('INPUT_FILE', '--gin.INPUT_FILE=')),
-        ('', ('no input file is named', '--gin.INPUT_FILE=')),
-        ('missing.txt', ('missing.txt', 'does not exist')),
-        ('sentences.txt', (CHECKPOINT,)),
-    ],
+  ('given', 'parts'),
+  [
+    (None, ('INPUT_FILE', '--gin.INPUT_FILE=')),
+    ('', ('no input file is named', '--gin.INPUT_FILE=')),
+    ('missing.txt', ('missing.txt', 'does not exist')),
+    ('sentences.txt', (CHECKPOINT,)),
+  ],
 )
 def test_nothing_to_infer_with(call_script, fill_in, tmp_path, given, parts):
   from t5x import infer as script

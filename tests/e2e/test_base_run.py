@@ -10,19 +10,19 @@ STEPS = 4
 # Layers and vocabulary are fewer, and rows are shorter and fewer; widths, heads, the
 # optimizer, dropout, dtypes and rules are those of the file.
 CUT = {
-    'network.BartConfig.vocab_size': 512,
-    'network.BartConfig.num_encoder_layers': 1,
-    'network.BartConfig.num_decoder_layers': 1,
-    'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
-    'BATCH_SIZE': 16,
-    'LOSS_NORMALIZING_FACTOR': 16 * 64,
-    'TRAIN_STEPS': STEPS,
-    'WARMUP_STEPS': 1,
-    'train.stats_period': 1,
-    'train.eval_period': STEPS,
-    'train.eval_steps': 1,
-    # 200 MB a checkpoint; saving is tested elsewhere.
-    'utils.SaveCheckpointConfig.period': None,
+  'network.BartConfig.vocab_size': 512,
+  'network.BartConfig.num_encoder_layers': 1,
+  'network.BartConfig.num_decoder_layers': 1,
+  'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
+  'BATCH_SIZE': 16,
+  'LOSS_NORMALIZING_FACTOR': 16 * 64,
+  'TRAIN_STEPS': STEPS,
+  'WARMUP_STEPS': 1,
+  'train.stats_period': 1,
+  'train.eval_period': STEPS,
+  'train.eval_steps': 1,
+  # 200 MB a checkpoint; saving is tested elsewhere.
+  'utils.SaveCheckpointConfig.period': None,
 }
 
 
@@ -34,8 +34,8 @@ def losses(folder):
   events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
   events.Reload()
   return {
-      event.step: float(tensor_util.make_ndarray(event.tensor_proto))
-      for event in events.Tensors('loss')
+    event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+    for event in events.Tensors('loss')
   }
 
 
@@ -47,15 +47,15 @@ def seen():
 
 @pytest.mark.parametrize('partitions', [1, 2])
 def test_trains_on_eight_devices(
-    call_script, in_process_task, tmp_path, partitions, seen
+  call_script, in_process_task, tmp_path, partitions, seen
 ):
   from t5x import train as script
 
   assert jax.device_count() == 8
   changes = {
-      **CUT,
-      'MIXTURE_OR_TASK_NAME': in_process_task,
-      'MODEL_DIR': str(tmp_path / 'run'),
+    **CUT,
+    'MIXTURE_OR_TASK_NAME': in_process_task,
+    'MODEL_DIR': str(tmp_path / 'run'),
   }
   if partitions > 1:
     changes['partitioning.PjitPartitioner.num_partitions'] = partitions

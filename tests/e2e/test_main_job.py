@@ -45,8 +45,8 @@ def scalars(folder, tag='loss'):
   events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
   events.Reload()
   return {
-      event.step: float(tensor_util.make_ndarray(event.tensor_proto))
-      for event in events.Tensors(tag)
+    event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+    for event in events.Tensors(tag)
   }
 
 
@@ -60,7 +60,7 @@ def saved_state(checkpoint):
   tree = reader.metadata(checkpoint / 'state').item_metadata.tree
   plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
   return reader.restore(
-      checkpoint / 'state', args=ocp.args.PyTreeRestore(item=tree, restore_args=plain)
+    checkpoint / 'state', args=ocp.args.PyTreeRestore(item=tree, restore_args=plain)
   )
 
 
@@ -89,7 +89,8 @@ def test_train_leaves_its_files_and_learns(whole):
   assert names >= {'config.gin', 'model-info.txt', 'train', 'training_eval'}
   # keep = 2 in the run's file.
   assert {n for n in names if n.startswith('checkpoint_')} == {
-      'checkpoint_300', 'checkpoint_400'
+    'checkpoint_300',
+    'checkpoint_400',
   }
   loss = held_out(whole)
   assert list(loss) == [0, 100, 200, 300, 400]
@@ -108,9 +109,7 @@ def test_train_leaves_its_files_and_learns(whole):
 # ---- Stops ----
 
 
-def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
-    train, whole, tmp_path
-):
+def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(train, whole, tmp_path):
   """Killed after its first checkpoint, then asked to stop in mid-period."""
   run = tmp_path / 'run'
   killed = train(run)
@@ -145,17 +144,17 @@ def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
 
 def test_eval(whole, helpers, data_root, tmp_path):
   flags = helpers.gin_flags(
-      ('gin/eval.gin', 'gin/models/tiny.gin'),
-      {
-          'CHECKPOINT_PATH': str(whole / f'checkpoint_{STEPS}'),
-          'EVAL_OUTPUT_DIR': str(tmp_path),
-          'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
-          'COMPUTE_DTYPE': 'float32',
-          # As while training.
-          'utils.DatasetConfig.batch_size': 8,
-          'utils.get_training_eval_datasets.eval_steps': 4,
-          'seqio.Evaluator.num_examples': 8,
-      },
+    ('gin/eval.gin', 'gin/models/tiny.gin'),
+    {
+      'CHECKPOINT_PATH': str(whole / f'checkpoint_{STEPS}'),
+      'EVAL_OUTPUT_DIR': str(tmp_path),
+      'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
+      'COMPUTE_DTYPE': 'float32',
+      # As while training.
+      'utils.DatasetConfig.batch_size': 8,
+      'utils.get_training_eval_datasets.eval_steps': 4,
+      'seqio.Evaluator.num_examples': 8,
+    },
   )
   call(helpers, data_root, 't5x.eval', *flags)
   found = held_out(tmp_path)
@@ -172,14 +171,14 @@ def test_infer(whole, helpers, data_root, tmp_path):
   path = tmp_path / 'sentences.txt'
   path.write_text('\n'.join(sentences) + '\n', encoding='utf-8')
   flags = helpers.gin_flags(
-      ('gin/infer.gin', 'gin/models/tiny.gin'),
-      {
-          'CHECKPOINT_PATH': str(whole / f'checkpoint_{STEPS}'),
-          'INFER_OUTPUT_DIR': str(tmp_path / 'out'),
-          'INPUT_FILE': str(path),
-          'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
-          'COMPUTE_DTYPE': 'float32',
-      },
+    ('gin/infer.gin', 'gin/models/tiny.gin'),
+    {
+      'CHECKPOINT_PATH': str(whole / f'checkpoint_{STEPS}'),
+      'INFER_OUTPUT_DIR': str(tmp_path / 'out'),
+      'INPUT_FILE': str(path),
+      'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
+      'COMPUTE_DTYPE': 'float32',
+    },
   )
   call(helpers, data_root, 't5x.infer', *flags)
   name = 'norwegian_fill_in_mini-predict.jsonl-00000-of-00001'
@@ -204,8 +203,13 @@ def test_export(whole, helpers, data_root, tmp_path):
       f'--checkpoint={whole / f"checkpoint_{STEPS}"}', f'--output_dir={out}',
   )  # fmt: skip
   assert {path.name for path in out.iterdir()} >= {
-      'config.json', 'generation_config.json', 'model.safetensors',
-      'flax_model.msgpack', 'tokenizer.json', 'tokenizer_config.json', 'README.md',
+    'config.json',
+    'generation_config.json',
+    'model.safetensors',
+    'flax_model.msgpack',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'README.md',
   }
   config = json.loads((out / 'config.json').read_text())
   assert (config['model_type'], config['d_model']) == ('bart', 32)

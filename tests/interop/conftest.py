@@ -106,11 +106,11 @@ class Case:
     # T5X's start, id 0, is BART's </s>; nothing else in these inputs is 0.
     start = np.where(self.decoder_inputs == 0, 2, self.decoder_inputs)
     return {
-        'config': np.array(json.dumps(hf_config)),
-        **{f'param:{name}': tensor for name, tensor in tensors.items()},
-        'input_ids': tokenization.to_hf_ids(self.inputs),
-        'attention_mask': (self.inputs != 0).astype(np.int64),
-        'decoder_input_ids': tokenization.to_hf_ids(start),
+      'config': np.array(json.dumps(hf_config)),
+      **{f'param:{name}': tensor for name, tensor in tensors.items()},
+      'input_ids': tokenization.to_hf_ids(self.inputs),
+      'attention_mask': (self.inputs != 0).astype(np.int64),
+      'decoder_input_ids': tokenization.to_hf_ids(start),
     }
 
 
@@ -141,14 +141,16 @@ def _case(seed: int = 0, **overrides) -> Case:
   decoder_inputs[:, 0], decoder_inputs[:, 1] = 0, 1
   tokens = jnp.ones((1, 2), jnp.int32)
   shapes = jax.eval_shape(
-      lambda: network.Transformer(config).init(
-          jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-      )
+    lambda: network.Transformer(config).init(
+      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+    )
   )['params']
-  params = mapping.unflatten({
+  params = mapping.unflatten(
+    {
       path: _random_leaf(rng, path, leaf.shape).astype(np.float32)
       for path, leaf in mapping.flatten(shapes).items()
-  })
+    }
+  )
   return Case(config, params, inputs, decoder_inputs)
 
 

@@ -12,7 +12,7 @@ def test_logits_equal_flax_bart(flax_peer, make_case, scan_layers):
   case = make_case(scan_layers=scan_layers)
   answer = flax_peer(case.for_peer('flax'))
   np.testing.assert_allclose(
-      case.hf_columns(case.logits()), answer['logits'], rtol=0, atol=1e-5
+    case.hf_columns(case.logits()), answer['logits'], rtol=0, atol=1e-5
   )
   # The comparison means something: logits vary by far more than the tolerance.
   assert answer['logits'].std() > 0.3
@@ -22,7 +22,7 @@ def test_encoder_states_equal_flax_bart_at_padding_too(flax_peer, make_case):
   case = make_case(seed=1)
   answer = flax_peer(case.for_peer('flax'))
   encoded = case.module.apply(
-      {'params': case.params}, case.inputs, enable_dropout=False, method='encode'
+    {'params': case.params}, case.inputs, enable_dropout=False, method='encode'
   )
   np.testing.assert_allclose(encoded, answer['encoded'], rtol=0, atol=1e-5)
 
@@ -32,9 +32,7 @@ def test_cached_decoding_equals_flax_bart(flax_peer, make_case):
   case = make_case(seed=2)
   answer = flax_peer(case.for_peer('flax'))
   module, variables = case.module, {'params': case.params}
-  encoded = module.apply(
-      variables, case.inputs, enable_dropout=False, method='encode'
-  )
+  encoded = module.apply(variables, case.inputs, enable_dropout=False, method='encode')
   _, made = module.apply(
       variables, np.ones_like(case.inputs), np.ones_like(case.decoder_inputs),
       np.ones_like(case.decoder_inputs), enable_dropout=False, decode=True,
@@ -54,10 +52,10 @@ def test_cached_decoding_equals_flax_bart(flax_peer, make_case):
     logits, cache = step(cache, case.decoder_inputs[:, position : position + 1])
     steps.append(np.asarray(logits)[..., : case.config.vocab_size])
   np.testing.assert_allclose(
-      case.hf_columns(np.concatenate(steps, axis=1)),
-      answer['logits'],
-      rtol=0,
-      atol=1e-5,
+    case.hf_columns(np.concatenate(steps, axis=1)),
+    answer['logits'],
+    rtol=0,
+    atol=1e-5,
   )
 
 

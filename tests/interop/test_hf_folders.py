@@ -11,34 +11,32 @@ from bart_t5x import network, tokenization
 from bart_t5x.hf import convert
 
 FRAMEWORKS = [
-    pytest.param('flax', marks=pytest.mark.flax_peer),
-    pytest.param('torch', marks=pytest.mark.torch_peer),
+  pytest.param('flax', marks=pytest.mark.flax_peer),
+  pytest.param('torch', marks=pytest.mark.torch_peer),
 ]
 TOLERANCE = {'flax': 1e-5, 'torch': 2e-5}
 MAX_LENGTH = 24
 
 TEXTS = [
-    'Ærlig talt, «bjørnen» på Ås er 3,5 m.',
-    'På fjellet <mask> bor <mask><mask> bjørner.',
-    '<mask>',
-    ' <mask>  innledende og  doble mellomrom ',
-    '',
-    ' ',
-    '\n\t\r\n',
-    '日本語 😀👩‍👩‍👧 e\u0301 \u00a0\u2028 \u202e \ufeff \x00\x7f',
-    'bokmål ' * 3000,
-    'a' * 5000,
+  'Ærlig talt, «bjørnen» på Ås er 3,5 m.',
+  'På fjellet <mask> bor <mask><mask> bjørner.',
+  '<mask>',
+  ' <mask>  innledende og  doble mellomrom ',
+  '',
+  ' ',
+  '\n\t\r\n',
+  '日本語 😀👩‍👩‍👧 e\u0301 \u00a0\u2028 \u202e \ufeff \x00\x7f',
+  'bokmål ' * 3000,
+  'a' * 5000,
 ]
 
 
 def lines():
   """Norwegian-like lines, with masks and odd characters strewn in."""
   random = np.random.default_rng(5)
-  words = 'På fjellet bor ærlige bjørner Åja nr. og «så» 3,5 – it\'s blåbærsyltetøy'
+  words = "På fjellet bor ærlige bjørner Åja nr. og «så» 3,5 – it's blåbærsyltetøy"
   words = [*words.split(), '<mask>', 'é', 'e\u0301', '€', '中', '😀', '\u00ad', '']
-  return [
-      ' '.join(random.choice(words, random.integers(1, 30))) for _ in range(10_000)
-  ]
+  return [' '.join(random.choice(words, random.integers(1, 30))) for _ in range(10_000)]
 
 
 @pytest.fixture(params=FRAMEWORKS)
@@ -73,7 +71,8 @@ def batch():
 
 def ask(peer, framework, folder, texts):
   inputs, targets = batch()
-  return peer({
+  return peer(
+    {
       'folder': np.array(str(folder)),
       'framework': np.array(framework),
       'input_ids': tokenization.to_hf_ids(inputs),
@@ -81,13 +80,14 @@ def ask(peer, framework, folder, texts):
       'decoder_input_ids': tokenization.to_hf_ids(np.where(targets, targets, 2)),
       'texts': np.array(json.dumps(texts)),
       'max_length': np.array(MAX_LENGTH),
-  })
+    }
+  )
 
 
 def logits_of(run):
   inputs, targets = batch()
   logits = jax.jit(
-      functools.partial(network.Transformer(run.config).apply, enable_dropout=False)
+    functools.partial(network.Transformer(run.config).apply, enable_dropout=False)
   )({'params': run.params}, inputs, targets, targets)
   order = tokenization.to_hf_ids(np.arange(301))
   return np.asarray(logits)[..., order]
@@ -100,7 +100,7 @@ def test_logits_and_tokens(peer, framework, make_run, tmp_path):
   answer = ask(peer, framework, folder, texts)
   assert json.loads(str(answer['problems'])) == []
   np.testing.assert_allclose(
-      logits_of(run), answer['logits'], rtol=0, atol=TOLERANCE[framework]
+    logits_of(run), answer['logits'], rtol=0, atol=TOLERANCE[framework]
   )
   assert answer['logits'].std() > 0.3
 
@@ -118,7 +118,7 @@ def test_logits_and_tokens(peer, framework, make_run, tmp_path):
 def test_an_imported_model_is_the_same_model(peer, framework, make_run, tmp_path):
   """Through this bridge and back, read by the peer: scanned and padded otherwise."""
   run = make_run(
-      tmp_path / 'a', seed=3, scan_layers=True, num_heads=2, vocab_multiple_of=1
+    tmp_path / 'a', seed=3, scan_layers=True, num_heads=2, vocab_multiple_of=1
   )
   folder = exported(run, tmp_path)
   (folder / 'model.safetensors').unlink()
@@ -129,5 +129,5 @@ def test_an_imported_model_is_the_same_model(peer, framework, make_run, tmp_path
   (tmp_path / 'again').mkdir()
   answer = ask(peer, framework, exported(run, tmp_path / 'again'), [])
   np.testing.assert_allclose(
-      logits_of(run), answer['logits'], rtol=0, atol=TOLERANCE[framework]
+    logits_of(run), answer['logits'], rtol=0, atol=TOLERANCE[framework]
   )

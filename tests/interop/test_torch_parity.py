@@ -10,7 +10,7 @@ def test_logits_equal_torch_bart(torch_peer, make_case):
   case = make_case(seed=3)
   answer = torch_peer(case.for_peer('torch'))
   np.testing.assert_allclose(
-      case.hf_columns(case.logits()), answer['logits'], rtol=0, atol=2e-5
+    case.hf_columns(case.logits()), answer['logits'], rtol=0, atol=2e-5
   )
   assert answer['logits'].std() > 0.3
 
@@ -20,9 +20,9 @@ def test_encoder_states_equal_torch_bart(torch_peer, make_case):
   case = make_case(seed=4)
   answer = torch_peer(case.for_peer('torch'))
   encoded = case.module.apply(
-      {'params': case.params}, case.inputs, enable_dropout=False, method='encode'
+    {'params': case.params}, case.inputs, enable_dropout=False, method='encode'
   )
   real = case.inputs != 0
   np.testing.assert_allclose(
-      np.asarray(encoded)[real], answer['encoded'][real], rtol=0, atol=2e-5
+    np.asarray(encoded)[real], answer['encoded'][real], rtol=0, atol=2e-5
   )

@@ -32,7 +32,7 @@ class BaseAction(abc.ABC):
 
   @abc.abstractmethod
   def run(
-      self, train_state: train_state_lib.TrainState, metrics_by_task: MetricsByTask
+    self, train_state: train_state_lib.TrainState, metrics_by_task: MetricsByTask
   ) -> bool:
     """Runs the action.
 
@@ -49,13 +49,13 @@ ActionMapType = Mapping[ActionMode, Sequence[BaseAction]]
 
 
 def _number(
-    action: BaseAction, metrics_by_task: MetricsByTask, task: str, metric: str
+  action: BaseAction, metrics_by_task: MetricsByTask, task: str, metric: str
 ) -> float | None:
   """The value that an action follows, or None with a warning that says why not."""
   kind = type(action).__name__
   for what, name, known in (
-      ('task', task, metrics_by_task),
-      ('metric', metric, metrics_by_task.get(task, {})),
+    ('task', task, metrics_by_task),
+    ('metric', metric, metrics_by_task.get(task, {})),
   ):
     if name not in known:
       logging.warning(
@@ -83,12 +83,12 @@ class EarlyStoppingAction(BaseAction):
   """
 
   def __init__(
-      self,
-      metric: tuple[str, str],
-      mode: str,
-      patience: int = 3,
-      atol: float = 0.0,
-      rtol: float = 0.0,
+    self,
+    metric: tuple[str, str],
+    mode: str,
+    patience: int = 3,
+    atol: float = 0.0,
+    rtol: float = 0.0,
   ):
     """Says what to follow.
 
@@ -107,12 +107,10 @@ class EarlyStoppingAction(BaseAction):
       raise ValueError(f"mode must be 'min' or 'max'. Got: {mode!r}.")
     if patience < 2:
       raise ValueError(
-          f'patience must be at least 2, as values are compared. Got: {patience}.'
+        f'patience must be at least 2, as values are compared. Got: {patience}.'
       )
     if atol < 0 or rtol < 0:
-      raise ValueError(
-          f'atol and rtol must not be negative. Got: {atol} and {rtol}.'
-      )
+      raise ValueError(f'atol and rtol must not be negative. Got: {atol} and {rtol}.')
     self._task, self._metric = metric
     self._sign = 1 if mode == 'min' else -1
     self._patience = patience
@@ -124,7 +122,7 @@ class EarlyStoppingAction(BaseAction):
     return self._sign * (before - after) > self._atol + self._rtol * abs(before)
 
   def run(
-      self, train_state: train_state_lib.TrainState, metrics_by_task: MetricsByTask
+    self, train_state: train_state_lib.TrainState, metrics_by_task: MetricsByTask
   ) -> bool:
     """See `BaseAction.run`."""
     value = _number(self, metrics_by_task, self._task, self._metric)
@@ -159,13 +157,11 @@ class TerminateOnNanAction(BaseAction):
     self._task, self._metric = task, metric
 
   def run(
-      self, train_state: train_state_lib.TrainState, metrics_by_task: MetricsByTask
+    self, train_state: train_state_lib.TrainState, metrics_by_task: MetricsByTask
   ) -> bool:
     """See `BaseAction.run`."""
     value = _number(self, metrics_by_task, self._task, self._metric)
     if value is None or math.isfinite(value):
       return False
-    logging.warning(
-        '%s of %s is %g. Training ends.', self._metric, self._task, value
-    )
+    logging.warning('%s of %s is %g. Training ends.', self._metric, self._task, value)
     return True

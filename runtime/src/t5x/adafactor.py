@@ -20,16 +20,16 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from t5x import state_utils
 from t5x.factor_rules import (
-    HEURISTIC_RULE,
-    FactorDim,
-    FactorRule,
-    HeuristicRule,
-    HParamMap,
-    Layout,
-    factor_name_to_factordim,
-    layout_of,
-    rule_of_axes,
-    standard_logical_factor_rules,
+  HEURISTIC_RULE,
+  FactorDim,
+  FactorRule,
+  HeuristicRule,
+  HParamMap,
+  Layout,
+  factor_name_to_factordim,
+  layout_of,
+  rule_of_axes,
+  standard_logical_factor_rules,
 )
 from t5x.optimizer_base import Optimizer, OptimizerDef, OptimizerState, Params
 from t5x.optimizers import match_axes
@@ -37,14 +37,14 @@ from t5x.optimizers import match_axes
 Dtype = Any
 
 __all__ = [
-    'HEURISTIC_RULE',
-    'Adafactor',
-    'FactorDim',
-    'FactorRule',
-    'HParamMap',
-    'HeuristicRule',
-    'factor_name_to_factordim',
-    'standard_logical_factor_rules',
+  'HEURISTIC_RULE',
+  'Adafactor',
+  'FactorDim',
+  'FactorRule',
+  'HParamMap',
+  'HeuristicRule',
+  'factor_name_to_factordim',
+  'standard_logical_factor_rules',
 ]
 
 
@@ -128,54 +128,54 @@ class Adafactor(OptimizerDef):
   """
 
   def __init__(
-      self,
-      learning_rate: float | None = None,
-      factored: bool = True,
-      multiply_by_parameter_scale: bool | HParamMap = True,
-      beta1: float | None = None,
-      decay_rate: float = 0.8,
-      step_offset: int = 0,
-      clipping_threshold: float | None = 1.0,
-      weight_decay_rate: float | None = None,
-      min_dim_size_to_factor: int = 128,
-      epsilon1: float = 1e-30,
-      epsilon2: float = 1e-3,
-      dtype_momentum: Dtype = jnp.float32,
-      factor_map: HParamMap | None = None,
-      logical_factor_rules: Mapping[str, FactorDim] | None = None,
-      weight_decay_rate_lr_exponent: float | None = None,
-      global_norm_clip_threshold: float | None = None,
-      max_parameter_scale: float | None = None,
-      skip_nan_updates: bool | None = False,
+    self,
+    learning_rate: float | None = None,
+    factored: bool = True,
+    multiply_by_parameter_scale: bool | HParamMap = True,
+    beta1: float | None = None,
+    decay_rate: float = 0.8,
+    step_offset: int = 0,
+    clipping_threshold: float | None = 1.0,
+    weight_decay_rate: float | None = None,
+    min_dim_size_to_factor: int = 128,
+    epsilon1: float = 1e-30,
+    epsilon2: float = 1e-3,
+    dtype_momentum: Dtype = jnp.float32,
+    factor_map: HParamMap | None = None,
+    logical_factor_rules: Mapping[str, FactorDim] | None = None,
+    weight_decay_rate_lr_exponent: float | None = None,
+    global_norm_clip_threshold: float | None = None,
+    max_parameter_scale: float | None = None,
+    skip_nan_updates: bool | None = False,
   ):
     if factor_map is not None and not factored:
       raise ValueError('factor_map has no effect with factored = False. Drop one.')
     for name, value, types in (
-        ('multiply_by_parameter_scale', multiply_by_parameter_scale, (bool, HParamMap)),
-        ('factor_map', factor_map, (HParamMap, type(None))),
+      ('multiply_by_parameter_scale', multiply_by_parameter_scale, (bool, HParamMap)),
+      ('factor_map', factor_map, (HParamMap, type(None))),
     ):
       if not isinstance(value, types):
         raise TypeError(f'{name} must be one of {types}. Got: {value!r}.')
     super().__init__(
-        _HyperParams(
-            learning_rate=learning_rate,
-            factored=factored,
-            multiply_by_parameter_scale=multiply_by_parameter_scale,
-            beta1=beta1,
-            decay_rate=decay_rate,
-            step_offset=step_offset,
-            clipping_threshold=clipping_threshold,
-            weight_decay_rate=weight_decay_rate,
-            min_dim_size_to_factor=min_dim_size_to_factor,
-            epsilon1=epsilon1,
-            epsilon2=epsilon2,
-            factor_map=factor_map,
-            logical_factor_rules=logical_factor_rules,
-            weight_decay_rate_lr_exponent=weight_decay_rate_lr_exponent,
-            global_norm_clip_threshold=global_norm_clip_threshold,
-            max_parameter_scale=max_parameter_scale,
-            skip_nan_updates=skip_nan_updates,
-        )
+      _HyperParams(
+        learning_rate=learning_rate,
+        factored=factored,
+        multiply_by_parameter_scale=multiply_by_parameter_scale,
+        beta1=beta1,
+        decay_rate=decay_rate,
+        step_offset=step_offset,
+        clipping_threshold=clipping_threshold,
+        weight_decay_rate=weight_decay_rate,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        epsilon1=epsilon1,
+        epsilon2=epsilon2,
+        factor_map=factor_map,
+        logical_factor_rules=logical_factor_rules,
+        weight_decay_rate_lr_exponent=weight_decay_rate_lr_exponent,
+        global_norm_clip_threshold=global_norm_clip_threshold,
+        max_parameter_scale=max_parameter_scale,
+        skip_nan_updates=skip_nan_updates,
+      )
     )
     self.dtype_momentum = jnp.dtype(dtype_momentum)
 
@@ -183,20 +183,22 @@ class Adafactor(OptimizerDef):
   # traced for its shapes, one real) are trees of one structure.
   def __eq__(self, other: Any) -> bool:
     return (
-        type(self) is type(other)
-        and self.hyper_params == other.hyper_params
-        and self.dtype_momentum == other.dtype_momentum
+      type(self) is type(other)
+      and self.hyper_params == other.hyper_params
+      and self.dtype_momentum == other.dtype_momentum
     )
 
   def __hash__(self) -> int:
     hyper = self.hyper_params
-    return hash((
+    return hash(
+      (
         type(self).__name__,
         str(self.dtype_momentum),
         hyper.beta1,
         hyper.decay_rate,
         hyper.factored,
-    ))
+      )
+    )
 
   def _layout_of(self, path: str, shape: Sequence[int]) -> Layout:
     hyper = self.hyper_params
@@ -224,17 +226,17 @@ class Adafactor(OptimizerDef):
     flat = state_utils.flatten_dict_string_keys(params)
     states = {path: self.init_param_state(p, path) for path, p in flat.items()}
     return OptimizerState(
-        step=jnp.zeros((), jnp.int32), param_states=_nest(states, params)
+      step=jnp.zeros((), jnp.int32), param_states=_nest(states, params)
     )
 
   def apply_param_gradient(
-      self,
-      step: Int[Array, ''],
-      hyper_params: _HyperParams,
-      param: Float[Array, '*d'],
-      state: _ParamState,
-      grad: Float[Array, '*d'],
-      path: str,
+    self,
+    step: Int[Array, ''],
+    hyper_params: _HyperParams,
+    param: Float[Array, '*d'],
+    state: _ParamState,
+    grad: Float[Array, '*d'],
+    path: str,
   ) -> tuple[Float[Array, '*d'], _ParamState]:
     """Updates one parameter (algorithms 4 and 5, and the scale of section 8).
 
@@ -255,13 +257,13 @@ class Adafactor(OptimizerDef):
     hyper = hyper_params
     if hyper.learning_rate is None:
       raise ValueError(
-          'Adafactor needs a learning rate: its own `learning_rate`, or the '
-          "trainer's learning_rate_fn."
+        'Adafactor needs a learning rate: its own `learning_rate`, or the '
+        "trainer's learning_rate_fn."
       )
     layout = self._layout_of(path, param.shape)
     grad = grad.astype(jnp.float32)
     age = jnp.asarray(step - hyper.step_offset, jnp.float32) + 1.0
-    kept = 1.0 - age ** -hyper.decay_rate
+    kept = 1.0 - age**-hyper.decay_rate
     direction, moments = _normalize(grad, state, layout, kept, hyper.epsilon1)
     if hyper.clipping_threshold is not None:
       size = _root_mean_square(direction, layout.averaged)
@@ -275,14 +277,14 @@ class Adafactor(OptimizerDef):
 
     if hyper.skip_nan_updates:
       updated, moments = jax.tree.map(
-          lambda new, old: jnp.where(jnp.isnan(new), old, new),
-          (updated, moments),
-          (param, state),
+        lambda new, old: jnp.where(jnp.isnan(new), old, new),
+        (updated, moments),
+        (param, state),
       )
     return updated, moments
 
   def _scale(
-      self, hyper: _HyperParams, param: Float[Array, '*d'], layout: Layout, path: str
+    self, hyper: _HyperParams, param: Float[Array, '*d'], layout: Layout, path: str
   ) -> Float[Array, '...'] | float:
     """The parameter's own scale, by which the learning rate is multiplied."""
     relative = hyper.multiply_by_parameter_scale
@@ -294,11 +296,11 @@ class Adafactor(OptimizerDef):
     return jnp.clip(scale, hyper.epsilon2, hyper.max_parameter_scale)
 
   def apply_gradient(
-      self,
-      hyper_params: _HyperParams,
-      params: Params,
-      state: OptimizerState,
-      grads: Params,
+    self,
+    hyper_params: _HyperParams,
+    params: Params,
+    state: OptimizerState,
+    grads: Params,
   ) -> tuple[Params, OptimizerState]:
     """Updates all parameters."""
     flatten = state_utils.flatten_dict_string_keys
@@ -309,10 +311,10 @@ class Adafactor(OptimizerDef):
     new_params, new_states = {}, {}
     for path, param in flat_params.items():
       new_params[path], new_states[path] = self.apply_param_gradient(
-          state.step, hyper_params, param, flat_states[path], flat_grads[path], path
+        state.step, hyper_params, param, flat_states[path], flat_grads[path], path
       )
     return _nest(new_params, params), OptimizerState(
-        step=state.step + 1, param_states=_nest(new_states, params)
+      step=state.step + 1, param_states=_nest(new_states, params)
     )
 
   def set_param_axes(self, param_logical_axes: PyTree) -> None:
@@ -335,7 +337,7 @@ class Adafactor(OptimizerDef):
     self.hyper_params = self.hyper_params.replace(factor_map=factor_map)
 
   def derive_logical_axes(
-      self, optimizer_state: Optimizer, param_logical_axes: PyTree
+    self, optimizer_state: Optimizer, param_logical_axes: PyTree
   ) -> Optimizer:
     """Replaces arrays by logical axes.
 
@@ -351,19 +353,19 @@ class Adafactor(OptimizerDef):
     flat_axes = state_utils.flatten_dict_string_keys(axes)
     states = state_utils.flatten_dict_string_keys(optimizer_state.state.param_states)
     derived = {
-        path: _ParamState(
-            v_row=None,
-            v_col=None,
-            v=flat_axes[path] if entry.v.shape != (1,) else None,
-            m=flat_axes[path] if self.hyper_params.beta1 is not None else None,
-        )
-        for path, entry in states.items()
+      path: _ParamState(
+        v_row=None,
+        v_col=None,
+        v=flat_axes[path] if entry.v.shape != (1,) else None,
+        m=flat_axes[path] if self.hyper_params.beta1 is not None else None,
+      )
+      for path, entry in states.items()
     }
     return optimizer_state.replace(
-        target=axes,
-        state=optimizer_state.state.replace(
-            step=None, param_states=_nest(derived, optimizer_state.target)
-        ),
+      target=axes,
+      state=optimizer_state.state.replace(
+        step=None, param_states=_nest(derived, optimizer_state.target)
+      ),
     )
 
 
@@ -373,7 +375,7 @@ def _nest(flat: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
 
 
 def _root_mean_square(
-    x: Float[Array, '*d'], axes: tuple[int, ...]
+  x: Float[Array, '*d'], axes: tuple[int, ...]
 ) -> Float[Array, '...']:
   return jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
 
@@ -387,11 +389,11 @@ def _share_kept(hyper: _HyperParams) -> Float[Array, ''] | float:
 
 
 def _normalize(
-    grad: Float[Array, '*d'],
-    state: _ParamState,
-    layout: Layout,
-    kept: Float[Array, ''],
-    epsilon: float,
+  grad: Float[Array, '*d'],
+  state: _ParamState,
+  layout: Layout,
+  kept: Float[Array, ''],
+  epsilon: float,
 ) -> tuple[Float[Array, '*d'], _ParamState]:
   """Divides a gradient by the root of its second moments, after updating those."""
   squared = grad * grad + epsilon
@@ -416,7 +418,7 @@ def _normalize(
 
 
 def _clip_together(
-    grads: Mapping[str, Float[Array, '...']], threshold: float
+  grads: Mapping[str, Float[Array, '...']], threshold: float
 ) -> dict[str, Float[Array, '...']]:
   squares = (jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values())
   norm = jnp.sqrt(sum(squares))

@@ -108,9 +108,7 @@ def unflatten_beam_dim(
       f'Axis {offset} must be batch size times beam size. Got: shape {x.shape},'
       f' batch size {batch_size}, beam size {beam_size}.'
     )
-  return x.reshape(
-    x.shape[:offset] + (batch_size, beam_size) + x.shape[offset + 1 :]
-  )
+  return x.reshape(x.shape[:offset] + (batch_size, beam_size) + x.shape[offset + 1 :])
 
 
 def flat_batch_beam_expand(

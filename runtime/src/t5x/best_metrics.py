@@ -41,7 +41,7 @@ def _scalars(folder: epath.Path, tag: str) -> dict[int, float]:
 
 
 def populate_metrics_for_steps(
-    checkpoints_dir: str, metric_name: str, steps: Iterable[int]
+  checkpoints_dir: str, metric_name: str, steps: Iterable[int]
 ) -> Mapping[int, float]:
   """Reads a metric back.
 

@@ -45,10 +45,10 @@ class SaveCheckpointConfig:
   save_dataset: bool = False
   checkpointer_cls: checkpoints.CheckpointerConstructor = checkpoints.Checkpointer
   state_transformation_fns: Sequence[checkpoints.SaveStateTransformationFn] = (
-      dataclasses.field(default_factory=list)
+    dataclasses.field(default_factory=list)
   )
   checkpoint_manager_cls: checkpoints.CheckpointManagerConstructor = (
-      checkpoints.OrbaxCheckpointManagerInterface
+    checkpoints.OrbaxCheckpointManagerInterface
   )
 
   def __post_init__(self):
@@ -56,9 +56,9 @@ class SaveCheckpointConfig:
     save_schedule.check_save_settings(self.period, self.keep, self.checkpoint_steps)
     if self.keep_dataset_checkpoints is not None and not self.save_dataset:
       raise ValueError(
-          'SaveCheckpointConfig.keep_dataset_checkpoints is '
-          f'{self.keep_dataset_checkpoints}, but save_dataset is False: there is no '
-          'position in the data to keep. Set save_dataset to True, or leave it unset.'
+        'SaveCheckpointConfig.keep_dataset_checkpoints is '
+        f'{self.keep_dataset_checkpoints}, but save_dataset is False: there is no '
+        'position in the data to keep. Set save_dataset to True, or leave it unset.'
       )
 
 
@@ -74,14 +74,14 @@ class AssignmentMap:
   rules: Sequence[tuple[str, str | None]]
 
   def __call__(
-      self,
-      state_dict: Mapping[str, Any],
-      target_state_dict: Mapping[str, Any],
-      *,
-      is_resuming: bool = False,
+    self,
+    state_dict: Mapping[str, Any],
+    target_state_dict: Mapping[str, Any],
+    *,
+    is_resuming: bool = False,
   ) -> Mapping[str, Any]:
     return state_utils.apply_assignment_map(
-        state_dict, target_state_dict, self.rules, is_resuming=is_resuming
+      state_dict, target_state_dict, self.rules, is_resuming=is_resuming
     )
 
 
@@ -119,21 +119,21 @@ class RestoreCheckpointConfig:
   checkpointer_cls: checkpoints.CheckpointerConstructor = checkpoints.Checkpointer
   state_transformation_fns: Sequence[checkpoints.RestoreStateTransformationFn] = ()
   checkpoint_manager_cls: checkpoints.CheckpointManagerConstructor = (
-      checkpoints.OrbaxCheckpointManagerInterface
+    checkpoints.OrbaxCheckpointManagerInterface
   )
 
   def __post_init__(self):
     if self.mode not in _RESTORE_MODES:
       raise ValueError(
-          f"RestoreCheckpointConfig.mode is '{self.mode}'; it must be one of "
-          f'{_RESTORE_MODES}.'
+        f"RestoreCheckpointConfig.mode is '{self.mode}'; it must be one of "
+        f'{_RESTORE_MODES}.'
       )
     _check_dtype(
-        'RestoreCheckpointConfig', self.dtype, ('float32', 'bfloat16', 'float16')
+      'RestoreCheckpointConfig', self.dtype, ('float32', 'bfloat16', 'float16')
     )
     # `dataclasses.replace` comes through here again: the map must not double.
     others = [
-        fn for fn in self.state_transformation_fns if not isinstance(fn, AssignmentMap)
+      fn for fn in self.state_transformation_fns if not isinstance(fn, AssignmentMap)
     ]
     if self.assignment_map is not None:
       self.state_transformation_fns = (AssignmentMap(self.assignment_map), *others)
@@ -158,7 +158,7 @@ def _tensorflow_checkpoints(folder: epath.Path) -> list[str]:
   if not listing.is_file():
     return []
   names = re.findall(
-      r'^all_model_checkpoint_paths: "(.*)"$', listing.read_text(), re.MULTILINE
+    r'^all_model_checkpoint_paths: "(.*)"$', listing.read_text(), re.MULTILINE
   )
   return [os.path.join(folder, name) for name in names]
 
@@ -172,22 +172,22 @@ def _checkpoints_in(folder: str) -> list[str]:
   path = epath.Path(folder)
   if not path.is_dir():
     raise ValueError(
-        f"'{folder}' is no folder; modes 'latest' and 'all' of RestoreCheckpointConfig "
-        'look for checkpoints in a folder.'
+      f"'{folder}' is no folder; modes 'latest' and 'all' of RestoreCheckpointConfig "
+      'look for checkpoints in a folder.'
     )
   steps = checkpoints_utils.all_steps(folder)
   if not steps and checkpoints_utils.is_checkpoint_name(path.name):
     raise ValueError(
-        f"'{folder}' is a checkpoint; modes 'latest' and 'all' of "
-        "RestoreCheckpointConfig take the folder around it. Set mode = 'specific'."
+      f"'{folder}' is a checkpoint; modes 'latest' and 'all' of "
+      "RestoreCheckpointConfig take the folder around it. Set mode = 'specific'."
     )
   return _tensorflow_checkpoints(path) or [
-      os.fspath(checkpoints_utils.get_checkpoint_dir(folder, step)) for step in steps
+    os.fspath(checkpoints_utils.get_checkpoint_dir(folder, step)) for step in steps
   ]
 
 
 def get_first_valid_restore_config_and_paths(
-    restore_cfgs: Sequence[RestoreCheckpointConfig],
+  restore_cfgs: Sequence[RestoreCheckpointConfig],
 ) -> tuple[RestoreCheckpointConfig | None, Sequence[str]]:
   """Finds the first configuration that has something to restore.
 
@@ -213,9 +213,9 @@ def get_first_valid_restore_config_and_paths(
 
 
 def get_fallback_state(
-    restore_cfg: RestoreCheckpointConfig | None,
-    init_fn: Callable[[Any], Mapping[str, Any]],
-    init_rng: Any,
+  restore_cfg: RestoreCheckpointConfig | None,
+  init_fn: Callable[[Any], Mapping[str, Any]],
+  init_rng: Any,
 ) -> Mapping[str, Any] | None:
   """Initialises a state to take from what a checkpoint lacks.
 
@@ -235,14 +235,14 @@ def get_fallback_state(
     return None
   if not restore_cfg.state_transformation_fns:
     raise ValueError(
-        'RestoreCheckpointConfig.fallback_to_scratch is True without assignment_map or '
-        'state_transformation_fns: a misspelt name would start from scratch unnoticed. '
-        'Say with one of them what the checkpoint lacks, for instance '
-        "assignment_map = ((r'target/new_head/.*', None),)."
+      'RestoreCheckpointConfig.fallback_to_scratch is True without assignment_map or '
+      'state_transformation_fns: a misspelt name would start from scratch unnoticed. '
+      'Say with one of them what the checkpoint lacks, for instance '
+      "assignment_map = ((r'target/new_head/.*', None),)."
     )
   if init_rng is None:
     raise ValueError(
-        'RestoreCheckpointConfig.fallback_to_scratch is True, and no random key was '
-        'given to initialise from. In eval and infer, set fallback_init_rng.'
+      'RestoreCheckpointConfig.fallback_to_scratch is True, and no random key was '
+      'given to initialise from. In eval and infer, set fallback_init_rng.'
     )
   return init_fn(init_rng)

@@ -59,22 +59,22 @@ class StoredArray:
 
     try:
       store = tensorstore.open(
-          {'driver': 'zarr', 'kvstore': dict(self.kvstore)}, open=True
+        {'driver': 'zarr', 'kvstore': dict(self.kvstore)}, open=True
       ).result()
     except ValueError as error:
       raise DamagedCheckpointError(
-          f'{self.name!r} cannot be read: its folder {self.kvstore["path"]!r} is '
-          f'missing or damaged. {error}'
+        f'{self.name!r} cannot be read: its folder {self.kvstore["path"]!r} is '
+        f'missing or damaged. {error}'
       ) from error
     if tuple(store.shape) != self.shape:
       raise DamagedCheckpointError(
-          f'{self.name!r} is of shape {self.shape} in the index and '
-          f'{tuple(store.shape)} on disk: the checkpoint is damaged.'
+        f'{self.name!r} is of shape {self.shape} in the index and '
+        f'{tuple(store.shape)} on disk: the checkpoint is damaged.'
       )
     return store
 
   def read(
-      self, sharding: jax.sharding.Sharding | None = None, dtype: Any = None
+    self, sharding: jax.sharding.Sharding | None = None, dtype: Any = None
   ) -> np.ndarray | jax.Array:
     """Reads the values, each device's part only.
 
@@ -94,7 +94,7 @@ class StoredArray:
         values = np.asarray(self._store[index].read().result())
       except ValueError as error:
         raise DamagedCheckpointError(
-            f'{self.name!r} cannot be read: {error}'
+          f'{self.name!r} cannot be read: {error}'
         ) from error
       return values.astype(dtype, copy=False)
 
@@ -122,13 +122,13 @@ def _absolute(folder: str, spec: Mapping[str, Any]) -> dict[str, Any]:
 def _stored(name: str, spec: Mapping[str, Any], folder: str) -> StoredArray:
   if spec['driver'] != 'zarr':
     raise ValueError(
-        f"{name!r} is stored by the driver {spec['driver']!r}; only zarr is read."
+      f'{name!r} is stored by the driver {spec["driver"]!r}; only zarr is read.'
     )
   dtype = jnp.dtype(spec.get('dtype', spec['metadata'].get('dtype')))
   if dtype == np.uint16:
     raise ValueError(
-        f'{name!r} is stored as uint16, as version 2 did with bfloat16. Save it anew '
-        'with a T5X of 2021-06-10 or later.'
+      f'{name!r} is stored as uint16, as version 2 did with bfloat16. Save it anew '
+      'with a T5X of 2021-06-10 or later.'
     )
   shape = tuple(spec['metadata']['shape'])
   return StoredArray(name, shape, dtype, _absolute(folder, spec))
@@ -179,24 +179,24 @@ def saved_tree(index: epath.PathLike) -> dict[str, Any]:
     version = contents.get('version', 0)
   except (msgpack.exceptions.UnpackException, ValueError, AttributeError) as error:
     raise DamagedCheckpointError(
-        f'{os.fspath(path)!r} is no index of a T5X checkpoint, or damaged: {error}'
+      f'{os.fspath(path)!r} is no index of a T5X checkpoint, or damaged: {error}'
     ) from error
   if version < _OLDEST_VERSION or 'optimizer' not in contents:
     raise ValueError(
-        f'{os.fspath(path)!r} is of version {version}; versions from {_OLDEST_VERSION} '
-        'on are read.'
+      f'{os.fspath(path)!r} is of version {version}; versions from {_OLDEST_VERSION} '
+      'on are read.'
     )
   folder = os.fspath(path.parent)
   flat = state_utils.flatten_state_dict(contents['optimizer'], keep_empty_nodes=True)
   leaves = {
-      name: _stored(name, leaf, folder) if isinstance(leaf, Mapping) else leaf
-      for name, leaf in flat.items()
+    name: _stored(name, leaf, folder) if isinstance(leaf, Mapping) else leaf
+    for name, leaf in flat.items()
   }
   return flax.traverse_util.unflatten_dict(leaves, sep='/')
 
 
 def read_all(
-    leaves: Mapping[str, Any], read: Callable[[str, StoredArray], Any]
+  leaves: Mapping[str, Any], read: Callable[[str, StoredArray], Any]
 ) -> dict[str, Any]:
   """Reads many arrays, some at a time.
 
@@ -209,20 +209,20 @@ def read_all(
   """
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     pending = {
-        name: pool.submit(read, name, leaf) if isinstance(leaf, StoredArray) else leaf
-        for name, leaf in leaves.items()
+      name: pool.submit(read, name, leaf) if isinstance(leaf, StoredArray) else leaf
+      for name, leaf in leaves.items()
     }
     return {
-        name: leaf.result() if isinstance(leaf, futures.Future) else leaf
-        for name, leaf in pending.items()
+      name: leaf.result() if isinstance(leaf, futures.Future) else leaf
+      for name, leaf in pending.items()
     }
 
 
 def read_state(
-    folder: epath.PathLike,
-    destination: checkpoint_reading.Destination,
-    transformations: Sequence[Callable[..., Any]] = (),
-    fallback_state: Mapping[str, Any] | None = None,
+  folder: epath.PathLike,
+  destination: checkpoint_reading.Destination,
+  transformations: Sequence[Callable[..., Any]] = (),
+  fallback_state: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """As `checkpoint_reading.read_state`, for this layout.
 
@@ -249,16 +249,17 @@ def read_state(
     fallback_state = state_utils.flatten_state_dict(fallback_state)
   wanted = destination.arrays()
   chosen = checkpoint_reading.choose(
-      os.fspath(folder), available, wanted, fallback_state
+    os.fspath(folder), available, wanted, fallback_state
   )
 
   def read(name, leaf):
     return leaf.read(destination.sharding(name), destination.cast(name, leaf.dtype))
 
   values = {
-      name: value if isinstance(chosen[name], StoredArray)
-      else destination.place(name, value)
-      for name, value in read_all(chosen, read).items()
+    name: value
+    if isinstance(chosen[name], StoredArray)
+    else destination.place(name, value)
+    for name, value in read_all(chosen, read).items()
   }
   return checkpoint_reading.assemble(destination, values)
 
@@ -285,19 +286,19 @@ def find_checkpoint(path: epath.PathLike, step: int | None = None) -> epath.Path
     found = found / INDEX_FILE
   if not found.exists() or found.is_dir():
     raise ValueError(
-        f'{os.fspath(path)!r} has no index {os.fspath(found)!r}: it is no checkpoint '
-        'of T5X before Orbax. Newer ones are read by OrbaxCheckpointManagerInterface.'
+      f'{os.fspath(path)!r} has no index {os.fspath(found)!r}: it is no checkpoint '
+      'of T5X before Orbax. Newer ones are read by OrbaxCheckpointManagerInterface.'
     )
   return os.fspath(found)
 
 
 def load_t5x_checkpoint(
-    path: str,
-    step: int | None = None,
-    state_transformation_fns: Sequence[Callable[..., Any]] = (),
-    remap: bool = True,
-    restore_dtype: Any = None,
-    lazy_parameters: bool = False,
+  path: str,
+  step: int | None = None,
+  state_transformation_fns: Sequence[Callable[..., Any]] = (),
+  remap: bool = True,
+  restore_dtype: Any = None,
+  lazy_parameters: bool = False,
 ) -> dict[str, Any]:
   """Reads a checkpoint of the previous layout, whatever model it is of.
 
@@ -327,16 +328,16 @@ def load_t5x_checkpoint(
 
   if lazy_parameters:
     values = {
-        name: _lazy(leaf, dtype_of(name)) if hasattr(leaf, 'shape') else leaf
-        for name, leaf in flat.items()
+      name: _lazy(leaf, dtype_of(name)) if hasattr(leaf, 'shape') else leaf
+      for name, leaf in flat.items()
     }
   else:
     values = read_all(flat, lambda name, leaf: leaf.read(dtype=dtype_of(name)))
     values = {
-        name: leaf.astype(dtype_of(name) or leaf.dtype)
-        if hasattr(leaf, 'astype')
-        else leaf
-        for name, leaf in values.items()
+      name: leaf.astype(dtype_of(name) or leaf.dtype)
+      if hasattr(leaf, 'astype')
+      else leaf
+      for name, leaf in values.items()
     }
   return flax.traverse_util.unflatten_dict(values, sep='/')
 

@@ -15,13 +15,13 @@ import numpy as np
 from t5x.lazy_arrays import LazyArray, LazyAwaitableArray, LazyThreadPoolArray
 
 __all__ = [
-    'CheckpointTranslator',
-    'LazyArray',
-    'LazyAwaitableArray',
-    'LazyThreadPoolArray',
-    'load_tf_ckpt',
-    'restore_from_t5_checkpoint',
-    't5_importer',
+  'CheckpointTranslator',
+  'LazyArray',
+  'LazyAwaitableArray',
+  'LazyThreadPoolArray',
+  'load_tf_ckpt',
+  'restore_from_t5_checkpoint',
+  't5_importer',
 ]
 
 _Renamed = tuple[str | None, Any]
@@ -75,8 +75,8 @@ class CheckpointTranslator:
         unmatched.append(key)
     if unmatched:
       raise ValueError(
-          f'No rule for {len(unmatched)} variables: {", ".join(sorted(unmatched))}. '
-          'Add rules, or drop them with a rule that returns the name None.'
+        f'No rule for {len(unmatched)} variables: {", ".join(sorted(unmatched))}. '
+        'Add rules, or drop them with a rule that returns the name None.'
       )
     return renamed
 
@@ -123,7 +123,7 @@ def shared_embeddings(opts: Any, key: str, val: Any, slot: str) -> _Renamed:
 
 @t5_importer.add(_TOWER + r'/embedding(\w*)')
 def separate_embeddings(
-    opts: Any, key: str, val: Any, encdec: str, slot: str
+  opts: Any, key: str, val: Any, encdec: str, slot: str
 ) -> _Renamed:
   """An embedding of the encoder's or the decoder's own."""
   del opts, key
@@ -132,7 +132,7 @@ def separate_embeddings(
 
 @t5_importer.add(_LAYER + r'000/SelfAttention/relative_attention_bias(\w*)')
 def rel_embeddings(
-    opts: Any, key: str, val: Any, encdec: str, blocknum: str, slot: str
+  opts: Any, key: str, val: Any, encdec: str, blocknum: str, slot: str
 ) -> _Renamed:
   """Relative positions, as if each block had its own; mended once all are seen."""
   del opts, key
@@ -141,14 +141,14 @@ def rel_embeddings(
 
 @t5_importer.add(_LAYER + r'\d+/(SelfAttention|EncDecAttention)/(q|k|v|o)(\w*)')
 def attention_layers(
-    opts: Any,
-    key: str,
-    val: Any,
-    encdec: str,
-    blocknum: str,
-    attntype: str,
-    qkvo: str,
-    slot: str,
+  opts: Any,
+  key: str,
+  val: Any,
+  encdec: str,
+  blocknum: str,
+  attntype: str,
+  qkvo: str,
+  slot: str,
 ) -> _Renamed:
   """A projection of an attention."""
   del opts, key
@@ -163,14 +163,14 @@ def attention_layers(
 
 @t5_importer.add(_LAYER + r'\d+/DenseReluDense/(wi|wo)(?:_(\d+))?/kernel(\w*)')
 def mlpblock(
-    opts: Any,
-    key: str,
-    val: Any,
-    encdec: str,
-    blocknum: str,
-    io_name: str,
-    io_num: str | None,
-    slot: str,
+  opts: Any,
+  key: str,
+  val: Any,
+  encdec: str,
+  blocknum: str,
+  io_name: str,
+  io_num: str | None,
+  slot: str,
 ) -> _Renamed:
   """A projection of a feed-forward layer; gated ones have two inputs, numbered."""
   del opts, key
@@ -180,29 +180,27 @@ def mlpblock(
 
 @t5_importer.add(_LAYER + r'(\d+)/(?:layer|rms)_norm/scale(\w*)')
 def layernorms(
-    opts: Any,
-    key: str,
-    val: Any,
-    encdec: str,
-    blocknum: str,
-    lyrnum: str,
-    slot: str,
+  opts: Any,
+  key: str,
+  val: Any,
+  encdec: str,
+  blocknum: str,
+  lyrnum: str,
+  slot: str,
 ) -> _Renamed:
   """The norm before a block's attention or feed-forward layer, by its number."""
   del opts, key
   before = {
-      'encoder': ('attention', 'mlp'),
-      'decoder': ('self_attention', 'cross_attention', 'mlp'),
-      'transformer': ('self_attention', 'mlp'),
+    'encoder': ('attention', 'mlp'),
+    'decoder': ('self_attention', 'cross_attention', 'mlp'),
+    'transformer': ('self_attention', 'mlp'),
   }[encdec][int(lyrnum)]
   norm = f'pre_{before}_layer_norm'
   return _name(*_block(encdec, blocknum), norm, 'scale', slot=slot), val
 
 
 @t5_importer.add(_TOWER + r'/(?:final_layer|rms)_norm/scale(\w*)')
-def final_layernorms(
-    opts: Any, key: str, val: Any, encdec: str, slot: str
-) -> _Renamed:
+def final_layernorms(opts: Any, key: str, val: Any, encdec: str, slot: str) -> _Renamed:
   """The norm at the end of the encoder or the decoder."""
   del opts, key
   tower = _tower(encdec)
@@ -253,21 +251,21 @@ def load_tf_ckpt(path: str) -> dict[str, LazyThreadPoolArray]:
   reader = tf.train.load_checkpoint(path)
   dtypes = reader.get_variable_to_dtype_map()
   return {
-      name: LazyThreadPoolArray(
-          shape,
-          jnp.dtype(dtypes[name].as_numpy_dtype),
-          lambda name=name: np.asarray(reader.get_tensor(name)),
-      )
-      for name, shape in reader.get_variable_to_shape_map().items()
+    name: LazyThreadPoolArray(
+      shape,
+      jnp.dtype(dtypes[name].as_numpy_dtype),
+      lambda name=name: np.asarray(reader.get_tensor(name)),
+    )
+    for name, shape in reader.get_variable_to_shape_map().items()
   }
 
 
 def restore_from_t5_checkpoint(
-    state_dict: Mapping[str, Any],
-    path: str,
-    lazy_parameters: bool = False,
-    strict: bool = True,
-    translator: CheckpointTranslator | None = None,
+  state_dict: Mapping[str, Any],
+  path: str,
+  lazy_parameters: bool = False,
+  strict: bool = True,
+  translator: CheckpointTranslator | None = None,
 ) -> dict[str, Any]:
   """Reads a T5 of Mesh TensorFlow as the state of a T5X model with Adafactor.
 
@@ -292,19 +290,19 @@ def restore_from_t5_checkpoint(
   missing, extra = sorted(wanted.keys() - data), sorted(data.keys() - wanted)
   if missing or (strict and extra):
     raise ValueError(
-        f'{path!r} is of another model. Missing: {", ".join(missing) or "nothing"}. '
-        f'Not in the model: {", ".join(extra) or "nothing"}.'
+      f'{path!r} is of another model. Missing: {", ".join(missing) or "nothing"}. '
+      f'Not in the model: {", ".join(extra) or "nothing"}.'
     )
   wrong = [
-      f'{name} is {tuple(np.shape(data[name]))}, the model has {tuple(np.shape(leaf))}'
-      for name, leaf in wanted.items()
-      if tuple(np.shape(data[name])) != tuple(np.shape(leaf))
+    f'{name} is {tuple(np.shape(data[name]))}, the model has {tuple(np.shape(leaf))}'
+    for name, leaf in wanted.items()
+    if tuple(np.shape(data[name])) != tuple(np.shape(leaf))
   ]
   if wrong:
     raise ValueError(f'{path!r} is of another model: {"; ".join(wrong)}.')
   chosen = {name: data[name] for name in wanted}
   if not lazy_parameters:
     chosen = jax.tree.map(
-        lambda leaf: leaf.get() if isinstance(leaf, LazyArray) else leaf, chosen
+      lambda leaf: leaf.get() if isinstance(leaf, LazyArray) else leaf, chosen
     )
   return flax.traverse_util.unflatten_dict(chosen, sep='/')

@@ -21,14 +21,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from t5x import (
-    checkpoint_formats,
-    checkpoint_importer,
-    checkpoint_reading,
-    checkpoint_retention,
-    checkpoint_utils,
-    checkpoints_utils,
-    dataset_checkpoint,
-    save_schedule,
+  checkpoint_formats,
+  checkpoint_importer,
+  checkpoint_reading,
+  checkpoint_retention,
+  checkpoint_utils,
+  checkpoints_utils,
+  dataset_checkpoint,
+  save_schedule,
 )
 from t5x.lazy_arrays import LazyArray
 
@@ -104,8 +104,7 @@ class OrbaxCheckpointManagerInterface:
     keep: how many checkpoints to keep; None keeps all.
     period: steps between saves, for `should_save`; 0 or None for none.
     checkpoint_steps: further steps to save at.
-    keep_dataset_checkpoints: in how many of the newest checkpoints the position
-      in the data is kept; None keeps all.
+    keep_dataset_checkpoints: newest checkpoints that keep the data's position.
     force_keep_period: checkpoints at its multiples are never removed.
     metric_name_to_monitor: keep the best by this metric instead of the newest;
       `<subfolder of directory>/<TensorBoard tag>`.
@@ -114,21 +113,21 @@ class OrbaxCheckpointManagerInterface:
   """
 
   def __init__(
-      self,
-      directory: str,
-      train_state: Any,
-      partitioner: Any,
-      dataset_iterator: Any = None,
-      save_dtype: Any = None,
-      restore_dtype: Any = None,
-      keep: int | None = None,
-      period: int | None = 1,
-      checkpoint_steps: Sequence[int] | None = None,
-      keep_dataset_checkpoints: int | None = None,
-      force_keep_period: int | None = None,
-      metric_name_to_monitor: str | None = None,
-      metric_mode: str = 'max',
-      keep_checkpoints_without_metrics: bool = True,
+    self,
+    directory: str,
+    train_state: Any,
+    partitioner: Any,
+    dataset_iterator: Any = None,
+    save_dtype: Any = None,
+    restore_dtype: Any = None,
+    keep: int | None = None,
+    period: int | None = 1,
+    checkpoint_steps: Sequence[int] | None = None,
+    keep_dataset_checkpoints: int | None = None,
+    force_keep_period: int | None = None,
+    metric_name_to_monitor: str | None = None,
+    metric_mode: str = 'max',
+    keep_checkpoints_without_metrics: bool = True,
   ):
     """Prepares a model folder; the arguments are explained at the class.
 
@@ -139,12 +138,12 @@ class OrbaxCheckpointManagerInterface:
     """
     save_schedule.check_save_settings(period, keep, checkpoint_steps)
     self._retention = checkpoint_retention.RetentionRules(
-        keep,
-        force_keep_period,
-        keep_dataset_checkpoints,
-        metric_name_to_monitor,
-        metric_mode,
-        keep_checkpoints_without_metrics,
+      keep,
+      force_keep_period,
+      keep_dataset_checkpoints,
+      metric_name_to_monitor,
+      metric_mode,
+      keep_checkpoints_without_metrics,
     )
     directory = os.fspath(directory)
     if checkpoint_utils.whole_checkpoint(directory):
@@ -159,9 +158,9 @@ class OrbaxCheckpointManagerInterface:
     self._checkpoint_steps = tuple(checkpoint_steps or ())
     layout = partitioner.get_data_layout()
     self._dataset_handler = dataset_checkpoint.DatasetCheckpointHandler(
-        f'{checkpoints_utils.DATASET_FILE_PREFIX}-'
-        f'{layout.shard_id:03}-of-{layout.num_shards:03}',
-        layout.is_first_host_in_replica_set,
+      f'{checkpoints_utils.DATASET_FILE_PREFIX}-'
+      f'{layout.shard_id:03}-of-{layout.num_shards:03}',
+      layout.is_first_host_in_replica_set,
     )
     self._checkpointer: ocp.AsyncCheckpointer | None = None
     self._finisher: concurrent.futures.ThreadPoolExecutor | None = None
@@ -209,15 +208,17 @@ class OrbaxCheckpointManagerInterface:
           leftover.rmtree()
       except OSError as error:
         raise CheckpointSaveError(
-            f"Checkpoints cannot be written to '{self._directory}': {error}. "
-            f'{_mend(error)}.'
+          f"Checkpoints cannot be written to '{self._directory}': {error}. "
+          f'{_mend(error)}.'
         ) from error
     self._checkpointer = ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(**{
-            STATE_ITEM: ocp.PyTreeCheckpointHandler(use_ocdbt=True),
-            DATASET_ITEM: self._dataset_handler,
-        }),
-        timeout_secs=_SAVE_TIMEOUT,
+      ocp.CompositeCheckpointHandler(
+        **{
+          STATE_ITEM: ocp.PyTreeCheckpointHandler(use_ocdbt=True),
+          DATASET_ITEM: self._dataset_handler,
+        }
+      ),
+      timeout_secs=_SAVE_TIMEOUT,
     )
     self._finisher = concurrent.futures.ThreadPoolExecutor(1, 't5x_checkpoint')
 
@@ -233,10 +234,10 @@ class OrbaxCheckpointManagerInterface:
     if jax.process_index() == 0 and '://' not in os.fspath(self._directory):
       sizes = []
       _map_named(
-          lambda name, x: sizes.append(
-              np.size(x) * self._dtype_on_disk(name, x).itemsize
-          ),
-          state_dict,
+        lambda name, x: sizes.append(
+          np.size(x) * self._dtype_on_disk(name, x).itemsize
+        ),
+        state_dict,
       )
       free = shutil.disk_usage(self._directory).free
       if free < sum(sizes):
@@ -246,15 +247,15 @@ class OrbaxCheckpointManagerInterface:
       refuse = bool(multihost_utils.broadcast_one_to_all(np.int32(refuse)))
     if refuse:
       raise CheckpointSaveError(
-          f"There is not enough space for a checkpoint in '{self._directory}': "
-          f'{short or "see the first process"}. {_mend(OSError("no space"))}.'
+        f"There is not enough space for a checkpoint in '{self._directory}': "
+        f'{short or "see the first process"}. {_mend(OSError("no space"))}.'
       )
 
   def save(
-      self,
-      train_state: Any,
-      state_transformation_fns: Sequence[Any] = (),
-      force: bool = True,
+    self,
+    train_state: Any,
+    state_transformation_fns: Sequence[Any] = (),
+    force: bool = True,
   ) -> bool:
     """Begins to write a checkpoint; the rest happens in the background.
 
@@ -288,7 +289,7 @@ class OrbaxCheckpointManagerInterface:
       state_dict, infos = transform(state_dict, infos)
     self._check_space(state_dict)
     save_args = _map_named(
-        lambda name, x: ocp.SaveArgs(dtype=self._dtype_on_disk(name, x)), state_dict
+      lambda name, x: ocp.SaveArgs(dtype=self._dtype_on_disk(name, x)), state_dict
     )
     items = {STATE_ITEM: ocp.args.PyTreeSave(state_dict, save_args=save_args)}
     if self._dataset_iterator is not None:
@@ -306,12 +307,13 @@ class OrbaxCheckpointManagerInterface:
 
   def _parameter_infos(self, train_state: Any) -> dict[str, Any]:
     axes = checkpoint_reading.Destination(
-        {}, self._partitioner.get_mesh_axes(train_state).state_dict(),
-        self._partitioner.mesh,
+      {},
+      self._partitioner.get_mesh_axes(train_state).state_dict(),
+      self._partitioner.mesh,
     )
     return _map_named(
-        lambda name, _: ParameterInfo(name, axes.sharding(name).spec),
-        train_state.state_dict(),
+      lambda name, _: ParameterInfo(name, axes.sharding(name).spec),
+      train_state.state_dict(),
     )
 
   def _discard(self, folder: epath.Path):
@@ -327,8 +329,8 @@ class OrbaxCheckpointManagerInterface:
     except OSError as second:
       logging.warning('What was written of %s could not be removed: %s', folder, second)
     return CheckpointSaveError(
-        f"Checkpoint '{folder}' could not be written: {error}. {_mend(error)}; the "
-        'checkpoints before it are whole.'
+      f"Checkpoint '{folder}' could not be written: {error}. {_mend(error)}; the "
+      'checkpoints before it are whole.'
     )
 
   def _finish(self, folder: epath.Path):
@@ -402,21 +404,21 @@ class OrbaxCheckpointManagerInterface:
       folder = self._folder(step) if step is not None else self._directory
     if step is None and path is None or not folder.exists():
       found = checkpoints_utils.all_steps(
-          folder.parent if path is not None else self._directory
+        folder.parent if path is not None else self._directory
       )
       raise FileNotFoundError(
-          f"There is no checkpoint '{folder}'; "
-          + (f'there are those of steps {list(found)}.' if found else 'there is none.')
+        f"There is no checkpoint '{folder}'; "
+        + (f'there are those of steps {list(found)}.' if found else 'there is none.')
       )
     return folder
 
   def restore(
-      self,
-      step: int | None = None,
-      path: str | None = None,
-      fallback_state: Mapping[str, Any] | None = None,
-      state_transformation_fns: Sequence[Any] = (),
-      lazy_parameters: bool | None = False,
+    self,
+    step: int | None = None,
+    path: str | None = None,
+    fallback_state: Mapping[str, Any] | None = None,
+    state_transformation_fns: Sequence[Any] = (),
+    lazy_parameters: bool | None = False,
   ) -> Any:
     """Restores a train state, and the iterator's position if there is an iterator.
 
@@ -445,11 +447,11 @@ class OrbaxCheckpointManagerInterface:
       reader, position = checkpoint_formats, folder
     else:
       raise checkpoint_reading.DamagedCheckpointError(
-          f"'{folder}' has neither a folder '{STATE_ITEM}' nor a file "
-          f"'{checkpoint_formats.INDEX_FILE}': it is no checkpoint of T5X, or damaged."
+        f"'{folder}' has neither a folder '{STATE_ITEM}' nor a file "
+        f"'{checkpoint_formats.INDEX_FILE}': it is no checkpoint of T5X, or damaged."
       )
     state_dict = reader.read_state(
-        folder, self._destination(), state_transformation_fns, fallback_state
+      folder, self._destination(), state_transformation_fns, fallback_state
     )
     if self._dataset_iterator is not None:
       self._restore_position(position)
@@ -457,26 +459,26 @@ class OrbaxCheckpointManagerInterface:
 
   def _destination(self) -> checkpoint_reading.Destination:
     return checkpoint_reading.Destination(
-        self._train_state.state_dict(),
-        self._partitioner.get_mesh_axes(self._train_state).state_dict(),
-        self._partitioner.mesh,
-        self._restore_dtype,
+      self._train_state.state_dict(),
+      self._partitioner.get_mesh_axes(self._train_state).state_dict(),
+      self._partitioner.mesh,
+      self._restore_dtype,
     )
 
   def _restore_position(self, folder: epath.Path):
     try:
       self._dataset_handler.restore(
-          folder, dataset_checkpoint.DatasetArgs(self._dataset_iterator)
+        folder, dataset_checkpoint.DatasetArgs(self._dataset_iterator)
       )
     except dataset_checkpoint.DataPositionError:
       raise
     except Exception as error:
       raise checkpoint_reading.DamagedCheckpointError(
-          f"'{folder}' is unreadable: {error}"
+        f"'{folder}' is unreadable: {error}"
       ) from error
 
   def restore_from_tf_checkpoint(
-      self, path_or_dir: str, strict: bool = True, translator: Any = None
+    self, path_or_dir: str, strict: bool = True, translator: Any = None
   ) -> Any:
     """Restores a T5 that was trained with Mesh TensorFlow.
 
@@ -493,6 +495,6 @@ class OrbaxCheckpointManagerInterface:
     """
     destination = self._destination()
     tree = checkpoint_importer.restore_from_t5_checkpoint(
-        destination.state_dict, path_or_dir, strict=strict, translator=translator
+      destination.state_dict, path_or_dir, strict=strict, translator=translator
     )
     return self._train_state.restore_state(_map_named(destination.place, tree))

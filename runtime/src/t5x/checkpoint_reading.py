@@ -132,31 +132,29 @@ def _listed(names: Sequence[str]) -> str:
   return ', '.join(sorted(names)[:_SHOWN]) + more
 
 
-def _check_shapes(
-    where: str, available: Mapping[str, Any], wanted: Mapping[str, Any]
-):
+def _check_shapes(where: str, available: Mapping[str, Any], wanted: Mapping[str, Any]):
   wrong = [
-      f'{name} is {tuple(available[name].shape)}, the model has {tuple(leaf.shape)}'
-      for name, leaf in wanted.items()
-      if name in available
-      and hasattr(available[name], 'shape')
-      and tuple(available[name].shape) != tuple(leaf.shape)
+    f'{name} is {tuple(available[name].shape)}, the model has {tuple(leaf.shape)}'
+    for name, leaf in wanted.items()
+    if name in available
+    and hasattr(available[name], 'shape')
+    and tuple(available[name].shape) != tuple(leaf.shape)
   ]
   if wrong:
     raise ValueError(
-        f"Checkpoint '{where}' is of another model: "
-        + '; '.join(wrong[:_SHOWN])
-        + (f' and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else '')
-        + '. Configure the model as it was trained, or drop these with '
-        'RestoreCheckpointConfig.assignment_map and fallback_to_scratch.'
+      f"Checkpoint '{where}' is of another model: "
+      + '; '.join(wrong[:_SHOWN])
+      + (f' and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else '')
+      + '. Configure the model as it was trained, or drop these with '
+      'RestoreCheckpointConfig.assignment_map and fallback_to_scratch.'
     )
 
 
 def choose(
-    where: str,
-    available: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    fallback: Mapping[str, Any] | None,
+  where: str,
+  available: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  fallback: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
   """Finds the source of every array that is wanted.
 
@@ -177,18 +175,19 @@ def choose(
   missing = [n for n in wanted if n not in available and n not in fallback]
   if missing:
     raise ValueError(
-        f"Checkpoint '{where}' lacks {len(missing)} of {len(wanted)} arrays: "
-        f'{_listed(missing)}. It has {_listed(sorted(set(available) - set(wanted)))} '
-        'that nobody asks for. Map the names with '
-        'RestoreCheckpointConfig.assignment_map, or start these from scratch with '
-        'fallback_to_scratch.'
+      f"Checkpoint '{where}' lacks {len(missing)} of {len(wanted)} arrays: "
+      f'{_listed(missing)}. It has {_listed(sorted(set(available) - set(wanted)))} '
+      'that nobody asks for. Map the names with '
+      'RestoreCheckpointConfig.assignment_map, or start these from scratch with '
+      'fallback_to_scratch.'
     )
-  return {name: available[name] if name in available else fallback[name]
-          for name in wanted}
+  return {
+    name: available[name] if name in available else fallback[name] for name in wanted
+  }
 
 
 def _read_once(
-    folder: epath.Path, sources: Mapping[str, SavedArray], destination: Destination
+  folder: epath.Path, sources: Mapping[str, SavedArray], destination: Destination
 ) -> dict[str, jax.Array]:
   """Reads arrays, each from an entry of its own."""
   item, restore_args = {}, {}
@@ -199,13 +198,13 @@ def _read_once(
       at_item, at_args = at_item.setdefault(key, {}), at_args.setdefault(key, {})
     at_item[last] = 0
     at_args[last] = ocp.ArrayRestoreArgs(
-        sharding=destination.sharding(name), dtype=destination.cast(name, source.dtype)
+      sharding=destination.sharding(name), dtype=destination.cast(name, source.dtype)
     )
   tree = ocp.PyTreeCheckpointHandler(use_ocdbt=True).restore(
-      folder,
-      args=ocp.args.PyTreeRestore(
-          item=item, restore_args=restore_args, partial_restore=True
-      ),
+    folder,
+    args=ocp.args.PyTreeRestore(
+      item=item, restore_args=restore_args, partial_restore=True
+    ),
   )
   read = {}
   for name, source in sources.items():
@@ -213,14 +212,14 @@ def _read_once(
     for key in source.name:
       value = value[key]
     # Python scalars come back as such.
-    read[name] = value if isinstance(value, jax.Array) else destination.place(
-        name, value
+    read[name] = (
+      value if isinstance(value, jax.Array) else destination.place(name, value)
     )
   return read
 
 
 def read_arrays(
-    folder: epath.Path, sources: Mapping[str, SavedArray], destination: Destination
+  folder: epath.Path, sources: Mapping[str, SavedArray], destination: Destination
 ) -> dict[str, jax.Array]:
   """Reads arrays from a checkpoint.
 
@@ -252,9 +251,7 @@ def read_arrays(
   return read
 
 
-def assemble(
-    destination: Destination, values: Mapping[str, Any]
-) -> dict[str, Any]:
+def assemble(destination: Destination, values: Mapping[str, Any]) -> dict[str, Any]:
   """Puts values into the nested dict of the train state, empty nodes included.
 
   Args:
@@ -274,10 +271,10 @@ def assemble(
 
 
 def read_state(
-    folder: epath.Path,
-    destination: Destination,
-    transformations: Sequence[Any] = (),
-    fallback_state: Mapping[str, Any] | None = None,
+  folder: epath.Path,
+  destination: Destination,
+  transformations: Sequence[Any] = (),
+  fallback_state: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Reads a train state.
 
@@ -300,9 +297,9 @@ def read_state(
   for transform in transformations:
     tree = transform(tree, destination.state_dict)
   available = {
-      name: leaf
-      for name, leaf in state_utils.flatten_state_dict(tree).items()
-      if leaf is not None
+    name: leaf
+    for name, leaf in state_utils.flatten_state_dict(tree).items()
+    if leaf is not None
   }
   fallback = None
   if fallback_state is not None:

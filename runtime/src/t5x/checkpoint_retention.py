@@ -35,7 +35,7 @@ class RetentionRules:
         raise ValueError(f'{name} is {value}; it must be at least 1, or None.')
     if self.metric_mode not in ('max', 'min'):
       raise ValueError(
-          f"metric_mode is '{self.metric_mode}'; it must be 'max' or 'min'."
+        f"metric_mode is '{self.metric_mode}'; it must be 'max' or 'min'."
       )
 
 
@@ -43,28 +43,28 @@ def _too_old(directory: str, rules: RetentionRules) -> list[int]:
   """Steps whose checkpoints are to be removed."""
   steps = checkpoints_utils.all_steps(directory)
   pinned = [
-      step
-      for step in steps
-      if checkpoint_utils.is_pinned_checkpoint(
-          checkpoints_utils.get_checkpoint_dir(directory, step)
-      )
+    step
+    for step in steps
+    if checkpoint_utils.is_pinned_checkpoint(
+      checkpoints_utils.get_checkpoint_dir(directory, step)
+    )
   ]
   if rules.metric_name is None:
     return save_schedule.steps_to_remove(
-        steps,
-        keep=rules.keep,
-        force_keep_period=rules.force_keep_period,
-        pinned=pinned,
+      steps,
+      keep=rules.keep,
+      force_keep_period=rules.force_keep_period,
+      pinned=pinned,
     )
   metrics = best_metrics.populate_metrics_for_steps(directory, rules.metric_name, steps)
   return save_schedule.steps_to_remove_by_metric(
-      steps,
-      metrics,
-      keep=rules.keep,
-      mode=rules.metric_mode,
-      keep_without_metrics=rules.keep_without_metrics,
-      force_keep_period=rules.force_keep_period,
-      pinned=pinned,
+    steps,
+    metrics,
+    keep=rules.keep,
+    mode=rules.metric_mode,
+    keep_without_metrics=rules.keep_without_metrics,
+    force_keep_period=rules.force_keep_period,
+    pinned=pinned,
   )
 
 
@@ -81,13 +81,13 @@ def remove_old_checkpoints(directory: os.PathLike | str, rules: RetentionRules):
   directory = os.fspath(directory)
   for step in _too_old(directory, rules):
     checkpoint_utils.remove_checkpoint_dir(
-        checkpoints_utils.get_checkpoint_dir(directory, step)
+      checkpoints_utils.get_checkpoint_dir(directory, step)
     )
   if rules.keep_dataset_checkpoints is None:
     return
   positions = checkpoints_utils.all_dataset_checkpoint_steps(directory)
   for step in positions[: -rules.keep_dataset_checkpoints]:
     checkpoint_utils.remove_dataset_checkpoint(
-        checkpoints_utils.get_checkpoint_dir(directory, step),
-        checkpoints_utils.DATASET_FILE_PREFIX,
+      checkpoints_utils.get_checkpoint_dir(directory, step),
+      checkpoints_utils.DATASET_FILE_PREFIX,
     )

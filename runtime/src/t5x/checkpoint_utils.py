@@ -101,14 +101,14 @@ def _classify(path: epath.Path) -> tuple[CheckpointTypes, str]:
       keys = msgpack.Unpacker(head).read_map_header()
     except (msgpack.exceptions.UnpackException, ValueError) as error:
       raise ValueError(
-          f"'{path}' is no checkpoint: it is neither an index of T5X's msgpack layout "
-          f'nor one of TensorFlow ({error}).'
+        f"'{path}' is no checkpoint: it is neither an index of T5X's msgpack layout "
+        f'nor one of TensorFlow ({error}).'
       ) from error
   return CheckpointTypes.T5X, f'it is a msgpack map of {keys} entries'
 
 
 def detect_checkpoint_type(
-    checkpoint_path: epath.PathLike, expected: CheckpointTypes | None = None
+  checkpoint_path: epath.PathLike, expected: CheckpointTypes | None = None
 ) -> CheckpointTypes:
   """Tells the layout of a checkpoint from its index.
 
@@ -126,8 +126,11 @@ def detect_checkpoint_type(
   found, reason = _classify(epath.Path(checkpoint_path))
   if expected not in (None, found):
     logging.warning(
-        '%s is a %s checkpoint (%s); a %s one was expected.',
-        checkpoint_path, found.value, reason, expected.value,
+      '%s is a %s checkpoint (%s); a %s one was expected.',
+      checkpoint_path,
+      found.value,
+      reason,
+      expected.value,
     )
   return found
 
@@ -155,8 +158,8 @@ def leftovers(checkpoints_dir: epath.PathLike) -> list[Any]:
     return []
   prefix = checkpoints_utils.get_checkpoint_prefix() + '_'
   return [
-      folder
-      for folder in root.iterdir()
-      if folder.name.startswith(DELETING_PREFIX + prefix)
-      or (folder.name.startswith(prefix) and '.orbax-checkpoint-tmp' in folder.name)
+    folder
+    for folder in root.iterdir()
+    if folder.name.startswith(DELETING_PREFIX + prefix)
+    or (folder.name.startswith(prefix) and '.orbax-checkpoint-tmp' in folder.name)
   ]

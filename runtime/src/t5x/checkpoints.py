@@ -18,63 +18,61 @@ from t5x.checkpoint_formats import find_checkpoint, load_t5x_checkpoint
 from t5x.checkpoint_manager import CheckpointSaveError, OrbaxCheckpointManagerInterface
 from t5x.checkpoint_reading import DamagedCheckpointError
 from t5x.checkpoints_utils import (
-    all_dataset_checkpoint_steps,
-    all_steps,
-    get_checkpoint_dir,
-    get_checkpoint_prefix,
-    get_step_from_checkpoint_dir,
-    latest_step,
+  all_dataset_checkpoint_steps,
+  all_steps,
+  get_checkpoint_dir,
+  get_checkpoint_prefix,
+  get_step_from_checkpoint_dir,
+  latest_step,
 )
 from t5x.dataset_checkpoint import (
-    DataPositionError,
-    DatasetArgs,
-    DatasetCheckpointHandler,
+  DataPositionError,
+  DatasetArgs,
+  DatasetCheckpointHandler,
 )
 from t5x.lazy_arrays import LazyArray, LazyAwaitableArray, LazyThreadPoolArray
 
 __all__ = [
-    'CheckpointManagerConstructor',
-    'CheckpointSaveError',
-    'Checkpointer',
-    'CheckpointerConstructor',
-    'DamagedCheckpointError',
-    'DataPositionError',
-    'DatasetArgs',
-    'DatasetCheckpointHandler',
-    'LazyArray',
-    'LazyAwaitableArray',
-    'LazyThreadPoolArray',
-    'OrbaxCheckpointManagerInterface',
-    'RestoreStateTransformationFn',
-    'SaveBestCheckpointer',
-    'SaveStateTransformationFn',
-    'all_dataset_checkpoint_steps',
-    'all_steps',
-    'find_checkpoint',
-    'get_checkpoint_dir',
-    'get_checkpoint_prefix',
-    'get_local_data',
-    'get_step_from_checkpoint_dir',
-    'latest_step',
-    'load_t5x_checkpoint',
-    'populate_metrics_for_steps',
+  'CheckpointManagerConstructor',
+  'CheckpointSaveError',
+  'Checkpointer',
+  'CheckpointerConstructor',
+  'DamagedCheckpointError',
+  'DataPositionError',
+  'DatasetArgs',
+  'DatasetCheckpointHandler',
+  'LazyArray',
+  'LazyAwaitableArray',
+  'LazyThreadPoolArray',
+  'OrbaxCheckpointManagerInterface',
+  'RestoreStateTransformationFn',
+  'SaveBestCheckpointer',
+  'SaveStateTransformationFn',
+  'all_dataset_checkpoint_steps',
+  'all_steps',
+  'find_checkpoint',
+  'get_checkpoint_dir',
+  'get_checkpoint_prefix',
+  'get_local_data',
+  'get_step_from_checkpoint_dir',
+  'latest_step',
+  'load_t5x_checkpoint',
+  'populate_metrics_for_steps',
 ]
 
 
 class SaveStateTransformationFn(Protocol):
   """Changes a state before it is saved."""
 
-  def __call__(self, state_dict: Any, parameter_infos: Any) -> tuple[Any, Any]:
-    ...
+  def __call__(self, state_dict: Any, parameter_infos: Any) -> tuple[Any, Any]: ...
 
 
 class RestoreStateTransformationFn(Protocol):
   """Gives a saved state under the names of the present model."""
 
   def __call__(
-      self, state_dict: Any, target_state_dict: Any, *, is_resuming: bool = False
-  ) -> Any:
-    ...
+    self, state_dict: Any, target_state_dict: Any, *, is_resuming: bool = False
+  ) -> Any: ...
 
 
 def get_local_data(x: Any) -> Any:
@@ -91,16 +89,16 @@ class Checkpointer:
   """
 
   def __init__(
-      self,
-      train_state: Any,
-      partitioner: Any,
-      checkpoints_dir: str,
-      dataset_iterator: Any = None,
-      *,
-      keep: int | None = None,
-      save_dtype: Any = np.float32,
-      restore_dtype: Any = None,
-      keep_dataset_checkpoints: int | None = None,
+    self,
+    train_state: Any,
+    partitioner: Any,
+    checkpoints_dir: str,
+    dataset_iterator: Any = None,
+    *,
+    keep: int | None = None,
+    save_dtype: Any = np.float32,
+    restore_dtype: Any = None,
+    keep_dataset_checkpoints: int | None = None,
   ):
     """Prepares a folder; nothing is written until `save`.
 
@@ -119,10 +117,10 @@ class Checkpointer:
     self.restore_dtype = restore_dtype
     self.keep_dataset_checkpoints = keep_dataset_checkpoints
     self._arguments = dict(
-        train_state=train_state,
-        partitioner=partitioner,
-        dataset_iterator=dataset_iterator,
-        save_dtype=save_dtype,
+      train_state=train_state,
+      partitioner=partitioner,
+      dataset_iterator=dataset_iterator,
+      save_dtype=save_dtype,
     )
 
   def manager_options(self) -> dict[str, Any]:
@@ -131,13 +129,13 @@ class Checkpointer:
 
   def _manager(self) -> OrbaxCheckpointManagerInterface:
     return OrbaxCheckpointManagerInterface(
-        self.checkpoints_dir,
-        period=None,
-        keep=self.keep,
-        restore_dtype=self.restore_dtype,
-        keep_dataset_checkpoints=self.keep_dataset_checkpoints,
-        **self._arguments,
-        **self.manager_options(),
+      self.checkpoints_dir,
+      period=None,
+      keep=self.keep,
+      restore_dtype=self.restore_dtype,
+      keep_dataset_checkpoints=self.keep_dataset_checkpoints,
+      **self._arguments,
+      **self.manager_options(),
     )
 
   def all_steps(self) -> Sequence[int]:
@@ -153,11 +151,11 @@ class Checkpointer:
     return checkpoints_utils.latest_step(self.checkpoints_dir)
 
   def save(
-      self,
-      train_state: Any,
-      state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
-      *,
-      concurrent_gb: int = 128,
+    self,
+    train_state: Any,
+    state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
+    *,
+    concurrent_gb: int = 128,
   ):
     """Saves a checkpoint and waits until it is whole.
 
@@ -175,31 +173,31 @@ class Checkpointer:
     manager.close()
 
   def restore(
-      self,
-      step: int | None = None,
-      path: str | None = None,
-      state_transformation_fns: Sequence[RestoreStateTransformationFn] = (),
-      fallback_state: Mapping[str, Any] | None = None,
-      lazy_parameters: bool = False,
+    self,
+    step: int | None = None,
+    path: str | None = None,
+    state_transformation_fns: Sequence[RestoreStateTransformationFn] = (),
+    fallback_state: Mapping[str, Any] | None = None,
+    lazy_parameters: bool = False,
   ) -> Any:
     """Restores a train state; see `OrbaxCheckpointManagerInterface.restore`."""
     return self._manager().restore(
-        step, path, fallback_state, state_transformation_fns, lazy_parameters
+      step, path, fallback_state, state_transformation_fns, lazy_parameters
     )
 
   def restore_from_tf_checkpoint(
-      self, path_or_dir: str, strict: bool = True, translator: Any = None
+    self, path_or_dir: str, strict: bool = True, translator: Any = None
   ) -> Any:
     """See `OrbaxCheckpointManagerInterface.restore_from_tf_checkpoint`."""
     return self._manager().restore_from_tf_checkpoint(path_or_dir, strict, translator)
 
   def convert_from_tf_checkpoint(
-      self,
-      path_or_dir: str,
-      *,
-      state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
-      concurrent_gb: int = 16,
-      translator: Any = None,
+    self,
+    path_or_dir: str,
+    *,
+    state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
+    concurrent_gb: int = 16,
+    translator: Any = None,
   ):
     """Saves a T5 of Mesh TensorFlow as a checkpoint in the folder.
 
@@ -222,20 +220,20 @@ class SaveBestCheckpointer(Checkpointer):
   """
 
   def __init__(
-      self,
-      train_state: Any,
-      partitioner: Any,
-      checkpoints_dir: str,
-      dataset_iterator: Any = None,
-      *,
-      keep: int | None = None,
-      save_dtype: Any = np.float32,
-      restore_dtype: Any = None,
-      metric_name_to_monitor: str = 'train/accuracy',
-      metric_mode: str = 'max',
-      keep_checkpoints_without_metrics: bool = True,
-      force_keep_period: int | None = None,
-      keep_dataset_checkpoints: int | None = None,
+    self,
+    train_state: Any,
+    partitioner: Any,
+    checkpoints_dir: str,
+    dataset_iterator: Any = None,
+    *,
+    keep: int | None = None,
+    save_dtype: Any = np.float32,
+    restore_dtype: Any = None,
+    metric_name_to_monitor: str = 'train/accuracy',
+    metric_mode: str = 'max',
+    keep_checkpoints_without_metrics: bool = True,
+    force_keep_period: int | None = None,
+    keep_dataset_checkpoints: int | None = None,
   ):
     """Prepares a folder; see `Checkpointer` for the arguments not listed.
 
@@ -257,22 +255,22 @@ class SaveBestCheckpointer(Checkpointer):
       ValueError: metric_mode is neither.
     """
     super().__init__(
-        train_state,
-        partitioner,
-        checkpoints_dir,
-        dataset_iterator,
-        keep=keep,
-        save_dtype=save_dtype,
-        restore_dtype=restore_dtype,
-        keep_dataset_checkpoints=keep_dataset_checkpoints,
+      train_state,
+      partitioner,
+      checkpoints_dir,
+      dataset_iterator,
+      keep=keep,
+      save_dtype=save_dtype,
+      restore_dtype=restore_dtype,
+      keep_dataset_checkpoints=keep_dataset_checkpoints,
     )
     if metric_mode not in ('max', 'min'):
       raise ValueError(f"metric_mode is '{metric_mode}'; it must be 'max' or 'min'.")
     self._ranking = dict(
-        metric_name_to_monitor=metric_name_to_monitor,
-        metric_mode=metric_mode,
-        keep_checkpoints_without_metrics=keep_checkpoints_without_metrics,
-        force_keep_period=force_keep_period,
+      metric_name_to_monitor=metric_name_to_monitor,
+      metric_mode=metric_mode,
+      keep_checkpoints_without_metrics=keep_checkpoints_without_metrics,
+      force_keep_period=force_keep_period,
     )
 
   def manager_options(self) -> dict[str, Any]:
@@ -284,18 +282,17 @@ class CheckpointerConstructor(Protocol):
   """What builds a `Checkpointer`."""
 
   def __call__(
-      self,
-      train_state: Any,
-      partitioner: Any,
-      checkpoints_dir: str,
-      dataset_iterator: Any = None,
-      *,
-      keep: int | None = None,
-      save_dtype: Any = np.float32,
-      restore_dtype: Any = None,
-      keep_dataset_checkpoints: int | None = None,
-  ) -> Checkpointer:
-    ...
+    self,
+    train_state: Any,
+    partitioner: Any,
+    checkpoints_dir: str,
+    dataset_iterator: Any = None,
+    *,
+    keep: int | None = None,
+    save_dtype: Any = np.float32,
+    restore_dtype: Any = None,
+    keep_dataset_checkpoints: int | None = None,
+  ) -> Checkpointer: ...
 
 
 @gin.configurable(module='t5x.checkpoints')
@@ -303,23 +300,22 @@ class CheckpointManagerConstructor(Protocol):
   """What builds a checkpoint manager."""
 
   def __call__(
-      self,
-      directory: str,
-      train_state: Any,
-      partitioner: Any,
-      dataset_iterator: Any = None,
-      save_dtype: Any = None,
-      restore_dtype: Any = None,
-      keep: int | None = None,
-      period: int | None = None,
-      force_keep_period: int | None = None,
-      checkpoint_steps: Sequence[int] | None = None,
-  ) -> OrbaxCheckpointManagerInterface:
-    ...
+    self,
+    directory: str,
+    train_state: Any,
+    partitioner: Any,
+    dataset_iterator: Any = None,
+    save_dtype: Any = None,
+    restore_dtype: Any = None,
+    keep: int | None = None,
+    period: int | None = None,
+    force_keep_period: int | None = None,
+    checkpoint_steps: Sequence[int] | None = None,
+  ) -> OrbaxCheckpointManagerInterface: ...
 
 
 def manager_options_of(
-    checkpointer_cls: Callable[..., Any], **arguments: Any
+  checkpointer_cls: Callable[..., Any], **arguments: Any
 ) -> dict[str, Any]:
   """What a configured checkpointer class asks of an Orbax manager.
 
@@ -339,9 +335,9 @@ def manager_options_of(
   built = checkpointer_cls(**arguments)
   if not isinstance(built, Checkpointer):
     raise ValueError(
-        f'checkpointer_cls builds a {type(built).__name__}, which is no '
-        't5x.checkpoints.Checkpointer: its settings would be lost. Bind '
-        'SaveCheckpointConfig.checkpoint_manager_cls instead.'
+      f'checkpointer_cls builds a {type(built).__name__}, which is no '
+      't5x.checkpoints.Checkpointer: its settings would be lost. Bind '
+      'SaveCheckpointConfig.checkpoint_manager_cls instead.'
     )
   options = built.manager_options()
   for name in ('keep', 'keep_dataset_checkpoints'):

@@ -71,7 +71,7 @@ def all_steps(checkpoints_dir: epath.PathLike) -> Sequence[int]:
     return []
   found = ((_step_of(folder.name), folder) for folder in root.iterdir())
   return sorted(
-      step for step, folder in found if step is not None and _is_committed(folder)
+    step for step, folder in found if step is not None and _is_committed(folder)
   )
 
 
@@ -89,8 +89,11 @@ def all_dataset_checkpoint_steps(checkpoints_dir: epath.PathLike) -> Sequence[in
     folder = epath.Path(get_checkpoint_dir(checkpoints_dir, step))
     # Beside the arrays in the previous layout; under `dataset/` in Orbax's, one
     # folder deeper where several processes wrote.
-    patterns = (f'{DATASET_FILE_PREFIX}-*', f'dataset/{DATASET_FILE_PREFIX}-*',
-                f'dataset/process_*/{DATASET_FILE_PREFIX}-*')
+    patterns = (
+      f'{DATASET_FILE_PREFIX}-*',
+      f'dataset/{DATASET_FILE_PREFIX}-*',
+      f'dataset/process_*/{DATASET_FILE_PREFIX}-*',
+    )
     if any(any(folder.glob(pattern)) for pattern in patterns):
       with_position.append(step)
   return with_position
@@ -102,9 +105,9 @@ def latest_step(checkpoints_dir: epath.PathLike) -> int | None:
 
 
 def get_checkpoint_dir(
-    checkpoints_dir: epath.PathLike,
-    step: int,
-    step_format_fixed_length: int | None = None,
+  checkpoints_dir: epath.PathLike,
+  step: int,
+  step_format_fixed_length: int | None = None,
 ) -> epath.PathLike:
   """The folder of a step's checkpoint.
 
@@ -136,7 +139,7 @@ def get_step_from_checkpoint_dir(checkpoints_dir: str) -> tuple[str, int]:
   step = _step_of(name)
   if step is None:
     raise ValueError(
-        f"'{checkpoints_dir}' is no checkpoint: its name must be "
-        f"'{get_checkpoint_prefix()}_<step>'."
+      f"'{checkpoints_dir}' is no checkpoint: its name must be "
+      f"'{get_checkpoint_prefix()}_<step>'."
     )
   return parent, step

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # Fields that configure AirIO pipelines, with the values that ask for nothing.
 _AIRIO_FIELDS = {
-    'runtime_preprocessors': (None, ()),
-    'num_prefetch_threads': (None,),
-    'num_workers': (None, 0),
+  'runtime_preprocessors': (None, ()),
+  'num_prefetch_threads': (None,),
+  'num_workers': (None, 0),
 }
 
 
@@ -80,13 +80,13 @@ class DatasetConfig:
     for field, unset in _AIRIO_FIELDS.items():
       if getattr(self, field) not in unset:
         raise ValueError(
-            f'DatasetConfig.{field} is {getattr(self, field)!r}, but it steers AirIO '
-            f'pipelines only and this runtime reads seqio. Leave it at {unset[0]!r}.'
+          f'DatasetConfig.{field} is {getattr(self, field)!r}, but it steers AirIO '
+          f'pipelines only and this runtime reads seqio. Leave it at {unset[0]!r}.'
         )
     # Unset macros arrive here as None or as gin.REQUIRED; those raise elsewhere.
     if isinstance(self.batch_size, int) and self.batch_size <= 0:
       raise ValueError(
-          f'DatasetConfig.batch_size is {self.batch_size}; it must be at least 1.'
+        f'DatasetConfig.batch_size is {self.batch_size}; it must be at least 1.'
       )
 
 
@@ -94,46 +94,43 @@ class GetDatasetCallable(Protocol):
   """What `train` takes as `get_dataset_fn`."""
 
   def __call__(
-      self,
-      cfg: DatasetConfig,
-      shard_id: int,
-      num_shards: int,
-      feature_converter_cls: Callable[..., seqio.FeatureConverter],
-      num_epochs: int | None = None,
-      continue_from_last_checkpoint: bool = True,
-  ) -> Any:
-    ...
+    self,
+    cfg: DatasetConfig,
+    shard_id: int,
+    num_shards: int,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+    num_epochs: int | None = None,
+    continue_from_last_checkpoint: bool = True,
+  ) -> Any: ...
 
 
 class GetEvalDatasetCallable(Protocol):
   """What `train` takes as `train_eval_get_dataset_fn`."""
 
   def __call__(
-      self,
-      cfg: DatasetConfig,
-      shard_id: int,
-      num_shards: int,
-      eval_steps: int,
-      feature_converter_cls: Callable[..., seqio.FeatureConverter],
-  ) -> Mapping[str, Any]:
-    ...
+    self,
+    cfg: DatasetConfig,
+    shard_id: int,
+    num_shards: int,
+    eval_steps: int,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  ) -> Mapping[str, Any]: ...
 
 
 class EvaluatorConstructor(Protocol):
   """What builds a `seqio.Evaluator` from the runtime's call."""
 
   def __call__(
-      self,
-      mixture_or_task_name: str,
-      feature_converter: seqio.FeatureConverter,
-      eval_split: str,
-      use_cached: bool,
-      seed: int | None,
-      sequence_length: Mapping[str, int] | None,
-      log_dir: str | None,
-      use_memory_cache: bool,
-  ) -> seqio.Evaluator:
-    ...
+    self,
+    mixture_or_task_name: str,
+    feature_converter: seqio.FeatureConverter,
+    eval_split: str,
+    use_cached: bool,
+    seed: int | None,
+    sequence_length: Mapping[str, int] | None,
+    log_dir: str | None,
+    use_memory_cache: bool,
+  ) -> seqio.Evaluator: ...
 
 
 def import_module(module: str):
@@ -152,9 +149,9 @@ def import_module(module: str):
     if 'after the config was locked' not in str(error):
       raise
     raise RuntimeError(
-        f'{module} defines gin configurables, and gin has already read its files. '
-        f'Write "import {module}" into the gin file instead of binding it to '
-        'MIXTURE_OR_TASK_MODULE.'
+      f'{module} defines gin configurables, and gin has already read its files. '
+      f'Write "import {module}" into the gin file instead of binding it to '
+      'MIXTURE_OR_TASK_MODULE.'
     ) from error
 
 
@@ -185,10 +182,10 @@ def find_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
   if cfg.module:
     warnings.warn(
-        'MIXTURE_OR_TASK_MODULE and DatasetConfig.module are deprecated: import '
-        f'{cfg.module} in the gin file.',
-        DeprecationWarning,
-        stacklevel=2,
+      'MIXTURE_OR_TASK_MODULE and DatasetConfig.module are deprecated: import '
+      f'{cfg.module} in the gin file.',
+      DeprecationWarning,
+      stacklevel=2,
     )
     import_module(cfg.module)
   name = cfg.mixture_or_task_name
@@ -196,14 +193,14 @@ def find_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
     return name
   if not isinstance(name, str):
     raise ValueError(
-        f'mixture_or_task_name is a {type(name).__name__}; it must be the name of a '
-        'seqio task or mixture, or such an object.'
+      f'mixture_or_task_name is a {type(name).__name__}; it must be the name of a '
+      'seqio task or mixture, or such an object.'
     )
   known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if name not in known:
     raise ValueError(
-        f"No task or mixture is called '{name}'. {_nearest(name, known)}. Import the "
-        'module that registers it in the gin file, or mend the name.'
+      f"No task or mixture is called '{name}'. {_nearest(name, known)}. Import the "
+      'module that registers it in the gin file, or mend the name.'
     )
   return seqio.get_mixture_or_task(name)
 
@@ -218,35 +215,35 @@ def _has_split(provider: seqio.Task | seqio.Mixture, split: str) -> bool:
 
 
 def _check_lengths(
-    provider: seqio.Task | seqio.Mixture,
-    lengths: Mapping[str, int] | None,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  provider: seqio.Task | seqio.Mixture,
+  lengths: Mapping[str, int] | None,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
 ):
   """Raises where `task_feature_lengths` names what nobody knows, or is no length."""
   if lengths is None:
     raise ValueError(
-        f"task_feature_lengths is None; batches of '{provider.name}' need a length a "
-        "feature, for instance {'inputs': 512, 'targets': 512}."
+      f"task_feature_lengths is None; batches of '{provider.name}' need a length a "
+      "feature, for instance {'inputs': 512, 'targets': 512}."
     )
   model_side = getattr(feature_converter_cls, 'TASK_FEATURES', ())
   known = {*provider.output_features, *model_side}
   for key, length in lengths.items():
     if key not in known:
       raise ValueError(
-          f"task_feature_lengths has '{key}', no feature of '{provider.name}'. "
-          f'{_nearest(key, sorted(known))}.'
+        f"task_feature_lengths has '{key}', no feature of '{provider.name}'. "
+        f'{_nearest(key, sorted(known))}.'
       )
     if not isinstance(length, int | np.integer) or length <= 0:
       raise ValueError(
-          f"task_feature_lengths['{key}'] is {length!r}; it must be a whole number of "
-          'tokens above 0.'
+        f"task_feature_lengths['{key}'] is {length!r}; it must be a whole number of "
+        'tokens above 0.'
       )
 
 
 def check_dataset_config(
-    cfg: DatasetConfig,
-    num_shards: int,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  cfg: DatasetConfig,
+  num_shards: int,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
 ) -> seqio.Task | seqio.Mixture:
   """Checks a config before anything is read.
 
@@ -265,13 +262,13 @@ def check_dataset_config(
   provider = find_provider(cfg)
   if cfg.batch_size % num_shards:
     raise ValueError(
-        f'Batch size {cfg.batch_size} cannot be cut into {num_shards} equal shards of '
-        f'data; take a multiple of {num_shards}.'
+      f'Batch size {cfg.batch_size} cannot be cut into {num_shards} equal shards of '
+      f'data; take a multiple of {num_shards}.'
     )
   if not _has_split(provider, cfg.split):
     raise ValueError(
-        f"'{provider.name}' has no split '{cfg.split}'; it has "
-        f'{", ".join(sorted(provider.splits))}.'
+      f"'{provider.name}' has no split '{cfg.split}'; it has "
+      f'{", ".join(sorted(provider.splits))}.'
     )
   _check_lengths(provider, cfg.task_feature_lengths, feature_converter_cls)
   return provider
@@ -286,12 +283,12 @@ def _shared_random_seed() -> int:
 
 
 def get_dataset(
-    cfg: DatasetConfig,
-    shard_id: int,
-    num_shards: int,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
-    num_epochs: int | None = None,
-    continue_from_last_checkpoint: bool = False,
+  cfg: DatasetConfig,
+  shard_id: int,
+  num_shards: int,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  num_epochs: int | None = None,
+  continue_from_last_checkpoint: bool = False,
 ) -> tf.data.Dataset:
   """Builds this host's dataset.
 
@@ -313,28 +310,28 @@ def get_dataset(
   """
   if continue_from_last_checkpoint:
     raise ValueError(
-        'continue_from_last_checkpoint=True: get_dataset builds a pipeline from its '
-        'start. Set CheckpointConfig.save.save_dataset = True to go on where the '
-        'checkpoint stopped.'
+      'continue_from_last_checkpoint=True: get_dataset builds a pipeline from its '
+      'start. Set CheckpointConfig.save.save_dataset = True to go on where the '
+      'checkpoint stopped.'
     )
   import seqio
 
   check_dataset_config(cfg, num_shards, feature_converter_cls)
   return get_dataset_inner(
-      cfg,
-      seqio.ShardInfo(index=shard_id, num_shards=num_shards),
-      feature_converter_cls,
-      _shared_random_seed() if cfg.seed is None else cfg.seed,
-      num_epochs,
+    cfg,
+    seqio.ShardInfo(index=shard_id, num_shards=num_shards),
+    feature_converter_cls,
+    _shared_random_seed() if cfg.seed is None else cfg.seed,
+    num_epochs,
   )
 
 
 def get_dataset_inner(
-    cfg: DatasetConfig,
-    shard_info: seqio.ShardInfo,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
-    seed: int | None = None,
-    num_epochs: int | None = None,
+  cfg: DatasetConfig,
+  shard_info: seqio.ShardInfo,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  seed: int | None = None,
+  num_epochs: int | None = None,
 ) -> tf.data.Dataset:
   """Builds a dataset for one shard from a seed; see `get_dataset`.
 
@@ -356,49 +353,52 @@ def get_dataset_inner(
   provider = find_provider(cfg)
   if seed is not None and jax.process_count() > 1:
     multihost_utils.assert_equal(
-        np.asarray(seed), f'Hosts disagree on the data seed; this one has {seed}.'
+      np.asarray(seed), f'Hosts disagree on the data seed; this one has {seed}.'
     )
   per_shard = cfg.batch_size // shard_info.num_shards
   logging.info(
-      "Reading '%s' (%s): %d rows a batch on this host, seed %s.",
-      provider.name, cfg.split, per_shard, seed,
+    "Reading '%s' (%s): %d rows a batch on this host, seed %s.",
+    provider.name,
+    cfg.split,
+    per_shard,
+    seed,
   )
   try:
     return seqio.get_dataset(
-        mixture_or_task_name=provider,
-        task_feature_lengths=cfg.task_feature_lengths,
-        dataset_split=cfg.split,
-        shuffle=cfg.shuffle,
-        num_epochs=num_epochs,
-        feature_converter=feature_converter_cls(
-            pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
-        ),
-        shard_info=shard_info,
-        verbose=False,
-        use_cached=cfg.use_cached,
-        seed=seed,
-        trim_output_features=cfg.trim_output_features,
-        batch_size=per_shard,
+      mixture_or_task_name=provider,
+      task_feature_lengths=cfg.task_feature_lengths,
+      dataset_split=cfg.split,
+      shuffle=cfg.shuffle,
+      num_epochs=num_epochs,
+      feature_converter=feature_converter_cls(
+        pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
+      ),
+      shard_info=shard_info,
+      verbose=False,
+      use_cached=cfg.use_cached,
+      seed=seed,
+      trim_output_features=cfg.trim_output_features,
+      batch_size=per_shard,
     )
   except KeyError as error:
     missing = error.args[0] if error.args else None
     if missing not in provider.output_features:
       raise
     raise ValueError(
-        f"task_feature_lengths lacks '{missing}', a feature of '{provider.name}'. Got "
-        f'lengths for {sorted(cfg.task_feature_lengths)}.'
+      f"task_feature_lengths lacks '{missing}', a feature of '{provider.name}'. Got "
+      f'lengths for {sorted(cfg.task_feature_lengths)}.'
     ) from error
 
 
 def get_training_eval_datasets(
-    cfg: DatasetConfig,
-    shard_id: int,
-    num_shards: int,
-    eval_steps: int,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
-    deterministic: bool = False,
-    model_dir: str | None = None,
-    start_step: int = 0,
+  cfg: DatasetConfig,
+  shard_id: int,
+  num_shards: int,
+  eval_steps: int,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  deterministic: bool = False,
+  model_dir: str | None = None,
+  start_step: int = 0,
 ) -> Mapping[str, tf.data.Dataset]:
   """Builds the datasets that are evaluated with teacher forcing.
 
@@ -423,7 +423,7 @@ def get_training_eval_datasets(
   """
   if deterministic:
     raise ValueError(
-        'deterministic=True needs a reader that was never published; leave it False.'
+      'deterministic=True needs a reader that was never published; leave it False.'
     )
   del model_dir, start_step
   import seqio
@@ -431,8 +431,8 @@ def get_training_eval_datasets(
   provider = find_provider(cfg)
   if cfg.batch_size % num_shards:
     raise ValueError(
-        f'Evaluation batch size {cfg.batch_size} cannot be cut into {num_shards} equal '
-        f'shards of data; take a multiple of {num_shards}.'
+      f'Evaluation batch size {cfg.batch_size} cannot be cut into {num_shards} equal '
+      f'shards of data; take a multiple of {num_shards}.'
     )
   sources = list(seqio.get_subtasks(provider))
   if isinstance(provider, seqio.Mixture):
@@ -444,29 +444,29 @@ def get_training_eval_datasets(
       logging.info("'%s' has no split '%s': not evaluated.", source.name, cfg.split)
       continue
     datasets[source.name] = _eval_batches(
-        dataclasses.replace(cfg, mixture_or_task_name=source, module=None),
-        seqio.ShardInfo(shard_id, num_shards),
-        eval_steps,
-        feature_converter_cls,
+      dataclasses.replace(cfg, mixture_or_task_name=source, module=None),
+      seqio.ShardInfo(shard_id, num_shards),
+      eval_steps,
+      feature_converter_cls,
     )
   return datasets
 
 
 def _eval_batches(
-    cfg: DatasetConfig,
-    shard_info: seqio.ShardInfo,
-    eval_steps: int,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  cfg: DatasetConfig,
+  shard_info: seqio.ShardInfo,
+  eval_steps: int,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
 ) -> tf.data.Dataset:
   """This host's share of `eval_steps` batches of one task or mixture."""
   rows = get_dataset(
-      # One row at a time: rows are dealt to the hosts below.
-      dataclasses.replace(cfg, batch_size=1),
-      shard_id=0,
-      num_shards=1,
-      feature_converter_cls=feature_converter_cls,
-      # Finite, or a task whose examples are all filtered out would spin forever.
-      num_epochs=eval_steps * cfg.batch_size,
+    # One row at a time: rows are dealt to the hosts below.
+    dataclasses.replace(cfg, batch_size=1),
+    shard_id=0,
+    num_shards=1,
+    feature_converter_cls=feature_converter_cls,
+    # Finite, or a task whose examples are all filtered out would spin forever.
+    num_epochs=eval_steps * cfg.batch_size,
   )
   rows = rows.unbatch().repeat().shard(shard_info.num_shards, shard_info.index)
   batches = rows.batch(cfg.batch_size // shard_info.num_shards, drop_remainder=True)

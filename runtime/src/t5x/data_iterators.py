@@ -45,7 +45,7 @@ def shard_batch(batch: Any, partitioner: Any, global_shapes: Any) -> Any:
     ValueError: the rows do not spread evenly over the devices.
   """
   sharding = jax.sharding.NamedSharding(
-      partitioner.mesh, partitioner.data_partition_spec
+    partitioner.mesh, partitioner.data_partition_spec
   )
 
   def place(rows, shape):
@@ -54,10 +54,10 @@ def shard_batch(batch: Any, partitioner: Any, global_shapes: Any) -> Any:
       return jax.make_array_from_process_local_data(sharding, np.asarray(rows), shape)
     except ValueError as error:
       raise ValueError(
-          f'A batch of shape {shape} cannot be laid over the mesh '
-          f'{dict(partitioner.mesh.shape)} by {partitioner.data_partition_spec}; this '
-          f'host has {len(rows)} rows. Take a batch size that is a multiple of the '
-          'data shards.'
+        f'A batch of shape {shape} cannot be laid over the mesh '
+        f'{dict(partitioner.mesh.shape)} by {partitioner.data_partition_spec}; this '
+        f'host has {len(rows)} rows. Take a batch size that is a multiple of the '
+        'data shards.'
       ) from error
 
   return jax.tree.map(place, batch, global_shapes)
@@ -192,9 +192,9 @@ class ResumableIterator(DatasetIterator):
         return
       if self._position_before is None:
         raise ValueError(
-            'A batch was looked at and the position before it was not kept, so the '
-            'position cannot be saved. Set CheckpointConfig.save.save_dataset = True '
-            'before the run, or take the batch first.'
+          'A batch was looked at and the position before it was not kept, so the '
+          'position cannot be saved. Set CheckpointConfig.save.save_dataset = True '
+          'before the run, or take the batch first.'
         )
       target = epath.Path(filename)
       for part in epath.Path(self._position_before.name).iterdir():
@@ -232,29 +232,29 @@ def check_position_can_be_saved(dataset: tf.data.Dataset, task_name: str | None 
     return  # Whoever built the pipeline decided that the state does not matter.
   try:
     tf.raw_ops.DatasetToGraphV2(
-        input_dataset=tf.data.experimental.to_variant(dataset),
-        external_state_policy=fail.value,
+      input_dataset=tf.data.experimental.to_variant(dataset),
+      external_state_policy=fail.value,
     )
   except tf.errors.FailedPreconditionError as error:
     culprit = re.search(r'(\w+) is stateful', error.message)
     which = f"task '{task_name}'" if task_name else 'the training task'
     raise ValueError(
-        f'save_dataset=True, but the position in the data of {which} cannot be saved: '
-        f'{culprit.group(0) if culprit else error.message}. A Python function (a '
-        'tokenizer, say) or an unseeded random operation in the pipeline does this. '
-        'Prepare or cache the task so that no such step is left, or set '
-        'utils.SaveCheckpointConfig.save_dataset = False: a resumed run then starts '
-        'its data anew.'
+      f'save_dataset=True, but the position in the data of {which} cannot be saved: '
+      f'{culprit.group(0) if culprit else error.message}. A Python function (a '
+      'tokenizer, say) or an unseeded random operation in the pipeline does this. '
+      'Prepare or cache the task so that no such step is left, or set '
+      'utils.SaveCheckpointConfig.save_dataset = False: a resumed run then starts '
+      'its data anew.'
     ) from error
 
 
 def prepare_train_iter(
-    train_iter: tf.data.Dataset | DatasetIterator,
-    *,
-    partitioner: Any,
-    checkpoint_cfg: Any,
-    data_layout: Any,
-    task_name: str | None = None,
+  train_iter: tf.data.Dataset | DatasetIterator,
+  *,
+  partitioner: Any,
+  checkpoint_cfg: Any,
+  data_layout: Any,
+  task_name: str | None = None,
 ) -> ResumableIterator:
   """Makes the training iterator of what `get_dataset_fn` returned.
 
@@ -290,27 +290,27 @@ def prepare_train_iter(
     train_iter = clu_iterators.TfDatasetIterator(train_iter, checkpoint=True)
   elif not isinstance(train_iter, DatasetIterator):
     raise ValueError(
-        f'get_dataset_fn returned a {type(train_iter).__name__}; it must return a '
-        'tf.data.Dataset or a clu.data.DatasetIterator.'
+      f'get_dataset_fn returned a {type(train_iter).__name__}; it must return a '
+      'tf.data.Dataset or a clu.data.DatasetIterator.'
     )
   for name, spec in train_iter.element_spec.items():
     rows = spec.shape[0] if spec.shape else None
     if rows is not None and rows * data_layout.num_shards != data_layout.batch_size:
       raise ValueError(
-          f"Feature '{name}' has {rows} rows on this host; {data_layout.num_shards} "
-          f'shards of data and a batch size of {data_layout.batch_size} ask for '
-          f'{data_layout.batch_size // data_layout.num_shards}.'
+        f"Feature '{name}' has {rows} rows on this host; {data_layout.num_shards} "
+        f'shards of data and a batch size of {data_layout.batch_size} ask for '
+        f'{data_layout.batch_size // data_layout.num_shards}.'
       )
   global_shapes = {
-      name: (data_layout.batch_size, *spec.shape[1:])
-      for name, spec in train_iter.element_spec.items()
+    name: (data_layout.batch_size, *spec.shape[1:])
+    for name, spec in train_iter.element_spec.items()
   }
   sharded = ShardedDatasetIterator(train_iter, partitioner, global_shapes)
   return ResumableIterator(sharded, saves_position=saves)
 
 
 def get_zeros_batch_like_spec(
-    batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Mapping[str, jnp.ndarray]:
   """A batch of zeros, to compile with.
 
@@ -324,7 +324,7 @@ def get_zeros_batch_like_spec(
 
 
 def get_zeros_batch_like_dataset(
-    dataset: Any, batch_size: int | None = None
+  dataset: Any, batch_size: int | None = None
 ) -> Mapping[str, jnp.ndarray]:
   """A batch of zeros shaped like a dataset's elements.
 

@@ -56,15 +56,15 @@ def _find(folder: epath.Path, filename: str) -> epath.Path:
   others = {f.name.split('.')[0] for p in places for f in p.glob(prefix + '-*')}
   if others:
     raise DataPositionError(
-        f"'{folder}' holds the positions {', '.join(sorted(others))}, not {filename}: "
-        'the run was started with another number of data shards. Resume it with as '
-        'many hosts as before, or set save_dataset and restore_dataset to False to '
-        'begin the data anew.'
+      f"'{folder}' holds the positions {', '.join(sorted(others))}, not {filename}: "
+      'the run was started with another number of data shards. Resume it with as '
+      'many hosts as before, or set save_dataset and restore_dataset to False to '
+      'begin the data anew.'
     )
   raise DataPositionError(
-      f"'{folder}' holds no position in the data: the checkpoint was saved without "
-      'save_dataset. Set save_dataset and restore_dataset to False to begin the data '
-      'anew.'
+    f"'{folder}' holds no position in the data: the checkpoint was saved without "
+    'save_dataset. Set save_dataset and restore_dataset to False to begin the data '
+    'anew.'
   )
 
 
@@ -106,9 +106,9 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
       if 'is stateful' not in str(error):
         raise
       raise DataPositionError(
-          f'The position in the data cannot be saved: {error}. Cache or prepare the '
-          'task so that nothing in Python runs while training, or set '
-          'utils.SaveCheckpointConfig.save_dataset = False.'
+        f'The position in the data cannot be saved: {error}. Cache or prepare the '
+        'task so that nothing in Python runs while training, or set '
+        'utils.SaveCheckpointConfig.save_dataset = False.'
       ) from error
 
   def restore(self, directory: epath.Path, args: 'DatasetArgs | None' = None) -> Any:
@@ -137,15 +137,15 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
       if type(error).__name__ == 'DataLossError':
         raise
       raise DataPositionError(
-          f"The position in '{stem}' does not fit the data pipeline: {error}. Task, "
-          'batch size, lengths, packing and preprocessors must be those it was saved '
-          'with; or set restore_dataset to False to begin the data anew.'
+        f"The position in '{stem}' does not fit the data pipeline: {error}. Task, "
+        'batch size, lengths, packing and preprocessors must be those it was saved '
+        'with; or set restore_dataset to False to begin the data anew.'
       ) from error
     return args.item
 
 
 @ocp.args.register_with_handler(
-    DatasetCheckpointHandler, for_save=True, for_restore=True
+  DatasetCheckpointHandler, for_save=True, for_restore=True
 )
 @dataclasses.dataclass
 class DatasetArgs(ocp.args.CheckpointArgs):

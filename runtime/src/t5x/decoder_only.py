@@ -111,9 +111,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     """
     name = 'decoder_input_tokens'
     tokens = jnp.ones(input_shapes[name], (input_types or {}).get(name, jnp.float32))
-    return flax_core.freeze(
-      self.module.init(rng, tokens, tokens, enable_dropout=False)
-    )
+    return flax_core.freeze(self.module.init(rng, tokens, tokens, enable_dropout=False))
 
   def _get_decoder_causal_attention(
     self, batch: base_model.Batch

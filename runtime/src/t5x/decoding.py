@@ -221,9 +221,7 @@ class _BeamSearch:
     )
     state = lax.while_loop(self.goes_on, self.step, state)
     any_closed = state.finished_flags.any(axis=1, keepdims=True)
-    sequences = jnp.where(
-      any_closed[:, :, None], state.finished_seqs, state.live_seqs
-    )
+    sequences = jnp.where(any_closed[:, :, None], state.finished_seqs, state.live_seqs)
     scores = jnp.where(any_closed, state.finished_scores, state.live_logprobs)
     return sequences[:, :, 1:], scores
 
@@ -326,6 +324,7 @@ class _BeamSearch:
       (sequences, closed_scores, closed),
     )
     finished = gather_topk_beams(pool, pool[1], batch, self.beam_size)
+
     # An example that is done keeps its result: it must not depend on how long
     # the others of its batch go on.
     def keep(old, new):

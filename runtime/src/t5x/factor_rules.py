@@ -35,12 +35,12 @@ HEURISTIC_RULE = HeuristicRule.token
 FactorRule = HeuristicRule | tuple[FactorDim, ...]
 
 _FACTOR_NAMES = {
-    'row': FactorDim.ROW,
-    'col': FactorDim.COLUMN,
-    'column': FactorDim.COLUMN,
-    'batch': FactorDim.BATCH,
-    'none': FactorDim.NONE,
-    'unfactorized': FactorDim.NONE,
+  'row': FactorDim.ROW,
+  'col': FactorDim.COLUMN,
+  'column': FactorDim.COLUMN,
+  'batch': FactorDim.BATCH,
+  'none': FactorDim.NONE,
+  'unfactorized': FactorDim.NONE,
 }
 
 
@@ -54,7 +54,7 @@ def factor_name_to_factordim(name: str | FactorDim | None) -> FactorDim | None:
     return name
   if name.lower() not in _FACTOR_NAMES:
     raise ValueError(
-        f'An axis is one of {", ".join(_FACTOR_NAMES)} to Adafactor. Got: {name!r}.'
+      f'An axis is one of {", ".join(_FACTOR_NAMES)} to Adafactor. Got: {name!r}.'
     )
   return _FACTOR_NAMES[name.lower()]
 
@@ -62,21 +62,21 @@ def factor_name_to_factordim(name: str | FactorDim | None) -> FactorDim | None:
 def standard_logical_factor_rules() -> flax.core.FrozenDict:
   """What the axes of T5X's standard models are."""
   kinds = {
-      FactorDim.ROW: ['embed'],
-      FactorDim.COLUMN: [
-          'vocab',
-          'mlp',
-          'heads',
-          'kv',
-          'joined_kv',
-          'q_wi_fused',
-          'o_wo_fused',
-          'multiquery_heads',
-          'kv_fused',
-          'mlp_activations',
-      ],
-      FactorDim.BATCH: ['layers', 'stack'],
-      FactorDim.NONE: ['relpos_buckets', 'layer_norm_scale'],
+    FactorDim.ROW: ['embed'],
+    FactorDim.COLUMN: [
+      'vocab',
+      'mlp',
+      'heads',
+      'kv',
+      'joined_kv',
+      'q_wi_fused',
+      'o_wo_fused',
+      'multiquery_heads',
+      'kv_fused',
+      'mlp_activations',
+    ],
+    FactorDim.BATCH: ['layers', 'stack'],
+    FactorDim.NONE: ['relpos_buckets', 'layer_norm_scale'],
   }
   return flax.core.freeze({axis: kind for kind, axes in kinds.items() for axis in axes})
 
@@ -92,7 +92,7 @@ class HParamMap:
       if pattern.search(key):
         return value
     raise KeyError(
-        f'No rule for the parameter {key!r}. A last rule of ".*" would catch the rest.'
+      f'No rule for the parameter {key!r}. A last rule of ".*" would catch the rest.'
     )
 
   def __call__(self, params: PyTree) -> PyTree:
@@ -100,7 +100,7 @@ class HParamMap:
     names = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(params))
     values = {path: self['/'.join(path)] for path in names}
     return flax.serialization.from_state_dict(
-        params, flax.traverse_util.unflatten_dict(values)
+      params, flax.traverse_util.unflatten_dict(values)
     )
 
 
@@ -118,7 +118,7 @@ class Layout:
 
 
 def _largest_two(
-    shape: Sequence[int], least: int
+  shape: Sequence[int], least: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
   """The next to largest axis as row, the largest as column; None if too small."""
   if len(shape) < 2:
@@ -128,7 +128,7 @@ def _largest_two(
 
 
 def layout_of(
-    rule: FactorRule | None, shape: Sequence[int], path: str, least: int
+  rule: FactorRule | None, shape: Sequence[int], path: str, least: int
 ) -> Layout:
   """Reads a rule.
 
@@ -148,15 +148,15 @@ def layout_of(
   if rule is HEURISTIC_RULE:
     if len(shape) > 2:
       raise ValueError(
-          f'Adafactor needs a rule for {path!r} of shape {tuple(shape)}: with more '
-          'than two axes their sizes do not tell rows from columns. Give '
-          'logical_factor_rules or factor_map.'
+        f'Adafactor needs a rule for {path!r} of shape {tuple(shape)}: with more '
+        'than two axes their sizes do not tell rows from columns. Give '
+        'logical_factor_rules or factor_map.'
       )
     return Layout(every_axis, _largest_two(shape, least))
   if len(rule) != len(shape):
     raise ValueError(
-        f'The rule {rule} for {path!r} has {len(rule)} axes, the parameter '
-        f'{len(shape)}: {tuple(shape)}.'
+      f'The rule {rule} for {path!r} has {len(rule)} axes, the parameter '
+      f'{len(shape)}: {tuple(shape)}.'
     )
 
   def axes_that_are(kind):
@@ -172,7 +172,7 @@ def layout_of(
 
 
 def rule_of_axes(
-    path: str, axes: Sequence[str], rules: Mapping[str, FactorDim | str]
+  path: str, axes: Sequence[str], rules: Mapping[str, FactorDim | str]
 ) -> tuple[FactorDim, ...]:
   """Makes the rule of a parameter from the names of its axes.
 
@@ -184,16 +184,16 @@ def rule_of_axes(
   unknown = [axis for axis in axes if axis not in rules]
   if unknown:
     raise ValueError(
-        f'logical_factor_rules has no rule for {", ".join(map(repr, unknown))}, of '
-        f'{path!r} with axes {tuple(axes)}.'
+      f'logical_factor_rules has no rule for {", ".join(map(repr, unknown))}, of '
+      f'{path!r} with axes {tuple(axes)}.'
     )
   kinds = tuple(factor_name_to_factordim(rules[axis]) for axis in axes)
   factored = {FactorDim.ROW, FactorDim.COLUMN}
   if factored <= set(kinds):
     if FactorDim.NONE in kinds:
       raise ValueError(
-          f'{path!r} with axes {tuple(axes)} has rows and columns, so every other axis '
-          f'must be one too or BATCH. logical_factor_rules make it {kinds}.'
+        f'{path!r} with axes {tuple(axes)} has rows and columns, so every other axis '
+        f'must be one too or BATCH. logical_factor_rules make it {kinds}.'
       )
     return kinds
   return tuple(FactorDim.NONE if kind in factored else kind for kind in kinds)

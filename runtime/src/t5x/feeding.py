@@ -13,7 +13,7 @@ from t5x.trainer_types import BatchType
 
 
 def _check_rows(
-    batch: BatchType, partitioner: partitioning.BasePartitioner, parts_of_step: int
+  batch: BatchType, partitioner: partitioning.BasePartitioner, parts_of_step: int
 ) -> None:
   """Raises a ValueError unless every device gets as many rows of every microbatch."""
   devices = partitioner.data_mesh_size
@@ -24,14 +24,14 @@ def _check_rows(
     rows = x.shape[0] * (1 if spans_hosts else partitioner.data_shards)
     if rows % (parts_of_step * devices):
       raise ValueError(
-          'A batch must divide by the number of microbatches times the number of data '
-          f'partitions. Got: {rows} rows of {name!r}, {parts_of_step} microbatches, '
-          f'{devices} data partitions (mesh {dict(partitioner.mesh.shape)}).'
+        'A batch must divide by the number of microbatches times the number of data '
+        f'partitions. Got: {rows} rows of {name!r}, {parts_of_step} microbatches, '
+        f'{devices} data partitions (mesh {dict(partitioner.mesh.shape)}).'
       )
 
 
 def put_on_devices(
-    batch: BatchType, partitioner: partitioning.BasePartitioner, parts_of_step: int = 1
+  batch: BatchType, partitioner: partitioning.BasePartitioner, parts_of_step: int = 1
 ) -> BatchType:
   """Lays a batch over the devices; does not wait for that.
 
@@ -62,7 +62,7 @@ def put_on_devices(
 
 
 def in_step_with_other_hosts(
-    name: str, batches: Iterator[BatchType]
+  name: str, batches: Iterator[BatchType]
 ) -> Iterator[BatchType]:
   """Hands batches on, and checks that they end at once on all hosts.
 
@@ -84,8 +84,8 @@ def in_step_with_other_hosts(
       count, hosts = np.count_nonzero(going_on), math.prod(going_on.shape)
       if 0 < count < hosts:
         raise ValueError(
-            f'The hosts have different numbers of batches of {name!r}: {count} of '
-            f'{hosts} have another one. Check for an empty or uneven shard.'
+          f'The hosts have different numbers of batches of {name!r}: {count} of '
+          f'{hosts} have another one. Check for an empty or uneven shard.'
         )
     if batch is end:
       return

@@ -26,7 +26,7 @@ from gin import config_parser
 
 _COMMAND_LINE = config_parser.Location(None, 0, None, '')
 _DYNAMIC_REGISTRATION = config_parser.ImportStatement(
-    '__gin__.dynamic_registration', is_from=True, alias=None, location=_COMMAND_LINE
+  '__gin__.dynamic_registration', is_from=True, alias=None, location=_COMMAND_LINE
 )
 _Import = config_parser.ImportStatement
 # Where scripts are run from; their own functions are called without any reference.
@@ -107,7 +107,7 @@ def _known_selectors() -> Iterator[str]:
 def _hint(message: str) -> str:
   """What to add to one of gin's messages about a wrong name."""
   if match := re.search(
-      r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
+    r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
   ):
     known = _parameters_of(match[1])
     listing = f' It has: {", ".join(known)}.' if known else ''
@@ -121,15 +121,15 @@ def _hint(message: str) -> str:
   if match := re.search(r"No configurable matching (reference )?'@?([\w.]+)", message):
     return did_you_mean(match[2], _known_selectors())
   if match := re.search(
-      r"Method (\w+) in class <class '.*?'> \(([\w.]+)\) was registered with a custom "
-      r'module \(([\w.]+)\)',
-      message,
+    r"Method (\w+) in class <class '.*?'> \(([\w.]+)\) was registered with a custom "
+    r'module \(([\w.]+)\)',
+    message,
   ):
     method, used, bound = match.groups()
     return (
-        f'\nA binding names {bound}.{method}, and the class in use is {used}: gin '
-        'gives a binding to the class it names, not to its subclasses. Bind '
-        f'{used}.{method} instead.'
+      f'\nA binding names {bound}.{method}, and the class in use is {used}: gin '
+      'gives a binding to the class it names, not to its subclasses. Bind '
+      f'{used}.{method} instead.'
     )
   return ''
 
@@ -176,9 +176,9 @@ def _names_in(text: str) -> tuple[list[config_parser.BindingStatement], set[str]
   delegate = _Names()
   statements = list(config_parser.ConfigParser(text, delegate))
   named = {
-      s.selector
-      for s in statements
-      if isinstance(s, config_parser.BindingStatement) and s.arg_name
+    s.selector
+    for s in statements
+    if isinstance(s, config_parser.BindingStatement) and s.arg_name
   }
   return statements, named | set(delegate.references)
 
@@ -215,13 +215,13 @@ def _unambiguous(name: str, rest: str, statements: list[_Import]) -> list[_Impor
     return statements  # `import a.b` and `import a.c` both bind a, to the same module.
   modules = {s.module: s for s in statements}
   fitting = [
-      s for s in modules.values() if hasattr(sys.modules[s.module], rest.split('.')[0])
+    s for s in modules.values() if hasattr(sys.modules[s.module], rest.split('.')[0])
   ] or list(modules.values())
   if len(fitting) > 1:
     raise ValueError(
-        f'{name!r} is ambiguous on the command line: gin files import '
-        f'{name.partition(".")[0]!r} from {", ".join(s.module for s in fitting)}. Set '
-        'it in a gin file instead.'
+      f'{name!r} is ambiguous on the command line: gin files import '
+      f'{name.partition(".")[0]!r} from {", ".join(s.module for s in fitting)}. Set '
+      'it in a gin file instead.'
     )
   return fitting
 
@@ -274,7 +274,7 @@ def _apply(text: str, skip_unknown: bool | Sequence[str]) -> list[Binding]:
 
 
 def apply_command_line(
-    bindings: Sequence[str], skip_unknown: bool | Sequence[str] = False
+  bindings: Sequence[str], skip_unknown: bool | Sequence[str] = False
 ) -> list[Binding]:
   """Applies bindings of the form 'scope/name.parameter = value' or 'MACRO = value'.
 
@@ -305,9 +305,9 @@ def apply_command_line(
         applied.extend(_apply(text, skip_unknown))
   except (SyntaxError, tokenize.TokenError) as error:
     raise ValueError(
-        f'The binding {text!r} cannot be read. Write NAME = VALUE with a Python '
-        "literal, @reference or %MACRO; a text keeps quotes of its own inside the "
-        f"shell's: --gin.NAME=\"'text'\". ({error})"
+      f'The binding {text!r} cannot be read. Write NAME = VALUE with a Python '
+      'literal, @reference or %MACRO; a text keeps quotes of its own inside the '
+      f"shell's: --gin.NAME=\"'text'\". ({error})"
     ) from None
   return applied
 
@@ -328,9 +328,9 @@ def _used_macros() -> set[str]:
 
 def _bound_macros() -> dict[str, object]:
   return {
-      scope: values['value']
-      for (scope, selector), values in gin_config._CONFIG.items()
-      if gin_config._REGISTRY[selector].wrapped is gin_config.macro
+    scope: values['value']
+    for (scope, selector), values in gin_config._CONFIG.items()
+    if gin_config._REGISTRY[selector].wrapped is gin_config.macro
   }
 
 
@@ -345,32 +345,32 @@ def check_macros(bindings: Sequence[Binding]) -> None:
   if undefined := sorted(used - set(bound)):
     name = undefined[0]
     raise ValueError(
-        f'Macros are used and never defined: {", ".join(undefined)}.'
-        f'{did_you_mean(name, bound)} Set them with --gin.{name}=VALUE.'
+      f'Macros are used and never defined: {", ".join(undefined)}.'
+      f'{did_you_mean(name, bound)} Set them with --gin.{name}=VALUE.'
     )
   unused = [
-      b
-      for b in bindings
-      if gin_config._REGISTRY[b.selector].wrapped is gin_config.macro
-      and b.scope not in used
+    b
+    for b in bindings
+    if gin_config._REGISTRY[b.selector].wrapped is gin_config.macro
+    and b.scope not in used
   ]
   if unused:
     raise ValueError(
-        'No gin file uses what the command line sets: '
-        + '; '.join(f'{b.text!r}.{did_you_mean(b.scope, used)}' for b in unused)
+      'No gin file uses what the command line sets: '
+      + '; '.join(f'{b.text!r}.{did_you_mean(b.scope, used)}' for b in unused)
     )
   if unset := sorted(name for name, v in bound.items() if _is_required(v)):
     raise ValueError(
-        f'Required and not set: {", ".join(unset)}. Set them in a gin file or with '
-        f'--gin.{unset[0]}=VALUE.'
+      f'Required and not set: {", ".join(unset)}. Set them in a gin file or with '
+      f'--gin.{unset[0]}=VALUE.'
     )
 
 
 def _is_required(value: object) -> bool:
   return (
-      isinstance(value, gin_config.ConfigurableReference)
-      and value.configurable.wrapped is gin_config._retrieve_constant
-      and value.scoped_configurable_fn() is gin.REQUIRED
+    isinstance(value, gin_config.ConfigurableReference)
+    and value.configurable.wrapped is gin_config._retrieve_constant
+    and value.scoped_configurable_fn() is gin.REQUIRED
   )
 
 
@@ -391,10 +391,10 @@ def _short(selector: str) -> str:
 def _binds(selector: str, parameters: Iterable[str]) -> bool:
   """Whether each parameter of a configurable is bound, in any scope."""
   bound = {
-      parameter
-      for (_, other), values in gin_config._CONFIG.items()
-      if other == selector
-      for parameter in values
+    parameter
+    for (_, other), values in gin_config._CONFIG.items()
+    if other == selector
+    for parameter in values
   }
   return bound.issuperset(parameters)
 
@@ -427,9 +427,9 @@ def check_parents() -> None:
         continue
       right = _short(user.selector) + (f'.{method}' if method else '')
       message = (
-          f'{_short(selector)} is bound ({", ".join(values)}) to no effect: the class '
-          f'in use is {_short(user.selector)}, and gin gives a binding to the class it '
-          f'names, not to its subclasses. Bind {right} instead.'
+        f'{_short(selector)} is bound ({", ".join(values)}) to no effect: the class '
+        f'in use is {_short(user.selector)}, and gin gives a binding to the class it '
+        f'names, not to its subclasses. Bind {right} instead.'
       )
       if method:
         raise ValueError(message)
@@ -466,14 +466,14 @@ def check_reached(bindings: Sequence[Binding]) -> None:
     scopes = [r.scopes for r in _references() if r.configurable.selector == target]
     if not scopes:
       raise ValueError(
-          f'The binding {binding.text!r} has no effect: no other binding refers to '
-          f'@{_short(target)}.{_subclass_in_use(target)}'
+        f'The binding {binding.text!r} has no effect: no other binding refers to '
+        f'@{_short(target)}.{_subclass_in_use(target)}'
       )
     wanted = binding.scope.split('/') if binding.scope else []
     # A reference with scopes replaces those around it; one without inherits any.
     if all(s and s[: len(wanted)] != wanted for s in scopes):
       raise ValueError(
-          f'The binding {binding.text!r} has no effect: @{_short(target)} is used '
-          f'in the scopes {", ".join(sorted("/".join(s) for s in scopes))}.'
-          f'{did_you_mean(binding.scope, map("/".join, scopes))}'
+        f'The binding {binding.text!r} has no effect: @{_short(target)} is used '
+        f'in the scopes {", ".join(sorted("/".join(s) for s in scopes))}.'
+        f'{did_you_mean(binding.scope, map("/".join, scopes))}'
       )

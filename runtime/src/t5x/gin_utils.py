@@ -63,11 +63,11 @@ _find_files_in_packages()
 
 
 def parse_gin_flags(
-    gin_search_paths: Sequence[str],
-    gin_files: Sequence[str],
-    gin_bindings: Sequence[str],
-    skip_unknown: bool | Sequence[str] = False,
-    finalize_config: bool = True,
+  gin_search_paths: Sequence[str],
+  gin_files: Sequence[str],
+  gin_bindings: Sequence[str],
+  skip_unknown: bool | Sequence[str] = False,
+  finalize_config: bool = True,
 ) -> None:
   """Parses files, then the bindings of the command line, which win.
 
@@ -102,9 +102,9 @@ def parse_gin_flags(
     with bindings_module.explained():
       gin.finalize()
   logging.info(
-      'Gin configuration from %s and %d bindings of the command line.',
-      ', '.join(gin_files or ()) or 'no file',
-      len(gin_bindings or ()),
+    'Gin configuration from %s and %d bindings of the command line.',
+    ', '.join(gin_files or ()) or 'no file',
+    len(gin_bindings or ()),
   )
   logging.debug('%s', get_gin_config_str())
 
@@ -127,8 +127,8 @@ def rewrite_gin_args(args: Sequence[str]) -> list[str]:
 
 
 def run_main(
-    main: Callable[[Sequence[str]], Any],
-    flags_parser: Callable[[Sequence[str]], Sequence[str]],
+  main: Callable[[Sequence[str]], Any],
+  flags_parser: Callable[[Sequence[str]], Sequence[str]],
 ) -> None:
   """Runs `main` under absl, with the given parser of flags."""
   app.run(main, flags_parser=flags_parser)
@@ -137,8 +137,8 @@ def run_main(
 def run(main: Callable[[Sequence[str]], Any]) -> None:
   """Runs `main` under absl, with '--gin.NAME=VALUE' understood."""
   run_main(
-      main,
-      flags_parser=lambda args: app.parse_flags_with_usage(rewrite_gin_args(args)),
+    main,
+    flags_parser=lambda args: app.parse_flags_with_usage(rewrite_gin_args(args)),
   )
 
 
@@ -159,15 +159,15 @@ def get_gin_config_str(show_provenance: bool = False) -> str:
     return gin.config_str()
   if 'show_provenance' not in inspect.signature(gin.config_str).parameters:
     raise ValueError(
-        'get_gin_config_str.show_provenance is True, and the installed gin-config does '
-        'not record where bindings come from. Set it to False.'
+      'get_gin_config_str.show_provenance is True, and the installed gin-config does '
+      'not record where bindings come from. Set it to False.'
     )
   return gin.config_str(show_provenance=True)
 
 
 @gin.register
 def summarize_gin_config(
-    model_dir: str | os.PathLike, summary_writer: _TextWriter | None, step: int
+  model_dir: str | os.PathLike, summary_writer: _TextWriter | None, step: int
 ) -> None:
   """Writes the configuration to MODEL_DIR/config.gin and to TensorBoard.
 
@@ -204,10 +204,10 @@ def bool_fn(var1: Any = gin.REQUIRED) -> bool:
 
 @gin.configurable
 def string_split_fn(
-    text: str = gin.REQUIRED,
-    separator: str = gin.REQUIRED,
-    maxsplit: int = -1,
-    index: int | None = None,
+  text: str = gin.REQUIRED,
+  separator: str = gin.REQUIRED,
+  maxsplit: int = -1,
+  index: int | None = None,
 ) -> list[str] | str:
   """The parts of a text between separators, or one of them."""
   parts = text.split(separator, maxsplit)

@@ -27,10 +27,10 @@ class NonFiniteLossError(FloatingPointError):
     self.step, self.batch_path = step, batch_path
     kept = f'in {batch_path}' if batch_path else 'not kept, for want of a folder'
     super().__init__(
-        f'The loss or the gradient of step {step} is not finite; its batch is {kept}. '
-        'The parameters after it are useless, so training stops and they are not '
-        'saved. Start again from the last checkpoint with a lower learning rate, a '
-        'longer warm-up or gradient clipping, or look at the batch.'
+      f'The loss or the gradient of step {step} is not finite; its batch is {kept}. '
+      'The parameters after it are useless, so training stops and they are not '
+      'saved. Start again from the last checkpoint with a lower learning rate, a '
+      'longer warm-up or gradient clipping, or look at the batch.'
     )
 
 
@@ -80,8 +80,8 @@ def _keep(batch: PyTree, step: int, folder: str) -> str | None:
   path = epath.Path(folder) / f'nonfinite_step_{step}{suffix}.npz'
   flat, _ = jax.tree_util.tree_flatten_with_path(batch)
   named = {
-      jax.tree_util.keystr(where, simple=True, separator='/') or 'batch': _own_rows(x)
-      for where, x in flat
+    jax.tree_util.keystr(where, simple=True, separator='/') or 'batch': _own_rows(x)
+    for where, x in flat
   }
   content = io.BytesIO()
   np.savez(content, **named)

@@ -205,9 +205,7 @@ def _padded_batches(
   Every host goes through equally many batches, whatever is left for it in the
   last one.
   """
-  batches = (
-    ds.shard(layout.num_shards, layout.shard_id).batch(rows).as_numpy_iterator()
-  )
+  batches = ds.shard(layout.num_shards, layout.shard_id).batch(rows).as_numpy_iterator()
   for _ in range(-(-size // batch_size)):
     indices, features = next(batches, (np.empty((0,), np.int64), None))
     missing = rows - len(indices)
@@ -219,9 +217,7 @@ def _padded_batches(
       if features is None:
         features = filler
       else:
-        features = jax.tree.map(
-          lambda *parts: np.concatenate(parts), features, filler
-        )
+        features = jax.tree.map(lambda *parts: np.concatenate(parts), features, filler)
     yield indices.astype(np.int32), features
 
 

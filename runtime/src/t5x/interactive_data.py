@@ -48,9 +48,7 @@ def _as_pair(example: Example) -> dict[str, Any]:
       f" 'target'. Got: {example!r}."
     )
   empty = '' if isinstance(example['input'], str | bytes) else []
-  return {
-    feature: example.get(key, empty) for key, feature in _FEATURE_OF_KEY.items()
-  }
+  return {feature: example.get(key, empty) for key, feature in _FEATURE_OF_KEY.items()}
 
 
 def _pairs_dataset(examples: Sequence[Example]) -> tf.data.Dataset:
@@ -166,10 +164,7 @@ def get_batches_from_seqio(
   )
   suffix = '_pretokenized' if get_pretokenized_examples else ''
   examples = [
-    {
-      key: _plain(example[feature + suffix])
-      for key, feature in _FEATURE_OF_KEY.items()
-    }
+    {key: _plain(example[feature + suffix]) for key, feature in _FEATURE_OF_KEY.items()}
     for example in dataset.take(wanted).as_numpy_iterator()
   ]
   if len(examples) < wanted:
@@ -312,14 +307,16 @@ def _training_blocks(
   evaluates = script_type is T5XScriptType.EVALUATION
   saving = ('period', 'dtype', 'keep', 'save_dataset')
   blocks = [
-    _macros({
-      'MODEL_DIR': here.output_dir,
-      'TRAIN_STEPS': 0 if evaluates else train_steps,
-      'BATCH_SIZE': here.batch_size,
-      'USE_CACHED_TASKS': False,
-      'SHUFFLE_TRAIN_EXAMPLES': False,
-      'DROPOUT_RATE': 0.0,
-    }),
+    _macros(
+      {
+        'MODEL_DIR': here.output_dir,
+        'TRAIN_STEPS': 0 if evaluates else train_steps,
+        'BATCH_SIZE': here.batch_size,
+        'USE_CACHED_TASKS': False,
+        'SHUFFLE_TRAIN_EXAMPLES': False,
+        'DROPOUT_RATE': 0.0,
+      }
+    ),
     _bindings('train/utils.DatasetConfig', {'pack': False}),
     _bindings('train_eval/utils.DatasetConfig', {'pack': False}),
     _bindings(

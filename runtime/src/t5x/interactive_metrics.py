@@ -32,9 +32,7 @@ def arguments_of(metric_fn: MetricFn) -> tuple[str, ...]:
   return required
 
 
-def compute(
-  metric_fns: Sequence[MetricFn], known: Mapping[str, Any]
-) -> dict[str, Any]:
+def compute(metric_fns: Sequence[MetricFn], known: Mapping[str, Any]) -> dict[str, Any]:
   """Metrics of all functions in one mapping.
 
   Args:

@@ -149,9 +149,7 @@ class InteractiveModel(interactive_state.TrainableModel, abc.ABC):
     self, examples: Sequence[Example], metric_fns: Sequence[MetricFn]
   ) -> Mapping[str, Any]:
     """Computes metrics; see `evaluate_with_preprocessors`."""
-    return self.evaluate_with_preprocessors(
-      examples, DEFAULT_PREPROCESSORS, metric_fns
-    )
+    return self.evaluate_with_preprocessors(examples, DEFAULT_PREPROCESSORS, metric_fns)
 
   def evaluate_with_preprocessors(
     self,

@@ -44,7 +44,9 @@ def define_flags(
   """
   if run_mode:
     flags.DEFINE_enum(
-      'run_mode', None, ['train', 'eval', 'infer', 'precompile', 'export'],
+      'run_mode',
+      None,
+      ['train', 'eval', 'infer', 'precompile', 'export'],
       'What to run: train, eval, infer or precompile.',
     )
     flags.DEFINE_boolean('dry_run', False, 'Read the configuration and stop.')
@@ -52,24 +54,30 @@ def define_flags(
     'gin_file', [], 'A gin file; give the flag again for more. Later files win.'
   )
   flags.DEFINE_multi_string(
-    'gin_bindings', [], 'One more gin binding, after all files. --gin.NAME=VALUE is '
-    'short for --gin_bindings=NAME=VALUE.'
+    'gin_bindings',
+    [],
+    'One more gin binding, after all files. --gin.NAME=VALUE is '
+    'short for --gin_bindings=NAME=VALUE.',
   )
   flags.DEFINE_list(
-    'gin_search_paths', ['.'], 'Folders in which gin files and what they include are '
-    'looked for, separated by commas; the first that has the file wins.'
+    'gin_search_paths',
+    ['.'],
+    'Folders in which gin files and what they include are '
+    'looked for, separated by commas; the first that has the file wins.',
   )
   flags.DEFINE_string(
     'tfds_data_dir', None, 'Where TensorFlow Datasets are, for all tasks.'
   )
   flags.DEFINE_list(
-    'seqio_additional_cache_dirs', [], 'Further folders in which seqio looks for '
-    'cached tasks.'
+    'seqio_additional_cache_dirs',
+    [],
+    'Further folders in which seqio looks for cached tasks.',
   )
   if shard:
     flags.DEFINE_integer(
-      'shard_id', None, 'Which share of the data to work on, from 0; wins over '
-      '--gin.infer.shard_id.'
+      'shard_id',
+      None,
+      'Which share of the data to work on, from 0; wins over --gin.infer.shard_id.',
     )
   if multiprocess:
     _define_multiprocess_flags()
@@ -77,8 +85,10 @@ def define_flags(
 
 def _define_multiprocess_flags() -> None:
   flags.DEFINE_boolean(
-    'multiprocess_gpu', False, 'Join several processes into one run. Their number and '
-    'addresses are detected (Slurm, Open MPI, TPU VMs, Kubernetes) unless given below.'
+    'multiprocess_gpu',
+    False,
+    'Join several processes into one run. Their number and '
+    'addresses are detected (Slurm, Open MPI, TPU VMs, Kubernetes) unless given below.',
   )
   flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0; joins the processes.'
@@ -259,7 +269,8 @@ def reported_errors() -> Iterator[None]:
     print(
       f'ERROR: {_gist(error)}\n'
       f'(raised in {os.path.basename(place.filename)}:{place.lineno}{hint})',
-      file=sys.stderr, flush=True,
+      file=sys.stderr,
+      flush=True,
     )
     leave(1)
 

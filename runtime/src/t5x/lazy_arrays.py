@@ -21,7 +21,7 @@ class LazyArray(abc.ABC):
   """
 
   def __init__(
-      self, shape: Sequence[int] | None, dtype: Any, get_fn: Callable[[], Any]
+    self, shape: Sequence[int] | None, dtype: Any, get_fn: Callable[[], Any]
   ):
     self._shape = None if shape is None else tuple(shape)
     self._dtype = None if dtype is None else jnp.dtype(dtype)
@@ -88,10 +88,10 @@ class LazyAwaitableArray(LazyArray):
 
   @classmethod
   def from_tensor_store_spec(
-      cls,
-      ts_spec: Any,
-      get_fn: Callable[[], Awaitable[ArrayLike]],
-      dtype: Any = None,
+    cls,
+    ts_spec: Any,
+    get_fn: Callable[[], Awaitable[ArrayLike]],
+    dtype: Any = None,
   ) -> Self:
     """Takes shape and dtype from a `tensorstore.Spec`.
 
@@ -110,20 +110,20 @@ class LazyAwaitableArray(LazyArray):
 
   @classmethod
   def from_array(
-      cls,
-      array: ArrayLike,
-      get_fn: Callable[[], Awaitable[ArrayLike]],
-      dtype: Any = None,
+    cls,
+    array: ArrayLike,
+    get_fn: Callable[[], Awaitable[ArrayLike]],
+    dtype: Any = None,
   ) -> Self:
     """Takes shape and, unless given, dtype from an array."""
     return cls(array.shape, array.dtype if dtype is None else dtype, get_fn)
 
   @classmethod
   def from_tensor_store_spec_or_array(
-      cls,
-      maybe_ts_spec: Any,
-      get_fn: Callable[[], Awaitable[ArrayLike]],
-      dtype: Any = None,
+    cls,
+    maybe_ts_spec: Any,
+    get_fn: Callable[[], Awaitable[ArrayLike]],
+    dtype: Any = None,
   ) -> Self:
     """One of the above, whichever applies."""
     is_spec = hasattr(maybe_ts_spec, 'to_json')

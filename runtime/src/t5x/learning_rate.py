@@ -11,14 +11,14 @@ LearningRateCallable = Callable[[Int[Array, ''] | int], Float[Array, '']]
 
 
 def create_learning_rate_scheduler(
-    factors: str = 'constant * linear_warmup * rsqrt_decay',
-    base_learning_rate: float = 0.5,
-    warmup_steps: int = 1000,
-    decay_factor: float = 0.5,
-    steps_per_decay: int = 20000,
-    steps_per_cycle: int = 100000,
-    step_offset: int = 0,
-    min_learning_rate: float = 1e-8,
+  factors: str = 'constant * linear_warmup * rsqrt_decay',
+  base_learning_rate: float = 0.5,
+  warmup_steps: int = 1000,
+  decay_factor: float = 0.5,
+  steps_per_decay: int = 20000,
+  steps_per_cycle: int = 100000,
+  step_offset: int = 0,
+  min_learning_rate: float = 1e-8,
 ) -> LearningRateCallable:
   """Makes a schedule.
 
@@ -53,7 +53,7 @@ def create_learning_rate_scheduler(
   """
 
   known = _factors(
-      base_learning_rate, warmup_steps, decay_factor, steps_per_decay, steps_per_cycle
+    base_learning_rate, warmup_steps, decay_factor, steps_per_decay, steps_per_cycle
   )
   chosen = _parse(factors, known)
   steps = (warmup_steps, steps_per_decay, steps_per_cycle)
@@ -70,11 +70,11 @@ def create_learning_rate_scheduler(
 
 
 def _factors(
-    base_learning_rate: float,
-    warmup_steps: int,
-    decay_factor: float,
-    steps_per_decay: int,
-    steps_per_cycle: int,
+  base_learning_rate: float,
+  warmup_steps: int,
+  decay_factor: float,
+  steps_per_decay: int,
+  steps_per_cycle: int,
 ) -> dict[str, Callable[[Any], Any]]:
   """The factors by name, as functions of the step since the schedule's start."""
 
@@ -92,13 +92,13 @@ def _factors(
     return jnp.maximum(0.0, 0.5 + 0.5 * jnp.cos(jnp.pi * (cycles % 1.0)))
 
   return {
-      'constant': lambda step: base_learning_rate,
-      'linear_warmup': lambda step: jnp.minimum(1.0, rise(step)),
-      'linear_decay': lambda step: base_learning_rate * fall(step),
-      'rsqrt_decay': lambda step: 1 / jnp.sqrt(after_warmup(step)),
-      'rsqrt_normalized_decay': lambda s: jnp.sqrt(warmup_steps / after_warmup(s)),
-      'decay_every': lambda step: decay_factor ** (step // steps_per_decay),
-      'cosine_decay': cosine,
+    'constant': lambda step: base_learning_rate,
+    'linear_warmup': lambda step: jnp.minimum(1.0, rise(step)),
+    'linear_decay': lambda step: base_learning_rate * fall(step),
+    'rsqrt_decay': lambda step: 1 / jnp.sqrt(after_warmup(step)),
+    'rsqrt_normalized_decay': lambda s: jnp.sqrt(warmup_steps / after_warmup(s)),
+    'decay_every': lambda step: decay_factor ** (step // steps_per_decay),
+    'cosine_decay': cosine,
   }
 
 
@@ -109,19 +109,19 @@ def _parse(factors: str, known: Collection[str]) -> list[str]:
       near = difflib.get_close_matches(name, known, n=1)
       hint = f' Did you mean {near[0]!r}?' if near else ''
       raise ValueError(
-          f'factors has no {name!r}; it joins by "*" any of {", ".join(known)}.{hint}'
+        f'factors has no {name!r}; it joins by "*" any of {", ".join(known)}.{hint}'
       )
   return chosen
 
 
 _STEPS = ('warmup_steps', 'steps_per_decay', 'steps_per_cycle')
 _DIVISORS = {
-    'rsqrt_decay': 'warmup_steps',  # At step 0.
-    'rsqrt_normalized_decay': 'warmup_steps',
-    'linear_warmup': 'warmup_steps',
-    'linear_decay': 'warmup_steps',
-    'decay_every': 'steps_per_decay',
-    'cosine_decay': 'steps_per_cycle',
+  'rsqrt_decay': 'warmup_steps',  # At step 0.
+  'rsqrt_normalized_decay': 'warmup_steps',
+  'linear_warmup': 'warmup_steps',
+  'linear_decay': 'warmup_steps',
+  'decay_every': 'steps_per_decay',
+  'cosine_decay': 'steps_per_cycle',
 }
 
 
@@ -130,6 +130,6 @@ def _check_divisors(chosen: list[str], steps: Mapping[str, int]) -> None:
     divisor = _DIVISORS.get(name)
     if divisor and steps[divisor] <= 0:
       raise ValueError(
-          f'The factor {name!r} divides by {divisor}, which must be above 0. Got: '
-          f'{steps[divisor]}.'
+        f'The factor {name!r} divides by {divisor}, which must be above 0. Got: '
+        f'{steps[divisor]}.'
       )

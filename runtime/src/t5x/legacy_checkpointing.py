@@ -24,14 +24,14 @@ class LegacyCheckpointer:
   strict: bool | None = False
 
   def save(
-      self,
-      path: str,
-      item: Any,
-      force: bool = False,
-      custom_metadata: dict[str, Any] | None = None,
-      state_transformation_fns: Sequence[Callable] = (),
-      *,
-      concurrent_gb: int = 128,
+    self,
+    path: str,
+    item: Any,
+    force: bool = False,
+    custom_metadata: dict[str, Any] | None = None,
+    state_transformation_fns: Sequence[Callable] = (),
+    *,
+    concurrent_gb: int = 128,
   ):
     """Saves a train state into the save checkpointer's folder.
 
@@ -50,28 +50,28 @@ class LegacyCheckpointer:
     if self.save_checkpointer is None:
       raise ValueError('This LegacyCheckpointer has no save_checkpointer.')
     self.save_checkpointer.save(
-        item, state_transformation_fns, concurrent_gb=concurrent_gb
+      item, state_transformation_fns, concurrent_gb=concurrent_gb
     )
 
   def restore(
-      self,
-      path: str,
-      item: Any = None,
-      state_transformation_fns: Sequence[Callable] = (),
-      fallback_state: Mapping[str, Any] | None = None,
-      lazy_parameters: bool = False,
+    self,
+    path: str,
+    item: Any = None,
+    state_transformation_fns: Sequence[Callable] = (),
+    fallback_state: Mapping[str, Any] | None = None,
+    lazy_parameters: bool = False,
   ) -> Any:
     """Restores a train state; see `Checkpointer.restore`."""
     del item
     if epath.Path(path + '.index').exists():
       return self.restore_checkpointer.restore_from_tf_checkpoint(
-          path, strict=self.strict
+        path, strict=self.strict
       )
     return self.restore_checkpointer.restore(
-        path=path,
-        state_transformation_fns=state_transformation_fns,
-        fallback_state=fallback_state,
-        lazy_parameters=lazy_parameters,
+      path=path,
+      state_transformation_fns=state_transformation_fns,
+      fallback_state=fallback_state,
+      lazy_parameters=lazy_parameters,
     )
 
 
@@ -79,14 +79,14 @@ class LegacyCheckpointManager:
   """Saves and restores by the `checkpointer_cls` of two configurations."""
 
   def __init__(
-      self,
-      *,
-      save_cfg: checkpoint_configs.SaveCheckpointConfig | None,
-      restore_cfg: checkpoint_configs.RestoreCheckpointConfig | None,
-      train_state_shape: Any,
-      partitioner: Any,
-      ds_iter: Any = None,
-      model_dir: str | None = None,
+    self,
+    *,
+    save_cfg: checkpoint_configs.SaveCheckpointConfig | None,
+    restore_cfg: checkpoint_configs.RestoreCheckpointConfig | None,
+    train_state_shape: Any,
+    partitioner: Any,
+    ds_iter: Any = None,
+    model_dir: str | None = None,
   ):
     """Builds the checkpointers.
 
@@ -104,27 +104,27 @@ class LegacyCheckpointManager:
     if save_cfg is not None and save_cfg.save_dataset and ds_iter is None:
       raise ValueError('save_dataset is True, but there is no training iterator.')
     common = dict(
-        train_state=train_state_shape,
-        partitioner=partitioner,
-        checkpoints_dir=model_dir,
+      train_state=train_state_shape,
+      partitioner=partitioner,
+      checkpoints_dir=model_dir,
     )
     save_checkpointer = save_cfg and save_cfg.checkpointer_cls(
-        dataset_iterator=ds_iter if save_cfg.save_dataset else None,
-        save_dtype=save_cfg.dtype,
-        keep=save_cfg.keep,
-        keep_dataset_checkpoints=save_cfg.keep_dataset_checkpoints,
-        **common,
+      dataset_iterator=ds_iter if save_cfg.save_dataset else None,
+      save_dtype=save_cfg.dtype,
+      keep=save_cfg.keep,
+      keep_dataset_checkpoints=save_cfg.keep_dataset_checkpoints,
+      **common,
     )
     restore_checkpointer = restore_cfg and restore_cfg.checkpointer_cls(
-        dataset_iterator=ds_iter if restore_cfg.restore_dataset else None,
-        restore_dtype=restore_cfg.dtype,
-        **common,
+      dataset_iterator=ds_iter if restore_cfg.restore_dataset else None,
+      restore_dtype=restore_cfg.dtype,
+      **common,
     )
     self._model_dir = model_dir
     self._checkpointer = LegacyCheckpointer(
-        save_checkpointer=save_checkpointer,
-        restore_checkpointer=restore_checkpointer,
-        strict=restore_cfg.strict if restore_cfg else False,
+      save_checkpointer=save_checkpointer,
+      restore_checkpointer=restore_checkpointer,
+      strict=restore_cfg.strict if restore_cfg else False,
     )
 
   def all_steps(self) -> Sequence[int]:
@@ -149,14 +149,14 @@ class LegacyCheckpointManager:
       state_transformation_fns: applied before saving.
     """
     self._checkpointer.save(
-        '', train_state, state_transformation_fns=state_transformation_fns
+      '', train_state, state_transformation_fns=state_transformation_fns
     )
 
   def restore(
-      self,
-      paths: Sequence[str],
-      restore_cfg: checkpoint_configs.RestoreCheckpointConfig | None = None,
-      fallback_state: Mapping[str, Any] | None = None,
+    self,
+    paths: Sequence[str],
+    restore_cfg: checkpoint_configs.RestoreCheckpointConfig | None = None,
+    fallback_state: Mapping[str, Any] | None = None,
   ) -> Any:
     """Restores checkpoints.
 
@@ -171,11 +171,11 @@ class LegacyCheckpointManager:
     if restore_cfg is None or paths is None:
       return None
     states = [
-        self._checkpointer.restore(
-            path,
-            state_transformation_fns=restore_cfg.state_transformation_fns,
-            fallback_state=fallback_state,
-        )
-        for path in paths
+      self._checkpointer.restore(
+        path,
+        state_transformation_fns=restore_cfg.state_transformation_fns,
+        fallback_state=fallback_state,
+      )
+      for path in paths
     ]
     return states[0] if len(states) == 1 else states

@@ -29,9 +29,9 @@ def _sum_dtype(logits: Float[Array, '*d']) -> jnp.dtype:
 
 
 def _losses(
-    logits: Float[Array, '*b c'],
-    distribution: Float[Array, '*b c'],
-    z_loss: Float[Array, ''] | float,
+  logits: Float[Array, '*b c'],
+  distribution: Float[Array, '*b c'],
+  z_loss: Float[Array, ''] | float,
 ) -> tuple[Float[Array, '*b'], Float[Array, '*b'], Float[Array, '*b']]:
   """Returns the whole loss, its z-loss part, and log Z."""
   log_z = _log_normalizer(logits)
@@ -41,11 +41,11 @@ def _losses(
 
 
 def _logits_gradient(
-    logits: Float[Array, '*b c'],
-    distribution: Float[Array, '*b c'],
-    log_z: Float[Array, '*b'],
-    z_loss: Float[Array, ''] | float,
-    cotangents: tuple[Float[Array, '*b'], Float[Array, '*b']],
+  logits: Float[Array, '*b c'],
+  distribution: Float[Array, '*b c'],
+  log_z: Float[Array, '*b'],
+  z_loss: Float[Array, ''] | float,
+  cotangents: tuple[Float[Array, '*b'], Float[Array, '*b']],
 ) -> Float[Array, '*b c']:
   """Pulls both outputs' cotangents back to the logits.
 
@@ -57,7 +57,7 @@ def _logits_gradient(
   # d log Z / dx is the softmax; the cross-entropy part has sum(t) of it (1 if t is a
   # distribution), the z-term 2 z log Z.
   through_log_z = (
-      to_loss * distribution.sum(-1) + (to_loss + to_z_term) * 2 * z_loss * log_z
+    to_loss * distribution.sum(-1) + (to_loss + to_z_term) * 2 * z_loss * log_z
   )
   gradient = through_log_z[..., None] * softmax - to_loss[..., None] * distribution
   return gradient.astype(logits.dtype)
@@ -65,7 +65,7 @@ def _logits_gradient(
 
 @jax.custom_vjp
 def cross_entropy_with_logits(
-    logits: Float[Array, '*b c'], targets: Float[Array, '*b c'], z_loss: float
+  logits: Float[Array, '*b c'], targets: Float[Array, '*b c'], z_loss: float
 ) -> tuple[Float[Array, '*b'], Float[Array, '*b']]:
   """Cross-entropy and z-loss of each position, against dense targets.
 
@@ -97,7 +97,7 @@ cross_entropy_with_logits.defvjp(_dense_forward, _dense_backward)
 
 
 def _spread(
-    targets: Int[Array, '*b'], logits: Float[Array, '*b c'], smoothing: float
+  targets: Int[Array, '*b'], logits: Float[Array, '*b c'], smoothing: float
 ) -> Float[Array, '*b c']:
   """Class ids as distributions: 1 - smoothing on the target, the rest spread evenly."""
   classes, dtype = logits.shape[-1], _sum_dtype(logits)
@@ -142,17 +142,17 @@ def _smoothing_entropy(classes: int, smoothing: float) -> Float[Array, ''] | flo
     return 0.0
   xlogy = jax.scipy.special.xlogy
   return -xlogy(1 - smoothing, 1 - smoothing) - xlogy(
-      smoothing, smoothing / (classes - 1)
+    smoothing, smoothing / (classes - 1)
   )
 
 
 def compute_weighted_cross_entropy(
-    logits: Float[Array, '*b c'],
-    targets: Int[Array, '*b'],
-    weights: Float[Array, '*b'] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    loss_normalizing_factor: float | None = None,
+  logits: Float[Array, '*b c'],
+  targets: Int[Array, '*b'],
+  weights: Float[Array, '*b'] | None = None,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+  loss_normalizing_factor: float | None = None,
 ) -> tuple[Float[Array, ''], Float[Array, ''], Float[Array, ''] | int]:
   """Sums the loss over a batch.
 
@@ -173,12 +173,10 @@ def compute_weighted_cross_entropy(
   """
   if logits.ndim != targets.ndim + 1 or logits.shape[:-1] != targets.shape:
     raise ValueError(
-        'logits must have the shape of the targets and one last axis, the classes. Got '
-        f'logits {logits.shape}, targets {targets.shape}.'
+      'logits must have the shape of the targets and one last axis, the classes. Got '
+      f'logits {logits.shape}, targets {targets.shape}.'
     )
-  loss, z_term = _cross_entropy_with_ids(
-      logits, targets, z_loss, label_smoothing
-  )
+  loss, z_term = _cross_entropy_with_ids(logits, targets, z_loss, label_smoothing)
   loss = loss - _smoothing_entropy(logits.shape[-1], label_smoothing)
 
   weight_sum = math.prod(targets.shape)
@@ -207,7 +205,7 @@ class SpecialLossNormalizingFactor(enum.Enum):
 
 
 def convert_special_loss_normalizing_factor_to_enum(
-    x: str,
+  x: str,
 ) -> SpecialLossNormalizingFactor:
   """Reads a member's name, in any case: gin files cannot name a member of an enum.
 
@@ -220,13 +218,13 @@ def convert_special_loss_normalizing_factor_to_enum(
   near = difflib.get_close_matches(x.upper(), members, n=1)
   hint = f' Did you mean {near[0]!r}?' if near else ''
   raise ValueError(
-      f'loss_normalizing_factor must be a number, None or one of {", ".join(members)}. '
-      f'Got: {x!r}.{hint}'
+    f'loss_normalizing_factor must be a number, None or one of {", ".join(members)}. '
+    f'Got: {x!r}.{hint}'
   )
 
 
 def _sum_by_segment(
-    weights: Float[Array, 'b l'], segment_ids: Int[Array, 'b l']
+  weights: Float[Array, 'b l'], segment_ids: Int[Array, 'b l']
 ) -> Float[Array, 'b l']:
   """Gives each position the summed weight of its own segment in its own row."""
   # A packed row numbers its segments from 1, so at most to l; 0 is padding.
@@ -239,8 +237,8 @@ def _sum_by_segment(
 
 
 def get_loss_normalizing_factor_and_weights(
-    loss_normalizing_factor: float | int | str | SpecialLossNormalizingFactor | None,
-    batch: Mapping[str, Array],
+  loss_normalizing_factor: float | int | str | SpecialLossNormalizingFactor | None,
+  batch: Mapping[str, Array],
 ) -> tuple[Float[Array, ''] | float | None, Float[Array, 'b l'] | None]:
   """Turns the configured divisor into a number and the weights that go with it.
 

@@ -52,11 +52,11 @@ def get_coords(device: JaxDevice) -> HardwareMesh:
 
 
 def get_mesh(
-    model_parallel_submesh: HardwareMesh,
-    input_devices: Sequence[JaxDevice] = (),
-    input_local_devices: Sequence[JaxDevice] = (),
-    tile_by_host_if_needed: bool = True,
-    backend: str | None = None,
+  model_parallel_submesh: HardwareMesh,
+  input_devices: Sequence[JaxDevice] = (),
+  input_local_devices: Sequence[JaxDevice] = (),
+  tile_by_host_if_needed: bool = True,
+  backend: str | None = None,
 ) -> Mesh:
   """The mesh whose copies of the model are tiles of the given shape.
 
@@ -87,17 +87,17 @@ def get_mesh(
     tile = _default_tile(grid.shape, host, math.prod(tile))
   if len(tile) != grid.ndim or any(t < 1 or g % t for t, g in zip(tile, grid.shape)):
     raise ValueError(
-        'model_parallel_submesh must have one number for each dimension of the device '
-        f'grid, and each must divide it. Got: {tuple(model_parallel_submesh)} for the '
-        f'grid {grid.shape}.'
+      'model_parallel_submesh must have one number for each dimension of the device '
+      f'grid, and each must divide it. Got: {tuple(model_parallel_submesh)} for the '
+      f'grid {grid.shape}.'
     )
   arranged = _plain_order(grid, tile)
   if not _hosts_are_blocks(arranged):
     if not tile_by_host_if_needed:
       raise ValueError(
-          f'The tile {tile} of the device grid {grid.shape} scatters the devices of '
-          f'one host, which hold {host}. Choose another model_parallel_submesh, or '
-          'allow tile_by_host_if_needed.'
+        f'The tile {tile} of the device grid {grid.shape} scatters the devices of '
+        f'one host, which hold {host}. Choose another model_parallel_submesh, or '
+        'allow tile_by_host_if_needed.'
       )
     arranged = _host_order(grid, tile, host)
   return _named_mesh(arranged, _SLICED_AXES[1:])
@@ -121,11 +121,11 @@ def get_gpu_mesh(num_partitions: int) -> Mesh:
 
 
 def default_mesh(
-    num_partitions: int,
-    model_parallel_submesh: HardwareMesh | None = None,
-    backend: str | None = None,
-    ici_mesh_shape: HardwareMesh | None = None,
-    dcn_mesh_shape: HardwareMesh | None = None,
+  num_partitions: int,
+  model_parallel_submesh: HardwareMesh | None = None,
+  backend: str | None = None,
+  ici_mesh_shape: HardwareMesh | None = None,
+  dcn_mesh_shape: HardwareMesh | None = None,
 ) -> Mesh:
   """The mesh for a number of devices that share one copy of the model.
 
@@ -156,7 +156,7 @@ def default_mesh(
 def _mesh_by_size(devices: Sequence[JaxDevice], num_partitions: int) -> Mesh:
   grid = _hardware_grid(devices)
   return get_mesh(
-      _default_tile(grid.shape, _host_bounds(grid), num_partitions), devices
+    _default_tile(grid.shape, _host_bounds(grid), num_partitions), devices
   )
 
 
@@ -183,8 +183,8 @@ def _hardware_grid(devices: Sequence[JaxDevice]) -> np.ndarray:
   hosts = [list(g) for _, g in itertools.groupby(by_host, lambda d: d.process_index)]
   if len({len(host) for host in hosts}) > 1:
     raise ValueError(
-        'Every host must bring the same number of devices. Got: '
-        f'{[len(host) for host in hosts]}.'
+      'Every host must bring the same number of devices. Got: '
+      f'{[len(host) for host in hosts]}.'
     )
   grid = np.empty((len(hosts), len(hosts[0])), dtype=object)
   grid[:] = hosts
@@ -192,7 +192,7 @@ def _hardware_grid(devices: Sequence[JaxDevice]) -> np.ndarray:
 
 
 def _host_bounds(
-    grid: np.ndarray, local_devices: Sequence[JaxDevice] = ()
+  grid: np.ndarray, local_devices: Sequence[JaxDevice] = ()
 ) -> tuple[int, ...]:
   """The size of one host's block on the grid."""
   one_host = (local_devices or grid.flat)[0].process_index
@@ -204,21 +204,21 @@ def _divisors(number: int) -> list[int]:
 
 
 def _default_tile(
-    bounds: Sequence[int], host: Sequence[int], size: int
+  bounds: Sequence[int], host: Sequence[int], size: int
 ) -> tuple[int, ...]:
   """The tile of `size` devices; the order of preference is in `default_mesh`."""
   tiles = [
-      tile
-      for tile in itertools.product(*map(_divisors, bounds))
-      if math.prod(tile) == size
-      and all(t % h == 0 or h % t == 0 for t, h in zip(tile, host))
+    tile
+    for tile in itertools.product(*map(_divisors, bounds))
+    if math.prod(tile) == size
+    and all(t % h == 0 or h % t == 0 for t, h in zip(tile, host))
   ]
   if not tiles:
     total = math.prod(bounds)
     raise ValueError(
-        'The number of partitions must divide the number of devices, in a shape that '
-        f'fits their hosts. Got: {size} partitions, {total} devices, '
-        f'{math.prod(host)} a host. Choose one of {_divisors(total)}.'
+      'The number of partitions must divide the number of devices, in a shape that '
+      f'fits their hosts. Got: {size} partitions, {total} devices, '
+      f'{math.prod(host)} a host. Choose one of {_divisors(total)}.'
     )
 
   def cost(tile: tuple[int, ...]) -> tuple:
@@ -236,13 +236,13 @@ def _plain_order(grid: np.ndarray, tile: Sequence[int]) -> np.ndarray:
 
 
 def _host_order(
-    grid: np.ndarray, tile: Sequence[int], host: Sequence[int]
+  grid: np.ndarray, tile: Sequence[int], host: Sequence[int]
 ) -> np.ndarray:
   """[data, model]: as `_plain_order`, but hosts first, so that each is one block."""
   if any(t % h and h % t for t, h in zip(tile, host)):
     raise ValueError(
-        'Each number of model_parallel_submesh must be a factor or a multiple of the '
-        f"host's own part of the grid. Got: {tuple(tile)} for hosts of {tuple(host)}."
+      'Each number of model_parallel_submesh must be a factor or a multiple of the '
+      f"host's own part of the grid. Got: {tuple(tile)} for hosts of {tuple(host)}."
     )
   split = []
   for whole, t, h in zip(grid.shape, tile, host):
@@ -254,15 +254,15 @@ def _host_order(
 
 
 def _sliced_mesh(
-    devices: Sequence[JaxDevice], ici: tuple[int, ...], dcn: tuple[int, ...]
+  devices: Sequence[JaxDevice], ici: tuple[int, ...], dcn: tuple[int, ...]
 ) -> Mesh:
   """['replica', 'data', 'model']: `dcn` between slices, `ici` within each."""
   fits = len(ici) == len(dcn) == len(_SLICED_AXES)
   if not fits or math.prod(ici) * math.prod(dcn) != len(devices):
     raise ValueError(
-        'ici_mesh_shape and dcn_mesh_shape each need three numbers (replica, data, '
-        'model), whose product over both is the number of devices. Got: '
-        f'ici_mesh_shape={ici}, dcn_mesh_shape={dcn}, {len(devices)} devices.'
+      'ici_mesh_shape and dcn_mesh_shape each need three numbers (replica, data, '
+      'model), whose product over both is the number of devices. Got: '
+      f'ici_mesh_shape={ici}, dcn_mesh_shape={dcn}, {len(devices)} devices.'
     )
   if devices[0].platform == 'tpu':
     arranged = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
@@ -330,15 +330,15 @@ class LocalChunker:
     self.mesh_axes = list(global_mesh.axis_names)
     if not _hosts_are_blocks(global_mesh.devices):
       raise ValueError(
-          'The devices of each host must form one block of the mesh, all of one shape. '
-          f'Got a mesh {dict(global_mesh.shape)} where they do not: choose another '
-          'number of partitions or another submesh.'
+        'The devices of each host must form one block of the mesh, all of one shape. '
+        f'Got a mesh {dict(global_mesh.shape)} where they do not: choose another '
+        'number of partitions or another submesh.'
       )
     blocks = _blocks(global_mesh.devices)
     process_index = jax.process_index() if process_index is None else process_index
     if process_index not in blocks:
       raise ValueError(
-          f'The mesh has devices of the hosts {sorted(blocks)}. Got: {process_index}.'
+        f'The mesh has devices of the hosts {sorted(blocks)}. Got: {process_index}.'
       )
     self.num_chunks, self.chunk_ids = {}, {}
     for axis, (low, high) in zip(self.mesh_axes, blocks[process_index]):
@@ -362,9 +362,9 @@ class LocalChunker:
     return self._position(axis for axis in self.mesh_axes if axis not in sharded)
 
   def get_local_chunk_info(
-      self,
-      global_shape: tuple[int, ...],
-      mesh_axes: Sequence[str | tuple[str, ...] | None],
+    self,
+    global_shape: tuple[int, ...],
+    mesh_axes: Sequence[str | tuple[str, ...] | None],
   ) -> LocalChunkInfo:
     """This host's part of an array.
 
@@ -384,8 +384,8 @@ class LocalChunker:
       hosts = math.prod(self.num_chunks[axis] for axis in axes)
       if size % hosts:
         raise ValueError(
-            'A sharded dimension must divide by the number of hosts along its mesh '
-            f'axes. Got: {size} of shape {global_shape} over {hosts} hosts ({axes}).'
+          'A sharded dimension must divide by the number of hosts along its mesh '
+          f'axes. Got: {size} of shape {global_shape} over {hosts} hosts ({axes}).'
         )
       start, length = self.get_shard_id(axes) * (size // hosts), size // hosts
       slices.append(slice(start, start + length) if axes else slice(None))

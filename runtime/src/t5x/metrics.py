@@ -23,8 +23,8 @@ Scalar = int | float | np.number | np.ndarray | jax.Array
 def _same_type(left: clu_metrics.Metric, right: clu_metrics.Metric) -> None:
   if type(left) is not type(right):
     raise TypeError(
-        'Only metrics of one type merge. Got: '
-        f'{type(left).__name__} and {type(right).__name__}.'
+      'Only metrics of one type merge. Got: '
+      f'{type(left).__name__} and {type(right).__name__}.'
     )
 
 
@@ -73,7 +73,7 @@ class AveragePerStep(Step):
 
   @classmethod
   def from_model_output(
-      cls, values: Num[Array, '*d'] | float, steps: int | None = 1, **_: Any
+    cls, values: Num[Array, '*d'] | float, steps: int | None = 1, **_: Any
   ) -> Self:
     """Sums a scalar or an array, over `steps` steps."""
     return cls(total=jnp.sum(jnp.asarray(values)), steps=steps)
@@ -104,7 +104,7 @@ class Time(clu_metrics.Metric):
     """The duration in seconds; ValueError if it was never set."""
     if self.duration is None:
       raise ValueError(
-          f'{type(self).__name__}: set `duration` with replace_duration first.'
+        f'{type(self).__name__}: set `duration` with replace_duration first.'
       )
     return jnp.asarray(self.duration)
 
@@ -128,8 +128,8 @@ class TimeRate(Time):
     """Adds the counts; ValueError once a duration is set, which it would outdate."""
     if self.duration is not None or other.duration is not None:
       raise ValueError(
-          'TimeRate: merge before replace_duration. Got durations '
-          f'{self.duration} and {other.duration}.'
+        'TimeRate: merge before replace_duration. Got durations '
+        f'{self.duration} and {other.duration}.'
       )
     return type(self)(numerator=self.numerator + other.numerator)
 
@@ -191,16 +191,16 @@ def shape_obj_to_defined_obj(obj: clu_metrics.Metric) -> clu_metrics.Metric:
     return value
 
   return dataclasses.replace(
-      obj, **{f.name: zeros(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+    obj, **{f.name: zeros(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
   )
 
 
 def _update_each(
-    metrics: Any, kind: type, update: Callable[[Any], clu_metrics.Metric]
+  metrics: Any, kind: type, update: Callable[[Any], clu_metrics.Metric]
 ) -> Any:
   """Applies `update` to the metrics of a kind, in any tree."""
   return jax.tree.map(
-      lambda m: update(m) if isinstance(m, kind) else m, metrics, is_leaf=is_metric_obj
+    lambda m: update(m) if isinstance(m, kind) else m, metrics, is_leaf=is_metric_obj
   )
 
 

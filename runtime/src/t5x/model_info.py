@@ -18,7 +18,7 @@ def _lookup(tree: Any, name: str) -> Any:
 
 
 def _lines(
-    section: str, state_dict: Any, logical_axes: Any, mesh_axes: Any
+  section: str, state_dict: Any, logical_axes: Any, mesh_axes: Any
 ) -> Iterator[str]:
   """A line a variable of 'target' or 'state'."""
   for name, leaf in state_utils.flatten_state_dict(state_dict[section]).items():
@@ -33,8 +33,8 @@ def _lines(
     else:
       shape = str(tuple(leaf.shape))
     yield (
-        f'Variable {name:80} size {math.prod(leaf.shape):<12} shape {shape:40} '
-        f'partition spec {None if spec is None else tuple(spec)}'
+      f'Variable {name:80} size {math.prod(leaf.shape):<12} shape {shape:40} '
+      f'partition spec {None if spec is None else tuple(spec)}'
     )
 
 
@@ -55,14 +55,14 @@ def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any
   if log_file is None:
     return
   axes = (
-      partitioner.get_logical_axes(full_train_state).state_dict(),
-      partitioner.get_mesh_axes(full_train_state).state_dict(),
+    partitioner.get_logical_axes(full_train_state).state_dict(),
+    partitioner.get_mesh_axes(full_train_state).state_dict(),
   )
   text = [
-      *_lines('target', state_dict, *axes),
-      f'Total number of parameters: {total}',
-      '',
-      *_lines('state', state_dict, *axes),
-      '',
+    *_lines('target', state_dict, *axes),
+    f'Total number of parameters: {total}',
+    '',
+    *_lines('state', state_dict, *axes),
+    '',
   ]
   epath.Path(log_file).write_text('\n'.join(text))

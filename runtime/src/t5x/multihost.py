@@ -61,11 +61,11 @@ def assert_same(tree: PyTree, what: str) -> None:
 
 
 def initialize(
-    coordinator_address: str | None = None,
-    process_count: int | None = None,
-    process_index: int | None = None,
-    multiprocess_gpu: bool = False,
-    initialization_timeout: int | None = None,
+  coordinator_address: str | None = None,
+  process_count: int | None = None,
+  process_index: int | None = None,
+  multiprocess_gpu: bool = False,
+  initialization_timeout: int | None = None,
 ) -> None:
   """Joins this process to the others of its run, if there are others.
 
@@ -91,9 +91,9 @@ def initialize(
   if process_count == 1 or jax.distributed.is_initialized():
     return
   given = {
-      'coordinator_address': coordinator_address,
-      'num_processes': process_count,
-      'process_id': process_index,
+    'coordinator_address': coordinator_address,
+    'num_processes': process_count,
+    'process_id': process_index,
   }
   given = {name: value for name, value in given.items() if value is not None}
   cluster = detect_cluster()
@@ -105,18 +105,18 @@ def initialize(
     jax.distributed.initialize(**given)
   except (ValueError, RuntimeError) as error:
     raise ValueError(
-        f'Could not join the other processes (found: {cluster or "no cluster"}; given: '
-        f'{given or "nothing"}). Give --coordinator_address=HOST:PORT, --process_count '
-        'and --process_index, or --process_count=1 to run alone. JAX says: '
-        f'{error}'
+      f'Could not join the other processes (found: {cluster or "no cluster"}; given: '
+      f'{given or "nothing"}). Give --coordinator_address=HOST:PORT, --process_count '
+      'and --process_index, or --process_count=1 to run alone. JAX says: '
+      f'{error}'
     ) from error
   logging.info('Process %d of %d.', jax.process_index(), jax.process_count())
 
 
 def _check_arguments(
-    coordinator_address: str | None,
-    process_count: int | None,
-    process_index: int | None,
+  coordinator_address: str | None,
+  process_count: int | None,
+  process_index: int | None,
 ) -> None:
   if process_count is not None and process_count < 1:
     raise ValueError(f'process_count must be at least 1. Got: {process_count}.')
@@ -124,12 +124,12 @@ def _check_arguments(
     raise ValueError(f'process_index must be at least 0. Got: {process_index}.')
   if process_index is not None and process_index >= (process_count or np.inf):
     raise ValueError(
-        'process_index counts from 0 and must be below process_count. Got: '
-        f'{process_index} of {process_count}.'
+      'process_index counts from 0 and must be below process_count. Got: '
+      f'{process_index} of {process_count}.'
     )
   if coordinator_address is not None and ':' not in coordinator_address:
     raise ValueError(
-        f'coordinator_address must be HOST:PORT. Got: {coordinator_address!r}.'
+      f'coordinator_address must be HOST:PORT. Got: {coordinator_address!r}.'
     )
 
 
@@ -140,8 +140,8 @@ def detect_cluster() -> str | None:
   a metadata server, which takes seconds to fail on a machine that has none.
   """
   for name, size in (
-      ('Slurm', 'SLURM_STEP_NUM_TASKS'),  # Of this `srun`; an sbatch alone has none.
-      ('Open MPI', 'OMPI_COMM_WORLD_SIZE'),
+    ('Slurm', 'SLURM_STEP_NUM_TASKS'),  # Of this `srun`; an sbatch alone has none.
+    ('Open MPI', 'OMPI_COMM_WORLD_SIZE'),
   ):
     if int(os.environ.get(size, '1')) > 1:
       return name

@@ -24,8 +24,8 @@ def _with_empty_dicts(state: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
   unknown = given.keys() - wanted.keys()
   if missing or unknown:
     raise ValueError(
-        'The saved state does not fit this optimizer; was it written by another one? '
-        f'Missing: {_listing(missing)}. Unknown: {_listing(unknown)}.'
+      'The saved state does not fit this optimizer; was it written by another one? '
+      f'Missing: {_listing(missing)}. Unknown: {_listing(unknown)}.'
     )
   return flax.traverse_util.unflatten_dict(empty | given)
 
@@ -57,7 +57,7 @@ class OptimizerDef:
     raise NotImplementedError(f'{type(self).__name__} does not define init_state.')
 
   def apply_gradient(
-      self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
+    self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
   ) -> tuple[Params, OptimizerState]:
     """Makes one update; returns the new parameters and the new state."""
     raise NotImplementedError(f'{type(self).__name__} does not define apply_gradient.')
@@ -74,9 +74,7 @@ class OptimizerDef:
 
   def create(self, target: Params) -> 'Optimizer':
     """Joins this definition, a fresh state and the parameters."""
-    return Optimizer(
-        optimizer_def=self, state=self.init_state(target), target=target
-    )
+    return Optimizer(optimizer_def=self, state=self.init_state(target), target=target)
 
   def state_dict(self, target: Params, state: OptimizerState) -> dict[str, Any]:
     """Nests target and state under string keys, for a checkpoint.
@@ -86,12 +84,12 @@ class OptimizerDef:
     """
     flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state))
     return {
-        'target': flax.serialization.to_state_dict(target),
-        'state': flax.traverse_util.unflatten_dict(flat),
+      'target': flax.serialization.to_state_dict(target),
+      'state': flax.traverse_util.unflatten_dict(flat),
     }
 
   def restore_state(
-      self, opt_target: Params, opt_state: OptimizerState, state_dict: Mapping[str, Any]
+    self, opt_target: Params, opt_state: OptimizerState, state_dict: Mapping[str, Any]
   ) -> tuple[Params, OptimizerState]:
     """Puts a state dict's values into the structure of a target and a state.
 
@@ -109,8 +107,8 @@ class OptimizerDef:
     restore = flax.serialization.from_state_dict
     complete = _with_empty_dicts(opt_state, state_dict['state'])
     return (
-        restore(opt_target, state_dict['target'], name='target'),
-        restore(opt_state, complete, name='state'),
+      restore(opt_target, state_dict['target'], name='target'),
+      restore(opt_state, complete, name='state'),
     )
 
 
@@ -136,10 +134,10 @@ class Optimizer(flax.struct.PyTreeNode):
     """
     rule = self.optimizer_def
     target, state = rule.apply_gradient(
-        rule.update_hyper_params(**hyper_param_overrides),
-        self.target,
-        self.state,
-        grads,
+      rule.update_hyper_params(**hyper_param_overrides),
+      self.target,
+      self.state,
+      grads,
     )
     return self.replace(target=target, state=state)
 

@@ -62,8 +62,8 @@ def match_axes(params: PyTree, params_axes: PyTree) -> PyTree:
     names = _path_names(path)
     if names not in axes:
       raise ValueError(
-          f'The model names no logical axes for the parameter {"/".join(names)!r}. '
-          'Declare it with flax.linen.partitioning.param_with_axes.'
+        f'The model names no logical axes for the parameter {"/".join(names)!r}. '
+        'Declare it with flax.linen.partitioning.param_with_axes.'
       )
     return axes[names]
 
@@ -71,7 +71,7 @@ def match_axes(params: PyTree, params_axes: PyTree) -> PyTree:
 
 
 def _state_axes(
-    optax_state: Any, params_axes: PyTree, shapes: Mapping[tuple[str, ...], Any]
+  optax_state: Any, params_axes: PyTree, shapes: Mapping[tuple[str, ...], Any]
 ) -> Any:
   """See `OptaxStatePartitionRules`; `shapes` are the parameters', where known."""
   axes = _by_path(params_axes, _is_partition_spec)
@@ -145,8 +145,8 @@ class OptaxWrapper(OptimizerDef):
   def __init__(self, optax_optimizer: optax.GradientTransformation):
     if not (hasattr(optax_optimizer, 'init') and hasattr(optax_optimizer, 'update')):
       raise TypeError(
-          'OptaxWrapper takes an optax.GradientTransformation. Got: '
-          f'{optax_optimizer!r}. In gin, call the constructor: @optax.adam().'
+        'OptaxWrapper takes an optax.GradientTransformation. Got: '
+        f'{optax_optimizer!r}. In gin, call the constructor: @optax.adam().'
       )
     super().__init__(hyper_params=_Scheduled())
     self.optax_optimizer = optax_optimizer
@@ -154,11 +154,11 @@ class OptaxWrapper(OptimizerDef):
   def init_state(self, params: Params) -> OptimizerState:
     """Makes the state: a step of 0 and the transformation's own."""
     return OptimizerState(
-        step=jnp.zeros((), jnp.int32), param_states=self.optax_optimizer.init(params)
+      step=jnp.zeros((), jnp.int32), param_states=self.optax_optimizer.init(params)
     )
 
   def apply_gradient(
-      self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
+    self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
   ) -> tuple[Params, OptimizerState]:
     """Makes one update; `hyper_params` does not reach optax."""
     del hyper_params
@@ -167,7 +167,7 @@ class OptaxWrapper(OptimizerDef):
     return optax.apply_updates(params, updates), advanced
 
   def derive_logical_axes(
-      self, optimizer: Optimizer, param_logical_axes: PyTree
+    self, optimizer: Optimizer, param_logical_axes: PyTree
   ) -> Optimizer:
     """Replaces arrays by logical axes.
 
@@ -186,7 +186,7 @@ class OptaxWrapper(OptimizerDef):
 
 
 def wrap_optax_optimizer(
-    optax_optimizer: Callable[..., optax.GradientTransformation],
+  optax_optimizer: Callable[..., optax.GradientTransformation],
 ) -> Callable[..., OptimizerDef]:
   """Makes of an optax constructor one that returns an optimizer definition.
 
@@ -207,13 +207,13 @@ def wrap_optax_optimizer(
 
 
 def _chain(
-    transformations: Sequence[optax.GradientTransformation],
+  transformations: Sequence[optax.GradientTransformation],
 ) -> optax.GradientTransformation:
   for transformation in transformations:
     if isinstance(transformation, OptimizerDef):
       raise TypeError(
-          'optimizers.chain takes optax transformations, not wrapped optimizers. Put '
-          'optax.adamw (not optimizers.adamw) and the like into `transformations`.'
+        'optimizers.chain takes optax transformations, not wrapped optimizers. Put '
+        'optax.adamw (not optimizers.adamw) and the like into `transformations`.'
       )
   return optax.chain(*transformations)
 
@@ -223,17 +223,15 @@ chain = wrap_optax_optimizer(_chain)
 
 # By family: what an update is divided by, or that it is a sign, or scaled by layer.
 adam, adamw, adabelief, radam, yogi = map(
-    wrap_optax_optimizer,
-    (optax.adam, optax.adamw, optax.adabelief, optax.radam, optax.yogi),
+  wrap_optax_optimizer,
+  (optax.adam, optax.adamw, optax.adabelief, optax.radam, optax.yogi),
 )
 adagrad, rmsprop = map(wrap_optax_optimizer, (optax.adagrad, optax.rmsprop))
 sgd, noisy_sgd, dpsgd = map(
-    wrap_optax_optimizer, (optax.sgd, optax.noisy_sgd, optax.contrib.dpsgd)
+  wrap_optax_optimizer, (optax.sgd, optax.noisy_sgd, optax.contrib.dpsgd)
 )
 lion = wrap_optax_optimizer(optax.lion)
-lamb, lars, fromage = map(
-    wrap_optax_optimizer, (optax.lamb, optax.lars, optax.fromage)
-)
+lamb, lars, fromage = map(wrap_optax_optimizer, (optax.lamb, optax.lars, optax.fromage))
 
 
 # ---- Several optimizers ----
@@ -268,10 +266,10 @@ class MultiOptimizer(OptimizerDef):
   """
 
   def __init__(
-      self,
-      traversals_and_optimizers: Sequence[
-          tuple[flax.traverse_util.Traversal, OptimizerDef]
-      ],
+    self,
+    traversals_and_optimizers: Sequence[
+      tuple[flax.traverse_util.Traversal, OptimizerDef]
+    ],
   ):
     self.traversals = tuple(traversal for traversal, _ in traversals_and_optimizers)
     self.sub_optimizers = tuple(rule for _, rule in traversals_and_optimizers)
@@ -290,19 +288,19 @@ class MultiOptimizer(OptimizerDef):
     contested = {name: by for name, by in owners.items() if len(by) > 1}
     if contested:
       raise ValueError(
-          'MultiOptimizer: a parameter can have one optimizer. These have several (by '
-          f'their numbers): {contested}'
+        'MultiOptimizer: a parameter can have one optimizer. These have several (by '
+        f'their numbers): {contested}'
       )
     return selections
 
   def _join(self, states: Sequence[Any], selections: Any, params: Any) -> Any:
     """Lays the optimizers' states out as the class describes."""
     flat_states = [
-        _flatten(state) if isinstance(state, Mapping) else {} for state in states
+      _flatten(state) if isinstance(state, Mapping) else {} for state in states
     ]
     a_parameter_each = all(
-        set(flat) == set(paths)
-        for flat, paths in zip(flat_states, selections, strict=True)
+      set(flat) == set(paths)
+      for flat, paths in zip(flat_states, selections, strict=True)
     )
     if not a_parameter_each:
       return tuple(states)
@@ -317,53 +315,53 @@ class MultiOptimizer(OptimizerDef):
       return list(states)
     # Not flattened: what a parameter's entry is made of is its optimizer's business.
     return [
-        flax.traverse_util.unflatten_dict(
-            {path: functools.reduce(lambda t, k: t[k], path, states) for path in paths}
-        )
-        for paths in selections
+      flax.traverse_util.unflatten_dict(
+        {path: functools.reduce(lambda t, k: t[k], path, states) for path in paths}
+      )
+      for paths in selections
     ]
 
   def init_state(self, params: Params) -> OptimizerState:
     """Makes the state of every optimizer; ValueError where two take one parameter."""
     selections, flat = self._selections(params), _flatten(params)
     states = [
-        rule.init_state(_pick(flat, paths)).param_states
-        for rule, paths in zip(self.sub_optimizers, selections, strict=True)
+      rule.init_state(_pick(flat, paths)).param_states
+      for rule, paths in zip(self.sub_optimizers, selections, strict=True)
     ]
     return OptimizerState(
-        step=jnp.zeros((), jnp.int32),
-        param_states=self._join(states, selections, params),
+      step=jnp.zeros((), jnp.int32),
+      param_states=self._join(states, selections, params),
     )
 
   def apply_gradient(
-      self,
-      hyper_params: Sequence[Any],
-      params: Params,
-      state: OptimizerState,
-      grads: Params,
+    self,
+    hyper_params: Sequence[Any],
+    params: Params,
+    state: OptimizerState,
+    grads: Params,
   ) -> tuple[Params, OptimizerState]:
     """Makes one update with every optimizer, each with its own hyperparameters."""
     selections = self._selections(params)
     flat_params, flat_grads = _flatten(params), _flatten(grads)
     updated, new_states = dict(flat_params), []
     for rule, hyper, paths, inner in zip(
-        self.sub_optimizers,
-        hyper_params,
-        selections,
-        self._split(state.param_states, selections),
-        strict=True,
+      self.sub_optimizers,
+      hyper_params,
+      selections,
+      self._split(state.param_states, selections),
+      strict=True,
     ):
       new_params, new_state = rule.apply_gradient(
-          hyper,
-          _pick(flat_params, paths),
-          state.replace(param_states=inner),
-          _pick(flat_grads, paths),
+        hyper,
+        _pick(flat_params, paths),
+        state.replace(param_states=inner),
+        _pick(flat_grads, paths),
       )
       updated.update(_flatten(new_params))
       new_states.append(new_state.param_states)
     return _unflatten(updated, params), OptimizerState(
-        step=state.step + 1,
-        param_states=self._join(new_states, selections, params),
+      step=state.step + 1,
+      param_states=self._join(new_states, selections, params),
     )
 
   def update_hyper_params(self, **hyper_param_overrides: Any) -> list[Any]:
@@ -385,7 +383,7 @@ class MultiOptimizer(OptimizerDef):
         rule.set_param_axes(_pick(flat, paths))
 
   def derive_logical_axes(
-      self, optimizer: Optimizer, param_logical_axes: PyTree
+    self, optimizer: Optimizer, param_logical_axes: PyTree
   ) -> Optimizer:
     """As `OptaxWrapper` does; the state of a rule that cannot is replicated."""
     axes = match_axes(optimizer.target, param_logical_axes)
@@ -393,16 +391,16 @@ class MultiOptimizer(OptimizerDef):
     flat_params, flat_axes = _flatten(optimizer.target), _flatten(axes)
     derived = []
     for rule, paths, inner in zip(
-        self.sub_optimizers,
-        selections,
-        self._split(optimizer.state.param_states, selections),
-        strict=True,
+      self.sub_optimizers,
+      selections,
+      self._split(optimizer.state.param_states, selections),
+      strict=True,
     ):
       if hasattr(rule, 'derive_logical_axes'):
         part = Optimizer(
-            optimizer_def=rule,
-            state=optimizer.state.replace(param_states=inner),
-            target=_pick(flat_params, paths),
+          optimizer_def=rule,
+          state=optimizer.state.replace(param_states=inner),
+          target=_pick(flat_params, paths),
         )
         part = rule.derive_logical_axes(part, _pick(flat_axes, paths))
         derived.append(part.state.param_states)

@@ -24,62 +24,62 @@ from jaxtyping import PyTree
 from t5x import mesh as mesh_lib
 from t5x import train_state as train_state_lib
 from t5x.mesh import (
-    HardwareMesh,
-    JaxDevice,
-    LocalChunker,
-    LocalChunkInfo,
-    OtherMesh,
-    TpuMesh,
-    bounds_from_last_device,
-    default_mesh,
-    get_coords,
-    get_cpu_mesh,
-    get_gpu_mesh,
-    get_mesh,
+  HardwareMesh,
+  JaxDevice,
+  LocalChunker,
+  LocalChunkInfo,
+  OtherMesh,
+  TpuMesh,
+  bounds_from_last_device,
+  default_mesh,
+  get_coords,
+  get_cpu_mesh,
+  get_gpu_mesh,
+  get_mesh,
 )
 from t5x.sharding import (
-    AxisNames,
-    LogicalAxisRules,
-    PjittedFnWithContext,
-    global_mesh_defined,
-    host_local_array_to_global_array,
-    is_spec,
-    map_prefix,
-    readable_path,
-    shardings_on,
-    standard_logical_axis_rules,
-    with_sharding_constraint,
+  AxisNames,
+  LogicalAxisRules,
+  PjittedFnWithContext,
+  global_mesh_defined,
+  host_local_array_to_global_array,
+  is_spec,
+  map_prefix,
+  readable_path,
+  shardings_on,
+  standard_logical_axis_rules,
+  with_sharding_constraint,
 )
 
 __all__ = [
-    'AxisNames',
-    'BasePartitioner',
-    'BasePjitPartitioner',
-    'CompiledPartitionedCallable',
-    'DataLayout',
-    'HardwareMesh',
-    'JaxDevice',
-    'LocalChunkInfo',
-    'LocalChunker',
-    'LogicalAxisRules',
-    'Mesh',
-    'OtherMesh',
-    'PartitionSpec',
-    'PartitionedCallable',
-    'PjitPartitioner',
-    'PjittedFnWithContext',
-    'TpuMesh',
-    'TrainState',
-    'bounds_from_last_device',
-    'default_mesh',
-    'get_coords',
-    'get_cpu_mesh',
-    'get_gpu_mesh',
-    'get_mesh',
-    'global_mesh_defined',
-    'host_local_array_to_global_array',
-    'standard_logical_axis_rules',
-    'with_sharding_constraint',
+  'AxisNames',
+  'BasePartitioner',
+  'BasePjitPartitioner',
+  'CompiledPartitionedCallable',
+  'DataLayout',
+  'HardwareMesh',
+  'JaxDevice',
+  'LocalChunkInfo',
+  'LocalChunker',
+  'LogicalAxisRules',
+  'Mesh',
+  'OtherMesh',
+  'PartitionSpec',
+  'PartitionedCallable',
+  'PjitPartitioner',
+  'PjittedFnWithContext',
+  'TpuMesh',
+  'TrainState',
+  'bounds_from_last_device',
+  'default_mesh',
+  'get_coords',
+  'get_cpu_mesh',
+  'get_gpu_mesh',
+  'get_mesh',
+  'global_mesh_defined',
+  'host_local_array_to_global_array',
+  'standard_logical_axis_rules',
+  'with_sharding_constraint',
 ]
 
 TrainState = train_state_lib.TrainState
@@ -106,28 +106,28 @@ class DataLayout:
 
 
 def _model_size(
-    num_partitions: int | None,
-    model_parallel_submesh: HardwareMesh | None,
-    shapes: tuple[HardwareMesh | None, HardwareMesh | None],
+  num_partitions: int | None,
+  model_parallel_submesh: HardwareMesh | None,
+  shapes: tuple[HardwareMesh | None, HardwareMesh | None],
 ) -> int:
   """The devices along 'model'; ValueError unless just one argument names them."""
   ici_mesh_shape, dcn_mesh_shape = shapes
   if (ici_mesh_shape is None) != (dcn_mesh_shape is None):
     raise ValueError(
-        'ici_mesh_shape and dcn_mesh_shape go together: give both or neither. Got: '
-        f'ici_mesh_shape={ici_mesh_shape}, dcn_mesh_shape={dcn_mesh_shape}.'
+      'ici_mesh_shape and dcn_mesh_shape go together: give both or neither. Got: '
+      f'ici_mesh_shape={ici_mesh_shape}, dcn_mesh_shape={dcn_mesh_shape}.'
     )
   sliced = ici_mesh_shape is not None
   if not (num_partitions or model_parallel_submesh or sliced):
     raise ValueError(
-        'Say how many devices share one copy of the model: num_partitions=1 for pure '
-        f'data parallelism. Got: num_partitions={num_partitions}, '
-        f'model_parallel_submesh={model_parallel_submesh}.'
+      'Say how many devices share one copy of the model: num_partitions=1 for pure '
+      f'data parallelism. Got: num_partitions={num_partitions}, '
+      f'model_parallel_submesh={model_parallel_submesh}.'
     )
   if sliced and model_parallel_submesh:
     raise ValueError(
-        'model_parallel_submesh excludes ici_mesh_shape and dcn_mesh_shape. '
-        f'Got: {model_parallel_submesh} and {shapes}.'
+      'model_parallel_submesh excludes ici_mesh_shape and dcn_mesh_shape. '
+      f'Got: {model_parallel_submesh} and {shapes}.'
     )
   size = num_partitions
   if sliced:
@@ -136,9 +136,9 @@ def _model_size(
     size = math.prod(model_parallel_submesh)
   if num_partitions not in (None, 0, 1, size):
     raise ValueError(
-        'num_partitions contradicts the mesh shape, which puts '
-        f'{size} devices along "model". Got: num_partitions={num_partitions}; leave '
-        'it out.'
+      'num_partitions contradicts the mesh shape, which puts '
+      f'{size} devices along "model". Got: num_partitions={num_partitions}; leave '
+      'it out.'
     )
   return size
 
@@ -147,13 +147,13 @@ class BasePartitioner(metaclass=abc.ABCMeta):
   """What the runtime asks of a partitioner."""
 
   def __init__(
-      self,
-      num_partitions: int | None = None,
-      model_parallel_submesh: HardwareMesh | None = None,
-      params_on_devices: bool = True,
-      backend: str | None = None,
-      ici_mesh_shape: HardwareMesh | None = None,
-      dcn_mesh_shape: HardwareMesh | None = None,
+    self,
+    num_partitions: int | None = None,
+    model_parallel_submesh: HardwareMesh | None = None,
+    params_on_devices: bool = True,
+    backend: str | None = None,
+    ici_mesh_shape: HardwareMesh | None = None,
+    dcn_mesh_shape: HardwareMesh | None = None,
   ):
     """Takes the size of one copy of the model in one of three ways.
 
@@ -217,7 +217,7 @@ class BasePartitioner(metaclass=abc.ABCMeta):
     return self._chunker.get_shard_id(self._data_axes)
 
   def get_data_layout(
-      self, batch_size: int | None = None, host_index: int | None = None
+    self, batch_size: int | None = None, host_index: int | None = None
   ) -> DataLayout:
     """Says what part of each batch a host feeds.
 
@@ -232,22 +232,22 @@ class BasePartitioner(metaclass=abc.ABCMeta):
     batch_size = parts if batch_size is None else batch_size
     if batch_size < 1 or batch_size % parts:
       raise ValueError(
-          'The batch size must be a positive multiple of the number of data '
-          f'partitions. Got: a batch of {batch_size} over {parts} data partitions '
-          f'(mesh {dict(self.mesh.shape)}).'
+        'The batch size must be a positive multiple of the number of data '
+        f'partitions. Got: a batch of {batch_size} over {parts} data partitions '
+        f'(mesh {dict(self.mesh.shape)}).'
       )
     chunker = self._chunker
     if host_index is not None:
       chunker = LocalChunker(self.mesh, host_index)
     return DataLayout(
-        batch_size=int(batch_size),
-        shard_id=chunker.get_shard_id(self._data_axes),
-        num_shards=self.data_shards,
-        is_first_host_in_replica_set=chunker.get_replica_id(self._data_axes) == 0,
+      batch_size=int(batch_size),
+      shard_id=chunker.get_shard_id(self._data_axes),
+      num_shards=self.data_shards,
+      is_first_host_in_replica_set=chunker.get_replica_id(self._data_axes) == 0,
     )
 
   def get_local_chunk_info(
-      self, global_shape: tuple[int, ...], mesh_axes: Sequence[str | None]
+    self, global_shape: tuple[int, ...], mesh_axes: Sequence[str | None]
   ) -> LocalChunkInfo:
     """This host's part of an array that is split over the given mesh axes."""
     return self._chunker.get_local_chunk_info(global_shape, mesh_axes)
@@ -262,7 +262,7 @@ class BasePartitioner(metaclass=abc.ABCMeta):
     self._params_on_devices = value
 
   def move_params_to_devices(
-      self, train_state: TrainState, train_state_axes: TrainState
+    self, train_state: TrainState, train_state_axes: TrainState
   ) -> TrainState:
     """Puts a state on the devices, sharded.
 
@@ -287,12 +287,12 @@ class BasePartitioner(metaclass=abc.ABCMeta):
 
   @abc.abstractmethod
   def partition(
-      self,
-      fn: Callable[..., Any],
-      in_axis_resources: PyTree,
-      out_axis_resources: PyTree,
-      static_argnums: int | Sequence[int] = (),
-      donate_argnums: int | Sequence[int] = (),
+    self,
+    fn: Callable[..., Any],
+    in_axis_resources: PyTree,
+    out_axis_resources: PyTree,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
   ) -> PartitionedCallable:
     """Makes `fn` run over the mesh.
 
@@ -308,7 +308,7 @@ class BasePartitioner(metaclass=abc.ABCMeta):
 
   @abc.abstractmethod
   def compile(
-      self, partitioned_fn: PartitionedCallable, *args
+    self, partitioned_fn: PartitionedCallable, *args
   ) -> CompiledPartitionedCallable:
     """Compiles a partitioned function for arguments of these shapes and types."""
 
@@ -320,11 +320,11 @@ class BasePjitPartitioner(BasePartitioner):
   def mesh(self) -> Mesh:
     """The mesh that the constructor's numbers name, made when first asked for."""
     return mesh_lib.default_mesh(
-        self._num_partitions,
-        self._model_parallel_submesh,
-        self._backend,
-        self._ici_mesh_shape,
-        self._dcn_mesh_shape,
+      self._num_partitions,
+      self._model_parallel_submesh,
+      self._backend,
+      self._ici_mesh_shape,
+      self._dcn_mesh_shape,
     )
 
   @property
@@ -332,25 +332,25 @@ class BasePjitPartitioner(BasePartitioner):
     return ()
 
   def partition(
-      self,
-      fn: Callable[..., Any],
-      in_axis_resources: PyTree,
-      out_axis_resources: PyTree,
-      static_argnums: int | Sequence[int] = (),
-      donate_argnums: int | Sequence[int] = (),
+    self,
+    fn: Callable[..., Any],
+    in_axis_resources: PyTree,
+    out_axis_resources: PyTree,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
   ) -> PjittedFnWithContext:
     """See `BasePartitioner.partition`."""
     jitted = jax.jit(
-        fn,
-        in_shardings=shardings_on(self.mesh, in_axis_resources),
-        out_shardings=shardings_on(self.mesh, out_axis_resources),
-        static_argnums=static_argnums,
-        donate_argnums=donate_argnums,
+      fn,
+      in_shardings=shardings_on(self.mesh, in_axis_resources),
+      out_shardings=shardings_on(self.mesh, out_axis_resources),
+      static_argnums=static_argnums,
+      donate_argnums=donate_argnums,
     )
     return PjittedFnWithContext(jitted, self.mesh, self._rules_in_force)
 
   def compile(
-      self, partitioned_fn: PjittedFnWithContext, *args
+    self, partitioned_fn: PjittedFnWithContext, *args
   ) -> CompiledPartitionedCallable:
     """See `BasePartitioner.compile`."""
     return partitioned_fn.lower(*args).compile()
@@ -360,14 +360,14 @@ class PjitPartitioner(BasePjitPartitioner):
   """The partitioner of T5X models: logical axis names, mapped to a mesh by rules."""
 
   def __init__(
-      self,
-      num_partitions: int | None = None,
-      model_parallel_submesh: HardwareMesh | None = None,
-      params_on_devices: bool = True,
-      backend: str | None = None,
-      ici_mesh_shape: HardwareMesh | None = None,
-      dcn_mesh_shape: HardwareMesh | None = None,
-      logical_axis_rules: LogicalAxisRules | None = None,
+    self,
+    num_partitions: int | None = None,
+    model_parallel_submesh: HardwareMesh | None = None,
+    params_on_devices: bool = True,
+    backend: str | None = None,
+    ici_mesh_shape: HardwareMesh | None = None,
+    dcn_mesh_shape: HardwareMesh | None = None,
+    logical_axis_rules: LogicalAxisRules | None = None,
   ):
     """See `BasePartitioner` for all but the last.
 
@@ -383,12 +383,12 @@ class PjitPartitioner(BasePjitPartitioner):
         along ('replica', 'data') whatever its rule says.
     """
     super().__init__(
-        num_partitions=num_partitions,
-        model_parallel_submesh=model_parallel_submesh,
-        params_on_devices=params_on_devices,
-        backend=backend,
-        ici_mesh_shape=ici_mesh_shape,
-        dcn_mesh_shape=dcn_mesh_shape,
+      num_partitions=num_partitions,
+      model_parallel_submesh=model_parallel_submesh,
+      params_on_devices=params_on_devices,
+      backend=backend,
+      ici_mesh_shape=ici_mesh_shape,
+      dcn_mesh_shape=dcn_mesh_shape,
     )
     if logical_axis_rules is None:
       logical_axis_rules = standard_logical_axis_rules()
@@ -412,8 +412,8 @@ class PjitPartitioner(BasePjitPartitioner):
       for axis in (axes,) if isinstance(axes, str) else axes or ():
         if axis not in known:
           raise ValueError(
-              f'A logical axis rule names a mesh axis that is none of {known}. Got: '
-              f'({name!r}, {axes!r}).'
+            f'A logical axis rule names a mesh axis that is none of {known}. Got: '
+            f'({name!r}, {axes!r}).'
           )
     return self._logical_axis_rules
 
@@ -447,12 +447,12 @@ class PjitPartitioner(BasePjitPartitioner):
         return flax_partitioning.logical_to_mesh_axes(tuple(names), rules)
       except ValueError as e:
         raise ValueError(
-            f'The axes {tuple(names)} of {readable_path(path)} cannot be mapped: {e}'
+          f'The axes {tuple(names)} of {readable_path(path)} cannot be mapped: {e}'
         ) from e
 
     axes = jax.tree_util.tree_map_with_path(to_mesh, logical, is_leaf=is_spec)
     jax.tree_util.tree_map_with_path(
-        self._check_divides, axes, train_state, is_leaf=is_spec
+      self._check_divides, axes, train_state, is_leaf=is_spec
     )
     return axes
 
@@ -462,8 +462,8 @@ class PjitPartitioner(BasePjitPartitioner):
       parts = math.prod(self.mesh.shape[axis] for axis in axes)
       if size % parts:
         raise ValueError(
-            'A sharded dimension must divide by the devices along its mesh axis. Got: '
-            f'{size} of {readable_path(path)} {array.shape} over {parts} devices '
-            f'({spec}). Pad it, change num_partitions, or give a rule that leaves it '
-            'whole.'
+          'A sharded dimension must divide by the devices along its mesh axis. Got: '
+          f'{size} of {readable_path(path)} {array.shape} over {parts} devices '
+          f'({spec}). Pad it, change num_partitions, or give a rule that leaves it '
+          'whole.'
         )

@@ -26,13 +26,13 @@ _STEPS_IN_FLIGHT = 2
 
 # (name in the line, metrics to take it from, format); the first metric there counts.
 _COLUMNS = (
-    ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'),
-    ('accuracy', ('accuracy',), '{:.4f}'),
-    ('learning rate', ('learning_rate/current', 'learning_rate'), '{:.3g}'),
-    ('steps/s', ('timing/steps_per_second',), '{:.3g}'),
-    ('examples/s', ('timing/seqs_per_second',), '{:,.4g}'),
-    ('tokens/s', ('timing/target_tokens_per_second',), '{:,.0f}'),
-    ('waiting for data', ('timing/data_wait_share',), '{:.1%}'),
+  ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'),
+  ('accuracy', ('accuracy',), '{:.4f}'),
+  ('learning rate', ('learning_rate/current', 'learning_rate'), '{:.3g}'),
+  ('steps/s', ('timing/steps_per_second',), '{:.3g}'),
+  ('examples/s', ('timing/seqs_per_second',), '{:,.4g}'),
+  ('tokens/s', ('timing/target_tokens_per_second',), '{:,.0f}'),
+  ('waiting for data', ('timing/data_wait_share',), '{:.1%}'),
 )
 _SPEED = 'timing/steps_per_second'
 
@@ -53,7 +53,7 @@ def _clock(seconds: float) -> str:
 
 
 def summary_line(
-    step: int, metrics: Mapping[str, Any], total_steps: int | None = None
+  step: int, metrics: Mapping[str, Any], total_steps: int | None = None
 ) -> str:
   """A period in one line.
 
@@ -80,10 +80,10 @@ class Progress:
   """Shows a run: a line every period, and between them a bar on a terminal."""
 
   def __init__(
-      self,
-      total_steps: int | None = None,
-      first_step: int = 0,
-      stream: TextIO | None = None,
+    self,
+    total_steps: int | None = None,
+    first_step: int = 0,
+    stream: TextIO | None = None,
   ):
     """Prepares the display; nothing appears before the first step.
 
@@ -102,10 +102,10 @@ class Progress:
   @property
   def _wants_bar(self) -> bool:
     return (
-        self._total is not None
-        and jax.process_index() == 0
-        and not self._closed
-        and self._stream.isatty()
+      self._total is not None
+      and jax.process_index() == 0
+      and not self._closed
+      and self._stream.isatty()
     )
 
   def advance(self, steps: int = 1) -> None:
@@ -113,12 +113,12 @@ class Progress:
     with self._lock:
       if self._bar is None and self._wants_bar:
         self._bar = tqdm.tqdm(
-            initial=self._first,
-            total=self._total,
-            unit='step',
-            file=self._stream,
-            dynamic_ncols=True,
-            leave=False,
+          initial=self._first,
+          total=self._total,
+          unit='step',
+          file=self._stream,
+          dynamic_ncols=True,
+          leave=False,
         )
       if self._bar is not None:
         self._bar.update(steps)
@@ -167,11 +167,11 @@ class StepFollower:
     self._idle = 0.0
 
   def launched(
-      self,
-      result: PyTree,
-      asked: float,
-      arrived: float,
-      check: Callable[[], None] | None = None,
+    self,
+    result: PyTree,
+    asked: float,
+    arrived: float,
+    check: Callable[[], None] | None = None,
   ) -> None:
     """Takes note of a step; waits if too many are under way.
 
@@ -189,11 +189,11 @@ class StepFollower:
       self._in_flight.popleft().result()
 
   def _follow(
-      self,
-      result: PyTree,
-      asked: float,
-      arrived: float,
-      check: Callable[[], None] | None,
+    self,
+    result: PyTree,
+    asked: float,
+    arrived: float,
+    check: Callable[[], None] | None,
   ) -> None:
     # The devices stood idle from the end of the step before, if the loop was asking for
     # data by then.

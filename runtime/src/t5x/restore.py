@@ -18,31 +18,31 @@ from jax.experimental import multihost_utils
 
 from t5x import checkpoints, checkpoints_utils, state_utils, train_state
 from t5x.checkpoint_configs import (
-    AssignmentMap,
-    CheckpointConfig,
-    RestoreCheckpointConfig,
-    SaveCheckpointConfig,
-    get_fallback_state,
-    get_first_valid_restore_config_and_paths,
+  AssignmentMap,
+  CheckpointConfig,
+  RestoreCheckpointConfig,
+  SaveCheckpointConfig,
+  get_fallback_state,
+  get_first_valid_restore_config_and_paths,
 )
 from t5x.legacy_checkpointing import LegacyCheckpointer, LegacyCheckpointManager
 from t5x.model_info import log_model_info
 
 __all__ = [
-    'AssignmentMap',
-    'CheckpointConfig',
-    'InitFnCallable',
-    'LegacyCheckpointManager',
-    'LegacyCheckpointer',
-    'RestoreCheckpointConfig',
-    'SaveCheckpointConfig',
-    'TrainStateInitializer',
-    'create_checkpoint_manager_and_restore',
-    'create_orbax_checkpoint_manager',
-    'get_fallback_state',
-    'get_first_valid_restore_config_and_paths',
-    'log_model_info',
-    'restore',
+  'AssignmentMap',
+  'CheckpointConfig',
+  'InitFnCallable',
+  'LegacyCheckpointManager',
+  'LegacyCheckpointer',
+  'RestoreCheckpointConfig',
+  'SaveCheckpointConfig',
+  'TrainStateInitializer',
+  'create_checkpoint_manager_and_restore',
+  'create_orbax_checkpoint_manager',
+  'get_fallback_state',
+  'get_first_valid_restore_config_and_paths',
+  'log_model_info',
+  'restore',
 ]
 
 
@@ -50,12 +50,11 @@ class InitFnCallable(Protocol):
   """Initialises a model's variables."""
 
   def __call__(
-      self,
-      rng: Any,
-      input_shapes: Mapping[str, Any],
-      input_types: Mapping[str, Any] | None,
-  ) -> flax_scope.FrozenVariableDict:
-    ...
+    self,
+    rng: Any,
+    input_shapes: Mapping[str, Any],
+    input_types: Mapping[str, Any] | None,
+  ) -> flax_scope.FrozenVariableDict: ...
 
 
 def _is_tensorflow(path: str) -> bool:
@@ -64,33 +63,33 @@ def _is_tensorflow(path: str) -> bool:
 
 
 def _restore_one(
-    manager: Any,
-    path: str,
-    cfg: RestoreCheckpointConfig,
-    fallback_state: Mapping[str, Any] | None,
+  manager: Any,
+  path: str,
+  cfg: RestoreCheckpointConfig,
+  fallback_state: Mapping[str, Any] | None,
 ) -> Any:
   """Restores a checkpoint of whatever kind."""
   if _is_tensorflow(path):
     if cfg.state_transformation_fns:
       raise ValueError(
-          f"'{path}' is a checkpoint of TensorFlow: neither assignment_map nor "
-          'state_transformation_fns apply to it. Convert it first, with '
-          'Checkpointer.convert_from_tf_checkpoint.'
+        f"'{path}' is a checkpoint of TensorFlow: neither assignment_map nor "
+        'state_transformation_fns apply to it. Convert it first, with '
+        'Checkpointer.convert_from_tf_checkpoint.'
       )
     return manager.restore_from_tf_checkpoint(path, strict=cfg.strict)
   logging.info('Restoring %s.', path)
   return manager.restore(
-      path=path,
-      fallback_state=fallback_state,
-      state_transformation_fns=cfg.state_transformation_fns,
+    path=path,
+    fallback_state=fallback_state,
+    state_transformation_fns=cfg.state_transformation_fns,
   )
 
 
 def restore(
-    checkpoint_manager: Any,
-    paths: Sequence[str] | None,
-    restore_cfg: RestoreCheckpointConfig | None,
-    fallback_state: Mapping[str, Any] | None = None,
+  checkpoint_manager: Any,
+  paths: Sequence[str] | None,
+  restore_cfg: RestoreCheckpointConfig | None,
+  fallback_state: Mapping[str, Any] | None = None,
 ) -> Any:
   """Restores checkpoints by a configuration.
 
@@ -107,8 +106,8 @@ def restore(
   if restore_cfg is None or paths is None:
     return None
   states = [
-      _restore_one(checkpoint_manager, path, restore_cfg, fallback_state)
-      for path in paths
+    _restore_one(checkpoint_manager, path, restore_cfg, fallback_state)
+    for path in paths
   ]
   return states[0] if len(states) == 1 else states
 
@@ -122,12 +121,12 @@ class TrainStateInitializer:
   """
 
   def __init__(
-      self,
-      optimizer_def: Any,
-      init_fn: InitFnCallable,
-      input_shapes: Mapping[str, Any],
-      partitioner: Any,
-      input_types: Mapping[str, Any] | None = None,
+    self,
+    optimizer_def: Any,
+    init_fn: InitFnCallable,
+    input_shapes: Mapping[str, Any],
+    partitioner: Any,
+    input_types: Mapping[str, Any] | None = None,
   ):
     """Works out the shapes and axes of the state; nothing is computed yet.
 
@@ -141,7 +140,7 @@ class TrainStateInitializer:
 
     def initialize(rng):
       variables = flax.core.freeze(
-          init_fn(rng=rng, input_shapes=input_shapes, input_types=input_types)
+        init_fn(rng=rng, input_shapes=input_shapes, input_types=input_types)
       )
       if optimizer_def is None:
         return train_state.InferenceState.create(variables)
@@ -163,17 +162,17 @@ class TrainStateInitializer:
     """
     logging.info('Initialising parameters from scratch.')
     initialize = self._partitioner.partition(
-        self._initialize,
-        in_axis_resources=None,
-        out_axis_resources=self.train_state_axes,
+      self._initialize,
+      in_axis_resources=None,
+      out_axis_resources=self.train_state_axes,
     )
     return initialize(init_rng)
 
   def from_checkpoints(
-      self,
-      restore_cfgs: Sequence[RestoreCheckpointConfig],
-      ds_iter: Any = None,
-      init_rng: Any = None,
+    self,
+    restore_cfgs: Sequence[RestoreCheckpointConfig],
+    ds_iter: Any = None,
+    init_rng: Any = None,
   ) -> Iterable[tuple[train_state.TrainState, str]]:
     """Restores the checkpoints of the first configuration that has any.
 
@@ -193,21 +192,21 @@ class TrainStateInitializer:
     fallback = _fallback(self, cfg, init_rng)
     for path in paths:
       reader = create_orbax_checkpoint_manager(
-          restore_cfg=cfg,
-          train_state=self.global_train_state_shape,
-          partitioner=self._partitioner,
-          ds_iter=ds_iter,
-          model_dir=os.path.dirname(path.rstrip('/')),
+        restore_cfg=cfg,
+        train_state=self.global_train_state_shape,
+        partitioner=self._partitioner,
+        ds_iter=ds_iter,
+        model_dir=os.path.dirname(path.rstrip('/')),
       )
       state, taken, _ = _restore_newest_readable(reader, path, cfg, fallback)
       yield state, taken
 
   def from_checkpoint(
-      self,
-      ckpt_cfgs: Sequence[RestoreCheckpointConfig],
-      *,
-      ds_iter: Any = None,
-      init_rng: Any = None,
+    self,
+    ckpt_cfgs: Sequence[RestoreCheckpointConfig],
+    *,
+    ds_iter: Any = None,
+    init_rng: Any = None,
   ) -> train_state.TrainState | None:
     """Restores one checkpoint, if there is one.
 
@@ -225,17 +224,17 @@ class TrainStateInitializer:
     found = list(self.from_checkpoints(ckpt_cfgs, ds_iter=ds_iter, init_rng=init_rng))
     if len(found) > 1:
       raise ValueError(
-          f'{len(found)} checkpoints match where one is wanted: '
-          f'{", ".join(path for _, path in found)}.'
+        f'{len(found)} checkpoints match where one is wanted: '
+        f'{", ".join(path for _, path in found)}.'
       )
     return found[0][0] if found else None
 
   def from_checkpoint_or_scratch(
-      self,
-      ckpt_cfgs: Sequence[RestoreCheckpointConfig],
-      *,
-      init_rng: Any,
-      ds_iter: Any = None,
+    self,
+    ckpt_cfgs: Sequence[RestoreCheckpointConfig],
+    *,
+    init_rng: Any,
+    ds_iter: Any = None,
   ) -> train_state.TrainState:
     """Restores one checkpoint, or initialises a state where there is none.
 
@@ -252,15 +251,16 @@ class TrainStateInitializer:
 
 
 def _fallback(
-    initializer: TrainStateInitializer,
-    cfg: RestoreCheckpointConfig | None,
-    init_rng: Any,
+  initializer: TrainStateInitializer,
+  cfg: RestoreCheckpointConfig | None,
+  init_rng: Any,
 ) -> Mapping[str, Any] | None:
   """What to take where a checkpoint lacks something; None for nothing.
 
   1. `fallback_to_scratch`: anything.
   2. `strict` is False: the optimizer's states, if there is an optimizer.
   """
+
   def initial(rng):
     return initializer.from_scratch(rng).state_dict()
 
@@ -281,10 +281,10 @@ def _all_hosts(succeeded: bool) -> bool:
 
 
 def _restore_newest_readable(
-    manager: Any,
-    path: str,
-    cfg: RestoreCheckpointConfig,
-    fallback_state: Mapping[str, Any] | None,
+  manager: Any,
+  path: str,
+  cfg: RestoreCheckpointConfig,
+  fallback_state: Mapping[str, Any] | None,
 ) -> tuple[Any, str, list[int]]:
   """Restores a checkpoint, or in mode 'latest' one before it if it is damaged.
 
@@ -313,19 +313,19 @@ def _restore_newest_readable(
       return state, taken, damaged
     damaged.append(step)
   raise checkpoints.DamagedCheckpointError(
-      f"No checkpoint in '{folder}' can be read (steps {steps}). Restore the folder "
-      'from a copy, or move these checkpoints away to begin anew.'
+    f"No checkpoint in '{folder}' can be read (steps {steps}). Restore the folder "
+    'from a copy, or move these checkpoints away to begin anew.'
   ) from problem
 
 
 def create_orbax_checkpoint_manager(
-    *,
-    save_cfg: SaveCheckpointConfig | None = None,
-    restore_cfg: RestoreCheckpointConfig | None = None,
-    train_state: Any,
-    partitioner: Any,
-    ds_iter: Any = None,
-    model_dir: str | None = None,
+  *,
+  save_cfg: SaveCheckpointConfig | None = None,
+  restore_cfg: RestoreCheckpointConfig | None = None,
+  train_state: Any,
+  partitioner: Any,
+  ds_iter: Any = None,
+  model_dir: str | None = None,
 ) -> Any:
   """Builds the manager that configurations describe.
 
@@ -349,20 +349,20 @@ def create_orbax_checkpoint_manager(
   cls = cfgs[0].checkpoint_manager_cls
   if cls is not cfgs[-1].checkpoint_manager_cls:
     raise ValueError(
-        'SaveCheckpointConfig and RestoreCheckpointConfig have different '
-        f'checkpoint_manager_cls: {cls}, {cfgs[-1].checkpoint_manager_cls}.'
+      'SaveCheckpointConfig and RestoreCheckpointConfig have different '
+      f'checkpoint_manager_cls: {cls}, {cfgs[-1].checkpoint_manager_cls}.'
     )
   with_position = bool(
-      (save_cfg and save_cfg.save_dataset)
-      or (restore_cfg and restore_cfg.restore_dataset)
+    (save_cfg and save_cfg.save_dataset)
+    or (restore_cfg and restore_cfg.restore_dataset)
   )
   options = dict(period=None)
   if save_cfg is not None:
     options = checkpoints.manager_options_of(
-        save_cfg.checkpointer_cls,
-        train_state=train_state,
-        partitioner=partitioner,
-        checkpoints_dir=model_dir,
+      save_cfg.checkpointer_cls,
+      train_state=train_state,
+      partitioner=partitioner,
+      checkpoints_dir=model_dir,
     )
     options |= dict(period=save_cfg.period, save_dtype=save_cfg.dtype)
     # What is unset may be bound to the manager's class itself.
@@ -372,39 +372,39 @@ def create_orbax_checkpoint_manager(
   if restore_cfg is not None:
     options['restore_dtype'] = restore_cfg.dtype
   return cls(
-      directory=model_dir,
-      train_state=train_state,
-      partitioner=partitioner,
-      dataset_iterator=ds_iter if with_position else None,
-      **options,
+    directory=model_dir,
+    train_state=train_state,
+    partitioner=partitioner,
+    dataset_iterator=ds_iter if with_position else None,
+    **options,
   )
 
 
 def _saving_manager(
-    save_cfg: SaveCheckpointConfig,
-    restore_cfg: RestoreCheckpointConfig | None,
-    use_orbax: bool,
-    **common: Any,
+  save_cfg: SaveCheckpointConfig,
+  restore_cfg: RestoreCheckpointConfig | None,
+  use_orbax: bool,
+  **common: Any,
 ) -> Any:
   """What saves: an Orbax manager, or the interface from before."""
   if use_orbax:
     return create_orbax_checkpoint_manager(save_cfg=save_cfg, **common)
   shapes = common.pop('train_state')
   return LegacyCheckpointManager(
-      save_cfg=save_cfg, restore_cfg=restore_cfg, train_state_shape=shapes, **common
+    save_cfg=save_cfg, restore_cfg=restore_cfg, train_state_shape=shapes, **common
   )
 
 
 def create_checkpoint_manager_and_restore(
-    train_state_initializer: TrainStateInitializer,
-    partitioner: Any,
-    restore_checkpoint_cfg: RestoreCheckpointConfig | None,
-    restore_path: str | None,
-    fallback_init_rng: Any,
-    save_checkpoint_cfg: SaveCheckpointConfig | None = None,
-    model_dir: str | None = None,
-    ds_iter: Any = None,
-    use_orbax: bool = False,
+  train_state_initializer: TrainStateInitializer,
+  partitioner: Any,
+  restore_checkpoint_cfg: RestoreCheckpointConfig | None,
+  restore_path: str | None,
+  fallback_init_rng: Any,
+  save_checkpoint_cfg: SaveCheckpointConfig | None = None,
+  model_dir: str | None = None,
+  ds_iter: Any = None,
+  use_orbax: bool = False,
 ) -> tuple[Any, Any]:
   """Restores a checkpoint, if one is given, and builds the manager for more.
 
@@ -429,27 +429,27 @@ def create_checkpoint_manager_and_restore(
     path = restore_path or restore_checkpoint_cfg.path
     model_dir = os.path.dirname(path.rstrip('/')) if restore_path else path
   common = dict(
-      train_state=train_state_initializer.global_train_state_shape,
-      partitioner=partitioner,
-      ds_iter=ds_iter,
-      model_dir=model_dir,
+    train_state=train_state_initializer.global_train_state_shape,
+    partitioner=partitioner,
+    ds_iter=ds_iter,
+    model_dir=model_dir,
   )
   state, damaged, reader = None, [], None
   if restore_checkpoint_cfg is not None:
     reader = create_orbax_checkpoint_manager(
-        restore_cfg=restore_checkpoint_cfg, **common
+      restore_cfg=restore_checkpoint_cfg, **common
     )
   if restore_path:
     fallback = _fallback(
-        train_state_initializer, restore_checkpoint_cfg, fallback_init_rng
+      train_state_initializer, restore_checkpoint_cfg, fallback_init_rng
     )
     state, _, damaged = _restore_newest_readable(
-        reader, restore_path, restore_checkpoint_cfg, fallback
+      reader, restore_path, restore_checkpoint_cfg, fallback
     )
   if save_checkpoint_cfg is None:
     return state, reader
   manager = _saving_manager(
-      save_checkpoint_cfg, restore_checkpoint_cfg, use_orbax, **common
+    save_checkpoint_cfg, restore_checkpoint_cfg, use_orbax, **common
   )
   if damaged and os.path.dirname(restore_path.rstrip('/')) == os.fspath(model_dir):
     for step in damaged:

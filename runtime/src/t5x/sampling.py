@@ -343,9 +343,7 @@ def temperature_sample(
   rescale_log_probs: bool = True,
   state_callback_fn: StateCallbackFn | None = None,
   logit_callback_fn: LogitCallbackFn | None = None,
-) -> tuple[
-  Int[Array, 'batch num_decodes length'], Float[Array, 'batch num_decodes']
-]:
+) -> tuple[Int[Array, 'batch num_decodes length'], Float[Array, 'batch num_decodes']]:
   """Draws sequences token by token, all of them independently.
 
   Args:
@@ -375,9 +373,7 @@ def temperature_sample(
   options = _Options(
     temperature, topk, topp, rescale_log_probs, state_callback_fn, logit_callback_fn
   )
-  steps = _checked_steps(
-    inputs.shape[1], max_decode_steps, max_decode_steps_hard_limit
-  )
+  steps = _checked_steps(inputs.shape[1], max_decode_steps, max_decode_steps_hard_limit)
   cache = _expand_cache(
     cache, inputs.shape[0], num_decodes, cache_offset, initial_index is not None
   )

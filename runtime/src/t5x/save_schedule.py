@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 
 def is_save_step(
-    step: int, period: int | None = None, checkpoint_steps: Sequence[int] | None = None
+  step: int, period: int | None = None, checkpoint_steps: Sequence[int] | None = None
 ) -> bool:
   """Whether a checkpoint is due at a step.
 
@@ -26,7 +26,7 @@ def is_save_step(
 
 
 def check_save_settings(
-    period: int | None, keep: int | None, checkpoint_steps: Sequence[int] | None
+  period: int | None, keep: int | None, checkpoint_steps: Sequence[int] | None
 ):
   """Refuses settings that mean nothing.
 
@@ -40,13 +40,13 @@ def check_save_settings(
   """
   if period is not None and period < 0:
     raise ValueError(
-        f'The checkpoint period is {period}; it must be a number of steps, or 0 or '
-        'None for no periodic checkpoints.'
+      f'The checkpoint period is {period}; it must be a number of steps, or 0 or '
+      'None for no periodic checkpoints.'
     )
   if keep is not None and keep < 1:
     raise ValueError(
-        f'keep is {keep}: no checkpoint would be left to resume from. Set at least 1, '
-        'or None to keep all.'
+      f'keep is {keep}: no checkpoint would be left to resume from. Set at least 1, '
+      'or None to keep all.'
     )
   negative = [s for s in checkpoint_steps or () if s < 0]
   if negative:
@@ -54,18 +54,18 @@ def check_save_settings(
 
 
 def _kept_for_good(
-    steps: Collection[int], force_keep_period: int | None, pinned: Collection[int]
+  steps: Collection[int], force_keep_period: int | None, pinned: Collection[int]
 ) -> set[int]:
   forced = {s for s in steps if force_keep_period and s % force_keep_period == 0}
   return forced | set(pinned)
 
 
 def steps_to_remove(
-    steps: Collection[int],
-    *,
-    keep: int | None,
-    force_keep_period: int | None = None,
-    pinned: Collection[int] = (),
+  steps: Collection[int],
+  *,
+  keep: int | None,
+  force_keep_period: int | None = None,
+  pinned: Collection[int] = (),
 ) -> list[int]:
   """Which checkpoints are too old, if the newest are to be kept.
 
@@ -85,14 +85,14 @@ def steps_to_remove(
 
 
 def steps_to_remove_by_metric(
-    steps: Collection[int],
-    metrics: Mapping[int, float],
-    *,
-    keep: int | None,
-    mode: str = 'max',
-    keep_without_metrics: bool = True,
-    force_keep_period: int | None = None,
-    pinned: Collection[int] = (),
+  steps: Collection[int],
+  metrics: Mapping[int, float],
+  *,
+  keep: int | None,
+  mode: str = 'max',
+  keep_without_metrics: bool = True,
+  force_keep_period: int | None = None,
+  pinned: Collection[int] = (),
 ) -> list[int]:
   """Which checkpoints to give up, if the best are to be kept.
 
@@ -121,19 +121,19 @@ def steps_to_remove_by_metric(
 
   kept = _kept_for_good(steps, force_keep_period, pinned)
   candidates = [
-      step
-      for step in sorted(steps)[:-1]
-      if step not in kept and (step in metrics or not keep_without_metrics)
+    step
+    for step in sorted(steps)[:-1]
+    if step not in kept and (step in metrics or not keep_without_metrics)
   ]
   best_last = sorted(candidates, key=rank)
   return sorted(best_last[: max(0, len(best_last) - keep)])
 
 
 def find_first_checkpoint_step(
-    checkpoint_steps_index: int,
-    checkpoint_steps: Sequence[int],
-    first_step: int,
-    host_step: int,
+  checkpoint_steps_index: int,
+  checkpoint_steps: Sequence[int],
+  first_step: int,
+  host_step: int,
 ) -> int:
   """Index of the first entry that is still to come.
 
@@ -156,14 +156,14 @@ def find_first_checkpoint_step(
 
 
 def find_next_checkpoint_step(
-    checkpoint_steps_index: int,
-    inner_num_steps: int,
-    is_checkpoint_step: bool,
-    host_step: int,
-    checkpoint_steps: Sequence[int],
-    epoch_end_step: int,
-    checkpoint_period: int,
-    first_step: int,
+  checkpoint_steps_index: int,
+  inner_num_steps: int,
+  is_checkpoint_step: bool,
+  host_step: int,
+  checkpoint_steps: Sequence[int],
+  epoch_end_step: int,
+  checkpoint_period: int,
+  first_step: int,
 ) -> tuple[int, bool]:
   """Shortens a stretch of training so that it ends at a step to save at.
 

@@ -33,9 +33,9 @@ class AxisNames(tuple):
 
 
 def standard_logical_axis_rules(
-    activation_partitioning_dims: int = 1,
-    parameter_partitioning_dims: int = 1,
-    additional_rules: LogicalAxisRules | None = None,
+  activation_partitioning_dims: int = 1,
+  parameter_partitioning_dims: int = 1,
+  additional_rules: LogicalAxisRules | None = None,
 ) -> LogicalAxisRules:
   """Rules for the axis names that T5X models use.
 
@@ -55,8 +55,8 @@ def standard_logical_axis_rules(
     ValueError: a number of dimensions is neither 1 nor 2.
   """
   for name, dims in (
-      ('activation_partitioning_dims', activation_partitioning_dims),
-      ('parameter_partitioning_dims', parameter_partitioning_dims),
+    ('activation_partitioning_dims', activation_partitioning_dims),
+    ('parameter_partitioning_dims', parameter_partitioning_dims),
   ):
     if dims not in (1, 2):
       raise ValueError(f'{name} must be 1 or 2. Got: {dims}.')
@@ -101,10 +101,10 @@ class PjittedFnWithContext:
   """A jitted function that is traced with a mesh and logical axis rules in force."""
 
   def __init__(
-      self,
-      pjitted_fn: Callable[..., Any],
-      partition_mesh: Mesh,
-      logical_axis_rules: LogicalAxisRules = (),
+    self,
+    pjitted_fn: Callable[..., Any],
+    partition_mesh: Mesh,
+    logical_axis_rules: LogicalAxisRules = (),
   ):
     self._jitted = pjitted_fn
     self._mesh = partition_mesh
@@ -135,9 +135,7 @@ def _enter_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 def is_spec(x: Any) -> bool:
   """Whether `x` is a leaf in a tree of axis resources."""
-  return x is None or isinstance(
-      x, PartitionSpec | AxisNames | jax.sharding.Sharding
-  )
+  return x is None or isinstance(x, PartitionSpec | AxisNames | jax.sharding.Sharding)
 
 
 def shardings_on(mesh: Mesh, resources: PyTree) -> PyTree:
@@ -148,8 +146,8 @@ def shardings_on(mesh: Mesh, resources: PyTree) -> PyTree:
       return spec
     if spec is not None and not isinstance(spec, PartitionSpec):
       raise ValueError(
-          'Axis resources are trees of PartitionSpec (or None: replicated). Got: '
-          f'{spec!r}.'
+        'Axis resources are trees of PartitionSpec (or None: replicated). Got: '
+        f'{spec!r}.'
       )
     return NamedSharding(mesh, PartitionSpec() if spec is None else spec)
 
@@ -159,15 +157,15 @@ def shardings_on(mesh: Mesh, resources: PyTree) -> PyTree:
 def map_prefix(fn: Callable[[Any, Any], Any], prefix: PyTree, tree: PyTree) -> PyTree:
   """fn(spec, leaf) over `tree`, of whose structure `prefix` has the upper part."""
   return jax.tree.map(
-      lambda spec, below: jax.tree.map(functools.partial(fn, spec), below),
-      prefix,
-      tree,
-      is_leaf=is_spec,
+    lambda spec, below: jax.tree.map(functools.partial(fn, spec), below),
+    prefix,
+    tree,
+    is_leaf=is_spec,
   )
 
 
 def host_local_array_to_global_array(
-    arr_tree: PyTree, mesh: Mesh, pspecs: PyTree
+  arr_tree: PyTree, mesh: Mesh, pspecs: PyTree
 ) -> PyTree:
   """Joins what each host holds into arrays over all hosts.
 

@@ -23,14 +23,14 @@ def tensorstore_leaf(_: Any, value: Mapping[str, Any]) -> bool:
 
 
 def flatten_state_dict(
-    state_dict: Mapping[str, Any], keep_empty_nodes: bool = False
+  state_dict: Mapping[str, Any], keep_empty_nodes: bool = False
 ) -> dict[str, Any]:
   """Flattens to paths joined by '/', TensorStore specifications staying whole."""
   return traverse_util.flatten_dict(
-      state_dict,
-      keep_empty_nodes=keep_empty_nodes,
-      is_leaf=tensorstore_leaf,
-      sep='/',
+    state_dict,
+    keep_empty_nodes=keep_empty_nodes,
+    is_leaf=tensorstore_leaf,
+    sep='/',
   )
 
 
@@ -44,7 +44,7 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def get_name_tree(
-    state_dict: Mapping[str, Any], keep_empty_nodes: bool = False
+  state_dict: Mapping[str, Any], keep_empty_nodes: bool = False
 ) -> dict[str, Any]:
   """Replaces each leaf by its own path, joined by '/'."""
   paths = traverse_util.flatten_dict(state_dict, keep_empty_nodes=keep_empty_nodes)
@@ -58,7 +58,7 @@ def _report(what: str, names: Sequence[str]) -> None:
 
 
 def intersect_state(
-    state_dict: Mapping[str, Any], intersect_state_dict: Mapping[str, Any]
+  state_dict: Mapping[str, Any], intersect_state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Keeps of `state_dict` what `intersect_state_dict` has too, and logs the rest."""
   kept = flatten_state_dict(intersect_state_dict)
@@ -68,9 +68,9 @@ def intersect_state(
 
 
 def merge_state(
-    state_dict: Mapping[str, Any],
-    from_scratch_state: Mapping[str, Any],
-    overwrite: bool = False,
+  state_dict: Mapping[str, Any],
+  from_scratch_state: Mapping[str, Any],
+  overwrite: bool = False,
 ) -> dict[str, Any]:
   """Adds to `state_dict` what only `from_scratch_state` has, and logs it.
 
@@ -90,7 +90,7 @@ def merge_state(
 
 
 def _first_rule(
-    name: str, assignment_map: Sequence[tuple[str, str | None]]
+  name: str, assignment_map: Sequence[tuple[str, str | None]]
 ) -> tuple[str, str | None] | None:
   """Finds the rule for a name: (pattern, the source's name, or None to drop it)."""
   for pattern, replacement in assignment_map:
@@ -101,12 +101,12 @@ def _first_rule(
 
 
 def apply_assignment_map(
-    ckpt_optimizer_state: Mapping[str, Any],
-    optimizer_state: Mapping[str, Any],
-    assignment_map: Sequence[tuple[str, str | None]],
-    require_all_rules_match: bool = True,
-    *,
-    is_resuming: bool = False,
+  ckpt_optimizer_state: Mapping[str, Any],
+  optimizer_state: Mapping[str, Any],
+  assignment_map: Sequence[tuple[str, str | None]],
+  require_all_rules_match: bool = True,
+  *,
+  is_resuming: bool = False,
 ) -> Mapping[str, Any]:
   """Renames a checkpoint's entries to those of the current state.
 
@@ -141,14 +141,14 @@ def apply_assignment_map(
   unused = [pattern for pattern, _ in assignment_map if pattern not in used]
   if require_all_rules_match and unused:
     raise ValueError(
-        'Every rule of assignment_map must match a name of the current state. Unused: '
-        + ', '.join(map(repr, unused))
+      'Every rule of assignment_map must match a name of the current state. Unused: '
+      + ', '.join(map(repr, unused))
     )
   return _unflatten(_assign(source, rules))
 
 
 def _assign(
-    source: Mapping[str, Any], rules: Mapping[str, tuple[str, str | None] | None]
+  source: Mapping[str, Any], rules: Mapping[str, tuple[str, str | None] | None]
 ) -> dict[str, Any]:
   """Applies to each name its rule, or None; see `apply_assignment_map`."""
   renamed, taken = {}, set()
@@ -158,8 +158,8 @@ def _assign(
     pattern, old_name = rule
     if old_name not in source:
       raise ValueError(
-          f'assignment_map: {pattern!r} maps {name!r} to {old_name!r}, which the '
-          f'checkpoint does not have. It has: {", ".join(sorted(source))}'
+        f'assignment_map: {pattern!r} maps {name!r} to {old_name!r}, which the '
+        f'checkpoint does not have. It has: {", ".join(sorted(source))}'
       )
     renamed[name] = source[old_name]
     taken.add(old_name)

@@ -65,10 +65,10 @@ def values_of(metrics: MetricMapType) -> dict[str, clu.values.Value]:
   with _computing_on_the_host():
     values = {name: metric.compute_value() for name, metric in metrics.items()}
   return {
-      name: clu.values.Scalar(np.asarray(value.value)[()])
-      if isinstance(value, clu.values.Scalar)
-      else value
-      for name, value in values.items()
+    name: clu.values.Scalar(np.asarray(value.value)[()])
+    if isinstance(value, clu.values.Scalar)
+    else value
+    for name, value in values.items()
   }
 
 
@@ -105,7 +105,7 @@ class MetricsManager:
     if self.summary_dir is None or jax.process_index() != 0:
       return metric_writers.MultiWriter([])
     return metric_writers.AsyncMultiWriter(
-        [metric_writers.SummaryWriter(self.summary_dir)]
+      [metric_writers.SummaryWriter(self.summary_dir)]
     )
 
   @property
@@ -139,7 +139,7 @@ class MetricsManager:
     self._started = self._clock.submit(time_when_ready, block_on)
 
   def write_metrics_summary(
-      self, metrics: MetricMapType, step: Any, num_steps: int
+    self, metrics: MetricMapType, step: Any, num_steps: int
   ) -> MetricValueMapFuture:
     """Writes what was summed over steps, once the devices are done with it.
 

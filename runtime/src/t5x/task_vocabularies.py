@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def get_vocabulary(
-    cfg: data.DatasetConfig,
+  cfg: data.DatasetConfig,
 ) -> tuple[seqio.Vocabulary, seqio.Vocabulary]:
   """The vocabularies of a task's inputs and targets.
 
@@ -35,18 +35,18 @@ def get_vocabulary(
     return features['inputs'].vocabulary, features['targets'].vocabulary
   by_feature = {name: feature.vocabulary for name, feature in features.items()}
   real = [
-      vocabulary
-      for vocabulary in by_feature.values()
-      if not isinstance(vocabulary, seqio.PassThroughVocabulary)
+    vocabulary
+    for vocabulary in by_feature.values()
+    if not isinstance(vocabulary, seqio.PassThroughVocabulary)
   ]
   candidates = real or list(by_feature.values())
   if not candidates:
     raise ValueError(f"'{provider.name}' has no output feature, so no vocabulary.")
   if any(other != candidates[0] for other in candidates[1:]):
     raise ValueError(
-        f"'{provider.name}' lacks 'inputs' or 'targets', and its features "
-        f'{sorted(by_feature)} have different vocabularies: which one the model should '
-        'use cannot be told.'
+      f"'{provider.name}' lacks 'inputs' or 'targets', and its features "
+      f'{sorted(by_feature)} have different vocabularies: which one the model should '
+      'use cannot be told.'
     )
   return candidates[0], candidates[0]
 
@@ -66,14 +66,14 @@ def verify_matching_vocabs(cfg: data.DatasetConfig, model: Any):
   for role, in_task, in_model in zip(('input', 'output'), task_side, model_side):
     if in_task != in_model:
       raise ValueError(
-          f"The {role} vocabulary of task '{cfg.mixture_or_task_name}' is {in_task}, "
-          f'the model has {in_model}. Give the model the vocabulary that the task '
-          'uses.'
+        f"The {role} vocabulary of task '{cfg.mixture_or_task_name}' is {in_task}, "
+        f'the model has {in_model}. Give the model the vocabulary that the task '
+        'uses.'
       )
 
 
 def round_vocab_size_to_multiple(
-    vocabulary: seqio.Vocabulary, divisor: int = 128
+  vocabulary: seqio.Vocabulary, divisor: int = 128
 ) -> int:
   """The vocabulary's size rounded up, since accelerators like round shapes.
 

@@ -60,9 +60,7 @@ def create_task_from_tfexample_file(
     ),
     preprocessors=[
       # A task needs every output feature; without targets theirs is empty.
-      functools.partial(
-        seqio.preprocessors.rekey, key_map={'targets': None, **keys}
-      ),
+      functools.partial(seqio.preprocessors.rekey, key_map={'targets': None, **keys}),
       seqio.preprocessors.tokenize_and_append_eos,
     ],
     output_features=features,

@@ -176,8 +176,10 @@ def train(
 
   # ---- Data ----
   for cfg in (train_dataset_cfg, train_eval_dataset_cfg):
-    if cfg and verify_matching_vocabs_fn and isinstance(
-      model, models.BaseTransformerModel
+    if (
+      cfg
+      and verify_matching_vocabs_fn
+      and isinstance(model, models.BaseTransformerModel)
     ):
       verify_matching_vocabs_fn(cfg, model)
   if train_dataset_cfg.seed is not None and not (save_cfg and save_cfg.save_dataset):
@@ -241,7 +243,9 @@ def train(
   restore_seconds = time.monotonic() - start
   logging.info(
     '%s step %d of %d.',
-    f'Going on from {paths[0]} at' if paths else 'Starting at', first_step, total_steps,
+    f'Going on from {paths[0]} at' if paths else 'Starting at',
+    first_step,
+    total_steps,
   )
   restore.log_model_info(
     os.path.join(model_dir, 'model-info.txt'),

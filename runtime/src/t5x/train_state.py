@@ -54,7 +54,7 @@ class TrainState(Protocol):
     """A copy at another step."""
 
   def apply_gradient(
-      self, grads: PyTree, learning_rate: Any, flax_mutables: FrozenDict = EMPTY_DICT
+    self, grads: PyTree, learning_rate: Any, flax_mutables: FrozenDict = EMPTY_DICT
   ) -> 'TrainState':
     """The state after one update."""
 
@@ -65,20 +65,20 @@ class TrainState(Protocol):
 def _check_axes(collection: str, axes: PyTree, values: PyTree) -> None:
   """Raises a ValueError unless each value has named axes."""
   named = flax.traverse_util.flatten_dict(
-      flax.core.unfreeze(flax_partitioning.get_axis_names(axes)), sep='/'
+    flax.core.unfreeze(flax_partitioning.get_axis_names(axes)), sep='/'
   )
   present = flax.traverse_util.flatten_dict(flax.core.unfreeze(values), sep='/')
   nameless = sorted(set(present) - set(named))
   if nameless:
     raise ValueError(
-        f'{len(nameless)} of {len(present)} entries of {collection!r} have no logical '
-        f'axis names: {", ".join(nameless)}. Name them in the module, with '
-        'param_with_axes or variable_with_axes of flax.linen.partitioning.'
+      f'{len(nameless)} of {len(present)} entries of {collection!r} have no logical '
+      f'axis names: {", ".join(nameless)}. Name them in the module, with '
+      'param_with_axes or variable_with_axes of flax.linen.partitioning.'
     )
 
 
 def _split_variables(
-    model_variables: Mapping[str, Any],
+  model_variables: Mapping[str, Any],
 ) -> tuple[Any, Any, FrozenDict, FrozenDict | None]:
   """Takes a module's variables apart.
 
@@ -87,7 +87,7 @@ def _split_variables(
   """
   if 'params' not in model_variables:
     raise ValueError(
-        f"A model's variables need 'params'. Got: {', '.join(model_variables)}."
+      f"A model's variables need 'params'. Got: {', '.join(model_variables)}."
     )
   values, axes = {}, {}
   for name, tree in model_variables.items():
@@ -101,10 +101,10 @@ def _split_variables(
       _check_axes(name, tree, values[name])
   params, params_axes = values.pop('params'), axes.pop('params', None)
   return (
-      params,
-      params_axes,
-      flax.core.freeze(values),
-      flax.core.freeze(axes) if axes else None,
+    params,
+    params_axes,
+    flax.core.freeze(values),
+    flax.core.freeze(axes) if axes else None,
   )
 
 
@@ -116,8 +116,8 @@ def _axis_names(axes: PyTree | None, collection: str) -> PyTree:
   """Turns the module's axis metadata into a PartitionSpec of names for each value."""
   if axes is None:
     raise ValueError(
-        f'The model names no axes for {collection!r}, and partitioning needs them. '
-        'Declare its parameters with flax.linen.partitioning.param_with_axes.'
+      f'The model names no axes for {collection!r}, and partitioning needs them. '
+      'Declare its parameters with flax.linen.partitioning.param_with_axes.'
     )
   return flax_partitioning.get_axis_names(axes)
 
@@ -138,9 +138,9 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
 
   @classmethod
   def create(
-      cls,
-      optimizer_def: optimizers.OptimizerDefType,
-      model_variables: FrozenVariableDict,
+    cls,
+    optimizer_def: optimizers.OptimizerDefType,
+    model_variables: FrozenVariableDict,
   ) -> 'FlaxOptimTrainState':
     """Starts training from a module's initial variables.
 
@@ -157,16 +157,16 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
     if hasattr(optimizer_def, 'set_param_axes'):
       if params_axes is None:
         raise ValueError(
-            f'{type(optimizer_def).__name__} works by the names of axes, and the model '
-            'names none. Declare its parameters with '
-            'flax.linen.partitioning.param_with_axes.'
+          f'{type(optimizer_def).__name__} works by the names of axes, and the model '
+          'names none. Declare its parameters with '
+          'flax.linen.partitioning.param_with_axes.'
         )
       optimizer_def.set_param_axes(flax_partitioning.get_axis_names(params_axes))
     return cls(
-        optimizer_def.create(params),
-        params_axes=params_axes,
-        flax_mutables=mutables,
-        flax_mutables_axes=mutables_axes,
+      optimizer_def.create(params),
+      params_axes=params_axes,
+      flax_mutables=mutables,
+      flax_mutables_axes=mutables_axes,
     )
 
   @property
@@ -194,8 +194,8 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
   def restore_state(self, state_dict: VariableDict) -> 'FlaxOptimTrainState':
     """A copy with the values of a state dict; ValueError where the keys do not fit."""
     return self.replace(
-        _optimizer=self._optimizer.restore_state(state_dict),
-        flax_mutables=_mutables_of(state_dict),
+      _optimizer=self._optimizer.restore_state(state_dict),
+      flax_mutables=_mutables_of(state_dict),
     )
 
   def replace_params(self, params: VariableDict) -> 'FlaxOptimTrainState':
@@ -212,7 +212,7 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
     return self.restore_state({**tree, 'state': {**tree['state'], 'step': step}})
 
   def apply_gradient(
-      self, grads: PyTree, learning_rate: Any, flax_mutables: FrozenDict = EMPTY_DICT
+    self, grads: PyTree, learning_rate: Any, flax_mutables: FrozenDict = EMPTY_DICT
   ) -> 'FlaxOptimTrainState':
     """The state after one update.
 
@@ -234,13 +234,13 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
     rule = self._optimizer.optimizer_def
     if not hasattr(rule, 'derive_logical_axes'):
       raise ValueError(
-          f'{type(rule).__name__} cannot be partitioned by named axes: it has no '
-          'derive_logical_axes.'
+        f'{type(rule).__name__} cannot be partitioned by named axes: it has no '
+        'derive_logical_axes.'
       )
     names = _axis_names(self.params_axes, 'params')
     mutables = flax_partitioning.get_axis_names(self.flax_mutables_axes or EMPTY_DICT)
     return FlaxOptimTrainState(
-        rule.derive_logical_axes(self._optimizer, names), flax_mutables=mutables
+      rule.derive_logical_axes(self._optimizer, names), flax_mutables=mutables
     )
 
 
@@ -266,11 +266,11 @@ class InferenceState(flax.struct.PyTreeNode):
     """Takes a module's variables at step 0; see `FlaxOptimTrainState.create`."""
     params, params_axes, mutables, mutables_axes = _split_variables(model_variables)
     return cls(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        params_axes=params_axes,
-        flax_mutables=mutables,
-        flax_mutables_axes=mutables_axes,
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      params_axes=params_axes,
+      flax_mutables=mutables,
+      flax_mutables_axes=mutables_axes,
     )
 
   @property
@@ -292,9 +292,9 @@ class InferenceState(flax.struct.PyTreeNode):
   def restore_state(self, state_dict: Mapping[str, Any]) -> 'InferenceState':
     """A copy with the values of a state dict."""
     return self.replace(
-        step=state_dict['state']['step'],
-        params=flax.core.freeze(state_dict['target']),
-        flax_mutables=_mutables_of(state_dict),
+      step=state_dict['state']['step'],
+      params=flax.core.freeze(state_dict['target']),
+      flax_mutables=_mutables_of(state_dict),
     )
 
   def replace_step(self, step: Int[Array, '']) -> 'InferenceState':
@@ -313,7 +313,7 @@ class InferenceState(flax.struct.PyTreeNode):
     """A copy whose arrays are PartitionSpecs of axis names, and whose step is None."""
     mutables = flax_partitioning.get_axis_names(self.flax_mutables_axes or EMPTY_DICT)
     return InferenceState(
-        step=None,
-        params=_axis_names(self.params_axes, 'params'),
-        flax_mutables=mutables,
+      step=None,
+      params=_axis_names(self.params_axes, 'params'),
+      flax_mutables=mutables,
     )

@@ -18,13 +18,13 @@ from t5x import metrics as metrics_lib
 from t5x import partitioning
 from t5x import train_state as train_state_lib
 from t5x.trainer_types import (
-    BatchType,
-    FlaxMutables,
-    MetricMapType,
-    ModelWeights,
-    MutableMetricMapType,
-    PartitionSpec,
-    Rng,
+  BatchType,
+  FlaxMutables,
+  MetricMapType,
+  ModelWeights,
+  MutableMetricMapType,
+  PartitionSpec,
+  Rng,
 )
 
 TrainState = train_state_lib.TrainState
@@ -38,7 +38,7 @@ def merge_metrics(a: PyTree, b: PyTree) -> PyTree:
 @jax.jit
 def _merge_on_device(a: PyTree, b: PyTree) -> PyTree:
   return jax.tree.map(
-      lambda left, right: left.merge(right), a, b, is_leaf=metrics_lib.is_metric_obj
+    lambda left, right: left.merge(right), a, b, is_leaf=metrics_lib.is_metric_obj
   )
 
 
@@ -61,10 +61,10 @@ class WeightMetricsComputer:
   """Metrics of every parameter, for TensorBoard; each costs a pass over the weights."""
 
   def compute_metrics(
-      self,
-      gradients: ModelWeights,
-      old_train_state: TrainState,
-      new_train_state: TrainState,
+    self,
+    gradients: ModelWeights,
+    old_train_state: TrainState,
+    new_train_state: TrainState,
   ) -> MutableMetricMapType:
     """Compares the weights before and after an update.
 
@@ -93,7 +93,7 @@ class WeightMetricsComputer:
       relative = jnp.where(present, update / jnp.where(present, before, 1), 0)
       count = jnp.maximum(jnp.sum(present), 1)
       values[f'weight_update_divided_by_weight_rms/{name}'] = jnp.sqrt(
-          jnp.sum(jnp.square(relative)) / count
+        jnp.sum(jnp.square(relative)) / count
       )
     return {name: _per_step(value) for name, value in values.items()}
 
@@ -103,7 +103,7 @@ def _per_step(value: Float[Array, '']) -> metrics_lib.AveragePerStep:
 
 
 def split_microbatches(
-    batch: BatchType, num_microbatches: int, data_partition_spec: PartitionSpec
+  batch: BatchType, num_microbatches: int, data_partition_spec: PartitionSpec
 ) -> BatchType:
   """Deals a batch out, like cards: row i goes to microbatch i mod `num_microbatches`.
 
@@ -126,24 +126,24 @@ def split_microbatches(
     rows = x.shape[0]
     if rows % num_microbatches:
       raise ValueError(
-          'The batch size must divide by the number of microbatches. Got: a batch of '
-          f'{rows} in {num_microbatches} microbatches.'
+        'The batch size must divide by the number of microbatches. Got: a batch of '
+        f'{rows} in {num_microbatches} microbatches.'
       )
     dealt = x.reshape(rows // num_microbatches, num_microbatches, *x.shape[1:])
     return partitioning.with_sharding_constraint(
-        dealt.swapaxes(0, 1), PartitionSpec(None, *data_partition_spec)
+      dealt.swapaxes(0, 1), PartitionSpec(None, *data_partition_spec)
     )
 
   return jax.tree.map(deal, batch)
 
 
 def accumulate_grads_microbatched(
-    model: Any,
-    train_state: TrainState,
-    batch: BatchType,
-    dropout_rng: Rng,
-    num_microbatches: int | None,
-    data_partition_spec: PartitionSpec = PartitionSpec('data'),
+  model: Any,
+  train_state: TrainState,
+  batch: BatchType,
+  dropout_rng: Rng,
+  num_microbatches: int | None,
+  data_partition_spec: PartitionSpec = PartitionSpec('data'),
 ) -> tuple[ModelWeights, MutableMetricMapType, FlaxMutables | None]:
   """Gradients and metrics of a batch, as a whole or summed over microbatches.
 
@@ -172,7 +172,7 @@ def accumulate_grads_microbatched(
       (_, metrics), gradients = gradient_of(train_state.params, rows, rng)
     else:
       (_, (metrics, mutables)), gradients = gradient_of(
-          train_state.params, rows, rng, mutables
+        train_state.params, rows, rng, mutables
       )
     return gradients, metrics, mutables
 
@@ -189,7 +189,7 @@ def accumulate_grads_microbatched(
   microbatches = split_microbatches(batch, num_microbatches, data_partition_spec)
   rngs = jax.random.split(dropout_rng, num_microbatches)
   (gradients, mutables), stacked = jax.lax.scan(
-      add, (nothing, mutables), (microbatches, rngs)
+    add, (nothing, mutables), (microbatches, rngs)
   )
   return gradients, _merge_stacked(stacked), mutables
 
@@ -201,7 +201,7 @@ def _merge_stacked(stacked: PyTree) -> PyTree:
 
   def merge(total, one):
     merged = jax.tree.map(
-        lambda a, b: a.merge(b), total, one, is_leaf=metrics_lib.is_metric_obj
+      lambda a, b: a.merge(b), total, one, is_leaf=metrics_lib.is_metric_obj
     )
     # A merge may promote (an int count to float32); the carry keeps its types.
     return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, total), None
@@ -210,12 +210,12 @@ def _merge_stacked(stacked: PyTree) -> PyTree:
 
 
 def apply_grads(
-    train_state: TrainState,
-    grad_accum: ModelWeights,
-    metrics: MutableMetricMapType,
-    learning_rate: Float[Array, ''],
-    weight_metrics_computer: WeightMetricsComputer | None,
-    other_state_variables: Mapping[str, Any] | None = None,
+  train_state: TrainState,
+  grad_accum: ModelWeights,
+  metrics: MutableMetricMapType,
+  learning_rate: Float[Array, ''],
+  weight_metrics_computer: WeightMetricsComputer | None,
+  other_state_variables: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, MetricMapType]:
   """Updates the state, and reports on it.
 
@@ -233,15 +233,15 @@ def apply_grads(
     `weight_gradient_norm`.
   """
   updated = train_state.apply_gradient(
-      grad_accum, learning_rate=learning_rate, **(other_state_variables or {})
+    grad_accum, learning_rate=learning_rate, **(other_state_variables or {})
   )
   rate = jnp.reshape(jnp.asarray(learning_rate), (1,))
   metrics = {
-      **metrics,
-      'learning_rate': clu.metrics.Average.from_model_output(rate),
-      'learning_rate/current': clu.metrics.LastValue.from_model_output(rate),
-      'weight_norm': _per_step(_global_norm(train_state.params)),
-      'weight_gradient_norm': _per_step(_global_norm(grad_accum)),
+    **metrics,
+    'learning_rate': clu.metrics.Average.from_model_output(rate),
+    'learning_rate/current': clu.metrics.LastValue.from_model_output(rate),
+    'weight_norm': _per_step(_global_norm(train_state.params)),
+    'weight_gradient_norm': _per_step(_global_norm(grad_accum)),
   }
   if weight_metrics_computer is not None:
     metrics |= weight_metrics_computer.compute_metrics(grad_accum, train_state, updated)
@@ -249,14 +249,14 @@ def apply_grads(
 
 
 def train_with_lr(
-    train_state: TrainState,
-    batch: BatchType,
-    learning_rate: Float[Array, ''],
-    dropout_rng: Rng,
-    model: Any,
-    num_microbatches: int | None,
-    weight_metrics_computer: WeightMetricsComputer | None = None,
-    data_partition_spec: PartitionSpec = PartitionSpec('data'),
+  train_state: TrainState,
+  batch: BatchType,
+  learning_rate: Float[Array, ''],
+  dropout_rng: Rng,
+  model: Any,
+  num_microbatches: int | None,
+  weight_metrics_computer: WeightMetricsComputer | None = None,
+  data_partition_spec: PartitionSpec = PartitionSpec('data'),
 ) -> tuple[TrainState, MetricMapType]:
   """One step: gradients, update, metrics.
 
@@ -274,15 +274,15 @@ def train_with_lr(
     The state after the step, and its metrics.
   """
   gradients, metrics, mutables = accumulate_grads_microbatched(
-      model, train_state, batch, dropout_rng, num_microbatches, data_partition_spec
+    model, train_state, batch, dropout_rng, num_microbatches, data_partition_spec
   )
   return apply_grads(
-      train_state,
-      gradients,
-      metrics,
-      learning_rate,
-      weight_metrics_computer,
-      other_state_variables={'flax_mutables': mutables} if mutables else None,
+    train_state,
+    gradients,
+    metrics,
+    learning_rate,
+    weight_metrics_computer,
+    other_state_variables={'flax_mutables': mutables} if mutables else None,
   )
 
 

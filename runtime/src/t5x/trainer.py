@@ -26,82 +26,82 @@ from t5x import partitioning
 from t5x import progress as progress_lib
 from t5x import train_state as train_state_lib
 from t5x.actions import (
-    ActionMapType,
-    ActionMode,
-    BaseAction,
-    EarlyStoppingAction,
-    TerminateOnNanAction,
+  ActionMapType,
+  ActionMode,
+  BaseAction,
+  EarlyStoppingAction,
+  TerminateOnNanAction,
 )
 from t5x.feeding import in_step_with_other_hosts, put_on_devices
 from t5x.health import HealthGuard, NonFiniteLossError
 from t5x.summaries import MetricsManager
 from t5x.train_step import (
-    WeightMetricsComputer,
-    accumulate_grads_microbatched,
-    apply_grads,
-    eval_step,
-    merge_metrics,
-    train_with_lr,
+  WeightMetricsComputer,
+  accumulate_grads_microbatched,
+  apply_grads,
+  eval_step,
+  merge_metrics,
+  train_with_lr,
 )
 from t5x.trainer_types import (
-    ArrayMapFuture,
-    BaseTrainerConstructor,
-    BatchSpec,
-    BatchType,
-    FlaxMutables,
-    LearningRateCallable,
-    MetricMapSpec,
-    MetricMapType,
-    MetricValueMapFuture,
-    MetricValueMapType,
-    ModelWeights,
-    MutableMetricMapType,
-    PartitionedEvalCallable,
-    PartitionedTrainCallable,
-    PartitionSpec,
-    Rng,
-    SummarizeMetricsCallable,
-    TimeFuture,
+  ArrayMapFuture,
+  BaseTrainerConstructor,
+  BatchSpec,
+  BatchType,
+  FlaxMutables,
+  LearningRateCallable,
+  MetricMapSpec,
+  MetricMapType,
+  MetricValueMapFuture,
+  MetricValueMapType,
+  ModelWeights,
+  MutableMetricMapType,
+  PartitionedEvalCallable,
+  PartitionedTrainCallable,
+  PartitionSpec,
+  Rng,
+  SummarizeMetricsCallable,
+  TimeFuture,
 )
 
 if TYPE_CHECKING:
   from t5x import models
 
 __all__ = [
-    'ActionMapType',
-    'ActionMode',
-    'ArrayMapFuture',
-    'BaseAction',
-    'BaseTrainer',
-    'BaseTrainerConstructor',
-    'BatchSpec',
-    'BatchType',
-    'EarlyStoppingAction',
-    'FlaxMutables',
-    'LearningRateCallable',
-    'MetricMapSpec',
-    'MetricMapType',
-    'MetricValueMapFuture',
-    'MetricValueMapType',
-    'MetricsManager',
-    'ModelWeights',
-    'MutableMetricMapType',
-    'NonFiniteLossError',
-    'PartitionSpec',
-    'PartitionedEvalCallable',
-    'PartitionedTrainCallable',
-    'PreemptionError',
-    'Rng',
-    'SummarizeMetricsCallable',
-    'TerminateOnNanAction',
-    'TimeFuture',
-    'Trainer',
-    'WeightMetricsComputer',
-    'accumulate_grads_microbatched',
-    'apply_grads',
-    'eval_step',
-    'merge_metrics',
-    'train_with_lr',
+  'ActionMapType',
+  'ActionMode',
+  'ArrayMapFuture',
+  'BaseAction',
+  'BaseTrainer',
+  'BaseTrainerConstructor',
+  'BatchSpec',
+  'BatchType',
+  'EarlyStoppingAction',
+  'FlaxMutables',
+  'LearningRateCallable',
+  'MetricMapSpec',
+  'MetricMapType',
+  'MetricValueMapFuture',
+  'MetricValueMapType',
+  'MetricsManager',
+  'ModelWeights',
+  'MutableMetricMapType',
+  'NonFiniteLossError',
+  'PartitionSpec',
+  'PartitionedEvalCallable',
+  'PartitionedTrainCallable',
+  'PreemptionError',
+  'Rng',
+  'SummarizeMetricsCallable',
+  'TerminateOnNanAction',
+  'TimeFuture',
+  'Trainer',
+  'WeightMetricsComputer',
+  'accumulate_grads_microbatched',
+  'apply_grads',
+  'eval_step',
+  'merge_metrics',
+  'train_with_lr',
 ]
 
 _LONGEST_TASK_NAME = 113  # File systems allow 255 bytes, with the writer's ending.
@@ -128,14 +128,14 @@ class BaseTrainer(abc.ABC):
   _num_microbatches: int | None = None
 
   def __init__(
-      self,
-      model: 'models.BaseModel',
-      train_state: train_state_lib.TrainState,
-      partitioner: partitioning.BasePartitioner,
-      eval_names: Sequence[str],
-      summary_dir: str | None,
-      train_state_axes: Any,
-      rng: Rng,
+    self,
+    model: 'models.BaseModel',
+    train_state: train_state_lib.TrainState,
+    partitioner: partitioning.BasePartitioner,
+    eval_names: Sequence[str],
+    summary_dir: str | None,
+    train_state_axes: Any,
+    rng: Rng,
   ):
     """Takes over a state.
 
@@ -171,8 +171,8 @@ class BaseTrainer(abc.ABC):
     self.stop_training = False
     self.train_metrics_manager = MetricsManager('train', summary_dir)
     self.eval_metrics_managers = {
-        name: MetricsManager(f'training_eval/{name[:_LONGEST_TASK_NAME]}', summary_dir)
-        for name in eval_names
+      name: MetricsManager(f'training_eval/{name[:_LONGEST_TASK_NAME]}', summary_dir)
+      for name in eval_names
     }
 
   def __enter__(self):
@@ -224,10 +224,10 @@ class BaseTrainer(abc.ABC):
   # ---- Training ----
 
   def train(
-      self,
-      batch_iter: Iterator[BatchType],
-      num_steps: int,
-      start_step: int | None = None,
+    self,
+    batch_iter: Iterator[BatchType],
+    num_steps: int,
+    start_step: int | None = None,
   ) -> ArrayMapFuture:
     """Runs steps.
 
@@ -263,8 +263,8 @@ class BaseTrainer(abc.ABC):
           metrics = update if metrics is None else merge_metrics(metrics, update)
       except StopIteration as e:
         raise RuntimeError(
-            f'The training data ended before step {step}, {step - start_step} steps '
-            f'into {num_steps}. Training data must repeat.'
+          f'The training data ended before step {step}, {step - start_step} steps '
+          f'into {num_steps}. Training data must repeat.'
         ) from e
       except (PreemptionError, NonFiniteLossError) as e:
         if metrics is not None:
@@ -294,14 +294,14 @@ class BaseTrainer(abc.ABC):
     return metrics
 
   def _finish(
-      self, metrics: MetricMapType, step: int, num_steps: int
+    self, metrics: MetricMapType, step: int, num_steps: int
   ) -> concurrent.futures.Future:
     """Starts what comes after a stretch: metrics, the line in the log, the verdict."""
     manager, progress = self.train_metrics_manager, self.progress
     metrics = {
-        'timing/seconds': metrics_lib.Time(),
-        'timing/steps_per_second': metrics_lib.StepsPerTime.from_model_output(),
-        **metrics,
+      'timing/seconds': metrics_lib.Time(),
+      'timing/steps_per_second': metrics_lib.StepsPerTime.from_model_output(),
+      **metrics,
     }
     summary = manager.write_metrics_summary(metrics, step, num_steps)
     pending = self._follower.take_pending()
@@ -311,8 +311,8 @@ class BaseTrainer(abc.ABC):
       values = summary.result()
       seconds = max(float(values['timing/seconds'].value), 1e-9)
       timing = {
-          'timing/uptime': time.monotonic() - self._begun,
-          'timing/data_wait_share': min(idle.result() / seconds, 1.0),
+        'timing/uptime': time.monotonic() - self._begun,
+        'timing/data_wait_share': min(idle.result() / seconds, 1.0),
       }
       manager.write_scalars(step, timing)
       values = {**values, **{k: clu.values.Scalar(v) for k, v in timing.items()}}
@@ -334,18 +334,18 @@ class BaseTrainer(abc.ABC):
     with self._state_lock:
       state = self._state
       self._train_program = self._partitioner.compile(
-          self._partitioned_train_step,
-          state,
-          put_on_devices(batch, self._partitioner, self._num_microbatches or 1),
+        self._partitioned_train_step,
+        state,
+        put_on_devices(batch, self._partitioner, self._num_microbatches or 1),
       )
       self.train_metrics_manager.write_scalar(
-          'timing/compilation_seconds', time.perf_counter() - begun, state.step
+        'timing/compilation_seconds', time.perf_counter() - begun, state.step
       )
 
   # ---- Evaluation ----
 
   def eval(
-      self, batch_iters: Mapping[str, Iterator[BatchType]]
+    self, batch_iters: Mapping[str, Iterator[BatchType]]
   ) -> Mapping[str, MetricValueMapType]:
     """Evaluates the state on datasets.
 
@@ -378,8 +378,8 @@ class BaseTrainer(abc.ABC):
           jax.block_until_ready(in_flight.popleft())
       if merged is None:
         raise ValueError(
-            f'The evaluation dataset {name!r} gave no batch: it is empty, or smaller '
-            'than one batch.'
+          f'The evaluation dataset {name!r} gave no batch: it is empty, or smaller '
+          'than one batch.'
         )
       summaries[name] = manager.write_metrics_summary(merged, state.step, count)
     return {name: summary.result() for name, summary in summaries.items()}
@@ -403,11 +403,11 @@ class BaseTrainer(abc.ABC):
       spec = structure, tuple((np.shape(x), jax.numpy.result_type(x)) for x in leaves)
       if spec not in self._programs_by_spec:
         self._programs_by_spec[spec] = self._partitioner.compile(
-            self._partitioned_eval_step, state, put_on_devices(batch, self._partitioner)
+          self._partitioned_eval_step, state, put_on_devices(batch, self._partitioner)
         )
       self._eval_programs[name] = self._programs_by_spec[spec]
       self._eval_manager(name).write_scalar(
-          'timing/compilation_seconds', time.perf_counter() - begun, state.step
+        'timing/compilation_seconds', time.perf_counter() - begun, state.step
       )
 
   @property
@@ -425,17 +425,17 @@ class Trainer(BaseTrainer):
   """The trainer of T5X: one model, one loss, optionally in microbatches."""
 
   def __init__(
-      self,
-      model: 'models.BaseModel',
-      train_state: train_state_lib.TrainState,
-      partitioner: partitioning.BasePartitioner,
-      eval_names: Sequence[str],
-      summary_dir: str | None,
-      train_state_axes: Any,
-      rng: Rng,
-      learning_rate_fn: LearningRateCallable,
-      num_microbatches: int | None,
-      weight_metrics_computer: WeightMetricsComputer | None = None,
+    self,
+    model: 'models.BaseModel',
+    train_state: train_state_lib.TrainState,
+    partitioner: partitioning.BasePartitioner,
+    eval_names: Sequence[str],
+    summary_dir: str | None,
+    train_state_axes: Any,
+    rng: Rng,
+    learning_rate_fn: LearningRateCallable,
+    num_microbatches: int | None,
+    weight_metrics_computer: WeightMetricsComputer | None = None,
   ):
     """Takes over a state.
 
@@ -455,13 +455,13 @@ class Trainer(BaseTrainer):
       weight_metrics_computer: adds metrics of every parameter; None adds none.
     """
     super().__init__(
-        model=model,
-        train_state=train_state,
-        partitioner=partitioner,
-        eval_names=eval_names,
-        summary_dir=summary_dir,
-        train_state_axes=train_state_axes,
-        rng=rng,
+      model=model,
+      train_state=train_state,
+      partitioner=partitioner,
+      eval_names=eval_names,
+      summary_dir=summary_dir,
+      train_state_axes=train_state_axes,
+      rng=rng,
     )
     self._learning_rate_fn = learning_rate_fn
     self._num_microbatches = num_microbatches
@@ -473,28 +473,28 @@ class Trainer(BaseTrainer):
 
     def step(train_state, batch):
       return train_with_lr(
-          train_state,
-          batch,
-          learning_rate=self._learning_rate_fn(train_state.step),
-          dropout_rng=self._get_step_rng(train_state.step),
-          model=self._model,
-          num_microbatches=self._num_microbatches,
-          weight_metrics_computer=self._weight_metrics_computer,
-          data_partition_spec=partitioner.data_partition_spec,
+        train_state,
+        batch,
+        learning_rate=self._learning_rate_fn(train_state.step),
+        dropout_rng=self._get_step_rng(train_state.step),
+        model=self._model,
+        num_microbatches=self._num_microbatches,
+        weight_metrics_computer=self._weight_metrics_computer,
+        data_partition_spec=partitioner.data_partition_spec,
       )
 
     return partitioner.partition(
-        step,
-        in_axis_resources=(axes, partitioner.data_partition_spec),
-        out_axis_resources=(axes, None),
-        donate_argnums=(0,),
+      step,
+      in_axis_resources=(axes, partitioner.data_partition_spec),
+      out_axis_resources=(axes, None),
+      donate_argnums=(0,),
     )
 
   @functools.cached_property
   def _partitioned_eval_step(self) -> PartitionedEvalCallable:
     partitioner = self._partitioner
     return partitioner.partition(
-        functools.partial(eval_step, self._model),
-        in_axis_resources=(self._train_state_axes, partitioner.data_partition_spec),
-        out_axis_resources=None,
+      functools.partial(eval_step, self._model),
+      in_axis_resources=(self._train_state_axes, partitioner.data_partition_spec),
+      out_axis_resources=None,
     )

@@ -61,7 +61,7 @@ class SummarizeMetricsCallable(Protocol):
   """Makes values of what was summed over several steps."""
 
   def __call__(
-      self, metrics: MetricMapType, duration: float, num_steps: int
+    self, metrics: MetricMapType, duration: float, num_steps: int
   ) -> Mapping[str, Array]:
     """Values by name, of `num_steps` steps that took `duration` seconds."""
 
@@ -70,7 +70,7 @@ class PartitionedTrainCallable(Protocol):
   """A step of training over the mesh; it takes the state's memory."""
 
   def __call__(
-      self, train_state: train_state_lib.TrainState, batch: BatchType
+    self, train_state: train_state_lib.TrainState, batch: BatchType
   ) -> tuple[train_state_lib.TrainState, MetricMapType]:
     """The next state, and the metrics of the step."""
 
@@ -79,7 +79,7 @@ class PartitionedEvalCallable(Protocol):
   """A step of evaluation over the mesh."""
 
   def __call__(
-      self, train_state: train_state_lib.TrainState, batch: BatchType
+    self, train_state: train_state_lib.TrainState, batch: BatchType
   ) -> MetricMapType:
     """The metrics of the batch."""
 
@@ -88,13 +88,13 @@ class BaseTrainerConstructor(Protocol):
   """What the training script calls: a trainer class with the rest bound by gin."""
 
   def __call__(
-      self,
-      model: 'models.BaseModel',
-      train_state: train_state_lib.TrainState,
-      partitioner: partitioning.BasePartitioner,
-      eval_names: Sequence[str],
-      summary_dir: str | None,
-      train_state_axes: Any,
-      rng: Rng,
+    self,
+    model: 'models.BaseModel',
+    train_state: train_state_lib.TrainState,
+    partitioner: partitioning.BasePartitioner,
+    eval_names: Sequence[str],
+    summary_dir: str | None,
+    train_state_axes: Any,
+    rng: Rng,
   ) -> 'BaseTrainer':
     """Makes the trainer."""

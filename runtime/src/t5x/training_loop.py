@@ -141,14 +141,16 @@ class Evaluations:
   def _train_eval(self, step: int) -> None:
     trainer = self._trainer
     if not self._compiled:
-      trainer.compile_eval({
-        name: data_iterators.get_zeros_batch_like_dataset(dataset)
-        for name, dataset in self._datasets.items()
-      })
+      trainer.compile_eval(
+        {
+          name: data_iterators.get_zeros_batch_like_dataset(dataset)
+          for name, dataset in self._datasets.items()
+        }
+      )
       self._compiled = True
-    summaries = trainer.eval({
-      name: eval_lib.batches_of(dataset) for name, dataset in self._datasets.items()
-    })
+    summaries = trainer.eval(
+      {name: eval_lib.batches_of(dataset) for name, dataset in self._datasets.items()}
+    )
     for name, values in summaries.items() if multihost.is_host_0() else ():
       logging.info('%s: %s', name, progress.summary_line(step, values))
     self._act(trainer_lib.ActionMode.TRAIN_EVAL, summaries)

@@ -31,7 +31,7 @@ def run_torch(folder, given, settings):
   import torch
 
   model, info = transformers.BartForConditionalGeneration.from_pretrained(
-      folder, output_loading_info=True
+    folder, output_loading_info=True
   )
   model.eval()
   tensors = {name: torch.from_numpy(given[name]) for name in _INPUTS}
@@ -56,16 +56,16 @@ def main():
   decoded = [tokenizer.decode(row[1:-1]) for row in ids]
   special = ('bos', 'pad', 'eos', 'unk', 'mask')
   np.savez(
-      sys.argv[2],
-      logits=logits,
-      greedy=generate(num_beams=1),
-      beams=generate(num_beams=4, length_penalty=0.0),
-      ids=json.dumps(ids),
-      decoded=json.dumps(decoded),
-      special=json.dumps([getattr(tokenizer, f'{s}_token_id') for s in special]),
-      problems=json.dumps(
-          [*info.get('missing_keys', ()), *info.get('unexpected_keys', ())]
-      ),
+    sys.argv[2],
+    logits=logits,
+    greedy=generate(num_beams=1),
+    beams=generate(num_beams=4, length_penalty=0.0),
+    ids=json.dumps(ids),
+    decoded=json.dumps(decoded),
+    special=json.dumps([getattr(tokenizer, f'{s}_token_id') for s in special]),
+    problems=json.dumps(
+      [*info.get('missing_keys', ()), *info.get('unexpected_keys', ())]
+    ),
   )
 
 

@@ -14,9 +14,9 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 _ALIASES = {
-    'model.encoder.embed_tokens.weight',
-    'model.decoder.embed_tokens.weight',
-    'lm_head.weight',
+  'model.encoder.embed_tokens.weight',
+  'model.decoder.embed_tokens.weight',
+  'lm_head.weight',
 }
 
 
@@ -25,9 +25,9 @@ def main():
   config = BartConfig(**json.loads(str(given['config'])))
   model = BartForConditionalGeneration(config).eval()
   state = {
-      name.removeprefix('param:'): torch.from_numpy(array)
-      for name, array in given.items()
-      if name.startswith('param:')
+    name.removeprefix('param:'): torch.from_numpy(array)
+    for name, array in given.items()
+    if name.startswith('param:')
   }
   report = model.load_state_dict(state, strict=False)
   wrong = set(report.missing_keys) - _ALIASES, set(report.unexpected_keys)
@@ -35,15 +35,15 @@ def main():
     raise ValueError(f'Missing and unexpected: {wrong}')
   model.tie_weights()
   inputs = {
-      name: torch.from_numpy(given[name])
-      for name in ('input_ids', 'attention_mask', 'decoder_input_ids')
+    name: torch.from_numpy(given[name])
+    for name in ('input_ids', 'attention_mask', 'decoder_input_ids')
   }
   with torch.no_grad():
     output = model(**inputs)
   np.savez(
-      sys.argv[2],
-      encoded=output.encoder_last_hidden_state.numpy(),
-      logits=output.logits.numpy(),
+    sys.argv[2],
+    encoded=output.encoder_last_hidden_state.numpy(),
+    logits=output.logits.numpy(),
   )
 
 
