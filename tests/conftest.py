@@ -1,6 +1,10 @@
 """Every test runs on the CPU, split into eight devices, and never on a network."""
 
 import os
+import pathlib
+import sys
+import time
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +16,8 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['HF_HUB_OFFLINE'] = '1'
+# Test files import `fake_hub` by its name.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture(scope='session')
@@ -66,7 +72,6 @@ def _random_leaf(random, path, shape):
 
 def _make_run(folder, seed=0, **fields):
   import json
-  import types
 
   import jax
   import jax.numpy as jnp
@@ -123,3 +128,37 @@ def _make_run(folder, seed=0, **fields):
     config=config,
     params=params,
   )
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+  """A `fake_hub.FakeHub`, the Hub of this process and of those it starts."""
+  import huggingface_hub.constants
+  import huggingface_hub.utils
+  from fake_hub import TOKEN, FakeHub
+
+  fake = FakeHub()
+  constants = huggingface_hub.constants
+  for name, value in {
+      'ENDPOINT': fake.url, 'HF_HUB_OFFLINE': False, 'HF_HUB_DISABLE_XET': True,
+      'HF_HUB_CACHE': str(tmp_path / 'cache'),
+      'HF_TOKEN_PATH': str(tmp_path / 'no_token'),
+  }.items():  # fmt: skip
+    monkeypatch.setattr(constants, name, value)
+  monkeypatch.setattr(
+      constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
+      fake.url + '/{repo_id}/resolve/{revision}/{filename}',
+  )  # fmt: skip
+  for name, value in {
+      'HF_TOKEN': TOKEN, 'HF_ENDPOINT': fake.url, 'HF_HUB_OFFLINE': '0',
+      'HF_HUB_DISABLE_XET': '1', 'HF_HOME': str(tmp_path / 'hf_home'),
+  }.items():  # fmt: skip
+    monkeypatch.setenv(name, value)
+  # A server that fails is asked again, without the waits in between.
+  impatient = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
+  monkeypatch.setattr('huggingface_hub.utils._http.time', impatient)
+  huggingface_hub.utils.close_session()
+  yield fake
+  huggingface_hub.utils.close_session()
+  fake.server.shutdown()
+  fake.server.server_close()

@@ -38,6 +38,8 @@ RUNS = {
 }
 # Included by run files, which define what these use.
 PARTS = ('adamw', 'denoising')
+# Given after a run's file, which they need.
+ADDITIONS = ('push_to_hub',)
 # What a run file gives to a model file.
 FOR_A_MODEL = (
   "MIXTURE_OR_TASK_NAME = 'norwegian_denoising'",
@@ -108,7 +110,7 @@ def test_every_file_is_in_this_test():
   found = {str(p.relative_to(GIN).with_suffix('')) for p in GIN.rglob('*.gin')}
   noises = {name for name in found if name.startswith('noise/')}
   models = {f'models/{size}' for size in SIZES} | {'models/bart'}
-  assert found == {*RUNS, *PARTS} | models | noises
+  assert found == {*RUNS, *PARTS, *ADDITIONS} | models | noises
   assert noises
 
 
@@ -151,6 +153,17 @@ def test_noise_files_follow_a_run(run, noise_file):
 def test_model_files_follow_a_run(run, size):
   parse(run, f'models/{size}', bindings=RUNS[run][1])
   assert configured(network.BartConfig)().emb_dim == SIZES[size][1]
+
+
+@pytest.mark.parametrize('run', ['bart_base_no', 'bart_mini_no', 'finetune'])
+def test_pushing_follows_a_run(run):
+  bindings = (*RUNS[run][1], "HUB_REPO = 'org/name'")
+  parse(run, 'push_to_hub', bindings=bindings)
+  actions = gin.query_parameter('__main__.train.actions')
+  assert list(actions) == ['TRAIN_EVAL']
+  assert 'PushToHub' in str(actions['TRAIN_EVAL'][0])
+  folder = gin.query_parameter('PushToHub.model_dir')
+  assert str(folder) == '%MODEL_DIR'
 
 
 def test_no_file_binds_a_parameter_twice():

@@ -20,6 +20,10 @@ class HubError(ValueError):
   """The Hub refused, or was not reached; the message says what to do."""
 
 
+class LoginError(HubError):
+  """No token, or none that the Hub accepts: trying again would not help."""
+
+
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
   """Turns whatever goes wrong at the Hub into one message without the token."""
@@ -37,8 +41,9 @@ def _explained(what: str) -> Iterator[None]:
     reason = ' '.join(str(told).split()) or type(told).__name__
     if token := huggingface_hub.get_token():
       reason = reason.replace(token, '***')
-    advice = f' {_LOGIN}' if status in (401, 403) else ''
-    raise HubError(f'{what} failed: {reason}.{advice}') from e
+    if status in (401, 403):
+      raise LoginError(f'{what} failed: {reason}. {_LOGIN}') from e
+    raise HubError(f'{what} failed: {reason}.') from e
 
 
 def check_login(repo_id: str) -> None:
@@ -48,12 +53,15 @@ def check_login(repo_id: str) -> None:
     repo_id: `org/name`.
 
   Raises:
-    HubError: the name is none, there is no token, or the Hub refuses it.
+    LoginError: the name is none, there is no token, or the Hub refuses it.
+    HubError: the Hub was not reached.
   """
-  with _explained(f'Pushing to {repo_id}'):
+  try:
     huggingface_hub.utils.validate_repo_id(repo_id)
+  except ValueError as e:
+    raise LoginError(f'Pushing to {repo_id} failed: {e}') from e
   if huggingface_hub.get_token() is None:
-    raise HubError(f'Pushing to {repo_id} needs a token. {_LOGIN}')
+    raise LoginError(f'Pushing to {repo_id} needs a token. {_LOGIN}')
   with _explained('Logging in to the Hub'):
     huggingface_hub.HfApi().whoami()
 
@@ -83,14 +91,14 @@ def push(
     HubError: the Hub refuses or fails; or the repository exists and is public,
       and private was asked for. Nothing of the model is to be seen there then.
   """
-  files = {path.relative_to(folder): path for path in folder.rglob('*')}
+  files = {p.relative_to(folder): p for p in folder.rglob('*') if p.is_file()}
   if logs is not None:
-    events = logs.rglob('events.out.tfevents.*')
-    files |= {'runs' / path.relative_to(logs): path for path in events}
+    # Read now, as a run that goes on makes them longer during the upload.
+    for path in logs.rglob('events.out.tfevents.*'):
+      files['runs' / path.relative_to(logs)] = path.read_bytes()
   operations = [
-    huggingface_hub.CommitOperationAdd(name.as_posix(), path)
-    for name, path in sorted(files.items())
-    if path.is_file()
+    huggingface_hub.CommitOperationAdd(name.as_posix(), content)
+    for name, content in sorted(files.items())
   ]
   api = huggingface_hub.HfApi(library_name='bart-t5x')
   with _explained(f'Pushing to {repo_id}'):

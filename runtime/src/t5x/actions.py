@@ -44,6 +44,9 @@ class BaseAction(abc.ABC):
       Whether training should end.
     """
 
+  def close(self) -> None:
+    """Called on every process when training has ended. T5X has no such call."""
+
 
 ActionMapType = Mapping[ActionMode, Sequence[BaseAction]]
 

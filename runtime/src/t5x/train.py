@@ -18,6 +18,7 @@ if __name__ == '__main__':
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -312,6 +313,8 @@ def train(
         )
     saver.close()
   multihost.sync('training complete')
+  for action in itertools.chain(*actions.values()):
+    action.close()
   logging.info('Finished at step %d.', step)
   return step, trainer.train_state
 
