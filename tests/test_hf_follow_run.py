@@ -86,16 +86,28 @@ def test_without_a_login_it_ends_at_once(server, run, capsys, monkeypatch):
   assert 'hf auth login' in told and 'wrongwrong' not in told
 
 
-def test_the_program_pushes_the_last_checkpoint_when_stdin_closes(server, run):
-  process = subprocess.run(
+def program(run):
+  """The program, which only the end of stdin makes push: it polls once an hour."""
+  return subprocess.run(
     [
       sys.executable, '-m', 'bart_t5x.hf.follow_run', f'--model_dir={run.model_dir}',
       f'--push_to_hub={REPO}', f'--corpus_dir={run.corpus}', '--until_stdin_closes',
-      # Longer than the test: only the end of stdin lets it push.
       '--poll_seconds=3600',
     ],
     input=b'', capture_output=True, timeout=120, env=os.environ,
   )  # fmt: skip
+
+
+def test_the_program_pushes_the_last_checkpoint_when_stdin_closes(server, run):
+  process = program(run)
   assert process.returncode == 0, process.stderr
   assert 'model.safetensors' in pushed(server)
   assert TOKEN.encode() not in process.stdout + process.stderr
+
+
+def test_the_program_does_not_need_the_hub_when_it_starts(server, run):
+  server.fail['whoami'] = 418  # A failure that is not asked for again.
+  process = program(run)
+  assert process.returncode == 0, process.stderr
+  assert b'Pushes will be tried' in process.stdout
+  assert 'model.safetensors' in pushed(server)

@@ -182,7 +182,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Follows a run; without a login it ends at once, with one message."""
+  """Follows a run; without a login it ends at once, with one message.
+
+  Args:
+    argv: the command line, sys.argv by default.
+
+  Returns:
+    The exit status.
+  """
   from bart_t5x.hf import hub
 
   args = _parser().parse_args(argv)
@@ -191,10 +198,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   try:
     hub.check_login(args.push_to_hub)
-    return follow(follower, args.poll_seconds, args.until_stdin_closes)
   except hub.LoginError as e:
     print(f'error: {e}', file=sys.stderr)
     return 1
+  except hub.HubError as e:
+    _say(f'{e} Pushes will be tried all the same.')
+  try:
+    return follow(follower, args.poll_seconds, args.until_stdin_closes)
   except KeyboardInterrupt:
     return 130
 
