@@ -12,9 +12,11 @@ RUNTIME = ROOT / 'runtime' / 'src' / 't5x'
 # from a lower one, and nobody imports the facade `utils`.
 LEVELS = (
   {
-    'config_utils', 'gin_bindings', 'gin_utils',
+    'config_utils', 'gin_bindings', 'gin_utils', 'hlo_costs', 'hlo_loops', 'hlo_text',
+    'jaxpr_costs',
     'lazy_arrays', 'learning_rate', 'losses', 'metrics', 'multihost', 'params_axes',
     'preemption', 'quiet', 'run_schedule', 'run_setup', 'save_schedule', 'state_utils',
+    'topologies',
   },
   {'adafactor', 'factor_rules', 'optimizer_base', 'optimizers', 'train_state'},
   {'mesh', 'partitioning', 'sharding'},
@@ -25,14 +27,14 @@ LEVELS = (
     'model_metrics', 'models', 'sampling', 'task_vocabularies',
   },
   {
-    'actions', 'checkpoint_configs', 'checkpoint_manager', 'checkpoint_retention',
+    'abstract_steps', 'actions', 'checkpoint_configs', 'checkpoint_manager', 'checkpoint_retention',
     'checkpoints', 'dataset_checkpoint', 'fast_imports', 'feeding',
     'health', 'inference', 'launch', 'legacy_checkpointing', 'progress', 'restore',
-    'summaries', 'train_step', 'trainer', 'trainer_types',
+    'step_costs', 'summaries', 'train_step', 'trainer', 'trainer_types',
   },
   {
     'eval', 'infer', 'interactive_data', 'interactive_metrics', 'interactive_model',
-    'interactive_state', 'main', 'precompile', 'tfexample_task',
+    'interactive_state', 'main', 'plan_report', 'precompile', 'step_plan', 'tfexample_task',
     'train', 'training_loop', 'utils',
   },
 )  # fmt: skip

@@ -109,7 +109,7 @@ def get_infer_fn(
     nested lists, in trees like those that the step returns.
   """
   layout = partitioner.get_data_layout(batch_size)
-  step = _partition(infer_step, partitioner, train_state_axes)
+  step = partition_step(infer_step, partitioner, train_state_axes)
 
   def infer_fn(
     ds: Any, train_state: train_state_lib.TrainState, rng: jax.Array | None = None
@@ -134,7 +134,7 @@ def get_infer_fn(
   return infer_fn
 
 
-def _partition(
+def partition_step(
   infer_step: InferStepCallable,
   partitioner: partitioning.BasePartitioner,
   axes: train_state_lib.TrainState,

@@ -33,7 +33,10 @@ _GIN_TRAIL = '\n  In call to configurable'
 
 
 def define_flags(
-  multiprocess: bool = False, shard: bool = False, run_mode: bool = False
+  multiprocess: bool = False,
+  shard: bool = False,
+  run_mode: bool = False,
+  plan: bool = False,
 ) -> None:
   """Defines the command line of a script.
 
@@ -41,6 +44,7 @@ def define_flags(
     multiprocess: also the flags by which several processes find each other.
     shard: also `--shard_id`.
     run_mode: also `--run_mode` and `--dry_run`.
+    plan: also the flags of `precompile`.
   """
   if run_mode:
     flags.DEFINE_enum(
@@ -81,6 +85,21 @@ def define_flags(
     )
   if multiprocess:
     _define_multiprocess_flags()
+  if plan:
+    _define_plan_flags()
+
+
+def _define_plan_flags() -> None:
+  flags.DEFINE_string(
+    'topology',
+    None,
+    'What to compile for: v2-8, v3-8, v4-8, v5e-8, v5p-8, v6e-8, cpu:8.',
+  )
+  flags.DEFINE_enum(
+    'step', 'train', ['train', 'eval', 'decode'], 'Which step of the run.'
+  )
+  flags.DEFINE_boolean('find_batch', False, 'Look for the largest batch that fits.')
+  flags.DEFINE_string('json', None, 'Also write the figures to this file.')
 
 
 def _define_multiprocess_flags() -> None:
@@ -154,6 +173,7 @@ def prepare(
   multiprocess: bool = False,
   shard: bool = False,
   run_mode: bool = False,
+  plan: bool = False,
 ) -> None:
   """Reads the command line and gets ready for the heavy imports.
 
@@ -163,9 +183,10 @@ def prepare(
     multiprocess: see `define_flags`.
     shard: see `define_flags`.
     run_mode: see `define_flags`.
+    plan: see `define_flags`.
   """
   argv = list(sys.argv if argv is None else argv)
-  define_flags(multiprocess, shard, run_mode)
+  define_flags(multiprocess, shard, run_mode, plan)
   if {'--help', '-help', '-h', '-?'} & set(argv[1:]):
     show_help(description)
   if any(arg.lstrip('-').startswith('jax_') for arg in argv[1:]):

@@ -10,10 +10,12 @@ the torus [x, y, z, core] of a TPU, or [host, device] elsewhere; a *tile* of tha
 is one copy of the model; tiles are laid along 'data'.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -28,6 +30,21 @@ HardwareMesh = TpuMesh | OtherMesh
 
 # By increasing traffic: ICI and DCN shapes are given in this order.
 _SLICED_AXES = ('replica', 'data', 'model')
+
+# Devices to compile for in place of this machine's own.
+_absent_devices: contextvars.ContextVar[tuple[JaxDevice, ...]] = contextvars.ContextVar(
+  'absent_devices', default=()
+)
+
+
+@contextlib.contextmanager
+def meshes_of(devices: Sequence[JaxDevice]) -> Iterator[None]:
+  """Lets `default_mesh` take these devices, which need not be there."""
+  token = _absent_devices.set(tuple(devices))
+  try:
+    yield
+  finally:
+    _absent_devices.reset(token)
 
 
 def bounds_from_last_device(last_device: JaxDevice) -> HardwareMesh:
@@ -145,7 +162,7 @@ def default_mesh(
   Raises:
     ValueError: the numbers do not fit the devices.
   """
-  devices = jax.devices(backend)
+  devices = _absent_devices.get() or jax.devices(backend)
   if ici_mesh_shape is not None and dcn_mesh_shape is not None:
     return _sliced_mesh(devices, tuple(ici_mesh_shape), tuple(dcn_mesh_shape))
   if model_parallel_submesh:

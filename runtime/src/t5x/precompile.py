@@ -1,13 +1,31 @@
-"""Compiles the training step for a mesh of devices that need not be there.
+"""Compiles a step of a run for devices that need not be there, and says what it takes.
 
-  python -m t5x.main --run_mode=precompile --gin_file=MODEL.gin \\
-    --gin_file=t5x/configs/runs/precompile.gin ...
+  python -m t5x.precompile --gin_file=gin/bart_base_no.gin --topology=v3-8
 
-The program's text before and after XLA's optimisation and the devices' order land in
-MODEL_DIR, and the memory that it needs a device is logged.
+takes what `python -m t5x.train` takes and compiles the very step that it would run:
+memory, operations, time, and how long the run would be, all of it estimated. Neither a
+TPU nor the corpus is needed; for TPUs the package libtpu is. `--step=eval` and
+`--step=decode` are the other steps; `--find_batch` finds the largest batch that fits.
+
+As in T5X, `python -m t5x.main --run_mode=precompile` with configs/runs/precompile.gin
+writes the program's text before and after XLA's optimisation and the devices' order
+into MODEL_DIR instead, and logs the memory that it needs a device.
 """
 
-from collections.abc import Callable
+if __name__ == '__main__':
+  import os
+  import sys
+
+  from t5x import launch, topologies
+
+  # Before JAX is imported, which reading the flags may do.
+  topologies.set_environment(topologies.named_in(sys.argv), os.environ)
+  launch.prepare(__doc__, plan=True)
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +39,7 @@ from t5x import (
   models,
   partitioning,
   restore,
+  step_plan,
   task_vocabularies,
 )
 from t5x import trainer as trainer_lib
@@ -108,3 +127,35 @@ def precompile(
       memory.temp_size_in_bytes / 2**30,
     )
   logging.info('Programs: %s', model_dir)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Plans the step that the flags name, of the run that gin configures.
+
+  Args:
+    argv: the program's name.
+  """
+  del argv
+  options = launch.FLAGS
+
+  # Gin binds `train` in `__main__`, so it finds the planner under that name, and the
+  # planner takes what `train` takes.
+  @functools.wraps(train)
+  def planner(*args: Any, **kwargs: Any) -> None:
+    bound = inspect.signature(train).bind(*args, **kwargs)
+    bound.apply_defaults()
+    step_plan.show(
+      bound.arguments,
+      options.topology,
+      kind=options.step,
+      find_batch=options.find_batch,
+      json_path=options.json,
+    )
+
+  sys.modules['__main__'].train = planner
+  with step_plan.devices_in_force(options.topology):
+    launch.configure(planner)()
+
+
+if __name__ == '__main__':
+  launch.run_main(main)

@@ -124,6 +124,11 @@ class PjittedFnWithContext:
     with self._in_force():
       return self._jitted.lower(*args, **kwargs)
 
+  def trace(self, *args, **kwargs) -> jax.stages.Traced:
+    """`jax.jit(...).trace` in the same context."""
+    with self._in_force():
+      return self._jitted.trace(*args, **kwargs)
+
 
 def _enter_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
   try:

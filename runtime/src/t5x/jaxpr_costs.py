@@ -1,0 +1,281 @@
+"""Counts what a traced function computes, before any compiler has changed it.
+
+Two things come from here: the operations that a step is for (those of the model's own
+forward pass), and what happens inside Pallas kernels, which XLA cannot see into.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Elements in one register of a TPU's vector unit, [sublanes, lanes].
+_SUBLANES, _LANES = 8, 128
+
+# Vector operations of one element, where it is not one. Read from the compiler's
+# listings for v3: a power of two, its range check and scaling for the exponential.
+_VECTOR_OPERATIONS = {'exp': 6, 'exp2': 5, 'log': 8, 'div': 6, 'tanh': 10, 'erf': 20}
+
+# Change no value, or cost no vector operation.
+_FREE_IN_KERNELS = frozenset({
+  'broadcast_in_dim', 'get', 'swap', 'reshape', 'squeeze', 'program_id', 'num_programs',
+  'slice', 'concatenate', 'stop_gradient',
+})  # fmt: skip
+
+# Products of float32 in kernels: one pass over bfloat16 units at default precision
+# (vmatmul instructions counted in the compiler's listing for v3), six at the highest.
+_PASSES = {jax.lax.Precision.HIGHEST: 6, jax.lax.Precision.HIGH: 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """What a Pallas call does in one run of the function, on all devices together.
+
+  Attributes:
+    name: of the kernel.
+    calls: how often it is called.
+    flops: of its matrix products as the matrix units do them: lanes padded, float32 at
+      high precision in several passes.
+    vector_operations: of the vector units, registers padded.
+    bytes: of its operands and results, each block as often as the grid asks for it.
+  """
+
+  name: str
+  calls: int
+  flops: float
+  vector_operations: float
+  bytes: float
+
+
+def matmul_flops(function: Callable[..., Any], *arguments: Any) -> float:
+  """Operations of all matrix products of a function, loops in full.
+
+  In kernels each cell of the grid counts, with lanes as they are.
+
+  Args:
+    function: of JAX.
+    *arguments: arrays or their shapes.
+  """
+  closed = jax.make_jaxpr(function)(*arguments)
+  return sum(
+    times * _equation_flops(equation) for equation, times in _equations(closed.jaxpr)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class LargeArray:
+  """Arrays of one size that a function makes on its way.
+
+  Attributes:
+    shape: over all devices.
+    dtype: of the elements.
+    count: how many are made.
+    where: the name of the place that makes the first.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+  count: int
+  where: str
+
+  @property
+  def bytes(self) -> int:
+    """Of one, over all devices."""
+    return math.prod(self.shape) * jax.numpy.dtype(self.dtype).itemsize
+
+
+def largest_arrays(jaxpr: Any, count: int = 8) -> list[LargeArray]:
+  """What a traced function makes, by falling size: that which fills a device's memory.
+
+  Args:
+    jaxpr: of the function.
+    count: how many sizes.
+  """
+  found: dict[Any, LargeArray] = {}
+  for equation, _ in _equations(jaxpr, into_kernels=False):
+    for variable in equation.outvars:
+      shape, dtype = getattr(variable.aval, 'shape', ()), str(variable.aval.dtype)
+      where = f'{equation.source_info.name_stack}/{equation.primitive.name}'.lstrip('/')
+      before = found.get((shape, dtype), LargeArray(shape, dtype, 0, where))
+      found[shape, dtype] = dataclasses.replace(before, count=before.count + 1)
+  known = [a for a in found.values() if not a.dtype.startswith('key')]
+  return sorted(known, key=lambda a: -a.bytes)[:count]
+
+
+def kernels(jaxpr: Any) -> list[Kernel]:
+  """The Pallas calls of a traced function, equal ones together."""
+  found: dict[Any, Kernel] = {}
+  for equation, times in _equations(jaxpr, into_kernels=False):
+    if equation.primitive.name == 'pallas_call':
+      kernel = _kernel(equation)
+      key = dataclasses.replace(kernel, calls=0)
+      before = found[key].calls if key in found else 0
+      found[key] = dataclasses.replace(kernel, calls=before + times)
+  return list(found.values())
+
+
+def _equations(
+  jaxpr: Any, times: int = 1, into_kernels: bool = True
+) -> Iterator[tuple[Any, int]]:
+  """(equation, how often it runs), the bodies of loops and functions in place."""
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == 'pallas_call' and not into_kernels:
+      yield equation, times
+      continue
+    count = times
+    if name == 'scan':
+      count *= params['length']
+    elif name == 'shard_map':
+      count *= math.prod(params['mesh'].shape[axis] for axis in _manual_axes(params))
+    elif name == 'pallas_call':
+      count *= _grid_size(params['grid_mapping'])
+    if name == 'cond':
+      # One branch runs; the most expensive, as which one depends on data.
+      bodies = [
+        list(_equations(b.jaxpr, count, into_kernels)) for b in params['branches']
+      ]
+      yield from max(bodies, key=_matmuls)
+      continue
+    inner = list(_bodies(params))
+    if not inner:
+      yield equation, times
+    for body in inner:
+      yield from _equations(body, count, into_kernels)
+
+
+def _matmuls(equations: Sequence[tuple[Any, int]]) -> tuple[float, int]:
+  return sum(t * _equation_flops(e) for e, t in equations), len(equations)
+
+
+def _manual_axes(params: Any) -> Sequence[str]:
+  axes = params.get('manual_axes')
+  return tuple(axes) if axes else tuple(params['mesh'].axis_names)
+
+
+def _grid_size(grid_mapping: Any) -> int:
+  sizes = [size for size in grid_mapping.grid if isinstance(size, int)]
+  return math.prod(sizes)
+
+
+def _bodies(params: Any) -> Iterator[Any]:
+  """The jaxprs among an equation's parameters that run with it."""
+  for key, value in params.items():
+    # Rules of differentiation and the condition of a loop are not counted.
+    if key in ('cond_jaxpr', 'fwd_jaxpr_thunk', 'bwd', 'jvp_jaxpr_fun', 'update_jaxpr'):
+      continue
+    if isinstance(value, core.ClosedJaxpr):
+      yield value.jaxpr
+    elif isinstance(value, core.Jaxpr):
+      yield value
+
+
+# ---- matrix products -----------------------------------------------------------
+
+
+def _equation_flops(equation: Any, padded: bool = False) -> float:
+  name = equation.primitive.name
+  if name == 'dot_general':
+    return _dot_flops(equation, padded)
+  if name == 'conv_general_dilated':
+    kernel = equation.invars[1].aval.shape
+    spec = equation.params['dimension_numbers'].rhs_spec
+    depth = math.prod(kernel) // kernel[spec[0]]
+    return 2.0 * equation.outvars[0].aval.size * depth
+  return 0.0
+
+
+def _padded(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple
+
+
+def _dot_flops(equation: Any, padded: bool) -> float:
+  """2 · rows · depth · columns; padded: as matrix units of 128 x 128 do it."""
+  left, right = (variable.aval for variable in equation.invars[:2])
+  (left_contracted, right_contracted), (left_batch, right_batch) = equation.params[
+    'dimension_numbers'
+  ]
+  depth = math.prod(left.shape[axis] for axis in left_contracted)
+  batch = math.prod(left.shape[axis] for axis in left_batch)
+  rows = left.size // max(depth * batch, 1)
+  columns = right.size // max(depth * batch, 1)
+  if not padded:
+    return 2.0 * batch * rows * depth * columns
+  precision = equation.params.get('precision')
+  highest = max((_PASSES.get(p, 1) for p in precision or ()), default=1)
+  passes = highest if left.dtype.itemsize >= 4 else 1
+  rows = _padded(rows, _SUBLANES)
+  return 2.0 * batch * rows * _padded(depth, _LANES) * _padded(columns, _LANES) * passes
+
+
+# ---- kernels -------------------------------------------------------------------
+
+
+def _kernel(equation: Any) -> Kernel:
+  params = equation.params
+  cells = _grid_size(params['grid_mapping'])
+  flops = vector = 0.0
+  for inner, times in _equations(params['jaxpr']):
+    flops += cells * times * _equation_flops(inner, padded=True)
+    vector += cells * times * _vector_operations(inner)
+  name = params.get('name') or getattr(
+    params.get('name_and_src_info'), 'name', 'kernel'
+  )
+  return Kernel(str(name), 1, flops, vector, _kernel_bytes(equation))
+
+
+def _vector_operations(equation: Any) -> float:
+  """Elements, registers padded, times the operations of one."""
+  name = equation.primitive.name
+  if name == 'dot_general' or name in _FREE_IN_KERNELS or not equation.outvars:
+    return 0.0
+  variables = equation.invars if name.startswith('reduce') else equation.outvars
+  shape = max(
+    (getattr(v.aval, 'shape', ()) for v in variables), key=math.prod, default=()
+  )
+  if not shape or math.prod(shape) < _LANES:
+    return 0.0  # The scalar unit's.
+  *_, rows, columns = (1, *shape)
+  padded = _padded(rows, _SUBLANES) * _padded(columns, _LANES)
+  others = math.prod(shape[:-2])
+  return float(others * padded * _VECTOR_OPERATIONS.get(name, 1))
+
+
+def _kernel_bytes(equation: Any) -> float:
+  """Bytes of the blocks that are moved, lanes padded.
+
+  A block stays on the chip while the innermost indices of the grid, which its index map
+  does not read, count up.
+  """
+  mapping = equation.params['grid_mapping']
+  total = 0.0
+  for block in mapping.block_mappings:
+    sizes = [getattr(size, 'block_size', size) for size in block.block_shape]
+    shape = [size if isinstance(size, int) else 1 for size in sizes] or [1]
+    shape[-1] = _padded(shape[-1], _LANES)
+    moves = math.prod(mapping.grid[: _indices_read(block, len(mapping.grid))])
+    total += moves * math.prod(shape) * block.array_aval.dtype.itemsize
+  return total
+
+
+def _indices_read(block: Any, grid_rank: int) -> int:
+  """How many of the grid's indices, outermost first, the block's place depends on."""
+  jaxpr = block.index_map_jaxpr.jaxpr
+  reads = {
+    variable: {place} if place < grid_rank else set()
+    for place, variable in enumerate(jaxpr.invars)
+  }
+  for equation in jaxpr.eqns:
+    used = set()
+    for variable in equation.invars:
+      if not isinstance(variable, core.Literal):
+        used |= reads.get(variable, set())
+    reads.update({variable: used for variable in equation.outvars})
+  used = set()
+  for variable in jaxpr.outvars:
+    if not isinstance(variable, core.Literal):
+      used |= reads.get(variable, set())
+  return max(used, default=-1) + 1

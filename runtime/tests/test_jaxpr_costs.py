@@ -1,0 +1,116 @@
+"""Operations of traced functions, counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import Mesh, PartitionSpec
+
+from t5x import jaxpr_costs
+
+
+def test_products_in_loops_branches_and_functions():
+  def f(x, w):
+    def body(c, _):
+      return jax.checkpoint(lambda c: jnp.tanh(c @ w))(c), None
+
+    x, _ = jax.lax.scan(body, x, None, length=5)
+    x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x, x)
+    return jax.jit(lambda x: x @ w)(x)
+
+  # 5 in the loop, 2 in the dearer branch, 1 in the function.
+  assert jaxpr_costs.matmul_flops(f, jnp.ones((4, 8)), jnp.ones((8, 8))) == (
+    8 * 2 * 4 * 8 * 8
+  )
+
+
+def test_a_custom_gradient_counts_once():
+  @jax.custom_vjp
+  def f(x):
+    return x @ x
+
+  f.defvjp(lambda x: (x @ x @ x, x), lambda x, g: (g @ x @ x,))
+  assert jaxpr_costs.matmul_flops(f, jnp.ones((8, 8))) == 2 * 8**3
+
+
+def test_batched_products_and_convolutions():
+  def f(x, y, image, kernel):
+    return jnp.einsum('bqhd,bkhd->bhqk', x, y), jax.lax.conv(
+      image, kernel, (1, 1), 'SAME'
+    )
+
+  shapes = (2, 6, 3, 4), (2, 5, 3, 4), (1, 3, 9, 9), (7, 3, 3, 3)
+  found = jaxpr_costs.matmul_flops(f, *map(jnp.ones, shapes))
+  assert found == 2 * (2 * 3 * 6 * 5 * 4) + 2 * (7 * 9 * 9) * (3 * 3 * 3)
+
+
+def test_a_sharded_function_counts_over_all_devices():
+  mesh = Mesh(jax.devices(), ('data',))
+  rows = PartitionSpec('data')
+  f = jax.shard_map(
+    lambda x, w: x @ w, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows
+  )
+  assert jaxpr_costs.matmul_flops(f, jnp.ones((16, 4)), jnp.ones((4, 4))) == (
+    2 * 16 * 4 * 4
+  )
+
+
+def product(dtype, precision=None):
+  """A kernel over a grid of 2 x 3: blocks of 16 x 64 by 64 x 64, and a negation."""
+
+  def kernel(x, w, out):
+    out[...] = -jax.lax.dot(x[...], w[...], precision=precision)
+
+  return pl.pallas_call(
+    kernel,
+    grid=(2, 3),
+    in_specs=[
+      pl.BlockSpec((16, 64), lambda i, j: (i, 0)),
+      pl.BlockSpec((64, 64), lambda i, j: (0, j)),
+    ],
+    out_specs=pl.BlockSpec((16, 64), lambda i, j: (i, j)),
+    out_shape=jax.ShapeDtypeStruct((32, 192), dtype),
+    name='product',
+  )
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'precision', 'passes'),
+  [
+    ('bfloat16', None, 1),
+    ('float32', None, 1),
+    ('float32', jax.lax.Precision.HIGHEST, 6),
+  ],
+)
+def test_kernels(dtype, precision, passes):
+  def f(x, w):
+    return jax.lax.map(lambda x: product(dtype, precision)(x, w), x)
+
+  x, w = jnp.ones((5, 32, 64), dtype), jnp.ones((64, 192), dtype)
+  (found,) = jaxpr_costs.kernels(jax.make_jaxpr(f)(x, w).jaxpr)
+  assert found.calls == 5
+  # 64 lanes are 128 to a matrix unit.
+  assert found.flops == passes * 6 * 2 * 16 * 128 * 128
+  assert found.vector_operations == 6 * 16 * 128
+  # x moves at each step of i, w and the result at each of i and j.
+  size = jnp.dtype(dtype).itemsize
+  assert found.bytes == size * 128 * (2 * 16 + 6 * 64 + 6 * 16)
+  # What the model asks for is not padded.
+  assert jaxpr_costs.matmul_flops(f, x, w) == 5 * 6 * 2 * 16 * 64 * 64
+
+
+def test_the_largest_arrays():
+  def f(x):
+    with jax.named_scope('outer'):
+      big = jnp.einsum('bi,bj->bij', x, x)
+      return jax.checkpoint(lambda y: jnp.sin(y).sum())(big)
+
+  first, *others = jaxpr_costs.largest_arrays(jax.make_jaxpr(f)(jnp.ones((4, 8))).jaxpr)
+  assert (first.dtype, first.shape, first.bytes) == (
+    'float32',
+    (4, 8, 8),
+    4 * 4 * 8 * 8,
+  )
+  assert first.count == 2  # the product and its sine
+  assert first.where.startswith('outer')
+  assert all(other.bytes <= first.bytes for other in others)

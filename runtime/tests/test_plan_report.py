@@ -1,0 +1,101 @@
+"""Plans as tables and numbers, and the search for a batch."""
+
+import json
+import math
+
+import pytest
+
+from t5x import jaxpr_costs, plan_report, step_costs, topologies
+
+GIB = topologies.GIB
+
+
+@pytest.fixture
+def plan():
+  costs = step_costs.StepCosts(
+    memory=step_costs.Memory(2 * GIB, 0, 5 * GIB, GIB // 2),
+    flops=30e12,
+    useful_flops=24.64e12,
+    bytes_accessed=45e9,
+    xla_s=0.5,
+    kernel_s=0.25,
+    collective_s=0.05,
+    roofline_s=0.487,
+    cycles_s=0.9,
+    compile_s=12.0,
+    loops={'while.1': 16, 'while.2': None},
+    longest_loop=3,
+    kernels={'splash': 12},
+  )
+  topology = topologies.find('v3-8')
+  return plan_report.Plan('v3-8', topology, 'train', 256, 262144, 9000, costs)
+
+
+def test_numbers(plan, tmp_path):
+  path = tmp_path / 'plan.json'
+  plan_report.write_json(plan, path)
+  found = json.loads(path.read_text())
+  assert found['hbm_gib'] == 7.5
+  assert found['hbm_available_gib'] == pytest.approx(15.48)
+  assert found['estimate_s'] == pytest.approx(0.8)
+  assert found['mfu'] == pytest.approx(24.64 / 0.8 / 61.6)
+  assert found['tokens_per_s'] == pytest.approx(262144 / 0.8)
+  assert found['hours'] == pytest.approx(9000 * 0.8 / 3600)
+  assert found['bound'] == 'compute'
+  named = {
+    'flops', 'useful_flops', 'bytes_accessed', 'xla_s', 'roofline_s', 'compile_s'
+  }  # fmt: skip
+  assert named <= set(found)
+
+
+def test_the_table_calls_estimates_so(plan):
+  text = plan_report.table(plan)
+  for part in ('7.50 GiB of 15.48 GiB', '0.8 s', '50.0%', '2.00 hours, estimate'):
+    assert part in text, text
+  assert 'while.2; counted as 3 trips' in text
+  assert text.splitlines()[-1].endswith('but the time of compiling is an estimate.')
+
+
+def test_a_refusal_says_how_much_what_and_what_to_change():
+  arrays = [
+    jaxpr_costs.LargeArray((256, 12, 1024, 1024), 'float32', 36, 'layers_0/attend/dot'),
+    jaxpr_costs.LargeArray((256, 1024, 3072), 'bfloat16', 12, 'mlp/wi/dot_general'),
+  ]
+  error = step_costs.DoesNotFitError(40 * GIB, 15 * GIB, arrays, parts=8)
+  text = plan_report.refusal(error)
+  assert '25.00 GiB too much' in text
+  assert '1.50 GiB x 36  float32[256,12,1024,1024]' in text
+  for word in ('remat', 'num_microbatches', 'BATCH_SIZE', 'attention scores'):
+    assert word in text
+  assert 'logits' not in text
+
+
+@pytest.mark.parametrize(
+  ('per_row', 'fixed', 'available', 'start', 'unit'),
+  [
+    (30, 100, 1000, 8, 8),
+    (30, 100, 1000, 800, 8),
+    (1, 5, 10_000, 8, 8),
+    (100, 950, 1000, 8, 8),
+    (7, 0, 5000, 64, 1),
+  ],
+)
+@pytest.mark.parametrize('told', [False, True])
+def test_the_search_ends_at_the_largest_batch(
+  per_row, fixed, available, start, unit, told
+):
+  def needed(size):
+    # Above its line at large sizes, as padding makes programs.
+    total = fixed + per_row * size + (size > 40) * 13
+    return total if total <= available or told else math.inf
+
+  tried, size = {}, start
+  while size is not None:
+    assert size % unit == 0 and size > 0 and size not in tried
+    tried[size] = needed(size)
+    size = plan_report.next_batch(tried, available, unit)
+  fits = [s for s, n in tried.items() if n <= available]
+  sizes = range(unit, 20_000, unit)
+  largest = max((s for s in sizes if needed(s) <= available), default=0)
+  assert max(fits, default=0) >= 0.97 * largest - unit
+  assert len(tried) <= 12
