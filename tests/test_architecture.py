@@ -27,14 +27,16 @@ LEVELS = (
     'model_metrics', 'models', 'sampling', 'task_vocabularies',
   },
   {
-    'abstract_steps', 'actions', 'checkpoint_configs', 'checkpoint_manager', 'checkpoint_retention',
+    'abstract_steps', 'actions', 'checkpoint_configs', 'checkpoint_manager',
+    'checkpoint_retention',
     'checkpoints', 'dataset_checkpoint', 'fast_imports', 'feeding',
     'health', 'inference', 'launch', 'legacy_checkpointing', 'progress', 'restore',
     'step_costs', 'summaries', 'train_step', 'trainer', 'trainer_types',
   },
   {
     'eval', 'infer', 'interactive_data', 'interactive_metrics', 'interactive_model',
-    'interactive_state', 'main', 'plan_report', 'precompile', 'step_plan', 'tfexample_task',
+    'interactive_state', 'main', 'plan_report', 'precompile',
+    'step_plan', 'tfexample_task',
     'train', 'training_loop', 'utils',
   },
 )  # fmt: skip
