@@ -3,6 +3,7 @@
 import re
 
 import gin
+import jax.numpy as jnp
 import optax
 
 
@@ -42,6 +43,39 @@ def linear_warmup_linear_decay(
     rise = optax.linear_schedule(0.0, peak, warmup_steps)
     schedule = optax.join_schedules([rise, decay], boundaries=[warmup_steps])
   return lambda step: schedule(step - first_step)
+
+
+@gin.configurable
+def linear_warmup(
+  peak: float,
+  warmup_steps: int,
+  total_steps: int,
+  first_step: int = 0,
+  decay: str = 'linear',
+) -> optax.Schedule:
+  """A straight line up to the peak, and from there what `decay` says.
+
+  Args:
+    peak: the learning rate reached after `warmup_steps`.
+    warmup_steps: length of the rise, in steps; 0 starts at the peak.
+    total_steps: the last step, counted from `first_step`.
+    first_step: see `linear_warmup_linear_decay`.
+    decay: 'linear' down to zero at the last step, or 'constant': none.
+
+  Returns:
+    A function from a step to the learning rate.
+
+  Raises:
+    ValueError: there is no such decay, or the warm-up does not fit into the total.
+  """
+  if decay not in ('linear', 'constant'):
+    raise ValueError(
+      f"linear_warmup.decay must be 'linear' or 'constant'. Got: {decay!r}"
+    )
+  decayed = linear_warmup_linear_decay(peak, warmup_steps, total_steps, first_step)
+  if decay == 'linear':
+    return decayed
+  return lambda step: decayed(jnp.minimum(step, first_step + warmup_steps))
 
 
 @gin.configurable

@@ -9,6 +9,7 @@ read before a size, an id or a text is asked for.
 import difflib
 import functools
 import hashlib
+import importlib
 import os
 from collections.abc import Sequence
 
@@ -304,14 +305,41 @@ def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
   return BartVocabulary(corpus_dir, templates)
 
 
+def find_task(
+  mixture_or_task_name: str, module: str | None = None
+) -> seqio.Task | seqio.Mixture:
+  """A registered task or mixture.
+
+  Args:
+    mixture_or_task_name: as registered with seqio.
+    module: imported before, as it registers the task.
+
+  Raises:
+    ValueError: there is no such task. The message lists the nearest names.
+  """
+  if module:
+    importlib.import_module(module)
+  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if mixture_or_task_name not in known:
+    near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
+    raise ValueError(
+      f'There is no task or mixture {mixture_or_task_name!r}. '
+      + (f'Nearest: {", ".join(near)}. ' if near else '')
+      + 'Set MIXTURE_OR_TASK_NAME, and name the module that registers the task as '
+      'MIXTURE_OR_TASK_MODULE, or import it in the gin file (`import tasks`).'
+    )
+  return seqio.get_mixture_or_task(mixture_or_task_name)
+
+
 def task_vocabulary(
-  mixture_or_task_name: str, feature: str = 'targets'
+  mixture_or_task_name: str, feature: str = 'targets', module: str | None = None
 ) -> seqio.Vocabulary:
   """The vocabulary of a registered task, so that a gin file names it in one place.
 
   Args:
     mixture_or_task_name: as registered with seqio.
     feature: whose vocabulary.
+    module: imported before, as it registers the task.
 
   Returns:
     The very object that the task uses.
@@ -319,16 +347,7 @@ def task_vocabulary(
   Raises:
     ValueError: there is no such task, or it has no such feature.
   """
-  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if mixture_or_task_name not in known:
-    near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
-    raise ValueError(
-      f'There is no task or mixture {mixture_or_task_name!r}. '
-      + (f'Nearest: {", ".join(near)}. ' if near else '')
-      + 'Set MIXTURE_OR_TASK_NAME, and import the module that registers the task in '
-      'the gin file (`import tasks`).'
-    )
-  features = seqio.get_mixture_or_task(mixture_or_task_name).output_features
+  features = find_task(mixture_or_task_name, module).output_features
   if feature not in features:
     raise ValueError(
       f'{mixture_or_task_name!r} has no feature {feature!r}. Got: {list(features)}'

@@ -4,233 +4,41 @@ Each is registered with the vocabulary of `<data root>/no` and, as `<name>_mini`
 that of `<data root>/mini`; importing this needs no file and no network. `readers` says
 how gin chooses between files and the Hub. `add_text_to_text_task` registers one's own.
 
-| name               | inputs, targets                         | metric        |
-|--------------------|-----------------------------------------|---------------|
-| norec              | review, its sentiment                   | macro F1      |
-| scala_nb, scala_nn | sentence, whether it is acceptable      | MCC, macro F1 |
-| norne_nb, norne_nn | sentence, its entities                  | exact span F1 |
-| norquad            | question and paragraph, the answer      | EM, F1        |
-| nb_nn              | sentence in Bokmål, the same in Nynorsk | BLEU, chrF    |
+| name                   | inputs, targets                         | metric        |
+|------------------------|-----------------------------------------|---------------|
+| norec                  | review, its sentiment                   | macro F1      |
+| scala_nb, scala_nn     | sentence, whether it is acceptable      | MCC, macro F1 |
+| norne_nb, norne_nn     | sentence, its entities                  | exact span F1 |
+| norquad                | question and paragraph, the answer      | EM, F1        |
+| nb_nn                  | sentence in Bokmål, the same in Nynorsk | BLEU, chrF    |
+| no_sammendrag          | news article, its summary               | ROUGE-L       |
+| norsumm_nb, norsumm_nn | news article, its summary (no training) | ROUGE-L       |
+
+Mixtures: scala and norne (both written standards, in equal parts), and sammendrag
+(trains on no_sammendrag, evaluates on NorSumm).
+
+What is known of the data sets was read in the publishers' READMEs, in data set cards
+and in the code of benchmarks that read them. The data itself was never at hand, so the
+first run from the Hub may meet a column that was renamed; the message then lists the
+columns. Figures of other models are those of NorBench's leaderboard of encoder-decoder
+models (t5_leaderboard.md in https://github.com/ltgoslo/norbench; means of five runs).
 """
 
 import functools
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import seqio
-import tensorflow as tf
-from absl import logging
 
-from bart_t5x import metrics, preprocessors
-from bart_t5x.vocabularies import load_vocabulary
-from tasks import readers
+from bart_t5x import metrics
+from tasks import prompts, readers
 from tasks.pretrain import data_root
-from tasks.readers import HubDataset, Record
+from tasks.readers import HubDataset
+from tasks.text_to_text import add_text_to_text_task
 
-SPLITS = ('train', 'validation', 'test')
+__all__ = ['add_text_to_text_task']
 
-
-def add_text_to_text_task(
-  name: str,
-  to_text: Callable[[Record], Mapping[str, str]],
-  files: Mapping[str, str] | None = None,
-  corpus_dir: str | None = None,
-  labels: Sequence[str] = (),
-  metric_fns: Sequence[Callable] | None = None,
-  postprocess_fn: Callable[..., Any] | None = None,
-  read: Callable[[str], Iterable[Record]] | None = None,
-  splits: Sequence[str] = SPLITS,
-) -> seqio.Task:
-  """Registers a task from text to text; its files are read when data is asked for.
-
-  Args:
-    name: of the task.
-    to_text: makes of a record {'inputs': …, 'targets': …}. Further strings pass
-      through to `postprocess_fn`.
-    files: the file of each split; `readers.FORMATS` tells the formats.
-    corpus_dir: the prepared corpus whose vocabulary the model has; None for
-      `<data root>/no`.
-    labels: all targets there may be, for a task of classes; empty for free text.
-    metric_fns: seqio's; None for `metrics.classification` of the labels, or for
-      `metrics.reconstruction` where there are none.
-    postprocess_fn: seqio's; None to strip blanks.
-    read: from a split's name to its records, in place of `files`.
-    splits: that `read` has.
-
-  Returns:
-    The task, with features `inputs` and `targets`: `<s>` … `</s>`.
-
-  Raises:
-    ValueError: both or neither of `files` and `read` are given.
-  """
-  if (files is None) == (read is None):
-    raise ValueError(
-      f'task {name!r} needs its data from one place: give either files or read'
-    )
-  if files is not None:
-    paths = dict(files)
-    splits = tuple(paths)
-
-    def read(split):
-      return readers.read_file(paths[split])
-
-  vocabulary = load_vocabulary(corpus_dir or os.path.join(data_root(), 'no'))
-  text = seqio.Feature(vocabulary, add_eos=True)
-
-  def dataset(split: str, shuffle_files: bool = False, seed: int | None = None):
-    del shuffle_files, seed  # One file; seqio shuffles its examples.
-    return _dataset(f'{name}/{split}', read(split), to_text, labels)
-
-  return seqio.TaskRegistry.add(
-    name,
-    source=seqio.FunctionDataSource(dataset_fn=dataset, splits=tuple(splits)),
-    preprocessors=[preprocessors.tokenize_for_bart],
-    output_features={'inputs': text, 'targets': text},
-    postprocess_fn=postprocess_fn or strip,
-    metric_fns=_default_metrics(labels) if metric_fns is None else metric_fns,
-  )
-
-
-def _default_metrics(labels: Sequence[str]) -> list[Callable]:
-  if labels:
-    return [functools.partial(metrics.classification, labels=tuple(labels))]
-  return [metrics.reconstruction]
-
-
-def _dataset(
-  where: str,
-  records: Iterable[Record],
-  to_text: Callable[[Record], Mapping[str, str]],
-  labels: Sequence[str],
-) -> tf.data.Dataset:
-  """A split as scalar strings; fine-tuning data fits into memory.
-
-  Raises:
-    ValueError: a target is none of the labels, or no record is left.
-  """
-  examples, empty = [], 0
-  for number, record in enumerate(records, 1):
-    example = to_text(record)
-    if not example['inputs'].strip() or not example['targets'].strip():
-      empty += 1
-      continue
-    if labels and example['targets'] not in labels:
-      raise ValueError(
-        f'{where}: record {number} has the unknown label {example["targets"]!r}. '
-        f'Known labels: {", ".join(labels)}'
-      )
-    examples.append(example)
-  if empty:
-    logging.warning('%s: %d records with no inputs or targets left out.', where, empty)
-  if not examples:
-    raise ValueError(f'{where} has no record with inputs and targets')
-  columns = {key: [example[key] for example in examples] for key in examples[0]}
-  return tf.data.Dataset.from_tensor_slices(columns)
-
-
-def strip(text: str, **unused) -> str:
-  """The text without blanks around it, under seqio's `postprocess_fn` interface."""
-  del unused
-  return text.strip()
-
-
-# ---- From records to text ----
-
-SENTIMENTS = ('negativ', 'nøytral', 'positiv')
-_SENTIMENT_OF = dict(zip(('negative', 'neutral', 'positive'), SENTIMENTS, strict=True))
-_SENTIMENT_OF['fair'] = 'nøytral'  # as NorBench calls it
-
-ACCEPTABILITY = ('riktig', 'feil')
-_ACCEPTABILITY_OF = dict(zip(('correct', 'incorrect'), ACCEPTABILITY, strict=True))
-
-ENTITY_TYPES = ('PER', 'ORG', 'LOC', 'PROD', 'EVT', 'DRV', 'MISC')
-_ENTITY_TYPE_OF = {'GPE_LOC': 'LOC', 'GPE_ORG': 'ORG'}
-
-
-def _prompt(task: str, text: str) -> str:
-  """The text behind the task's name; an empty text stays one, so that it is counted."""
-  return f'{task}: {text}' if text.strip() else ''
-
-
-def sentiment_to_text(record: Record) -> dict[str, str]:
-  """`text`, and `label` (negative, neutral, positive) or `rating` (a die, 1 to 6)."""
-  if 'label' in record:
-    label = _named(record['label'], _SENTIMENT_OF, SENTIMENTS)
-  else:
-    rating = int(record['rating'])
-    if not 1 <= rating <= 6:
-      raise ValueError(f'a rating is the throw of a die, 1 to 6. Got: {rating}')
-    label = SENTIMENTS[(rating - 1) // 2]
-  return {'inputs': _prompt('stemning', record['text']), 'targets': label}
-
-
-def acceptability_to_text(record: Record) -> dict[str, str]:
-  """`text`, and `label`: correct or incorrect."""
-  label = _named(record['label'], _ACCEPTABILITY_OF, ACCEPTABILITY)
-  return {'inputs': _prompt('språk', record['text']), 'targets': label}
-
-
-def entities_to_text(record: Record) -> dict[str, str]:
-  """`tokens`, and `labels`: their IOB2 tags."""
-  tokens, labels = record['tokens'], record['labels']
-  if len(tokens) != len(labels):
-    raise ValueError(f'{len(tokens)} tokens, but {len(labels)} tags: {tokens}')
-  spans = []
-  for token, tag in zip(tokens, labels, strict=True):
-    position, _, entity = tag.partition('-')
-    entity = _ENTITY_TYPE_OF.get(entity, entity)
-    if tag == 'O':
-      spans.append(None)
-    elif position not in ('B', 'I') or entity not in ENTITY_TYPES:
-      raise ValueError(
-        f'unknown entity tag {tag!r}. Known: O, and B- or I- before one of '
-        f'{", ".join((*ENTITY_TYPES, *_ENTITY_TYPE_OF))}'
-      )
-    elif position == 'I' and spans and spans[-1] and spans[-1][0] == entity:
-      spans[-1][1].append(token)
-    else:
-      spans.append((entity, [token]))
-  named = [f'{entity}: {" ".join(words)}' for entity, words in filter(None, spans)]
-  return {
-    'inputs': _prompt('navn', ' '.join(tokens)),
-    'targets': metrics.SPAN_SEPARATOR.join(named) or metrics.NO_SPAN,
-  }
-
-
-def question_to_text(record: Record) -> dict[str, str]:
-  """`question`, `context`, `answers`; trained on the first answer, scored on all."""
-  answers = list(record['answers']['text'])
-  return {
-    'inputs': f'spørsmål: {record["question"]} tekst: {record["context"]}',
-    'targets': answers[0] if answers else '',
-    'answers': json.dumps(answers),
-  }
-
-
-def answers_of(text: str, example: Mapping, is_target: bool = False, **unused):
-  """A generated answer stripped; for a target, the list of all right answers."""
-  del unused
-  return json.loads(example['answers']) if is_target else text.strip()
-
-
-def translation_to_text(record: Record) -> dict[str, str]:
-  """`nb` and `nn`, the same sentence in both."""
-  return {'inputs': _prompt('til nynorsk', record['nb']), 'targets': record['nn']}
-
-
-def _named(label: Any, names: Mapping[str, str], known: Sequence[str]) -> str:
-  """Our name of a label, by its English or its own name."""
-  name = names.get(str(label), str(label))
-  if name not in known:
-    raise ValueError(
-      f'unknown label {label!r}. Known labels: {", ".join((*names, *known))}'
-    )
-  return name
-
-
-# ---- The registered tasks ----
+# The prepared corpora whose vocabulary a task is registered with, by its suffix.
+_CORPORA = {'': 'no', '_mini': 'mini'}
 
 
 def _add(name: str, download: str, hub: HubDataset | None = None, **task):
@@ -239,25 +47,38 @@ def _add(name: str, download: str, hub: HubDataset | None = None, **task):
   def read(split):
     return readers.records(name, split, hub, download)
 
-  for corpus, suffix in (('no', ''), ('mini', '_mini')):
+  for suffix, corpus in _CORPORA.items():
     corpus_dir = os.path.join(data_root(), corpus)
     add_text_to_text_task(name + suffix, corpus_dir=corpus_dir, read=read, **task)
+
+
+def _add_mixture(name: str, *tasks: str):
+  """Registers a mixture of tasks, in equal parts, for both vocabularies."""
+  for suffix in _CORPORA:
+    members = [task + suffix for task in tasks]
+    seqio.MixtureRegistry.add(name + suffix, members, default_rate=1.0)
 
 
 def add_norec() -> None:
   """NoReC: the sentiment of a whole review (Velldal et al. 2018, arXiv 1710.05370).
 
-  Source: https://github.com/ltgoslo/norec, on the Hub ltg/norec. Licence: CC BY-NC 4.0.
-  Splits: train, validation, test, the publishers' own. Records: `text`, and `rating`
-  from 1 to 6 or `label`; jsonl, tsv or parquet. Ratings 1 and 2 are negative, 3 and 4
-  neutral, 5 and 6 positive. Metric: macro F1 over the three classes.
+  Source: https://github.com/ltgoslo/norec; as three classes on the Hub
+  ltg/norec_document, configuration ternary (34,749 / 4,348 / 4,340 reviews; columns id,
+  review, sentiment). That its 0, 1, 2 are negative, fair, positive is inferred from the
+  configuration binary, where 0 is negative. Licence: CC BY-NC 4.0. Splits: train,
+  validation, test, the publishers' own. Files: `text` or `review`, and `rating` from 1
+  to 6, `sentiment` or `label`; jsonl, tsv or parquet. Ratings 1 and 2 are negative, 3
+  and 4 neutral, 5 and 6 positive.
+
+  Metric: macro F1 over the three classes, as in NorBench ("Document SA"), where
+  NorT5-base has 77.4 ± 0.4 and North-T5-base 21.2 ± 0.3.
   """
   _add(
     'norec',
-    'https://huggingface.co/datasets/ltg/norec',
-    HubDataset('ltg/norec'),
-    to_text=sentiment_to_text,
-    labels=SENTIMENTS,
+    'https://huggingface.co/datasets/ltg/norec_document',
+    HubDataset('ltg/norec_document', config='ternary'),
+    to_text=prompts.sentiment_to_text,
+    labels=prompts.SENTIMENTS,
   )
 
 
@@ -265,19 +86,25 @@ def add_scala() -> None:
   """ScaLA: is a sentence acceptable (Nielsen 2023, arXiv 2304.00906)?
 
   Sentences of the Universal Dependencies treebanks, half of them with two neighbours
-  swapped or a word left out. Source: on the Hub EuroEval/scala-nb and scala-nn.
-  Licence: see the data set's page. Splits: train, val (here validation), test.
-  Records: `text` and `label`, correct or incorrect; jsonl, tsv or parquet. Metric:
-  MCC, as in EuroEval, and macro F1.
+  swapped or a word left out. Source: on the Hub EuroEval/scala-nb and scala-nn (1,024 /
+  256 / 2,048 sentences; columns text, corruption_type, label). Licence: none
+  that we saw; the text is that of the treebanks. Splits: train, val (here validation),
+  test. Files: `text` and `label`, correct or incorrect; jsonl, tsv or
+  parquet.
+
+  Metric: MCC and macro F1 over the two classes, as in EuroEval. Figures of T5 models
+  were not found; NorBench's linguistic acceptability is another data set (NoCoLa).
   """
   for language in ('nb', 'nn'):
     _add(
       f'scala_{language}',
       f'https://huggingface.co/datasets/EuroEval/scala-{language}',
       HubDataset(f'EuroEval/scala-{language}', splits={'validation': 'val'}),
-      to_text=acceptability_to_text,
-      labels=ACCEPTABILITY,
+      to_text=prompts.acceptability_to_text,
+      labels=prompts.ACCEPTABILITY,
+      headline='mcc',
     )
+  _add_mixture('scala', 'scala_nb', 'scala_nn')
 
 
 def add_norne() -> None:
@@ -285,55 +112,120 @@ def add_norne() -> None:
 
   Source: https://github.com/ltgoslo/norne, files `ud/nob/no_bokmaal-ud-train.conllu`,
   -dev (here validation) and -test, and `ud/nno/no_nynorsk-ud-…`. On the Hub a sample
-  only: EuroEval/norne-nb-mini and norne-nn-mini. Licence: see the data set's page.
-  Records: `tokens` and their IOB2 `labels`; conllu, jsonl or parquet.
+  only, EuroEval/norne-nb-mini and norne-nn-mini (1,024 / 256 / 2,048 sentences, with
+  PROD, EVT and DRV made MISC: its figures are not those of the whole). Licence: the
+  annotations are CC0, the texts are not theirs to license. Files: `tokens` and their
+  IOB2 `labels`; conllu (tags are `name=B-PER` in the last column), jsonl or parquet.
 
   Seven types, GPE_LOC being LOC and GPE_ORG being ORG. Inputs are the tokens with
   blanks between them, targets `PER: Kari Dahl | LOC: Oslo` in the order of the text,
-  or `ingen`. Metric: exact span F1, see `metrics.entity_spans`.
+  or `ingen`. Metric: exact span F1 (type and words), see `metrics.entity_spans`.
+  NorBench gives figures of encoders only.
   """
   for language in ('nb', 'nn'):
     _add(
       f'norne_{language}',
       'https://github.com/ltgoslo/norne (ud/nob or ud/nno; -dev is validation)',
       HubDataset(f'EuroEval/norne-{language}-mini', splits={'validation': 'val'}),
-      to_text=entities_to_text,
+      to_text=prompts.entities_to_text,
       metric_fns=[metrics.entity_spans],
+      headline='span_f1',
     )
+  _add_mixture('norne', 'norne_nb', 'norne_nn')
 
 
 def add_norquad() -> None:
   """NorQuAD: questions about a paragraph (Ivanova et al. 2023, arXiv 2305.01957).
 
-  Source: https://github.com/ltgoslo/NorQuAD, on the Hub ltg/norquad. Licence: see the
-  data set's page. Splits: train, validation, test, the publishers' own. Records: a
-  SQuAD file (json), or its questions with `context`, `question` and `answers` as jsonl
-  or parquet. Metric: exact match and F1 as of SQuAD 1.1, the best of all answers.
+  Source: https://github.com/ltgoslo/NorQuAD (files such as
+  training_dataset_flattened.json), on the Hub ltg/norquad (3,808 / 472 / 472 questions;
+  columns id, context, question, answers). Licence: CC0 1.0. Splits: train, validation,
+  test, the publishers' own. Files: a SQuAD file (json), or its questions with
+  `context`, `question` and `answers` as jsonl or parquet. Paragraphs are long: set
+  TASK_FEATURE_LENGTHS accordingly, what is longer is cut and counted.
+
+  Metric: exact match and F1 as of SQuAD 1.1, the best of all answers, as in NorBench,
+  which gives figures of encoders only.
   """
   _add(
     'norquad',
     'https://huggingface.co/datasets/ltg/norquad',
     HubDataset('ltg/norquad'),
-    to_text=question_to_text,
-    postprocess_fn=answers_of,
+    to_text=prompts.question_to_text,
+    postprocess_fn=prompts.references_of,
     metric_fns=[metrics.question_answering],
+    headline='f1',
   )
 
 
 def add_nb_nn() -> None:
   """Translation from Bokmål to Nynorsk.
 
-  Source: any parallel text, such as the translation memory of Nynorsk pressekontor in
-  Språkbanken's catalogue, https://www.nb.no/sprakbanken/. Licence: see the data set's
-  page. Splits: your own. Records: `nb` and `nn`, the same sentence; tsv, jsonl or
-  parquet. Metric: BLEU and chrF with sacrebleu's default settings.
+  Source: NorBench's sample of two translation memories of Språkbanken's (Nynorsk
+  pressekontor, Målfrid), nmt/data/nb_nn_{train,dev,test}.tsv.gz in
+  https://github.com/ltgoslo/norbench, or any other parallel text. Licence: see the
+  resources' pages, https://www.nb.no/sprakbanken/. Splits: train, dev (here
+  validation), test. Files: `nb` and `nn`, the same sentence; tsv, jsonl or parquet.
+  NorBench's files have no line with the names of the columns:
+
+      (printf 'nb\\tnn\\n'; gunzip -c nb_nn_dev.tsv.gz) > …/nb_nn/validation.tsv
+
+  Metric: BLEU and chrF with sacrebleu's default settings; NorBench's is SacreBLEU,
+  where NorT5-base has 86.6 ± 0.1 and North-T5-base 39.8 ± 0.2 ("MT").
   """
   _add(
     'nb_nn',
-    'https://www.nb.no/sprakbanken/ (a parallel text, as columns nb and nn)',
-    to_text=translation_to_text,
+    'https://github.com/ltgoslo/norbench/tree/main/nmt/data (as columns nb and nn)',
+    to_text=prompts.translation_to_text,
     metric_fns=[metrics.translation],
+    headline='bleu',
   )
+
+
+def add_sammendrag() -> None:
+  """Summaries of news: NoSammendrag to train on, NorSumm to evaluate on.
+
+  NoSammendrag. Source: on the Hub norkart/no-sammendrag (train only; columns document,
+  summary), and a sample with splits, EuroEval/no-sammendrag-mini (1,024 / 256 / 2,048;
+  columns text, target_text), which is read here. Licence: none that we saw.
+
+  NorSumm (Touileb et al. 2025, arXiv 2501.07718): three summaries of each article, by
+  people, in both written standards. Source: https://github.com/SamiaTouileb/NorSumm,
+  Data/NorSumm_dev.json (here validation) and NorSumm_test.json, which are read as they
+  are; on the Hub SamiaT/NorSumm, configurations nb and nn (columns id, article,
+  summaries). Licence: see the repository. There is no training split.
+
+  Files: `article` (or `document`, `text`), and `summaries` (or `summaries_nb`,
+  `summary`, `target_text`); json, jsonl or parquet. Articles want TASK_FEATURE_LENGTHS
+  of 1024 inputs and 256 targets.
+
+  Metric: ROUGE-L as NorSumm and EuroEval compute it, see `metrics.summarisation`; their
+  other metric, BERTScore, needs a model and is left out. Figures of T5 models were not
+  found.
+  """
+  _add(
+    'no_sammendrag',
+    'https://huggingface.co/datasets/norkart/no-sammendrag',
+    HubDataset('EuroEval/no-sammendrag-mini', splits={'validation': 'val'}),
+    to_text=prompts.summary_to_text,
+    postprocess_fn=prompts.references_of,
+    metric_fns=[metrics.summarisation],
+    headline='rouge_lsum_max',
+  )
+  for language in ('nb', 'nn'):
+    _add(
+      f'norsumm_{language}',
+      'https://github.com/SamiaTouileb/NorSumm (Data/NorSumm_dev.json is validation)',
+      HubDataset('SamiaT/NorSumm', config=language),
+      to_text=functools.partial(
+        prompts.summary_to_text, summaries=f'summaries_{language}'
+      ),
+      postprocess_fn=prompts.references_of,
+      metric_fns=[metrics.summarisation],
+      splits=('validation', 'test'),
+      headline='rouge_lsum_max',
+    )
+  _add_mixture('sammendrag', 'no_sammendrag', 'norsumm_nb', 'norsumm_nn')
 
 
 add_norec()
@@ -341,3 +233,4 @@ add_scala()
 add_norne()
 add_norquad()
 add_nb_nn()
+add_sammendrag()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import seqio
 
-from bart_t5x import metrics, noise, preprocessors
+from bart_t5x import infill_metrics, noise, preprocessors
 from bart_t5x.sources import CorpusSource, EpochTask
 from bart_t5x.vocabularies import load_vocabulary
 
@@ -28,7 +28,7 @@ def add_denoising_task(
   recipe: noise.Recipe | None = None,
   source: seqio.DataSource | None = None,
   shuffle_buffer_size: int = SHUFFLE_BUFFER_SIZE,
-  metric_fns: Sequence = (metrics.reconstruction,),
+  metric_fns: Sequence = (infill_metrics.denoising,),
 ) -> seqio.Task:
   """Registers a seqio task that denoises a prepared corpus.
 
@@ -41,7 +41,8 @@ def add_denoising_task(
       machine: `seqio_cache_tasks` tokenizes it, with the tokenizer in `corpus_dir`,
       and training then needs USE_CACHED_TASKS = True. None for the prepared corpus.
     shuffle_buffer_size: examples from which the next one is drawn.
-    metric_fns: for evaluation by generation, of decoded texts.
+    metric_fns: for evaluation by generation; predictions are texts, targets
+      `infill_metrics.Parts`.
 
   Returns:
     The task, with features `inputs`, `targets` and `targets_noised`.
@@ -73,6 +74,7 @@ def add_denoising_task(
         seqio.PassThroughVocabulary(size=noise.END + 1), add_eos=False
       ),
     },
+    postprocess_fn=functools.partial(infill_metrics.keep_parts, vocabulary=vocabulary),
     metric_fns=metric_fns,
     shuffle_buffer_size=shuffle_buffer_size,
   )

@@ -126,17 +126,28 @@ def read_conllu(path: str) -> Iterator[Record]:
     yield {'tokens': tokens, 'labels': labels}
 
 
-def read_squad(path: str) -> Iterator[Record]:
-  """Questions of a SQuAD file, as the Hub has them.
+def read_json(path: str) -> Iterator[Record]:
+  """Questions of a SQuAD file, or the objects of a list.
 
   Yields:
-    `id`, `context`, `question`, and `answers` with the lists `text` and
-    `answer_start`.
+    Of a list, its objects. Of a SQuAD file, its questions as the Hub has them: `id`,
+    `context`, `question`, and `answers` with the lists `text` and `answer_start`.
   """
   with open(path, encoding='utf-8') as f:
-    content = json.load(f)
+    try:
+      content = json.load(f)
+    except json.JSONDecodeError as e:
+      raise ValueError(f'{path} is not JSON: {e}') from e
+  if isinstance(content, list):
+    for number, record in enumerate(content, 1):
+      if not isinstance(record, dict):
+        raise ValueError(f'{path}, element {number} is no object: {str(record)[:80]}')
+      yield record
+    return
   if not isinstance(content, dict) or 'data' not in content:
-    raise ValueError(f'{path} is not a SQuAD file: it has no list named "data"')
+    raise ValueError(
+      f'{path} is neither a list nor a SQuAD file: it has no list named "data"'
+    )
   for article in content['data']:
     for paragraph in article['paragraphs']:
       for question in paragraph['qas']:
@@ -153,8 +164,17 @@ def read_squad(path: str) -> Iterator[Record]:
 
 
 def read_parquet(path: str) -> Iterator[Record]:
-  """Rows of a table; needs the package pyarrow."""
-  from pyarrow import parquet
+  """Rows of a table.
+
+  Raises:
+    ImportError: the package pyarrow is not installed.
+  """
+  try:
+    from pyarrow import parquet
+  except ImportError as e:
+    raise ImportError(
+      f"reading {path} needs the package pyarrow: pip install 'bart-t5x[hf]'"
+    ) from e
 
   yield from parquet.read_table(path).to_pylist()
 
@@ -163,7 +183,7 @@ FORMATS: Mapping[str, Callable[[str], Iterator[Record]]] = {
   '.jsonl': read_jsonl,
   '.tsv': read_tsv,
   '.conllu': read_conllu,
-  '.json': read_squad,
+  '.json': read_json,
   '.parquet': read_parquet,
 }
 

@@ -49,6 +49,7 @@ ALLOWED = {
   'bart_t5x.config': set(),
   'bart_t5x.documents': {'sentences', 'tokenization'},
   'bart_t5x.features': {'noise'},
+  'bart_t5x.infill_metrics': {'metrics', 'noise'},
   'bart_t5x.layers': {'attention'},
   'bart_t5x.loss': set(),
   'bart_t5x.metrics': set(),

@@ -34,6 +34,18 @@ RUNS = {
     'train',
     ("MIXTURE_OR_TASK_NAME = 'norne_nb'", "INITIAL_CHECKPOINT_PATH = ''"),
   ),
+  'finetune_eval': (
+    'eval',
+    ("MIXTURE_OR_TASK_NAME = 'norne_nb'", "CHECKPOINT_PATH = 'run/checkpoint_1'"),
+  ),
+  'finetune_infer': (
+    'infer',
+    (
+      "MIXTURE_OR_TASK_NAME = 'norec'",
+      "CHECKPOINT_PATH = 'run/checkpoint_1'",
+      "INPUT_FILE = 'reviews.txt'",
+    ),
+  ),
   'infer': ('infer', ("CHECKPOINT_PATH = 'c'", "INPUT_FILE = 'sentences.txt'")),
 }
 # Included by run files, which define what these use.
@@ -43,6 +55,7 @@ ADDITIONS = ('push_to_hub',)
 # What a run file gives to a model file.
 FOR_A_MODEL = (
   "MIXTURE_OR_TASK_NAME = 'norwegian_denoising'",
+  'MIXTURE_OR_TASK_MODULE = None',
   'OPTIMIZER = None',
   'LOSS_NORMALIZING_FACTOR = None',
   "COMPUTE_DTYPE = 'bfloat16'",

@@ -1,0 +1,102 @@
+"""Which metric tells the best checkpoint of a fine-tuning run, and which that is.
+
+Each text task names its headline metric (`add_text_to_text_task`); of a mixture the
+first task that has one is followed. gin/finetune.gin binds `headline.task` and
+`headline.metric` to MIXTURE_OR_TASK_NAME and METRIC (None for the task's own); here
+are the forms in which T5X asks for them.
+"""
+
+import json
+import os
+import re
+
+import gin
+import seqio
+import tensorflow as tf
+
+from bart_t5x.vocabularies import find_task
+from tasks import text_to_text
+
+# The split that is evaluated while training.
+_VALIDATION = 'validation'
+
+
+@gin.configurable(module='tasks.monitor')
+def headline(
+  task: str = gin.REQUIRED, metric: str | None = None, module: str | None = None
+) -> tuple[str, str]:
+  """The task to follow, and its metric.
+
+  Args:
+    task: a task or mixture.
+    metric: of the task; None for the one it was registered with.
+    module: to be imported before, if it registers the task.
+
+  Returns:
+    (task, metric): of a mixture, one of its tasks.
+
+  Raises:
+    ValueError: there is no such task, or no metric is named and none of the tasks has
+      one of its own.
+  """
+  members = [
+    member
+    for member in seqio.get_subtasks(find_task(task, module))
+    if _VALIDATION in member.splits and member.metric_fns
+  ]
+  for member in members:
+    if found := metric or text_to_text.headline_of(member.name):
+      return member.name, found
+  if not members:
+    raise ValueError(
+      f'{task!r} cannot be evaluated: it has no split {_VALIDATION!r} with metrics'
+    )
+  raise ValueError(
+    f'{task!r} does not say by which metric its best checkpoint is told. Name it: '
+    '--gin.METRIC="\'accuracy\'"'
+  )
+
+
+def tensorboard_name() -> str:
+  """The headline as `SaveBestCheckpointer` looks for it in a run's folder."""
+  task, metric = headline()
+  return f'inference_eval/{task}/eval/{metric}'
+
+
+@gin.configurable(module='tasks.monitor')
+def best_checkpoint(path: str) -> str:
+  """The checkpoint of a fine-tuning run that its headline tells to be the best.
+
+  Args:
+    path: of a run, such as `runs/norne_nb`; or of one checkpoint, which is returned as
+      it is.
+
+  Returns:
+    The path of a checkpoint that is there; of equally good ones the first.
+
+  Raises:
+    FileNotFoundError: the run has no checkpoint with the metric.
+  """
+  if re.search(r'checkpoint_\d+/*$', path):
+    return path
+  task, metric = headline()
+  results = os.path.join(path, 'inference_eval', f'{task}-metrics.jsonl')
+  if not tf.io.gfile.exists(results):
+    raise FileNotFoundError(
+      f'{path!r} is neither a checkpoint (…/checkpoint_<step>) nor the folder of a run '
+      f'that has evaluated {task!r}: there is no {results}'
+    )
+  with tf.io.gfile.GFile(results) as f:
+    evaluations = [json.loads(line) for line in f if line.strip()]
+  values = {e['step']: e[metric] for e in evaluations if metric in e}
+  there = {
+    step: folder
+    for step in values
+    if tf.io.gfile.exists(folder := os.path.join(path, f'checkpoint_{step}'))
+  }
+  if not there:
+    raise FileNotFoundError(
+      f'{path!r} has no checkpoint with a value of {metric!r}. {results} has values at '
+      f'the steps {sorted(values)}.'
+    )
+  return there[max(there, key=lambda step: (values[step], -step))]

@@ -1,0 +1,149 @@
+"""From the records of the registered tasks to inputs and targets as text."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bart_t5x import metrics
+from tasks.readers import Record
+
+SENTIMENTS = ('negativ', 'nøytral', 'positiv')
+_SENTIMENT_OF = dict(zip(('negative', 'neutral', 'positive'), SENTIMENTS, strict=True))
+_SENTIMENT_OF['fair'] = 'nøytral'  # as NorBench calls it
+
+ACCEPTABILITY = ('riktig', 'feil')
+_ACCEPTABILITY_OF = dict(zip(('correct', 'incorrect'), ACCEPTABILITY, strict=True))
+
+ENTITY_TYPES = ('PER', 'ORG', 'LOC', 'PROD', 'EVT', 'DRV', 'MISC')
+_ENTITY_TYPE_OF = {'GPE_LOC': 'LOC', 'GPE_ORG': 'ORG'}
+
+
+def _prompt(task: str, text: str) -> str:
+  """The text behind the task's name; an empty text stays one, so that it is counted."""
+  return f'{task}: {text}' if text.strip() else ''
+
+
+def sentiment_to_text(record: Record) -> dict[str, str]:
+  """A review and its class, or its rating, in the columns of any of the sources.
+
+  `text` with `label` (negative, neutral or fair, positive) or `rating` (a die, 1 to 6);
+  or `review` with `sentiment` (0 negative, 1 fair, 2 positive).
+  """
+  if 'label' in record:
+    label = _named(record['label'], _SENTIMENT_OF, SENTIMENTS)
+  elif 'sentiment' in record:
+    sentiment = int(record['sentiment'])
+    if not 0 <= sentiment <= 2:
+      raise ValueError(f'a sentiment is 0, 1 or 2. Got: {sentiment}')
+    label = SENTIMENTS[sentiment]
+  else:
+    rating = int(record['rating'])
+    if not 1 <= rating <= 6:
+      raise ValueError(f'a rating is the throw of a die, 1 to 6. Got: {rating}')
+    label = SENTIMENTS[(rating - 1) // 2]
+  text = _first_of(record, ('text', 'review'))
+  return {'inputs': _prompt('stemning', text), 'targets': label}
+
+
+def acceptability_to_text(record: Record) -> dict[str, str]:
+  """`text`, and `label`: correct or incorrect."""
+  label = _named(record['label'], _ACCEPTABILITY_OF, ACCEPTABILITY)
+  return {'inputs': _prompt('språk', record['text']), 'targets': label}
+
+
+def entities_to_text(record: Record) -> dict[str, str]:
+  """`tokens`, and `labels`: their IOB2 tags by name."""
+  tokens, labels = record['tokens'], record['labels']
+  if len(tokens) != len(labels):
+    raise ValueError(f'{len(tokens)} tokens, but {len(labels)} tags: {tokens}')
+  spans = []
+  for token, tag in zip(tokens, labels, strict=True):
+    position, _, entity = tag.partition('-')
+    entity = _ENTITY_TYPE_OF.get(entity, entity)
+    if tag == 'O':
+      spans.append(None)
+    elif position not in ('B', 'I') or entity not in ENTITY_TYPES:
+      raise ValueError(
+        f'unknown entity tag {tag!r}. Known: O, and B- or I- before one of '
+        f'{", ".join((*ENTITY_TYPES, *_ENTITY_TYPE_OF))}'
+      )
+    elif position == 'I' and spans and spans[-1] and spans[-1][0] == entity:
+      spans[-1][1].append(token)
+    else:
+      spans.append((entity, [token]))
+  named = [f'{entity}: {" ".join(words)}' for entity, words in filter(None, spans)]
+  return {
+    'inputs': _prompt('navn', ' '.join(tokens)),
+    'targets': metrics.SPAN_SEPARATOR.join(named) or metrics.NO_SPAN,
+  }
+
+
+def question_to_text(record: Record) -> dict[str, str]:
+  """`question`, `context`, `answers`; trained on the first answer, scored on all."""
+  answers = record['answers']
+  if isinstance(answers, Mapping):
+    answers = list(answers['text'])
+  else:  # objects, each with its text and where it starts
+    answers = [answer['text'] for answer in answers]
+  return {
+    'inputs': f'spørsmål: {record["question"]} tekst: {record["context"]}',
+    **_with_references(answers),
+  }
+
+
+def summary_to_text(record: Record, summaries: str = 'summaries') -> dict[str, str]:
+  """An article and its summaries; trained on the first summary, scored on all.
+
+  Args:
+    record: with the article as `article`, `document` or `text`, and its summaries as
+      a list under `summaries` or under the name given (of texts, or of objects such
+      as {"summary1": …}, as NorSumm's files have it), or one of them as `summary` or
+      `target_text`.
+    summaries: the name of the list.
+  """
+  found = record.get('summaries', record.get(summaries))
+  if found is None:
+    found = [_first_of(record, ('summary', 'target_text'))]
+  texts = []
+  for one in found:
+    texts += one.values() if isinstance(one, Mapping) else [one]
+  return {
+    'inputs': _prompt('sammendrag', _first_of(record, ('article', 'document', 'text'))),
+    **_with_references(texts),
+  }
+
+
+def _with_references(texts: Sequence[str]) -> dict[str, str]:
+  """The first right text as target, and all of them for `references_of`."""
+  return {'targets': texts[0] if texts else '', 'references': json.dumps(texts)}
+
+
+def references_of(text: str, example: Mapping, is_target: bool = False, **unused):
+  """A generated text stripped; for a target, the list of all right texts."""
+  del unused
+  return json.loads(example['references']) if is_target else text.strip()
+
+
+def translation_to_text(record: Record) -> dict[str, str]:
+  """`nb` and `nn`, the same sentence in both."""
+  return {'inputs': _prompt('til nynorsk', record['nb']), 'targets': record['nn']}
+
+
+def _named(label: Any, names: Mapping[str, str], known: Sequence[str]) -> str:
+  """Our name of a label, by its English or its own name."""
+  name = names.get(str(label), str(label))
+  if name not in known:
+    raise ValueError(
+      f'unknown label {label!r}. Known labels: {", ".join((*names, *known))}'
+    )
+  return name
+
+
+def _first_of(record: Record, names: Sequence[str]) -> Any:
+  """The first of the columns that a record has."""
+  for name in names:
+    if name in record:
+      return record[name]
+  raise ValueError(
+    f'it has none of the columns {", ".join(names)}. Got: {", ".join(sorted(record))}'
+  )
