@@ -1,0 +1,59 @@
+"""Files of inputs, as text and as JSON lines."""
+
+import gin
+import pytest
+
+from tasks import input_file
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def read(path, prompt=''):
+  examples = input_file.dataset(str(path), prompt).as_numpy_iterator()
+  return [(e['inputs'].decode(), e['targets'].decode()) for e in examples]
+
+
+def test_lines_of_text(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('Første linje.\r\n\n Åse \n')
+  assert read(path, 'språk: ') == [('språk: Første linje.', ''), ('språk:  Åse ', '')]
+
+
+def test_json_lines(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"id": 1, "inputs": "En\\ntekst"}\n{"inputs": "To"}\n')
+  assert read(path) == [('En\ntekst', ''), ('To', '')]
+
+
+def test_empty_inputs_are_counted(tmp_path, caplog):
+  path = tmp_path / 'a.txt'
+  path.write_text('En.\n\n  \nTo.\n')
+  read(path)
+  assert '2 of 4 inputs are empty' in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.txt', '\n', 'holds no input'),
+    ('a.jsonl', '{"text": "x"}\n', 'object 1 must hold its text under "inputs"'),
+    ('a.jsonl', '{"inputs": 3}\n', 'under "inputs"'),
+    ('a.jsonl', 'x\n', 'line 1 is not JSON'),
+  ],
+)
+def test_wrong_files_are_named(name, content, message, tmp_path):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=message):
+    read(tmp_path / name)
+
+
+def test_no_file():
+  with pytest.raises(ValueError, match='--gin.INPUT_FILE='):
+    input_file.dataset()
+  with pytest.raises(FileNotFoundError, match='nowhere.txt'):
+    input_file.dataset('nowhere.txt')
