@@ -196,11 +196,11 @@ def fine_tune(task: str, start: str, checkpoint: str | None, steps: int) -> None
 def main() -> None:
   """Runs everything that is not there yet."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    '--megabytes', type=int, default=20, help='of text to pre-train on'
-  )
-  parser.add_argument('--pretraining_steps', type=int, default=2000)
-  parser.add_argument('--steps', type=int, default=300, help='of each fine-tuning run')
+  add = parser.add_argument
+  add('--input', nargs='+', required=True, help='JSON lines, also .zst')
+  add('--megabytes', type=int, default=20, help='of text to pre-train on (20)')
+  add('--pretraining_steps', type=int, default=2000, help='(2000)')
+  add('--steps', type=int, default=300, help='of each fine-tuning run (300)')
   args = parser.parse_args()
   os.chdir(HERE.parent)
   if not os.path.exists(os.path.join(tasks_module.FOLDER, 'pretraining.jsonl')):
