@@ -98,7 +98,10 @@ def test_seqio_evaluates_a_denoising_task(corpus_dir):
       seed=1,
     )
     examples = list(evaluator.cached_task_datasets['infill_test'].as_numpy_iterator())
-    answers = [(i, example['targets']) for i, example in enumerate(examples)]
+    answers = [
+      (i, np.pad(example['targets'], (0, 64 - len(example['targets']))))
+      for i, example in enumerate(examples)
+    ]
     metrics, _ = evaluator.evaluate(
       compute_metrics=True, step=1, predict_fn=lambda dataset: answers
     )

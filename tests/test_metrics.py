@@ -100,12 +100,35 @@ def test_translations_at_known_values():
   assert scores['bleu'] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
 
 
+def test_summaries_by_hand():
+  """The longest common subsequence over the lengths of both."""
+  targets = [['a b c d', 'a b x y'], ['p q']]
+  scores = metrics.summarisation(targets, ['a b c', 'r'])
+  # F1 with the first: 2 * 3 / (4 + 3), with the second: 2 * 2 / (4 + 3).
+  assert scores['rouge_lsum_max'] == pytest.approx(100 * 6 / 7 / 2)
+  assert scores['rouge_lsum_avg'] == pytest.approx(100 * (6 / 7 + 4 / 7) / 2 / 2)
+  assert scores['rouge_l'] == pytest.approx(scores['rouge_lsum_max'])
+
+
+def test_sentences_of_a_summary_are_compared_one_by_one():
+  """In another order, the sentences are all found, but not as one line."""
+  scores = metrics.summarisation([['e f g . a b c']], ['a b c . e f g'])
+  assert scores['rouge_lsum_max'] == pytest.approx(100)
+  assert scores['rouge_l'] == pytest.approx(50)
+
+
+def test_a_text_without_a_summary_is_an_error():
+  with pytest.raises(ValueError, match='no right summary'):
+    metrics.summarisation([[]], ['x'])
+
+
 @pytest.mark.parametrize(
   'metric',
   [
     metrics.classification,
     metrics.entity_spans,
     metrics.question_answering,
+    metrics.summarisation,
     metrics.translation,
   ],
 )

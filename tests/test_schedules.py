@@ -43,3 +43,18 @@ def test_a_checkpoint_s_name_tells_its_step():
   assert schedules.checkpoint_step([]) == schedules.checkpoint_step(None) == 0
   with pytest.raises(ValueError, match='runs/no'):
     schedules.checkpoint_step('runs/no')
+
+
+@pytest.mark.parametrize(
+  ('decay', 'rates'),
+  [('linear', [0, 0.5, 1, 0.5, 0]), ('constant', [0, 0.5, 1, 1, 1])],
+)
+def test_what_follows_the_rise(decay, rates):
+  schedule = schedules.linear_warmup(1.0, 10, 100, first_step=40, decay=decay)
+  steps = [40, 45, 50, 95, 140]
+  np.testing.assert_allclose([schedule(s) for s in steps], rates, atol=1e-7)
+
+
+def test_an_unknown_decay_is_refused():
+  with pytest.raises(ValueError, match="'linear' or 'constant'. Got: 'cosine'"):
+    schedules.linear_warmup(1.0, 10, 100, decay='cosine')

@@ -1,0 +1,218 @@
+"""Proof of learning: a tiny model over-fits 32 examples of each kind of task.
+
+By gin/finetune.gin, from prompt to metric, by beam search. Then what one does with the
+result: gin/finetune_eval.gin and gin/finetune_infer.gin.
+"""
+
+import json
+import pathlib
+import random
+import sys
+
+import gin
+import jax
+import numpy as np
+import pytest
+import seqio
+
+from bart_t5x import metrics
+from t5x import eval as eval_script
+from t5x import gin_utils, launch
+from t5x import infer as infer_script
+from t5x import train as train_script
+from tasks import monitor, prompts, text_to_text
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = 32
+NAMES = {
+  'PER': ['Kari', 'Ola Dahl', 'Åse'],
+  'LOC': ['Oslo', 'Ås', 'Mo i Rana'],
+  'ORG': ['NRK', 'Posten'],
+}
+WORDS = 'barna leser bok huset fjord sjø snø kake ser gutten liker står'.split()
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def sentence(draw, length=4):
+  return draw.sample(WORDS, length)
+
+
+def class_record(draw):
+  text = ' '.join(sentence(draw))
+  return {'text': text, 'label': draw.choice(['positive', 'neutral', 'negative'])}
+
+
+def span_record(draw):
+  tokens, labels = [], []
+  for word in sentence(draw, 3):
+    tokens.append(word)
+    labels.append('O')
+    if draw.random() < 0.4:
+      kind = draw.choice(sorted(NAMES))
+      name = draw.choice(NAMES[kind]).split()
+      tokens += name
+      labels += [f'B-{kind}', *[f'I-{kind}'] * (len(name) - 1)]
+  return {'tokens': tokens, 'labels': labels}
+
+
+def text_record(draw):
+  words = sentence(draw, 3)
+  return {'nb': ' '.join(words), 'nn': ' '.join(f'{word}a' for word in words)}
+
+
+KINDS = {
+  'class': (
+    class_record,
+    dict(to_text=prompts.sentiment_to_text, labels=prompts.SENTIMENTS),
+  ),
+  'span': (
+    span_record,
+    dict(
+      to_text=prompts.entities_to_text,
+      metric_fns=[metrics.entity_spans],
+      headline='span_f1',
+    ),
+  ),
+  'text': (
+    text_record,
+    dict(
+      to_text=prompts.translation_to_text,
+      metric_fns=[metrics.translation],
+      headline='bleu',
+    ),
+  ),
+}
+
+
+@pytest.fixture
+def task(request, corpus_dir):
+  """A task of 32 examples, the same in all splits."""
+  make, settings = KINDS[request.param]
+  draw = random.Random(1)
+  records = [make(draw) for _ in range(EXAMPLES)]
+  yield text_to_text.add_text_to_text_task(
+    f'runs_test_{request.param}',
+    read=lambda split: records,
+    corpus_dir=corpus_dir,
+    **settings,
+  )
+  seqio.TaskRegistry.remove(f'runs_test_{request.param}')
+
+
+def call(monkeypatch, function, files, task, **macros):
+  """Calls a script as its command line would, on a tiny model in float32."""
+  name = function.__name__
+  monkeypatch.setattr(sys.modules['__main__'], name, function, raising=False)
+  gin.clear_config()
+  gin.configurable(function, module='__main__')
+  macros = {
+    'MIXTURE_OR_TASK_NAME': task.name,
+    'TASK_FEATURE_LENGTHS': {'inputs': 48, 'targets': 32},
+    'COMPUTE_DTYPE': 'float32',
+    'DROPOUT_RATE': 0.0,
+    'network.BartConfig.vocab_size': task.output_features[
+      'targets'
+    ].vocabulary.vocab_size,
+    **macros,
+  }
+  gin_utils.parse_gin_flags(
+    [str(ROOT), *launch.GIN_SEARCH_PATHS],
+    [f'gin/{file}.gin' for file in (*files, 'models/tiny')],
+    [f'{name} = {value!r}' for name, value in macros.items()],
+  )
+  return gin.get_configurable(function)()
+
+
+def train(monkeypatch, task, model_dir, steps, checkpoint=(), **macros):
+  macros = {
+    'INITIAL_CHECKPOINT_PATH': checkpoint or [],
+    'MODEL_DIR': str(model_dir),
+    'TRAIN_STEPS_RELATIVE': steps,
+    'BATCH_SIZE': EXAMPLES,
+    'EVAL_STEPS': 1,
+    'EVAL_PERIOD': 100,
+    'LEARNING_RATE': 5e-3,
+    'WARMUP_STEPS': min(20, steps - 1),
+    'LOSS_NORMALIZING_FACTOR': 256,
+    **macros,
+  }
+  return call(monkeypatch, train_script.train, ['finetune'], task, **macros)
+
+
+def evaluations(folder, task):
+  path = folder / 'inference_eval' / f'{task.name}-metrics.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['span', 'text'], indirect=True)
+def test_a_tiny_model_over_fits(task, tmp_path, monkeypatch):
+  train(monkeypatch, task, tmp_path, 400)
+  _, metric = monitor.headline(task.name)
+  assert max(e[metric] for e in evaluations(tmp_path, task)) >= 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['class'], indirect=True)
+def test_from_a_checkpoint_to_answers(task, tmp_path, monkeypatch):
+  """Over-fits from a checkpoint, stops early, keeps the best, evaluates, answers."""
+  assert train(monkeypatch, task, tmp_path / 'first', 3)[0] == 3
+  checkpoint = str(tmp_path / 'first' / 'checkpoint_3')
+  run = tmp_path / 'second'
+  settings = {'EVAL_PERIOD': 50, 'PATIENCE': 3, 'DECAY': 'constant'}
+  step, state = train(monkeypatch, task, run, 1000, checkpoint, **settings)
+  # The optimizer began anew, though the checkpoint has its states.
+  counts = {
+    int(np.asarray(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.param_states)
+    if 'count' in jax.tree_util.keystr(path)
+  }
+  assert counts == {step - 3}
+
+  # Stopped by the action: the last three values did not rise.
+  scores = {e['step']: e['macro_f1'] for e in evaluations(run, task)}
+  assert step == max(scores) < 1003
+  last = list(scores.values())[-3:]
+  assert last == sorted(last, reverse=True)
+  # Of all evaluations the best checkpoint is there, and the newest beside it.
+  best = max(scores, key=lambda step: (scores[step], -step))
+  assert scores[best] >= 95
+  there = {int(path.name.removeprefix('checkpoint_')) for path in run.glob('check*')}
+  assert step in there and len(there) <= 2
+  assert max(scores[s] for s in there) == scores[best]
+
+  # The test split, by the run's best checkpoint.
+  output = tmp_path / 'eval'
+  paths = {'CHECKPOINT_PATH': str(run), 'EVAL_OUTPUT_DIR': str(output)}
+  call(monkeypatch, eval_script.evaluate, ['finetune_eval'], task, **paths)
+  (result,) = evaluations(output, task)
+  assert result['macro_f1'] == pytest.approx(scores[best], abs=0.01)
+
+  # A file of inputs, without the prompt that the task puts before them.
+  examples = list(task.source.get_dataset('test', shuffle=False).as_numpy_iterator())
+  inputs = [e['inputs'].decode().removeprefix('stemning: ') for e in examples]
+  (tmp_path / 'inputs.txt').write_text('\n'.join(inputs[:8]) + '\n')
+  macros = {
+    'CHECKPOINT_PATH': str(run),
+    'INFER_OUTPUT_DIR': str(tmp_path / 'infer'),
+    'INPUT_FILE': str(tmp_path / 'inputs.txt'),
+    'PROMPT': 'stemning: ',
+  }
+  call(monkeypatch, infer_script.infer, ['finetune_infer'], task, **macros)
+  (file,) = (tmp_path / 'infer').glob('*.jsonl-00000-of-00001')
+  answers = [json.loads(line) for line in file.read_text().splitlines()]
+  assert [a['inputs']['inputs_pretokenized'] for a in answers] == [
+    f'stemning: {text}' for text in inputs[:8]
+  ]
+  right = sum(
+    answer['prediction'] == example['targets'].decode()
+    for answer, example in zip(answers, examples[:8], strict=True)
+  )
+  assert right >= 7
+  assert all(answer['aux']['scores'] < 0 for answer in answers)

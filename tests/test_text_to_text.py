@@ -1,0 +1,182 @@
+"""Tasks that users register: the README's own, what is counted, what stops."""
+
+import logging
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import seqio
+
+from tasks import input_file, text_to_text
+
+ROOT = pathlib.Path(__file__).parent.parent
+LENGTHS = {'inputs': 64, 'targets': 64}
+
+
+def to_text(row):
+  return {'inputs': row['inputs'], 'targets': row['targets']}
+
+
+@pytest.fixture
+def add(tmp_path, corpus_dir):
+  """Registers a task of rows with inputs and targets."""
+  added = []
+
+  def call(rows, **kwargs):
+    path = tmp_path / 'train.tsv'
+    lines = ['inputs\ttargets', *('\t'.join(row) for row in rows)]
+    path.write_text('\n'.join(lines) + '\n')
+    name = f'text_test_{len(added)}'
+    kwargs = {'to_text': to_text, 'corpus_dir': corpus_dir, **kwargs}
+    added.append(name)
+    return text_to_text.add_text_to_text_task(
+      name, files={'train': str(path)}, **kwargs
+    )
+
+  yield call
+  for name in added:
+    seqio.TaskRegistry.remove(name)
+
+
+def examples(task, lengths=LENGTHS, split='train'):
+  dataset = task.get_dataset(lengths, split, shuffle=False)
+  return list(dataset.as_numpy_iterator())
+
+
+# ---- The README's example ----
+
+
+def readme_block(name):
+  """The code block of the README that begins with a comment of this name."""
+  text = (ROOT / 'README.md').read_text()
+  (block,) = re.findall(rf'```\w*\n# {re.escape(name)}\n(.*?)```', text, re.DOTALL)
+  return block
+
+
+@pytest.fixture
+def readme_task(tmp_path, corpus_dir, monkeypatch):
+  """The README's task as written, in a folder with the files it names."""
+  source = readme_block('my_task.py')
+  assert len(source.strip().splitlines()) <= 15
+  (tmp_path / 'my_task.py').write_text(source)
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data' / 'mini').symlink_to(corpus_dir)
+  (tmp_path / 'ord').mkdir()
+  (tmp_path / 'ord/train.tsv').write_text('ord\tklasse\nsnø\tsubstantiv\ngå\tverb\n')
+  (tmp_path / 'ord/validation.tsv').write_text('ord\tklasse\nrød\tfarge\n')
+  monkeypatch.chdir(tmp_path)
+  runpy.run_path('my_task.py')
+  yield seqio.get_mixture_or_task('ordklasser')
+  seqio.TaskRegistry.remove('ordklasser')
+
+
+def test_the_readme_task(readme_task):
+  found = [
+    (e['inputs_pretokenized'], e['targets_pretokenized']) for e in examples(readme_task)
+  ]
+  assert found == [
+    ('ordklasse: snø'.encode(), b'substantiv'),
+    ('ordklasse: gå'.encode(), b'verb'),
+  ]
+  (metric,) = readme_task.metric_fns
+  assert metric(['verb'], ['verb'])['accuracy'] == 100
+  with pytest.raises(ValueError, match="ordklasser/validation: 1 of 1 .*'farge'"):
+    examples(readme_task, split='validation')
+
+
+@pytest.mark.slow
+def test_inspect_shows_the_readme_task(readme_task, tmp_path, monkeypatch):
+  command = [sys.executable, '-m', 'bart_t5x.inspect']
+  command += ['--task=ordklasser', '--module=my_task']
+  run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert run.returncode == 0, run.stderr
+  assert "inputs  'ordklasse: snø'" in run.stdout
+  assert "targets 'substantiv'" in run.stdout
+
+
+# ---- What is counted ----
+
+
+def test_empty_texts_are_left_out_and_counted(add, caplog):
+  task = add([('a', 'b'), ('', 'b'), ('a', ' '), ('c', 'd')])
+  assert len(examples(task)) == 2
+  assert (
+    f'{task.name}/train: 2 of 4 records have no inputs or no targets' in caplog.text
+  )
+
+
+def test_all_unknown_labels_are_counted(add):
+  rows = [('a', 'ja'), *[('b', 'kanskje')] * 5]
+  task = add(rows, labels=('ja', 'nei'))
+  with pytest.raises(ValueError) as caught:
+    examples(task)
+  message = str(caught.value)
+  assert '5 of 6 records cannot be used' in message
+  assert "record 2 has the unknown label 'kanskje' (known: ja, nei)" in message
+  assert message.count('unknown label') == 3
+  assert message.endswith('and 2 more.')
+
+
+def test_a_missing_column_is_named(add):
+  task = add([('a', 'b')], to_text=lambda row: {'inputs': row['tekst']})
+  with pytest.raises(ValueError, match="record 1 has no 'tekst', but .*'inputs'"):
+    examples(task)
+
+
+def test_what_is_too_long_is_counted_by_feature(add, caplog, corpus_dir):
+  task = add([('fjord', 'ord ' * 30), ('fjord ' * 40, 'snø'), ('på', 'ord ' * 20)])
+  lengths = {'inputs': 20, 'targets': 12}
+  encode = task.output_features['targets'].vocabulary.encode
+  longest = len(encode('ord ' * 30)) + 2
+  found = examples(task, lengths)
+  assert [e['targets_truncated'] > 0 for e in found] == [True, False, True]
+  assert (
+    f'{task.name}/train: 2 of 3 targets are longer than '
+    f"TASK_FEATURE_LENGTHS['targets'] = 12 and lose their end; the longest has "
+    f'{longest} tokens.'
+  ) in caplog.text
+  assert '1 of 3 inputs are longer' in caplog.text
+
+
+@pytest.mark.parametrize('more', [-1, 0, 1])
+def test_a_text_that_just_fits_is_not_counted(add, more, caplog):
+  task = add([('fjord og snø på sjø', 'x')])
+  size = (
+    len(task.output_features['inputs'].vocabulary.encode('fjord og snø på sjø')) + 2
+  )
+  (example,) = examples(task, {'inputs': size + more, 'targets': 8})
+  assert ('are longer than' in caplog.text) == (more < 0)
+  assert (example['inputs_truncated'] > 0) == (more < 0)
+
+
+def test_nothing_is_logged_where_all_is_well(add, caplog):
+  with caplog.at_level(logging.WARNING):
+    examples(add([('a', 'b')]))
+  ours = [record for record in caplog.records if 'site-packages' not in record.pathname]
+  assert not ours
+
+
+# ---- The rest ----
+
+
+def test_every_task_reads_a_file_of_inputs(add, tmp_path):
+  import gin
+
+  (tmp_path / 'inputs.txt').write_text('fjord\nsnø\n')
+  gin.bind_parameter('tasks.input_file.dataset.path', str(tmp_path / 'inputs.txt'))
+  try:
+    task = add([('a', 'b')], labels=('b',))
+    found = examples(task, split=input_file.SPLIT)
+  finally:
+    gin.clear_config()
+  assert [e['inputs_pretokenized'].decode() for e in found] == ['fjord', 'snø']
+  np.testing.assert_array_equal(found[0]['targets'], [1, 2])
+
+
+def test_data_comes_from_one_place():
+  with pytest.raises(ValueError, match='either files or read'):
+    text_to_text.add_text_to_text_task('no_data', to_text)
