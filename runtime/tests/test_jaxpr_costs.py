@@ -114,3 +114,38 @@ def test_the_largest_arrays():
   assert first.count == 2  # the product and its sine
   assert first.where.startswith('outer')
   assert all(other.bytes <= first.bytes for other in others)
+
+
+def test_branches_of_a_kernel_count_in_the_cells_where_they_run():
+  def kernel(x, w, out):
+    here = pl.program_id(1)
+    out[...] = jnp.zeros_like(out)
+
+    # As causal attention has it: each block sees as many keys as come before.
+    for block in range(3):
+
+      @pl.when(here == block)
+      def body(block=block):
+        out[...] = x[:, : 128 * (block + 1)] @ w[: 128 * (block + 1), :]
+
+    @pl.when(here == pl.num_programs(1) - 1)
+    def end():
+      out[...] = out[...] * jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(out[...], jnp.uint32) * jnp.uint32(5), jnp.float32
+      )
+
+  call = pl.pallas_call(
+    kernel,
+    grid=(4, 3),
+    in_specs=[
+      pl.BlockSpec((8, 384), lambda i, j: (i, 0)),
+      pl.BlockSpec((384, 128), lambda i, j: (0, 0)),
+    ],
+    out_specs=pl.BlockSpec((8, 128), lambda i, j: (i, j)),
+    out_shape=jax.ShapeDtypeStruct((32, 384), 'float32'),
+  )
+  x, w = jnp.ones((32, 384)), jnp.ones((384, 128))
+  (found,) = jaxpr_costs.kernels(jax.make_jaxpr(call)(x, w).jaxpr)
+  assert found.flops == 4 * (1 + 2 + 3) * 2 * 8 * 128 * 128
+  # In the last cell of each row a product of floats, and one of integers.
+  assert found.vector_operations == 4 * (8 * 128) * (1 + 22)

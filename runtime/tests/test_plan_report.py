@@ -25,7 +25,7 @@ def plan():
     compile_s=12.0,
     loops={'while.1': 16, 'while.2': None},
     longest_loop=3,
-    kernels={'splash': 12},
+    kernels=[(jaxpr_costs.Kernel('flash', 96, 1e12, 1e12, 1e9), 0.25, 'memory')],
   )
   topology = topologies.find('v3-8')
   return plan_report.Plan('v3-8', topology, 'train', 256, 262144, 9000, costs)
@@ -42,6 +42,9 @@ def test_numbers(plan, tmp_path):
   assert found['tokens_per_s'] == pytest.approx(262144 / 0.8)
   assert found['hours'] == pytest.approx(9000 * 0.8 / 3600)
   assert found['bound'] == 'compute'
+  assert found['kernels'] == [
+    {'name': 'flash', 'calls': 12, 'seconds': 0.25, 'bound': 'memory'}
+  ]
   named = {
     'flops', 'useful_flops', 'bytes_accessed', 'xla_s', 'roofline_s', 'compile_s'
   }  # fmt: skip
@@ -52,6 +55,7 @@ def test_the_table_calls_estimates_so(plan):
   text = plan_report.table(plan)
   for part in ('7.50 GiB of 15.48 GiB', '0.8 s', '50.0%', '2.00 hours, estimate'):
     assert part in text, text
+  assert 'Kernel flash: 12 calls, 0.25 s, bound by memory.' in text
   assert 'while.2; counted as 3 trips' in text
   assert text.splitlines()[-1].endswith('but the time of compiling is an estimate.')
 

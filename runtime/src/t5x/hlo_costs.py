@@ -63,6 +63,12 @@ class Item:
       and f'custom_call_target="{_KERNEL}"' in self.instruction.text
     )
 
+  def noted_cost(self) -> tuple[float, float]:
+    """(operations, bytes) that a kernel claims for itself, which XLA counts."""
+    noted = self.instruction.config.get('custom_call_config', {}).get('cost_estimate')
+    noted = noted or {}
+    return float(noted.get('flops', 0)), float(noted.get('bytes_accessed', 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Account:

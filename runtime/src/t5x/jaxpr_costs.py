@@ -6,28 +6,39 @@ forward pass), and what happens inside Pallas kernels, which XLA cannot see into
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 # Elements in one register of a TPU's vector unit, [sublanes, lanes].
 _SUBLANES, _LANES = 8, 128
 
-# Vector operations of one element, where it is not one. Read from the compiler's
-# listings for v3: a power of two, its range check and scaling for the exponential.
-_VECTOR_OPERATIONS = {'exp': 6, 'exp2': 5, 'log': 8, 'div': 6, 'tanh': 10, 'erf': 20}
+# Vector instructions for one element, where it is not one, as counted in the machine
+# code that libtpu 0.0.42 makes for v3 (which multiplies no integers: 22 shifts and
+# additions stand for one product with a constant).
+_VECTOR_OPERATIONS = {'exp': 2, 'log': 2, 'div': 14, 'erf': 50, 'rsqrt': 6, 'sqrt': 8}
+_INTEGER_PRODUCT = 22
 
-# Change no value, or cost no vector operation.
+# Change no value, or cost no vector instruction.
 _FREE_IN_KERNELS = frozenset({
   'broadcast_in_dim', 'get', 'swap', 'reshape', 'squeeze', 'program_id', 'num_programs',
-  'slice', 'concatenate', 'stop_gradient',
+  'slice', 'concatenate', 'stop_gradient', 'iota', 'bitcast_convert_type', 'addupdate',
 })  # fmt: skip
 
-# Products of float32 in kernels: one pass over bfloat16 units at default precision
-# (vmatmul instructions counted in the compiler's listing for v3), six at the highest.
+# Products of float32 in kernels: one pass over bfloat16 units at default precision, six
+# at the highest (vmatmul instructions in machine code for v3).
 _PASSES = {jax.lax.Precision.HIGHEST: 6, jax.lax.Precision.HIGH: 3}
+
+# What is worked out of the grid's indices, to know in which cells a branch runs.
+_INDEX_ARITHMETIC = {
+  'eq': np.equal, 'ne': np.not_equal, 'lt': np.less, 'le': np.less_equal,
+  'gt': np.greater, 'ge': np.greater_equal, 'add': np.add, 'sub': np.subtract,
+  'mul': np.multiply, 'and': np.logical_and, 'or': np.logical_or, 'min': np.minimum,
+  'max': np.maximum, 'rem': np.fmod, 'not': np.logical_not,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,15 +227,97 @@ def _dot_flops(equation: Any, padded: bool) -> float:
 
 def _kernel(equation: Any) -> Kernel:
   params = equation.params
-  cells = _grid_size(params['grid_mapping'])
   flops = vector = 0.0
-  for inner, times in _equations(params['jaxpr']):
-    flops += cells * times * _equation_flops(inner, padded=True)
-    vector += cells * times * _vector_operations(inner)
+  for inner, times in _Cells(params['grid_mapping'].grid).equations(params['jaxpr']):
+    flops += times * _equation_flops(inner, padded=True)
+    vector += times * _vector_operations(inner)
   name = params.get('name') or getattr(
     params.get('name_and_src_info'), 'name', 'kernel'
   )
   return Kernel(str(name), 1, flops, vector, _kernel_bytes(equation))
+
+
+class _Cells:
+  """The cells of a kernel's grid: which of them run which part of it."""
+
+  def __init__(self, grid: Sequence[int]):
+    self._grid = tuple(grid)
+    # [axis, cell]
+    self._indices = np.indices(self._grid).reshape(len(self._grid), -1)
+
+  def equations(self, jaxpr: Any) -> Iterator[tuple[Any, float]]:
+    """(equation, how often it runs in all cells together)."""
+    yield from self._walk(jaxpr, {}, np.ones(self._indices.shape[1]))
+
+  def _walk(
+    self, jaxpr: Any, known: dict[Any, Any], runs: np.ndarray
+  ) -> Iterator[tuple[Any, float]]:
+    """Walks a part that runs `runs` times in each cell.
+
+    Args:
+      jaxpr: the part.
+      known: values of those of its variables that follow from the cell.
+      runs: [cell].
+    """
+    for equation in jaxpr.eqns:
+      name, params = equation.primitive.name, equation.params
+      values = [_value(variable, known) for variable in equation.invars]
+      if name == 'cond':
+        yield from self._branch(equation, values, runs)
+        continue
+      count = runs * (params['length'] if name == 'scan' else 1)
+      bodies = list(_bodies(params))
+      for body in bodies:
+        same = len(body.invars) == len(values) and name != 'scan'
+        bound = _bound(body, values) if same else {}
+        yield from self._walk(body, bound, count)
+      if not bodies:
+        result = self._result(equation, values)
+        if result is not None:
+          known[equation.outvars[0]] = result
+        yield equation, float(runs.sum())
+
+  def _branch(
+    self, equation: Any, values: Sequence[Any], runs: np.ndarray
+  ) -> Iterator[tuple[Any, float]]:
+    branches = equation.params['branches']
+    index = values[0]
+    if index is None:
+      parts = [
+        list(self._walk(b.jaxpr, _bound(b.jaxpr, values[1:]), runs)) for b in branches
+      ]
+      yield from max(parts, key=_matmuls)
+      return
+    chosen = np.broadcast_to(np.asarray(index).astype(int), runs.shape)
+    for number, branch in enumerate(branches):
+      here = runs * (chosen.clip(0, len(branches) - 1) == number)
+      if here.any():
+        yield from self._walk(branch.jaxpr, _bound(branch.jaxpr, values[1:]), here)
+
+  def _result(self, equation: Any, values: Sequence[Any]) -> Any:
+    """The value of an equation in each cell, None if it follows from more."""
+    name = equation.primitive.name
+    if name == 'program_id':
+      return self._indices[equation.params['axis']]
+    if name == 'num_programs':
+      return self._grid[equation.params['axis']]
+    if any(value is None for value in values):
+      return None
+    if name == 'convert_element_type':
+      return values[0]
+    if name in _INDEX_ARITHMETIC:
+      return _INDEX_ARITHMETIC[name](*values)
+    return None
+
+
+def _value(variable: Any, known: Mapping[Any, Any]) -> Any:
+  if isinstance(variable, core.Literal):
+    return variable.val if np.ndim(variable.val) == 0 else None
+  return known.get(variable)
+
+
+def _bound(jaxpr: Any, values: Sequence[Any]) -> dict[Any, Any]:
+  return {v: x for v, x in zip(jaxpr.invars, values) if x is not None}
 
 
 def _vector_operations(equation: Any) -> float:
@@ -241,7 +334,10 @@ def _vector_operations(equation: Any) -> float:
   *_, rows, columns = (1, *shape)
   padded = _padded(rows, _SUBLANES) * _padded(columns, _LANES)
   others = math.prod(shape[:-2])
-  return float(others * padded * _VECTOR_OPERATIONS.get(name, 1))
+  operations = _VECTOR_OPERATIONS.get(name, 1)
+  if name == 'mul' and equation.outvars[0].aval.dtype.kind in 'iu':
+    operations = _INTEGER_PRODUCT
+  return float(others * padded * operations)
 
 
 def _kernel_bytes(equation: Any) -> float:

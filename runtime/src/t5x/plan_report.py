@@ -114,7 +114,15 @@ def as_numbers(plan: Plan) -> dict[str, Any]:
     'hours': plan.hours,
     'compile_s': costs.compile_s,
     'loops': dict(costs.loops),
-    'kernels': dict(costs.kernels),
+    'kernels': [
+      {
+        'name': kernel.name,
+        'calls': kernel.calls // plan.topology.devices,
+        'seconds': taken,
+        'bound': limit,
+      }
+      for kernel, taken, limit in costs.kernels
+    ],
   }
 
 
@@ -162,6 +170,11 @@ def table(plan: Plan) -> str:
     rows.append((f'{plan.steps:,} steps', f'{plan.hours:.2f} hours, estimate'))
   rows.append(('compiled in', f'{costs.compile_s:.0f} s'))
   lines = [f'{name:<26}{value}' for name, value in rows]
+  lines += [
+    f'Kernel {kernel.name}: {kernel.calls // plan.topology.devices} calls, '
+    f'{taken:.4g} s, bound by {limit}.'
+    for kernel, taken, limit in costs.kernels
+  ]
   unknown = [name for name, trips in costs.loops.items() if trips is None]
   if unknown:
     lines.append(

@@ -19,9 +19,6 @@ from typing import Any
 from t5x import abstract_steps, hlo_costs, hlo_text, jaxpr_costs
 from t5x.topologies import GIB, Chip, Topology
 
-# Where XLA gives no estimate: CPUs.
-_UNKNOWN = 0.0
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -63,7 +60,7 @@ class StepCosts:
     compile_s: seconds that compiling took here.
     loops: trips of each loop; None where they depend on data.
     longest_loop: what such loops count for.
-    kernels: the kernels' calls by name.
+    kernels: (kernel, seconds of its calls on a device, what limits it).
   """
 
   memory: Memory
@@ -78,7 +75,7 @@ class StepCosts:
   compile_s: float
   loops: Mapping[str, int | None]
   longest_loop: int
-  kernels: Mapping[str, int]
+  kernels: Sequence[tuple[jaxpr_costs.Kernel, float, str]]
 
   @property
   def estimate_s(self) -> float:
@@ -178,17 +175,14 @@ def _memory(analysis: Any) -> Memory:
 
 def _costs(step, topology, compiled, memory, account, kernels, seconds) -> StepCosts:
   chip, devices = topology.chip, topology.devices
-  kernel_s = sum(k.calls * _kernel_seconds(k, chip) for k in kernels) / devices
+  timed = [(k, *_kernel_seconds(k, chip, devices)) for k in kernels]
+  kernel_s = sum(taken for _, taken, _ in timed)
   collective_s = sum(
     item.times * _traffic(item) / chip.link_bandwidth
     for item in account.items
     if item.is_collective
   )
   visible = [i for i in account.items if not (i.is_kernel or i.is_collective)]
-  once, full = (_rooflines(visible, chip, count_once) for count_once in (True, False))
-  optimal = (compiled.cost_analysis() or {}).get('optimal_seconds', _UNKNOWN)
-  # CPUs: XLA has no estimate, so the rooflines of the instructions stand for it.
-  xla_s = optimal * full / once if optimal > 0 and once else full
   flops = account.total('flops') + sum(k.calls * k.flops for k in kernels) / devices
   moved = sum(i.times * i.bytes for i in visible)
   moved += sum(k.calls * k.bytes for k in kernels) / devices
@@ -198,7 +192,7 @@ def _costs(step, topology, compiled, memory, account, kernels, seconds) -> StepC
     flops=flops,
     useful_flops=useful_flops(step) / devices,
     bytes_accessed=moved,
-    xla_s=xla_s,
+    xla_s=_xla_seconds(compiled, account, visible, chip),
     kernel_s=kernel_s,
     collective_s=collective_s,
     roofline_s=max(flops / chip.flops, moved / chip.hbm_bandwidth),
@@ -206,8 +200,36 @@ def _costs(step, topology, compiled, memory, account, kernels, seconds) -> StepC
     compile_s=seconds,
     loops=account.loops,
     longest_loop=step.longest_loop,
-    kernels={k.name: k.calls // devices for k in kernels},
+    kernels=timed,
   )
+
+
+def _xla_seconds(compiled, account, visible, chip) -> float:
+  """XLA's estimate without kernels, loops in full.
+
+  What a kernel claims for itself is in XLA's figure, and is taken out. The rest is
+  scaled by what loops add to the rooflines of the instructions.
+  """
+  once, full = (
+    sum(
+      (bool(item.times) if count_once else item.times)
+      * _roofline(item.flops, item.bytes, chip)
+      for item in visible
+    )
+    for count_once in (True, False)
+  )
+  optimal = (compiled.cost_analysis() or {}).get('optimal_seconds', 0.0)
+  if optimal <= 0 or not once:
+    # On CPUs XLA has no estimate: the rooflines stand for it.
+    return full
+  claimed = sum(
+    _roofline(*item.noted_cost(), chip) for item in account.items if item.is_kernel
+  )
+  return max(optimal - claimed, 0.0) * full / once
+
+
+def _roofline(flops: float, moved: float, chip: Chip) -> float:
+  return max(flops / chip.flops, moved / chip.hbm_bandwidth)
 
 
 def useful_flops(step: abstract_steps.AbstractStep) -> float:
@@ -223,20 +245,17 @@ def useful_flops(step: abstract_steps.AbstractStep) -> float:
   return step.passes * jaxpr_costs.matmul_flops(function, *arguments)
 
 
-def _rooflines(items: Sequence[hlo_costs.Item], chip: Chip, once: bool) -> float:
-  return sum(
-    (bool(item.times) if once else item.times)
-    * max(item.flops / chip.flops, item.bytes / chip.hbm_bandwidth)
-    for item in items
-  )
-
-
-def _kernel_seconds(kernel: jaxpr_costs.Kernel, chip: Chip) -> float:
-  return max(
-    kernel.flops / chip.flops,
-    kernel.vector_operations / chip.vector_operations,
-    kernel.bytes / chip.hbm_bandwidth,
-  )
+def _kernel_seconds(
+  kernel: jaxpr_costs.Kernel, chip: Chip, devices: int
+) -> tuple[float, str]:
+  """Seconds of a kernel's calls on one device, and what limits them."""
+  limits = {
+    'matrix units': kernel.flops / chip.flops,
+    'vector units': kernel.vector_operations / chip.vector_operations,
+    'memory': kernel.bytes / chip.hbm_bandwidth,
+  }
+  limit = max(limits, key=limits.get)
+  return kernel.calls * limits[limit] / devices, limit
 
 
 def _traffic(item: hlo_costs.Item) -> float:
