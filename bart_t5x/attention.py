@@ -8,13 +8,15 @@ block by block. A query of segment s sees the keys of segment s; a key of segmen
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
+
+from bart_t5x import dropout
 
 PAD_SEGMENT = 0
 
 # Far below every score, yet finite in every dtype: a row with no visible key
 # then gets equal weights instead of NaN.
-_HIDDEN_SCORE = -1e9
+HIDDEN_SCORE = -1e9
 
 
 def visible(
@@ -85,9 +87,9 @@ def plain_attention(
     query_segments, key_segments, causal, query.shape[1], key.shape[1], first_query
   )
   if mask is not None:
-    scores = jnp.where(mask, scores, jnp.asarray(_HIDDEN_SCORE, wide))
+    scores = jnp.where(mask, scores, jnp.asarray(HIDDEN_SCORE, wide))
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  weights = dropout(weights, dropout_rate, dropout_key)
+  weights = dropout.dropout(weights, dropout_rate, dropout_key)
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
 
 
@@ -132,63 +134,3 @@ def chunked_attention(
   mixed = jax.lax.map(lambda chunk: attend(*chunk), chunks)
   mixed = jnp.moveaxis(mixed, 0, 1)
   return mixed.reshape(mixed.shape[0], count * size, *mixed.shape[3:])[:, :length]
-
-
-# ---- dropout -----------------------------------------------------------------
-
-
-def _mixed(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
-  """A bijection of 32 bits in which every input bit moves every output bit.
-
-  Two multiplications and three shifts (the constants are those of C. Wellons'
-  `hash-prospector`, bias 0.107). JAX's threefry takes some 50 operations for
-  the same 32 bits, which made dropout a sixth of a training step on a CPU.
-  """
-  bits = (bits ^ (bits >> 16)) * jnp.uint32(0x21F0AAAD)
-  bits = (bits ^ (bits >> 15)) * jnp.uint32(0x735A2D97)
-  return bits ^ (bits >> 15)
-
-
-def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, '...']:
-  """Random bits for dropout, a function of the key and of each one's index.
-
-  Every element depends on its own index alone, so the compiler fuses this into
-  the multiplication that uses it, and a sharded array gets the same bits as a
-  whole one. Good enough for dropout; not a generator for anything else.
-
-  Args:
-    key: a JAX random key of any kind.
-    shape: the shape wanted.
-
-  Returns:
-    uint32 of that shape.
-  """
-  row_seed, column_seed = jax.random.bits(key, (2,), jnp.uint32)
-  row = jnp.zeros(shape[:-1] + (1,), jnp.uint32)
-  for axis, size in enumerate(shape[:-1]):
-    row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
-  column_shape = (1,) * (len(shape) - 1) + shape[-1:]
-  column = jax.lax.broadcasted_iota(jnp.uint32, column_shape, len(shape) - 1)
-  # Mixed apart and joined by xor: two rows then never share a shifted run of
-  # bits, as they would if columns were steps along one sequence.
-  return _mixed(_mixed(_mixed(row ^ row_seed)) ^ _mixed(column ^ column_seed))
-
-
-def dropout(
-  x: Float[Array, '...'], rate: float, key: jax.Array | None
-) -> Float[Array, '...']:
-  """Sets each element to zero with probability `rate`, scaling up the rest.
-
-  Args:
-    x: values; every element is drawn on its own, nothing is broadcast.
-    rate: probability of zero, in [0, 1).
-    key: a random key, or None to leave x as it is.
-
-  Returns:
-    An array like x with the same expectation.
-  """
-  if key is None or rate == 0:
-    return x
-  threshold = min(round(rate * 2**32), 2**32 - 1)
-  keep = dropout_bits(key, x.shape) >= jnp.uint32(threshold)
-  return jnp.where(keep, x * jnp.asarray(1 / (1 - rate), x.dtype), 0)

@@ -1,14 +1,13 @@
 """The encoder's and the decoder's layer, and how a stack of them is run."""
 
 import dataclasses
-import functools
 
 import jax
 from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int
 
-from bart_t5x import attention, layers
+from bart_t5x import attention_cores, dropout, layers
 from bart_t5x.config import BartConfig
 
 
@@ -46,7 +45,7 @@ class _Layer(nn.Module):
       config.dtype,
       config.attention_dropout_rate,
       kernel_init(config),
-      core=_attention_core(config),
+      core=attention_cores.core(config),
       deterministic=self.mode.deterministic,
       name=name,
       **attributes,
@@ -69,7 +68,7 @@ class _Layer(nn.Module):
   def join(self, name, before, change):
     """Residual, then norm: BART norms after each sublayer."""
     if not self.mode.deterministic:
-      change = attention.dropout(
+      change = dropout.dropout(
         change, self.config.dropout_rate, self.make_rng('dropout')
       )
     norm = layers.LayerNorm(self.config.dtype, name=f'{name}_layer_norm')
@@ -127,27 +126,6 @@ class DecoderLayer(_Layer):
 def kernel_init(config):
   """BART draws every kernel and table from one normal distribution."""
   return nn.initializers.normal(config.init_std)
-
-
-def _attention_core(config):
-  """The function that attends, as the config has it."""
-  core = attention.plain_attention
-  if config.attention_impl == 'chunked':
-    core = functools.partial(
-      attention.chunked_attention, chunk_length=config.attention_chunk_length
-    )
-  if config.remat_policy != 'attention':
-    return core
-
-  def recomputed(*arrays, causal, dropout_rate, dropout_key):
-    def run(dropout_key, *arrays):
-      return core(
-        *arrays, causal=causal, dropout_rate=dropout_rate, dropout_key=dropout_key
-      )
-
-    return jax.checkpoint(run)(dropout_key, *arrays)
-
-  return recomputed
 
 
 def run_layers(layer, count, config, mode, x, *shared):

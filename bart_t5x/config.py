@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-_ATTENTION_IMPLS = ('plain', 'chunked')
+_ATTENTION_IMPLS = ('auto', 'plain', 'chunked', 'flash', 'cudnn')
 
 # What the backward pass finds stored, from most memory to least.
 _REMAT_POLICIES = ('none', 'attention', 'dots', 'full')
@@ -34,8 +34,13 @@ class BartConfig:
       compiles faster, instead of writing every layer out, which runs faster.
     remat_policy: what the backward pass recomputes: 'none'; 'attention', scores
       and weights; 'dots', everything but projections; 'full', whole layers.
-    attention_impl: 'plain', all scores at once; 'chunked', scores of some queries
-      at a time, which takes less memory and more time.
+    attention_impl: all compute the same. 'plain', all scores at once; 'chunked',
+      scores of some queries at a time, which takes less memory and more time;
+      'flash', our kernel for TPUs, which never stores scores and drops the same
+      weights as 'plain'; 'cudnn', NVIDIA's, in 16 bits only and without dropout on
+      weights: it wants attention_dropout_rate = 0, which BART's recipe has at 0.1;
+      'auto', the fastest that changes nothing: 'flash' on TPUs, 'cudnn' on GPUs where
+      it may, else 'plain'.
     attention_chunk_length: how many queries, for 'chunked'.
 
   Raises:
@@ -57,7 +62,7 @@ class BartConfig:
   vocab_multiple_of: int = 128
   scan_layers: bool = False
   remat_policy: str = 'none'
-  attention_impl: str = 'plain'
+  attention_impl: str = 'auto'
   attention_chunk_length: int = 256
 
   def __post_init__(self):
@@ -92,6 +97,18 @@ class BartConfig:
           f'BartConfig.{name} must be one of {", ".join(choices)}. '
           f'Got: {getattr(self, name)!r}'
         )
+
+    if self.attention_impl == 'cudnn' and self.attention_dropout_rate:
+      raise ValueError(
+        "BartConfig.attention_impl = 'cudnn' drops no attention weights, so it needs "
+        'attention_dropout_rate = 0 (a change of the recipe). '
+        f'Got: {self.attention_dropout_rate}'
+      )
+
+  @property
+  def head_dim(self) -> int:
+    """Width of an attention head."""
+    return self.emb_dim // self.num_heads
 
   @property
   def padded_vocab_size(self) -> int:

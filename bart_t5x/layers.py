@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int
 
-from bart_t5x import attention
+from bart_t5x import attention, dropout
 
 Initializer = Callable[..., jax.Array]
 
@@ -353,6 +353,6 @@ class FeedForward(nn.Module):
     make = functools.partial(Linear, dtype=self.dtype, kernel_init=self.kernel_init)
     hidden = gelu(make(self.hidden, ('embed', 'mlp'), name='wi')(x))
     if not self.deterministic:
-      hidden = attention.dropout(hidden, self.dropout_rate, self.make_rng('dropout'))
+      hidden = dropout.dropout(hidden, self.dropout_rate, self.make_rng('dropout'))
     hidden = constrain(hidden, ('batch', 'length', 'mlp'))
     return make(x.shape[-1], ('mlp', 'embed'), name='wo')(hidden)

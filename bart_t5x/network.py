@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int, PyTree
 
-from bart_t5x import attention, blocks, layers, loss
+from bart_t5x import attention, blocks, dropout, layers, loss
 from bart_t5x.config import BartConfig
 
 __all__ = ['BartConfig', 'Decoder', 'Encoder', 'Transformer', 'weight_decay_mask']
@@ -60,7 +60,7 @@ class _Stack(nn.Module):
     )(tokens, positions)
     x = layers.LayerNorm(config.dtype, name='embedding_layer_norm')(located)
     if not mode.deterministic:
-      x = attention.dropout(x, config.dropout_rate, self.make_rng('dropout'))
+      x = dropout.dropout(x, config.dropout_rate, self.make_rng('dropout'))
     return layers.constrain_hidden(x)
 
 

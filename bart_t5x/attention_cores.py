@@ -1,0 +1,83 @@
+"""Which function attends: `BartConfig.attention_impl`, by name or by platform.
+
+All compute what `attention.plain_attention` does and take its arguments.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from bart_t5x import attention, cudnn, flash, placement
+from bart_t5x.config import BartConfig
+
+Core = Callable[..., jax.Array]
+
+
+def core(config: BartConfig) -> Core:
+  """The function that attends, as the config has it.
+
+  Args:
+    config: the model's numbers; of them `attention_impl`, `attention_chunk_length`
+      and whether `remat_policy` is 'attention'.
+
+  Returns:
+    A function with the arguments of `attention.plain_attention`.
+  """
+
+  def attend(query, key, *arrays, **options):
+    name = config.attention_impl
+    if query.shape[1] == 1:  # a step of cached decoding has one row of scores
+      name = 'plain'
+    elif name == 'auto':
+      name = automatic(config, query.shape[1], key.shape[1])
+    return _named(name, config)(query, key, *arrays, **options)
+
+  return _recomputed(attend) if config.remat_policy == 'attention' else attend
+
+
+def automatic(config: BartConfig, queries: int, keys: int) -> str:
+  """What 'auto' means on the platform that is traced for.
+
+  Args:
+    config: the model's numbers.
+    queries: length of the rows of queries.
+    keys: length of the rows of keys.
+
+  Returns:
+    1. On a TPU 'flash', or 'chunked' where the shapes are not for it.
+    2. On a GPU 'cudnn' if nothing is dropped and the computation has 16 bits.
+    3. Else 'plain'.
+  """
+  platform = placement.device().platform
+  if platform == 'tpu':
+    takes = flash.refusal(config.head_dim, max(queries, keys)) is None
+    return 'flash' if takes else 'chunked'
+  if platform == 'gpu' and not config.attention_dropout_rate:
+    return 'cudnn' if config.dtype.itemsize == 2 else 'plain'
+  return 'plain'
+
+
+def _named(name: str, config: BartConfig) -> Core:
+  return {
+    'plain': attention.plain_attention,
+    'chunked': functools.partial(
+      attention.chunked_attention, chunk_length=config.attention_chunk_length
+    ),
+    'flash': flash.flash_attention,
+    'cudnn': cudnn.cudnn_attention,
+  }[name]
+
+
+def _recomputed(attend: Core) -> Core:
+  """The same, keeping nothing for the backward pass but its arguments."""
+
+  def recomputed(*arrays, causal, dropout_rate, dropout_key):
+    def run(dropout_key, *arrays):
+      return attend(
+        *arrays, causal=causal, dropout_rate=dropout_rate, dropout_key=dropout_key
+      )
+
+    return jax.checkpoint(run)(dropout_key, *arrays)
+
+  return recomputed

@@ -1,0 +1,269 @@
+"""Attention in one TPU kernel: scores and weights never leave the chip.
+
+For 32 rows of 1024 and 12 heads, the scores of one layer take 1.6 GB in float32, and
+reading and writing them is most of what attention costs in XLA. Here one program
+holds a whole row's queries, keys and values of the heads that fill 128 lanes (two of
+width 64), and both passes make the scores where they are used (after Dao et al. 2022,
+with whole rows of keys, which BART's lengths allow: no running maximum is needed).
+
+Everything is `attention.plain_attention`'s, dropout included: its bits depend on
+indices alone, so both passes and both implementations draw the same. Heads lie side
+by side in the lanes, as the projections give them: no copy turns them round, and
+nothing is padded in memory. What a program computes is in `flash_kernels`.
+
+Not run on a TPU: compiled for v3, v4 and v5e by libtpu, run in Pallas' interpreter.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from bart_t5x import dropout, placement
+from bart_t5x import flash_kernels as kernels
+
+# Keys whose scores with a block of queries fit into a core's working memory.
+MAX_LENGTH = 2048
+
+# Chips whose matrix units take bfloat16 only by way of float32.
+_FLOAT32_KINDS = ('TPU v2', 'TPU v3')
+
+# A segment of its own for what is added at the end of rows; -1 is never visible.
+_FILL_SEGMENT = -1
+
+_interpreted = contextvars.ContextVar('interpreted', default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+  """Runs the kernel in Pallas' interpreter, on any platform: for tests."""
+  token = _interpreted.set(True)
+  try:
+    yield
+  finally:
+    _interpreted.reset(token)
+
+
+def flash_attention(
+  query: Float[Array, 'b q h d'],
+  key: Float[Array, 'b k h d'],
+  value: Float[Array, 'b k h d'],
+  query_segments: Int[Array, 'b q'] | None = None,
+  key_segments: Int[Array, 'b k'] | None = None,
+  *,
+  causal: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+) -> Float[Array, 'b q h d']:
+  """`attention.plain_attention` as a kernel; takes its arguments.
+
+  A query that sees no key gets some finite value, and no gradient through it.
+
+  Raises:
+    ValueError: on a platform without the kernel, and for shapes it does not take.
+  """
+  device = placement.device()
+  _check(query, key, device)
+  settings = kernels.Settings(
+    causal=causal,
+    dropout_rate=0.0 if dropout_key is None else dropout_rate,
+    heads=query.shape[2],
+    head_dim=query.shape[3],
+    group=1,  # each device's own, see _call
+    queries=query.shape[1],
+    widened=device.kind.startswith(_FLOAT32_KINDS),
+    interpret=_interpreted.get(),
+  )
+  seeds = jnp.zeros(2, jnp.uint32)
+  if settings.dropout_rate:
+    seeds = jnp.stack(dropout.seeds(dropout_key))
+  if query_segments is None:
+    query_segments = jnp.ones(query.shape[:2], jnp.int32)
+    key_segments = jnp.ones(key.shape[:2], jnp.int32)
+  return _attend(settings, query, key, value, query_segments, key_segments, seeds)
+
+
+def refusal(head_dim: int, length: int) -> str | None:
+  """Why the kernel does not take heads of that width and rows of that length."""
+  if kernels.LANES % head_dim and head_dim % kernels.LANES:
+    return (
+      f'heads whose width divides {kernels.LANES}, or is a multiple of it. '
+      f"Got: {head_dim}. Change num_heads, or use 'chunked'."
+    )
+  if length > MAX_LENGTH:
+    return f"rows of at most {MAX_LENGTH}. Got: {length}. Use 'chunked'."
+  return None
+
+
+def _check(query, key, device):
+  """Refuses what the kernel does not take, in the words of the config."""
+  if device.platform != 'tpu' and not _interpreted.get():
+    raise ValueError(
+      "BartConfig.attention_impl = 'flash' is a kernel for TPUs. Got: "
+      f"{device.platform}. 'auto' takes what the platform has; 'plain' and 'chunked' "
+      'run everywhere.'
+    )
+  why = refusal(query.shape[3], max(query.shape[1], key.shape[1]))
+  if why:
+    raise ValueError(f"BartConfig.attention_impl = 'flash' takes {why}")
+
+
+# ---- layout: heads side by side, lengths filled up -----------------------------
+
+
+def _heads_a_block(heads, head_dim):
+  """Heads that share the lanes of one program; all of them where they fit."""
+  return max(1, min(heads, kernels.LANES // head_dim))
+
+
+def _rounded(length):
+  """A length that a kernel takes: one block of 8, or blocks of queries."""
+  multiple = 8 if length <= kernels.LANES else kernels.LANES
+  return -(-length // multiple) * multiple
+
+
+def _filled(x, axis, size, value=0):
+  """x with its axis filled up to a size."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, padding, constant_values=value) if any(padding[axis]) else x
+
+
+def _to_lanes(x):
+  """[b, l, h, d] -> [b, rounded l, h · d], zero heads added to fill blocks."""
+  group = _heads_a_block(*x.shape[2:])
+  x = _filled(x, 2, -(-x.shape[2] // group) * group)
+  return _filled(x.reshape(*x.shape[:2], -1), 1, _rounded(x.shape[1]))
+
+
+def _from_lanes(x, like):
+  """The inverse of `_to_lanes`."""
+  batch, length, heads, head_dim = like.shape
+  split = x.reshape(batch, x.shape[1], -1, head_dim)
+  return split[:, :length, :heads].astype(like.dtype)
+
+
+# ---- both passes, on every device's part ---------------------------------------
+
+_ACTIVATION = ('batch', None, 'heads', None)
+_SEGMENTS = ('batch', None)
+
+
+def _call(kernel, outputs, settings, activations, segments, seeds, starts):
+  """Runs a kernel for each row and each block of heads.
+
+  Args:
+    kernel: `kernels.forward_kernel` or `kernels.backward_kernel`.
+    outputs: which activations the results are shaped like.
+    settings: its constants.
+    activations: this device's part of arrays [b, l, h, d].
+    segments: of the queries and of the keys.
+    seeds: two uint32.
+    starts: the first row and head of this part.
+
+  Returns:
+    Arrays like the activations named in outputs.
+  """
+  laid = [_to_lanes(x) for x in activations]
+  batch, filled, width = laid[0].shape
+  settings = settings._replace(group=_heads_a_block(*activations[0].shape[2:]))
+  lanes = settings.group * settings.head_dim
+  queries, keys = (_filled(s, 1, _rounded(s.shape[1]), _FILL_SEGMENT) for s in segments)
+  scalars = jnp.concatenate([jax.lax.bitcast_convert_type(seeds, jnp.int32), starts])
+
+  size = kernels.query_block(filled)
+
+  def whole(x):
+    return pl.BlockSpec((None, x.shape[1], lanes), lambda row, head, _: (row, 0, head))
+
+  def some(x):
+    del x
+    return pl.BlockSpec((None, size, lanes), lambda row, head, part: (row, part, head))
+
+  by_query = [some, whole, whole, some, some][: len(laid)]
+  results = [laid[index] for index in outputs]
+  out = pl.pallas_call(
+    functools.partial(kernel, settings),
+    grid=(batch, width // lanes, filled // size),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      pl.BlockSpec((None, 1, size), lambda row, _, part: (row, 0, part)),
+      pl.BlockSpec((None, keys.shape[1], 1), lambda row, *_: (row, 0, 0)),
+      *(spec(x) for spec, x in zip(by_query, laid, strict=True)),
+    ],
+    out_specs=[by_query[index](x) for index, x in zip(outputs, results, strict=True)],
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+    # Sums over the queries, in float32: the gradients of keys and values.
+    scratch_shapes=[pltpu.VMEM((x.shape[1], lanes), jnp.float32) for x in results[1:]],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+    ),
+    cost_estimate=_cost(laid, results, settings),
+    interpret=settings.interpret,
+    name=f'flash_attention_{kernel.__name__}',
+  )(scalars, queries[:, None], keys[:, :, None], *laid)
+  return [_from_lanes(x, activations[i]) for x, i in zip(out, outputs, strict=True)]
+
+
+def _cost(inputs, results, settings):
+  """What the kernel does, for XLA's accounts: products at full lanes."""
+  (batch, queries, width), keys = inputs[0].shape, inputs[1].shape[1]
+  heads = batch * width // settings.head_dim
+  block = kernels.query_block(queries)
+  scores = heads * block * sum(kernels.key_limits(queries, keys, settings.causal))
+  products = 2 if len(results) == 1 else 5  # forward, backward
+  return pl.CostEstimate(
+    flops=2 * scores * max(kernels.LANES, settings.head_dim) * products,
+    transcendentals=scores,
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *results)),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings, query, key, value, query_segments, key_segments, seeds):
+  return _forward(settings, query, key, value, query_segments, key_segments, seeds)[0]
+
+
+def _sizes(query):
+  return {'batch': query.shape[0], 'heads': query.shape[2]}
+
+
+def _forward(settings, query, key, value, query_segments, key_segments, seeds):
+  def part(starts, query, key, value, query_segments, key_segments, seeds):
+    return _call(
+        kernels.forward_kernel, (0,), settings, (query, key, value),
+        (query_segments, key_segments), seeds, starts,
+    )[0]  # fmt: skip
+
+  names = (_ACTIVATION,) * 3 + (_SEGMENTS,) * 2 + ((None,),)
+  run = placement.split(part, names, _ACTIVATION, _sizes(query), ('batch', 'heads'))
+  arrays = query, key, value, query_segments, key_segments, seeds
+  mixed = run(*arrays)
+  return mixed, (*arrays, mixed)
+
+
+def _backward(settings, residuals, by_mixed):
+  def part(starts, queries, keys, seeds, *activations):
+    return _call(
+        kernels.backward_kernel, (0, 1, 2), settings, activations, (queries, keys),
+        seeds, starts,
+    )  # fmt: skip
+
+  query, key, value, query_segments, key_segments, seeds, mixed = residuals
+  names = (_SEGMENTS,) * 2 + ((None,),) + (_ACTIVATION,) * 5
+  outputs = [_ACTIVATION] * 3
+  run = placement.split(part, names, outputs, _sizes(query), ('batch', 'heads'))
+  by_mixed = by_mixed.astype(mixed.dtype)
+  gradients = run(
+    query_segments, key_segments, seeds, query, key, value, mixed, by_mixed
+  )
+  return *gradients, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
