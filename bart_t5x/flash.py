@@ -186,7 +186,7 @@ def _call(kernel, outputs, settings, activations, segments, seeds, starts):
     del x
     return pl.BlockSpec((None, size, lanes), lambda row, head, part: (row, part, head))
 
-  by_query = [some, whole, whole, some, some][: len(laid)]
+  by_query = [some, whole, whole, some][: len(laid)]
   results = [laid[index] for index in outputs]
   out = pl.pallas_call(
     functools.partial(kernel, settings),
@@ -244,8 +244,7 @@ def _forward(settings, query, key, value, query_segments, key_segments, seeds):
   names = (_ACTIVATION,) * 3 + (_SEGMENTS,) * 2 + ((None,),)
   run = placement.split(part, names, _ACTIVATION, _sizes(query), ('batch', 'heads'))
   arrays = query, key, value, query_segments, key_segments, seeds
-  mixed = run(*arrays)
-  return mixed, (*arrays, mixed)
+  return run(*arrays), arrays
 
 
 def _backward(settings, residuals, by_mixed):
@@ -255,14 +254,11 @@ def _backward(settings, residuals, by_mixed):
         seeds, starts,
     )  # fmt: skip
 
-  query, key, value, query_segments, key_segments, seeds, mixed = residuals
-  names = (_SEGMENTS,) * 2 + ((None,),) + (_ACTIVATION,) * 5
+  query, key, value, query_segments, key_segments, seeds = residuals
+  names = (_SEGMENTS,) * 2 + ((None,),) + (_ACTIVATION,) * 4
   outputs = [_ACTIVATION] * 3
   run = placement.split(part, names, outputs, _sizes(query), ('batch', 'heads'))
-  by_mixed = by_mixed.astype(mixed.dtype)
-  gradients = run(
-    query_segments, key_segments, seeds, query, key, value, mixed, by_mixed
-  )
+  gradients = run(query_segments, key_segments, seeds, query, key, value, by_mixed)
   return *gradients, None, None, None
 
 

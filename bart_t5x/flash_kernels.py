@@ -177,10 +177,10 @@ def backward_kernel(settings, scalars, query_segments, key_segments, *refs):
     scalars: as in `forward_kernel`, and so the segments.
     query_segments: [1, queries].
     key_segments: [keys, 1].
-    *refs: query, key, value; mixed values and their gradients [queries, lanes]; the
+    *refs: query, key, value; gradients of the mixed values [queries, lanes]; the
       three gradients, written; sums [keys, lanes] in float32 for the last two.
   """
-  query, key, value, mixed, by_mixed, by_query, by_key, by_value, *sums = refs
+  query, key, value, by_mixed, by_query, by_key, by_value, *sums = refs
   key_sums, value_sums = sums
   first_row = _first_row(scalars, settings)
 
@@ -201,9 +201,9 @@ def backward_kernel(settings, scalars, query_segments, key_segments, *refs):
       by_weights = drop(_product(value[:limit, :], wanted, (1, 1), settings))
       dropped = drop(weights).astype(query.dtype)
       value_sums[:limit, :] += _product(dropped, wanted, (1, 0), settings)
-      # Sum of weight · its gradient, a query, by way of what the weights mixed.
-      agreement = wanted.astype(jnp.float32) * mixed[...].astype(jnp.float32)
-      inner = jnp.sum(agreement.T, axis=0, keepdims=True)
+      # From the weights, not from what they mixed, as flash attention usually has
+      # it: rounded to bfloat16, that more than doubles the gradients' error.
+      inner = jnp.sum(weights * by_weights, axis=0, keepdims=True)
       by_scores = jnp.where(any_seen, weights, 0) * (by_weights - inner)
       by_scores = by_scores.astype(query.dtype)
       key_sums[:limit, :] += _product(by_scores, asked, (1, 0), settings)

@@ -79,9 +79,7 @@ def test_bfloat16_is_as_near_to_float32_as_plain_attention_is():
     ours = _run(flash.flash_attention, *low)
 
   def error(found):
-    return [
-      np.linalg.norm(np.asarray(x, np.float32) - y) for x, y in zip(found, exact)
-    ]
+    return [np.linalg.norm(np.asarray(x, np.float32) - y) for x, y in zip(found, exact)]
 
   for our_error, plain_error in zip(error(ours), error(plain), strict=True):
     assert 0 < our_error < 1.2 * plain_error

@@ -426,7 +426,7 @@ def test_weight_decay_spares_biases_norms_and_the_logits_bias():
     ('mlp_dim', 2.5, 'must be a positive integer. Got: 2.5'),
     ('dropout_rate', 1.0, 'at least 0 and below 1. Got: 1.0'),
     ('remat_policy', 'minimal', "one of none, attention, dots, full. Got: 'min"),
-    ('attention_impl', 'fast', "one of plain, chunked. Got: 'fast'"),
+    ('attention_impl', 'fast', "one of auto, plain, chunked, flash, cudnn. Got: 'f"),
   ],
 )
 def test_config_refuses_what_makes_no_model(field, value, message):
