@@ -1,7 +1,9 @@
 """Metrics of generated text, under seqio's `metric_fn` interface."""
 
 import collections
+import importlib
 import string
+import types
 from collections.abc import Sequence
 
 import sacrebleu
@@ -54,12 +56,7 @@ def classification(
     ImportError: scikit-learn is not installed.
     ValueError: there is nothing to compare, or a target is no label.
   """
-  try:
-    from sklearn import metrics as sklearn_metrics
-  except ImportError as e:
-    raise ImportError(
-      "scores of classes need scikit-learn: pip install 'bart-t5x[finetune]'"
-    ) from e
+  sklearn_metrics = _library('sklearn.metrics', 'scikit-learn')
   _check_pairs(targets, predictions)
   labels = sorted(labels or set(targets))
   unknown = sorted(set(targets) - set(labels))
@@ -209,12 +206,7 @@ def summarisation(
     ImportError: rouge-score is not installed.
     ValueError: there is nothing to compare, or a text has no summary.
   """
-  try:
-    from rouge_score import rouge_scorer
-  except ImportError as e:
-    raise ImportError(
-      "scores of summaries need rouge-score: pip install 'bart-t5x[finetune]'"
-    ) from e
+  rouge_scorer = _library('rouge_score.rouge_scorer', 'rouge-score')
   _check_pairs(targets, predictions)
   scorer = rouge_scorer.RougeScorer(['rougeL', 'rougeLsum'])
 
@@ -232,6 +224,16 @@ def summarisation(
     found['rouge_lsum_avg'].append(sum(by_sentence) / len(by_sentence))
     found['rouge_l'].append(max(f1('rougeL', one, prediction) for one in references))
   return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _library(module: str, package: str) -> types.ModuleType:
+  """A module that only these scores need, so that others do without it."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as e:
+    raise ImportError(
+      f"these scores need {package}: pip install -e '.[finetune]'"
+    ) from e
 
 
 def _check_pairs(targets: Sequence, predictions: Sequence):

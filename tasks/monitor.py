@@ -58,7 +58,7 @@ def headline(
 
 
 def tensorboard_name() -> str:
-  """The headline as `SaveBestCheckpointer` looks for it in a run's folder."""
+  """The headline as the checkpoint manager looks for it in a run's folder."""
   task, metric = headline()
   return f'inference_eval/{task}/eval/{metric}'
 

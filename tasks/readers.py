@@ -48,7 +48,7 @@ class HubDataset:
     except ImportError as e:
       raise ImportError(
         f'reading {self.path} from the Hub needs the package datasets: '
-        "pip install 'bart-t5x[hf]'"
+        "pip install -e '.[hf]'"
       ) from e
     name = self.splits.get(split, split)
     yield from datasets.load_dataset(self.path, self.config, split=name)
@@ -173,7 +173,7 @@ def read_parquet(path: str) -> Iterator[Record]:
     from pyarrow import parquet
   except ImportError as e:
     raise ImportError(
-      f"reading {path} needs the package pyarrow: pip install 'bart-t5x[hf]'"
+      f"reading {path} needs the package pyarrow: pip install -e '.[hf]'"
     ) from e
 
   yield from parquet.read_table(path).to_pylist()

@@ -1,5 +1,7 @@
 """Metrics at values worked by hand."""
 
+import sys
+
 import pytest
 
 from bart_t5x import metrics
@@ -98,6 +100,19 @@ def test_translations_at_known_values():
   # n-grams that agree: 5 of 6, 4 of 5, 3 of 4, 2 of 3; lengths are equal.
   scores = metrics.translation(['a b c d e f'], ['a b c d e g'])
   assert scores['bleu'] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+
+
+@pytest.mark.parametrize(
+  ('metric', 'module', 'package'),
+  [
+    (metrics.classification, 'sklearn.metrics', 'scikit-learn'),
+    (metrics.summarisation, 'rouge_score.rouge_scorer', 'rouge-score'),
+  ],
+)
+def test_a_missing_library_is_named(metric, module, package, monkeypatch):
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(ImportError, match=f'need {package}: pip install'):
+    metric(['a'], ['a'])
 
 
 def test_summaries_by_hand():
