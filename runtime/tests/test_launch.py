@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -121,3 +122,24 @@ def test_the_gin_files_of_the_package_are_found_from_anywhere():
   (root,) = launch.GIN_SEARCH_PATHS
   for name in ('pretrain', 'finetune', 'eval', 'infer', 'precompile'):
     assert os.path.isfile(os.path.join(root, f't5x/configs/runs/{name}.gin'))
+
+
+def test_what_is_kept_to_the_end_is_not_taken_apart(ended, monkeypatch):
+  """Outside of a script nothing is kept: a library would only leak it."""
+
+  class Thing:
+    pass
+
+  alive = []
+
+  def main(argv):
+    thing = Thing()
+    alive.append(weakref.ref(thing))
+    launch.keep_to_the_end(thing)
+
+  monkeypatch.setattr(launch, '_kept', None)
+  main([])
+  monkeypatch.setattr(launch, '_configure_seqio', lambda: None)
+  launch.run_main(main)
+  assert ended == [0]
+  assert [ref() is None for ref in alive] == [True, False]

@@ -41,6 +41,7 @@ from t5x import (
   gin_utils,
   infer_writer,
   inference,
+  launch,
   models,
   multihost,
   partitioning,
@@ -207,7 +208,9 @@ class _TaskInference:
     examples = self.read(task)
     pairs = tf.data.Dataset.zip((examples, self.convert(examples)))
     chunk_size = self.settings['batch_size'] * self.settings['checkpoint_period']
-    return _ExampleReader(pairs.prefetch(tf.data.AUTOTUNE), chunk_size)
+    reader = _ExampleReader(pairs.prefetch(tf.data.AUTOTUNE), chunk_size)
+    launch.keep_to_the_end(reader)
+    return reader
 
   def _infer_chunk(self, chunk: int, features: tf.data.Dataset) -> Inferences:
     start = time.monotonic()

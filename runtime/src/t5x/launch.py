@@ -31,6 +31,9 @@ _INPUT_ERRORS = (ValueError, LookupError, OSError, ImportError)
 
 _GIN_TRAIL = '\n  In call to configurable'
 
+# See `keep_to_the_end`; None where no script runs.
+_kept: list[Any] | None = None
+
 
 def define_flags(
   multiprocess: bool = False,
@@ -296,6 +299,19 @@ def reported_errors() -> Iterator[None]:
     leave(1)
 
 
+def keep_to_the_end(thing: Any) -> None:
+  """Spares a script the wait for a thing to be taken apart.
+
+  An iterator of tf.data waits, now and then, until its tuning thread wakes up by
+  itself: up to a minute, in which nobody else gets the interpreter.
+
+  Args:
+    thing: what `leave` may find still there. Ignored where no script runs.
+  """
+  if _kept is not None:
+    _kept.append(thing)
+
+
 def leave(code: int) -> NoReturn:
   """Ends the program at once: everything has been written and closed by now.
 
@@ -328,6 +344,8 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> NoReturn:
   Args:
     main: configures and runs a script.
   """
+  global _kept
+  _kept = []
   with reported_errors():
     if 'multiprocess_gpu' in FLAGS:
       join_processes()

@@ -31,6 +31,7 @@ from t5x import (
   checkpoints,
   data,
   data_iterators,
+  launch,
   models,
   multihost,
   partitioning,
@@ -199,6 +200,7 @@ def train(
     partitioner=partitioner,
     data_layout=layout,
   )
+  launch.keep_to_the_end(train_iter)
   train_eval_datasets = {}
   if train_eval_dataset_cfg:
     train_eval_datasets = train_eval_get_dataset_fn(
@@ -305,8 +307,10 @@ def train(
       logging.info('Nothing to train: the run is at its last step, %d.', total_steps)
       step = first_step
     else:
+      # The pipeline fills its buffers while XLA compiles.
       warm_up = train_iter.peek_async()
-      trainer.compile_train(warm_up.result())
+      trainer.compile_train(data_iterators.get_zeros_batch_like_dataset(train_iter))
+      warm_up.result()
       with training_loop.garbage_collected_by_hand(bool(gc_period)):
         step = training_loop.train_until_done(
           schedule, first_step, train_iter, trainer, saver, evaluations
