@@ -151,7 +151,7 @@ def test_gin_is_no_package():
   assert not (ROOT / 'gin' / '__init__.py').exists()  # it would hide gin-config
 
 
-SOURCES = python_files('bart_t5x', 'tasks', 'runtime/src', 'benchmarks', 'tests')
+SOURCES = python_files('bart_t5x', 'tasks', 'runtime', 'benchmarks', 'tests')
 
 
 @pytest.mark.parametrize('path', SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -2,123 +2,30 @@
 
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import types
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
-from tensorboard.compat.proto import event_pb2, summary_pb2
+from one_array import (
+  Counter,
+  assert_restores,
+  manager,
+  partitioner,
+  save_all,
+  state_at,
+)
 
 from t5x import (
   checkpoint_manager,
-  checkpoint_utils,
   checkpoints,
   checkpoints_utils,
   dataset_checkpoint,
 )
-
-MESH = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('data', 'model'))
-AXES = {'state': {'step': None}, 'target': {'w': PartitionSpec('data', 'model')}}
-
-
-@flax.struct.dataclass
-class State:
-  """The part of a train state that checkpoints touch."""
-
-  tree: dict
-
-  @property
-  def step(self):
-    return self.tree['state']['step']
-
-  def state_dict(self):
-    return self.tree
-
-  def restore_state(self, tree):
-    return State(tree)
-
-
-def state_at(step, size=8):
-  w = np.arange(size * 4, dtype=np.float32).reshape(size, 4) + step / 3
-  return State(
-    {
-      'state': {'step': jnp.asarray(step, jnp.int32)},
-      'target': {'w': jax.device_put(w, NamedSharding(MESH, AXES['target']['w']))},
-    }
-  )
-
-
-def partitioner(shard_id=0, num_shards=1, first=True):
-  return types.SimpleNamespace(
-    mesh=MESH,
-    get_mesh_axes=lambda state: State(AXES),
-    get_data_layout=lambda: types.SimpleNamespace(
-      batch_size=8,
-      shard_id=shard_id,
-      num_shards=num_shards,
-      is_first_host_in_replica_set=first,
-    ),
-  )
-
-
-def manager(folder, part=None, size=8, **settings):
-  return checkpoints.OrbaxCheckpointManagerInterface(
-    str(folder), state_at(0, size), part or partitioner(), **settings
-  )
-
-
-def save_all(folder, steps, between=None, **settings):
-  made = manager(folder, **settings)
-  for step in steps:
-    assert made.save(state_at(step))
-    made.wait_until_finished()
-    if between:
-      between(step)
-  made.close()
-  return list(checkpoints_utils.all_steps(folder))
-
-
-def assert_restores(folder, step):
-  state = manager(folder, period=None).restore()
-  assert int(state.step) == step
-  expected = state_at(step).tree['target']['w']
-  np.testing.assert_array_equal(state.tree['target']['w'], expected)
-
-
-class Counter:
-  """A training iterator that counts."""
-
-  def __init__(self, position=0):
-    self.position = position
-
-  def as_clu(self):
-    import clu.data.dataset_iterator as clu_iterators
-
-    counter = self
-
-    class Iterator(clu_iterators.DatasetIterator):
-      element_spec = None
-
-      def __next__(self):
-        counter.position += 1
-        return counter.position
-
-      def save(self, filename):
-        epath.Path(filename).write_text(str(counter.position))
-
-      def restore(self, filename):
-        counter.position = int(epath.Path(filename).read_text())
-
-    return Iterator()
-
 
 # -- Saving ---------------------------------------------------------------------
 
@@ -218,85 +125,6 @@ def test_resumed_runs_save_at_the_same_steps(tmp_path):
   assert run(7, 13) == [8, 12]
 
 
-# -- Retention ------------------------------------------------------------------
-
-
-def test_keep_acts(tmp_path):
-  assert save_all(tmp_path, range(5), keep=2) == [3, 4]
-
-
-def test_force_keep_period_acts(tmp_path):
-  assert save_all(tmp_path, range(6), keep=1, force_keep_period=3) == [0, 3, 5]
-
-
-def test_pinned_checkpoints_stay(tmp_path):
-  def pin(step):
-    if step == 1:
-      checkpoint_utils.pin_checkpoint(str(tmp_path / 'checkpoint_1'), 'the paper')
-
-  assert save_all(tmp_path, range(5), pin, keep=1) == [1, 4]
-
-
-def test_best_checkpoints_and_the_newest_stay(tmp_path):
-  folder = tmp_path / 'eval' / 'task'
-  folder.mkdir(parents=True)
-  accuracy = {0: 0.1, 1: 0.9, 2: 0.3, 3: 0.8, 4: 0.2}
-
-  def evaluate(step):
-    # Metrics come after the checkpoint, as in a run.
-    value = summary_pb2.Summary.Value(tag='eval/accuracy', simple_value=accuracy[step])
-    event = event_pb2.Event(step=step, summary=summary_pb2.Summary(value=[value]))
-    record = event.SerializeToString()
-    (folder / f'events.out.tfevents.{step}').write_bytes(
-      struct.pack('<QI', len(record), 0) + record + bytes(4)
-    )
-
-  name = 'eval/task/eval/accuracy'
-  kept = save_all(tmp_path, range(5), evaluate, keep=2, metric_name_to_monitor=name)
-  assert kept == [1, 3, 4]
-  kept = save_all(tmp_path, [5], keep=1, metric_name_to_monitor=name, metric_mode='min')
-  assert kept == [4, 5]
-
-
-@pytest.mark.parametrize('keep_without, kept', [(True, [0, 1, 2, 3]), (False, [2, 3])])
-def test_keep_checkpoints_without_metrics_acts(tmp_path, keep_without, kept):
-  assert kept == save_all(
-    tmp_path,
-    range(4),
-    keep=1,
-    metric_name_to_monitor='train/accuracy',
-    keep_checkpoints_without_metrics=keep_without,
-  )
-
-
-def test_keep_dataset_checkpoints_acts(tmp_path):
-  steps = save_all(
-    tmp_path,
-    range(4),
-    keep_dataset_checkpoints=2,
-    dataset_iterator=Counter().as_clu(),
-  )
-  assert steps == [0, 1, 2, 3]
-  assert checkpoints_utils.all_dataset_checkpoint_steps(tmp_path) == [2, 3]
-  for step in steps:
-    assert int(manager(tmp_path).restore(step).step) == step
-
-
-@pytest.mark.parametrize(
-  'settings, message',
-  [
-    ({'keep': 0}, 'keep is 0'),
-    ({'period': -5}, 'period is -5'),
-    ({'keep_dataset_checkpoints': 0}, 'keep_dataset_checkpoints is 0'),
-    ({'force_keep_period': -1}, 'force_keep_period is -1'),
-    ({'metric_mode': 'best'}, "metric_mode is 'best'"),
-  ],
-)
-def test_bad_settings(tmp_path, settings, message):
-  with pytest.raises(ValueError, match=message):
-    manager(tmp_path, **settings)
-
-
 # -- Trouble --------------------------------------------------------------------
 
 
@@ -364,7 +192,7 @@ SIZE_LIMITED = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
 import conftest
-import test_checkpoint_manager as t
+import one_array as t
 made = t.manager({folder!r})
 made.save(t.state_at(1)); made.wait_until_finished()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -379,7 +207,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
 import conftest
-import test_checkpoint_manager as t
+import one_array as t
 made = t.manager({folder!r}, keep=2)
 for step in range(10_000):
   made.save(t.state_at(step, size=100_000))

@@ -2,157 +2,33 @@
 
 import dataclasses
 import functools
-import shutil
-import types
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import partitioning as flax_partitioning
+from saved_states import (
+  Net,
+  assert_equal,
+  flat,
+  initializer,
+  mesh_partitioner,
+  restore_cfg,
+  resume,
+  save_cfg,
+  state_at,
+  write,
+  write_previous_layout,
+)
 
 from t5x import (
   checkpoint_manager,
   checkpoints,
   checkpoints_utils,
-  optimizers,
-  partitioning,
   restore,
-  state_utils,
 )
-
-SHAPES = {'x': (8, 16)}
-
-
-class Net(nn.Module):
-  """Two sharded kernels and a bias."""
-
-  width: int = 32
-  head: str = 'head'
-
-  @nn.compact
-  def __call__(self, x):
-    param = functools.partial(flax_partitioning.param_with_axes, module=self)
-    init = nn.initializers.normal(1.0)
-    x = x @ param('wi', init, (16, self.width), axes=('embed', 'mlp'))
-    x = x + param('bias', init, (self.width,), axes=('mlp',))
-    return x @ param(self.head, init, (self.width, 16), axes=('mlp', 'embed'))
-
-
-@functools.cache
-def mesh_partitioner(data=4, model=2):
-  return Mesh(data, model)
-
-
-class Mesh(partitioning.PjitPartitioner):
-  """A partitioner over a mesh of a given shape, of the first devices."""
-
-  def __init__(self, data=4, model=2):
-    super().__init__(
-      num_partitions=model,
-      logical_axis_rules=partitioning.standard_logical_axis_rules(
-        parameter_partitioning_dims=2
-      ),
-    )
-    devices = np.array(jax.devices()[: data * model]).reshape(data, model)
-    self._own_mesh = jax.sharding.Mesh(devices, ('data', 'model'))
-
-  @property
-  def mesh(self):
-    return self._own_mesh
-
-
-def initializer(partitioner=None, net=None, optimizer=True):
-  return _initializer(partitioner or mesh_partitioner(), net or Net(), optimizer)
-
-
-@functools.cache
-def _initializer(partitioner, net, optimizer):
-  """Tracing the model takes its time, so tests share what is the same."""
-
-  def init(rng, input_shapes, input_types):
-    assert input_types is None
-    return net.init(rng, jnp.zeros(input_shapes['x']))
-
-  return restore.TrainStateInitializer(
-    optimizers.adamw(learning_rate=0.1) if optimizer else None,
-    init,
-    SHAPES,
-    partitioner,
-  )
-
-
-@functools.cache
-def base_state():
-  start = initializer()
-  state = start.from_scratch(jax.random.PRNGKey(0))
-  grads = jax.tree.map(lambda p: jnp.cos(3 * p), state.params)
-  return state.apply_gradient(grads, learning_rate=0.1)
-
-
-def state_at(step):
-  """A state with something in every leaf, different at every step."""
-  state = jax.tree.map(
-    lambda x: x * (1 + step / 8) if x.dtype == np.float32 else x, base_state()
-  )
-  return state.replace_step(jnp.asarray(step, jnp.int32))
-
-
-def flat(state):
-  tree = state_utils.flatten_state_dict(state.state_dict())
-  return {name: np.asarray(x) for name, x in tree.items() if x is not None}
-
-
-def assert_equal(left, right):
-  left, right = flat(left), flat(right)
-  assert left.keys() == right.keys()
-  for name in left:
-    assert left[name].dtype == right[name].dtype, name
-    np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
-
-def save_cfg(**changes):
-  return restore.SaveCheckpointConfig(**{'period': 10, **changes})
-
-
-def restore_cfg(path, **changes):
-  return restore.RestoreCheckpointConfig(path=str(path), **changes)
-
-
-def resume(folder, start=None, save=None, rng=None, use_orbax=True, **changes):
-  """What train does at its start."""
-  start = start or initializer()
-  cfg, paths = restore.get_first_valid_restore_config_and_paths(
-    [restore_cfg(folder, **changes)]
-  )
-  return restore.create_checkpoint_manager_and_restore(
-    start,
-    start._partitioner,
-    cfg,
-    paths[0] if paths else None,
-    rng,
-    save_checkpoint_cfg=save,
-    model_dir=str(folder),
-    use_orbax=use_orbax,
-  )
-
-
-def write(folder, *steps, **changes):
-  """Saves states at some steps and returns them."""
-  start = initializer()
-  manager = restore.create_orbax_checkpoint_manager(
-    save_cfg=save_cfg(**changes),
-    train_state=start.global_train_state_shape,
-    partitioner=start._partitioner,
-    model_dir=str(folder),
-  )
-  states = {step: state_at(step) for step in steps}
-  for state in states.values():
-    assert manager.save(state)
-  manager.close()
-  return states
 
 
 def test_from_scratch_is_sharded_and_reproducible():
@@ -396,209 +272,6 @@ def test_state_transformations_act_both_ways(tmp_path):
   np.testing.assert_array_equal(state.params['wi'], 0)
 
 
-# -- Damage ---------------------------------------------------------------------
-
-
-def spoil(folder, how):
-  state = folder / 'state'
-  if how == 'no state':
-    shutil.rmtree(state)
-  elif how == 'no description':
-    (state / '_METADATA').unlink()
-  elif how == 'no manifest':
-    (state / 'manifest.ocdbt').unlink()
-  elif how == 'truncated data':
-    largest = max((f for f in state.rglob('d/*')), key=lambda f: f.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-  elif how == 'flipped bits':
-    for file in state.rglob('d/*'):
-      content = bytearray(file.read_bytes())
-      content[len(content) // 2] ^= 255
-      file.write_bytes(bytes(content))
-
-
-DAMAGES = [
-  'no state',
-  'no description',
-  'no manifest',
-  'truncated data',
-  'flipped bits',
-]
-
-
-@pytest.mark.parametrize(
-  'how, use_orbax', [*((how, True) for how in DAMAGES), ('no state', False)]
-)
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
-  tmp_path, how, use_orbax, caplog
-):
-  saved = write(tmp_path, 10, 20, 30)
-  spoil(tmp_path / 'checkpoint_30', how)
-  state, manager = resume(tmp_path, save=save_cfg(), use_orbax=use_orbax)
-  assert_equal(state, saved[20])
-  assert 'checkpoint_30' in caplog.text and 'damaged' in caplog.text
-  # It no longer stands in the way of step 30.
-  assert (tmp_path / 'damaged_checkpoint_30').is_dir()
-  assert manager.all_steps() == [10, 20]
-  manager.save(saved[30])
-  manager.close()
-  assert_equal(resume(tmp_path)[0], saved[30])
-
-
-def test_readers_leave_damaged_checkpoints_where_they_are(tmp_path):
-  saved = write(tmp_path, 10, 20)
-  spoil(tmp_path / 'checkpoint_20', 'no manifest')
-  state, _ = resume(tmp_path)
-  assert_equal(state, saved[10])
-  assert_equal(initializer().from_checkpoint([restore_cfg(tmp_path)]), saved[10])
-  names = sorted(p.name for p in tmp_path.iterdir())
-  assert names == ['checkpoint_10', 'checkpoint_20']
-
-
-def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(tmp_path):
-  write(tmp_path, 10, 20)
-  spoil(tmp_path / 'checkpoint_20', 'no manifest')
-  cfg = restore_cfg(tmp_path / 'checkpoint_20', mode='specific')
-  with pytest.raises(checkpoints.DamagedCheckpointError, match='checkpoint_20'):
-    initializer().from_checkpoint([cfg])
-
-
-def test_all_checkpoints_damaged_is_an_error(tmp_path):
-  write(tmp_path, 10, 20)
-  for step in (10, 20):
-    spoil(tmp_path / f'checkpoint_{step}', 'no manifest')
-  with pytest.raises(checkpoints.DamagedCheckpointError, match=r'\[10, 20\]'):
-    resume(tmp_path, save=save_cfg())
-  assert (tmp_path / 'checkpoint_20').is_dir()
-
-
-def test_another_model_is_not_taken_for_damage(tmp_path):
-  write(tmp_path, 10, 20)
-  with pytest.raises(ValueError, match='another model'):
-    resume(tmp_path, initializer(net=Net(width=64)), save=save_cfg())
-  assert checkpoints_utils.all_steps(tmp_path) == [10, 20]
-
-
-# -- Configurations ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  'changes, message',
-  [
-    ({'dtype': 'float16'}, "dtype is 'float16'"),
-    ({'period': -1}, 'period is -1'),
-    ({'keep': 0}, 'keep is 0'),
-    ({'checkpoint_steps': [5, -2]}, r'\[-2\]'),
-    ({'keep_dataset_checkpoints': 1}, 'save_dataset is False'),
-  ],
-)
-def test_bad_save_configurations(changes, message):
-  with pytest.raises(ValueError, match=message):
-    restore.SaveCheckpointConfig(**changes)
-
-
-@pytest.mark.parametrize(
-  'changes, message',
-  [({'mode': 'newest'}, "mode is 'newest'"), ({'dtype': 'int8'}, "dtype is 'int8'")],
-)
-def test_bad_restore_configurations(changes, message):
-  with pytest.raises(ValueError, match=message):
-    restore_cfg('x', **changes)
-
-
-def manager_of(folder, **changes):
-  start = initializer()
-  return restore.create_orbax_checkpoint_manager(
-    save_cfg=save_cfg(**changes),
-    train_state=start.global_train_state_shape,
-    partitioner=start._partitioner,
-    model_dir=str(folder),
-  )
-
-
-def test_save_settings_reach_the_manager(tmp_path):
-  manager = manager_of(tmp_path, period=4, checkpoint_steps=[5], keep=3)
-  assert [s for s in range(10) if manager.should_save(s)] == [0, 4, 5, 8]
-  assert manager._retention.keep == 3
-  for period in (0, None):
-    quiet = manager_of(tmp_path, period=period)
-    assert not any(quiet.should_save(s) for s in range(10))
-
-
-@pytest.mark.parametrize('wrapped', [False, True])
-def test_save_best_checkpointer_reaches_the_manager(tmp_path, wrapped):
-  cls = checkpoints.SaveBestCheckpointer
-  if wrapped:
-    cls = functools.partial(
-      cls,
-      metric_name_to_monitor='eval/loss',
-      metric_mode='min',
-      keep_checkpoints_without_metrics=False,
-      force_keep_period=40,
-    )
-  rules = manager_of(tmp_path, checkpointer_cls=cls, keep=2)._retention
-  assert rules.keep == 2
-  expected = (
-    ('eval/loss', 'min', False, 40)
-    if wrapped
-    else ('train/accuracy', 'max', True, None)
-  )
-  assert (
-    rules.metric_name,
-    rules.metric_mode,
-    rules.keep_without_metrics,
-    rules.force_keep_period,
-  ) == expected
-
-
-def test_save_best_checkpointer_bound_by_gin(tmp_path):
-  import gin
-
-  gin.clear_config()
-  try:
-    with gin.unlock_config():
-      gin.parse_config("""
-        checkpoints.SaveBestCheckpointer.metric_name_to_monitor = 'train/loss'
-        checkpoints.SaveBestCheckpointer.metric_mode = 'min'
-        checkpoints.SaveBestCheckpointer.keep = 5
-      """)
-    rules = manager_of(
-      tmp_path, checkpointer_cls=checkpoints.SaveBestCheckpointer
-    )._retention
-  finally:
-    gin.clear_config()
-  assert (rules.metric_name, rules.metric_mode, rules.keep) == ('train/loss', 'min', 5)
-
-
-def test_foreign_checkpointers_are_refused(tmp_path):
-  with pytest.raises(ValueError, match='SimpleNamespace.*checkpoint_manager_cls'):
-    manager_of(tmp_path, checkpointer_cls=types.SimpleNamespace)
-
-
-def test_other_managers_may_be_given(tmp_path):
-  got = {}
-  start = initializer()
-  restore.create_orbax_checkpoint_manager(
-    save_cfg=save_cfg(
-      checkpoint_manager_cls=lambda **kw: got.update(kw), dtype='bfloat16'
-    ),
-    train_state=start.global_train_state_shape,
-    partitioner=start._partitioner,
-    model_dir='somewhere',
-  )
-  assert got['directory'] == 'somewhere'
-  assert got['save_dtype'] == 'bfloat16' and got['period'] == 10
-  assert 'keep' not in got and 'checkpoint_steps' not in got
-  with pytest.raises(ValueError, match='different checkpoint_manager_cls'):
-    restore.create_orbax_checkpoint_manager(
-      save_cfg=save_cfg(checkpoint_manager_cls=dict),
-      restore_cfg=restore_cfg('x'),
-      train_state=None,
-      partitioner=None,
-      model_dir='somewhere',
-    )
-
-
 def test_the_interface_from_before_orbax(tmp_path):
   state, manager = resume_without_checkpoint(tmp_path)
   assert state is None
@@ -627,15 +300,6 @@ def resume_without_checkpoint(folder):
   )
 
 
-def write_previous_layout(folder, state):
-  """An index of the layout before Orbax, with all arrays in it."""
-  folder.mkdir(parents=True)
-  tree = jax.tree.map(np.asarray, state.state_dict())
-  (folder / 'checkpoint').write_bytes(
-    flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
-  )
-
-
 def test_the_previous_layout_is_read_by_the_same_means(tmp_path):
   saved = state_at(10)
   write_previous_layout(tmp_path / 'checkpoint_10', saved)
@@ -655,14 +319,6 @@ def test_the_previous_layout_is_read_by_the_same_means(tmp_path):
   manager.save(state_at(20))
   manager.close()
   assert_equal(resume(tmp_path)[0], state_at(20))
-
-
-def test_a_damaged_checkpoint_of_the_previous_layout_is_passed_over(tmp_path):
-  write_previous_layout(tmp_path / 'checkpoint_10', state_at(10))
-  write_previous_layout(tmp_path / 'checkpoint_20', state_at(20))
-  index = tmp_path / 'checkpoint_20' / 'checkpoint'
-  index.write_bytes(index.read_bytes()[:100])
-  assert_equal(resume(tmp_path)[0], state_at(10))
 
 
 def test_tensorflow_checkpoints_go_to_the_importer(tmp_path, monkeypatch):

@@ -34,14 +34,12 @@ def make_batch(seed):
   }
 
 
-def main(port, processes, index, num_partitions, folder):
-  if processes > 1:
-    jax.distributed.initialize(f'localhost:{port}', processes, index)
+def make_trainer(partitioner, num_partitions, folder):
+  """A trainer of a matrix of ones, of which every host hands over its own part."""
   from flax.linen.partitioning import AxisMetadata
 
   from t5x import optimizers, partitioning, train_state, trainer
 
-  partitioner = partitioning.PjitPartitioner(num_partitions=num_partitions)
   variables = {
     'params': {'w': np.ones((WIDTH, WIDTH), np.float32)},
     'params_axes': {'w_axes': AxisMetadata(names=('embed', 'mlp'))},
@@ -50,29 +48,18 @@ def main(port, processes, index, num_partitions, folder):
     train_state.FlaxOptimTrainState.create(optimizers.adamw(0.05), variables)
   )
   axes = partitioner.get_mesh_axes(state)
-  layout = partitioner.get_data_layout(ROWS)
-  share = ROWS // layout.num_shards
-  own = slice(layout.shard_id * share, (layout.shard_id + 1) * share)
-
-  def cut(tree, specs):
-    """This host's part of whole arrays."""
-    return partitioning.map_prefix(
-      lambda spec, x: x[
-        partitioner.get_local_chunk_info(
-          x.shape, (*(spec or ()), *[None] * (x.ndim - len(spec or ())))
-        ).slice
-      ],
-      specs,
-      tree,
-    )
-
-  def batches(seeds):
-    for seed in seeds:
-      yield {name: x[own] for name, x in make_batch(seed).items()}
-
-  with trainer.Trainer(
+  own = partitioning.map_prefix(
+    lambda spec, x: x[
+      partitioner.get_local_chunk_info(
+        x.shape, (*(spec or ()), *[None] * (x.ndim - len(spec or ())))
+      ).slice
+    ],
+    axes,
+    state,
+  )
+  return trainer.Trainer(
     model=Model(),
-    train_state=partitioner.move_params_to_devices(cut(state, axes), axes),
+    train_state=partitioner.move_params_to_devices(own, axes),
     partitioner=partitioner,
     eval_names=['task'],
     summary_dir=folder,
@@ -80,7 +67,44 @@ def main(port, processes, index, num_partitions, folder):
     rng=jax.random.key(0),
     learning_rate_fn=lambda step: 0.05,
     num_microbatches=2 if num_partitions > 1 else None,
-  ) as made:
+  )
+
+
+def message_of_uneven_evaluation(made, batches):
+  """What `eval` says where one host has a batch more than another."""
+  try:
+    made.eval({'task': batches})
+  except ValueError as e:
+    return str(e)
+  return ''
+
+
+def step_of_bad_batch(made, batches):
+  """The step at which training stops for a loss that is not finite."""
+  from t5x import trainer
+
+  try:
+    made.train(batches, 4).result()
+  except trainer.NonFiniteLossError as e:
+    return e.step
+  return None
+
+
+def main(port, processes, index, num_partitions, folder):
+  if processes > 1:
+    jax.distributed.initialize(f'localhost:{port}', processes, index)
+  from t5x import partitioning
+
+  partitioner = partitioning.PjitPartitioner(num_partitions=num_partitions)
+  layout = partitioner.get_data_layout(ROWS)
+  share = ROWS // layout.num_shards
+  own = slice(layout.shard_id * share, (layout.shard_id + 1) * share)
+
+  def batches(seeds):
+    for seed in seeds:
+      yield {name: x[own] for name, x in make_batch(seed).items()}
+
+  with make_trainer(partitioner, num_partitions, folder) as made:
     made.compile_train(next(batches([0])))
     losses = [
       float(made.train(batches([seed]), 1).result()['loss'].value) for seed in range(4)
@@ -88,17 +112,10 @@ def main(port, processes, index, num_partitions, folder):
     evaluated = float(made.eval({'task': batches([5, 6])})['task']['loss'].value)
     uneven = ''
     if processes > 1:
-      try:
-        made.eval({'task': batches([5, 6][: 1 + index])})
-      except ValueError as e:
-        uneven = str(e)
+      uneven = message_of_uneven_evaluation(made, batches([5, 6][: 1 + index]))
     bad = list(batches(range(4)))
     bad[1]['x'][0, 0] = np.nan
-    try:
-      made.train(iter(bad), 4).result()
-      stopped = None
-    except trainer.NonFiniteLossError as e:
-      stopped = e.step
+    stopped = step_of_bad_batch(made, iter(bad))
   print(
     json.dumps(
       {
