@@ -381,13 +381,23 @@ def get_dataset_inner(
       batch_size=per_shard,
     )
   except KeyError as error:
-    missing = error.args[0] if error.args else None
-    if missing not in provider.output_features:
+    message = _missing_length(error, cfg, provider)
+    if message is None:
       raise
-    raise ValueError(
-      f"task_feature_lengths lacks '{missing}', a feature of '{provider.name}'. Got "
-      f'lengths for {sorted(cfg.task_feature_lengths)}.'
-    ) from error
+    raise ValueError(message) from error
+
+
+def _missing_length(
+  error: KeyError, cfg: DatasetConfig, provider: seqio.Task | seqio.Mixture
+) -> str | None:
+  """What to tell of a KeyError from seqio; None if it is about something else."""
+  missing = error.args[0] if error.args else None
+  if missing not in provider.output_features:
+    return None
+  return (
+    f"task_feature_lengths lacks '{missing}', a feature of '{provider.name}'. Got "
+    f'lengths for {sorted(cfg.task_feature_lengths)}.'
+  )
 
 
 def get_training_eval_datasets(
