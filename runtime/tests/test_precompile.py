@@ -1,0 +1,96 @@
+"""Planning a run's steps by the command that a user gives."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from t5x import topologies
+
+HERE = pathlib.Path(__file__).parent
+
+
+def plan(*flags):
+  """Calls the script with the tiny model; neither data nor devices are there."""
+  settings = {
+    'MIXTURE_OR_TASK_NAME': "'tiny_copy'",
+    'MODEL_DIR': "'/nowhere'",
+    'TASK_FEATURE_LENGTHS': "{'inputs': 16, 'targets': 8}",
+    'TRAIN_STEPS': 900,
+    'USE_CACHED_TASKS': False,
+    'BATCH_SIZE': 16,
+  }
+  path = f'{HERE}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
+  return subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      't5x.precompile',
+      f'--gin_file={HERE}/tiny.gin',
+      '--gin_file=t5x/configs/runs/pretrain.gin',
+      *(f'--gin.{name}={value}' for name, value in settings.items()),
+      *flags,
+    ],
+    env={**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+@pytest.mark.slow
+def test_a_training_step(tmp_path):
+  done = plan('--topology=cpu:4', f'--json={tmp_path}/plan.json')
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  # Of tiny.py: two products with 8 x 16 and 16 x 384, forward once and backward twice.
+  assert found['useful_flops'] == 3 * 2 * (16 * 8 / 4) * (8 * 16 + 16 * 384)
+  assert found['devices'] == 4
+  assert found['hours'] == pytest.approx(900 * found['estimate_s'] / 3600)
+  assert found['tokens_per_s'] == pytest.approx(16 * 8 / found['estimate_s'])
+  assert '900 steps' in done.stdout and 'estimate' in done.stdout
+
+
+@pytest.mark.slow
+def test_a_decoding_step(tmp_path):
+  done = plan('--topology=cpu:2', '--step=decode', f'--json={tmp_path}/plan.json')
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  assert found['step'] == 'decode' and found['hours'] is None
+  # Its loop ends when the data says so; at the latest after 8 positions.
+  assert None in found['loops'].values()
+  assert 'counted as 8 trips' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], 'Say what to compile for: --topology=v2-8'),
+    (['--topology=v3-9'], "cpu:N. Got: 'v3-9'"),
+    (['--topology=cpu:2', '--gin.BATCH_SIZE=15'], 'batch of 15 over 2'),
+  ],
+)
+def test_wrong_input_is_one_message(flags, message):
+  done = plan(*flags)
+  assert done.returncode == 1
+  assert message in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.skipif(not topologies.has_compiler(), reason='libtpu is not installed')
+def test_a_training_step_for_a_tpu(tmp_path):
+  done = plan('--topology=v3-8', f'--json={tmp_path}/plan.json')
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  assert found['hbm_available_gib'] == pytest.approx(15.48)
+  assert found['useful_flops'] == 3 * 2 * (16 * 8 / 8) * (8 * 16 + 16 * 384)
+  # The compiler leaves none of it out, and adds next to nothing.
+  assert found['useful_flops'] * 0.9 < found['flops'] < found['useful_flops'] * 1.1
+  assert 0 < found['roofline_s'] <= found['estimate_s']
+  assert found['cycles_s'] > 0 and found['xla_s'] > 0
