@@ -57,6 +57,28 @@ def test_dropout_bits_are_uniform_in_every_byte():
     assert abs(chi_square - 255) < 6 * 22.6, shift
 
 
+@pytest.mark.parametrize('rate', [0.1, 0.5])
+def test_rows_tell_nothing_of_each_other(rate):
+  """Not in pairs, and not in fours: two rows by two columns.
+
+  Rows and columns are mixed apart; joined by xor alone, the fourth corner of every
+  rectangle follows from the other three.
+  """
+  size = 1024
+  quadruples = []
+  for seed in range(4):
+    bits = np.asarray(dropout.dropout_bits(jax.random.key(seed), (size, size)))
+    dropped = (bits < dropout.threshold(rate)) - rate
+    table = dropped / np.sqrt(rate * (1 - rate))
+    products = table @ table.T / np.sqrt(size)
+    others = products[~np.eye(size, dtype=bool)]
+    quadruples.append(np.mean(others**2))
+    # Half a million pairs of rows: 6.5 standard deviations.
+    assert np.abs(others).max() < 6.5
+  # 1 where bits are independent; 1024 for xor alone at the rate of a half.
+  assert abs(np.mean(quadruples) - 1) < 0.02
+
+
 def test_every_kind_of_key_draws():
   for impl in ('threefry2x32', 'rbg', 'unsafe_rbg'):
     bits = dropout.dropout_bits(jax.random.key(0, impl=impl), (4, 8))

@@ -99,6 +99,15 @@ def test_kernels(dtype, precision, passes):
   assert jaxpr_costs.matmul_flops(f, x, w) == 5 * 6 * 2 * 16 * 64 * 64
 
 
+def test_the_largest_arrays_leave_out_what_takes_no_room():
+  def f(x, indices):
+    return x[indices].sum() + jax.random.uniform(jax.random.key(0))
+
+  gradient = jax.grad(f, argnums=(0, 1), allow_int=True)
+  jaxpr = jax.make_jaxpr(gradient)(jnp.ones((4, 8)), jnp.zeros(3, 'int32')).jaxpr
+  assert jaxpr_costs.largest_arrays(jaxpr)[0].bytes == 4 * 4 * 8
+
+
 def test_the_largest_arrays():
   def f(x):
     with jax.named_scope('outer'):

@@ -108,12 +108,14 @@ def largest_arrays(jaxpr: Any, count: int = 8) -> list[LargeArray]:
   found: dict[Any, LargeArray] = {}
   for equation, _ in _equations(jaxpr, into_kernels=False):
     for variable in equation.outvars:
-      shape, dtype = getattr(variable.aval, 'shape', ()), str(variable.aval.dtype)
+      shape, dtype = variable.aval.shape, variable.aval.dtype
+      if not jax.numpy.issubdtype(dtype, np.number):
+        continue  # Random keys, and gradients of integers, which take no room.
+      dtype = str(dtype)
       where = f'{equation.source_info.name_stack}/{equation.primitive.name}'.lstrip('/')
       before = found.get((shape, dtype), LargeArray(shape, dtype, 0, where))
       found[shape, dtype] = dataclasses.replace(before, count=before.count + 1)
-  known = [a for a in found.values() if not a.dtype.startswith('key')]
-  return sorted(known, key=lambda a: -a.bytes)[:count]
+  return sorted(found.values(), key=lambda a: -a.bytes)[:count]
 
 
 def kernels(jaxpr: Any) -> list[Kernel]:
