@@ -1,0 +1,210 @@
+"""Makes benchmarks/tpu_plan.md: what each choice costs on TPUs, by the compiler.
+
+  python benchmarks/tpu_plan.py                 compiles what is missing, then writes
+  python benchmarks/tpu_plan.py --only=base     variants whose name starts so
+  python benchmarks/tpu_plan.py --table         only writes
+
+Needs libtpu (requirements-tpu.txt) and no TPU. A variant takes 2 to 10 minutes of a
+core. Each one's figures lie in benchmarks/tpu_plan/NAME.json as soon as they are
+there: run again, it goes on with what is missing.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+FIGURES = ROOT / 'benchmarks' / 'tpu_plan'
+TABLE = ROOT / 'benchmarks' / 'tpu_plan.md'
+
+CONFIG = 'network.BartConfig.'
+# Layers as a loop: a fifth of the time of compiling.
+SCAN = {CONFIG + 'scan_layers': True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A configuration to plan.
+
+  Attributes:
+    name: of its file.
+    what: for the table.
+    bindings: changes to the gin file.
+    gin_file: the run.
+    topology: the devices.
+  """
+
+  name: str
+  what: str
+  bindings: dict
+  gin_file: str = 'gin/bart_base_no.gin'
+  topology: str = 'v3-8'
+
+
+def _base(name: str, what: str, **fields) -> Variant:
+  bindings = {CONFIG + field: value for field, value in fields.items()}
+  return Variant(f'base_{name}', what, {**SCAN, **bindings})
+
+
+VARIANTS = (
+  Variant('base', 'as the gin file has it', {}),
+  _base('scan', 'the same, layers in a loop'),
+  _base('plain', 'plain attention', attention_impl='plain'),
+  _base(
+    'plain_attention',
+    'plain attention, its scores computed again',
+    attention_impl='plain',
+    remat_policy='attention',
+  ),
+  _base(
+    'plain_full',
+    'plain attention, whole layers computed again',
+    attention_impl='plain',
+    remat_policy='full',
+  ),
+  _base('chunked', 'attention in chunks', attention_impl='chunked'),
+  _base('dots', 'all but products computed again', remat_policy='dots'),
+  _base('full', 'whole layers computed again', remat_policy='full'),
+  Variant(
+    'base_dropout_0',
+    'no dropout (another recipe)',
+    {**SCAN, 'DROPOUT_RATE': 0.0},
+  ),
+  Variant(
+    'base_896',
+    'sources of 896 for targets of 1024',
+    {**SCAN, 'TASK_FEATURE_LENGTHS': {'inputs': 896, 'targets': 1024}},
+  ),
+  Variant(
+    'base_loss_all',
+    'all logits at once',
+    {**SCAN, 'model.BartModel.loss_chunk_length': None},
+  ),
+  Variant(
+    'base_loss_128',
+    'logits of 128 positions at a time',
+    {**SCAN, 'model.BartModel.loss_chunk_length': 128},
+  ),
+  Variant(
+    'base_microbatches_2',
+    'in two microbatches',
+    {**SCAN, 'trainer.Trainer.num_microbatches': 2},
+  ),
+  _base('vocabulary', 'vocabulary not padded', vocab_multiple_of=1),
+  Variant('large', 'as the gin file has it', {}, 'gin/bart_large_no.gin'),
+  Variant(
+    'large_1d',
+    'each device a whole model',
+    {'partitioning.PjitPartitioner.num_partitions': 1},
+    'gin/bart_large_no.gin',
+  ),
+  Variant(
+    'large_1x8',
+    'one model on all devices',
+    {'partitioning.PjitPartitioner.num_partitions': 8},
+    'gin/bart_large_no.gin',
+  ),
+  *(
+    Variant(f'base_scan_{name}', f'on {name}', SCAN, topology=name)
+    for name in ('v4-8', 'v5e-8', 'v5p-8', 'v6e-8')
+  ),
+)
+
+
+def plan(variant: Variant) -> None:
+  """Compiles a variant and keeps its figures, or why there are none."""
+  path = FIGURES / f'{variant.name}.json'
+  command = [
+    sys.executable,
+    '-m',
+    't5x.precompile',
+    f'--gin_file={variant.gin_file}',
+    f'--topology={variant.topology}',
+    f'--json={path}',
+    *(f'--gin.{name}={value!r}' for name, value in variant.bindings.items()),
+  ]
+  done = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ
+  )
+  if done.returncode:
+    message = done.stderr[done.stderr.find('ERROR: ') + len('ERROR: ') :]
+    if 'GiB too much' not in message:
+      raise RuntimeError(f'{" ".join(command)}\n{done.stderr}')
+    path.write_text(json.dumps({'refused': message.split('\n')[0]}, indent=2) + '\n')
+
+
+HEADER = (
+  '| variant | HBM GiB | estimate s | XLA | kernels | between devices | cycles s | MFU '
+  '| hours |\n|---|---|---|---|---|---|---|---|---|\n'
+)
+
+
+def row(variant: Variant, useful: float | None = None) -> str:
+  """A line of the table.
+
+  Args:
+    variant: whose figures are there.
+    useful: operations that MFU counts, where the variant's own would not compare.
+  """
+  found = json.loads((FIGURES / f'{variant.name}.json').read_text())
+  if 'refused' in found:
+    return f'| {variant.what} | does not fit: {found["refused"]} | | | | | | | |\n'
+  mfu = found['mfu'] * (useful or found['useful_flops']) / found['useful_flops']
+  return (
+    f'| {variant.what} | {found["hbm_gib"]:.2f} of {found["hbm_available_gib"]:.2f} '
+    f'| {found["estimate_s"]:.3f} | {found["xla_s"]:.3f} | {found["kernel_s"]:.3f} '
+    f'| {found["collective_s"]:.3f} | {found["cycles_s"]:.3f} | {mfu:.0%} '
+    f'| {found["hours"]:.1f} |\n'
+  )
+
+
+def there(variant: Variant) -> bool:
+  """Whether the variant's figures are there."""
+  return (FIGURES / f'{variant.name}.json').exists()
+
+
+def write() -> None:
+  """Writes the table from the figures that are there, below the text that stands."""
+  marker = '<!-- made by benchmarks/tpu_plan.py from here on -->\n'
+  text = TABLE.read_text().partition(marker)[0] if TABLE.exists() else ''
+  sections = (
+    ('bart-base, 256 rows, v3-8', 'base', True),
+    ('bart-large, 256 rows, v3-8', 'large', True),
+    ('bart-base, 256 rows, other devices', 'base', False),
+  )
+  text += marker
+  for title, start, here in sections:
+    rows = [
+      row(variant)
+      for variant in VARIANTS
+      if variant.name.startswith(start)
+      and (variant.topology == 'v3-8') == here
+      and there(variant)
+    ]
+    if rows:
+      text += f'\n## {title}\n\n{HEADER}{"".join(rows)}'
+  TABLE.write_text(text)
+
+
+def main() -> None:
+  """Compiles what is missing and writes the table."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--only', default='', help='variants whose name starts so')
+  parser.add_argument('--table', action='store_true', help='compile nothing')
+  options = parser.parse_args()
+  FIGURES.mkdir(exist_ok=True)
+  for variant in VARIANTS:
+    if not options.table and variant.name.startswith(options.only):
+      if not there(variant):
+        print(variant.name, flush=True)
+        plan(variant)
+      write()
+  write()
+
+
+if __name__ == '__main__':
+  main()
