@@ -31,10 +31,11 @@ def encode(
   Documents are encoded whole; the tokens' lengths in bytes then say where each begins.
   A sentence whose beginning lies inside a token begins with the next one (the
   tokenizers trained here have no such token: theirs never reach from a character over
-  the white space behind it).
+  the white space behind it). A tokenizer that does not keep the text, as imported ones
+  may be, gets sentence by sentence instead.
 
   Args:
-    tokenizer: one that loses nothing.
+    tokenizer: of either kind.
     texts: documents.
 
   Returns:
@@ -44,6 +45,8 @@ def encode(
   Raises:
     ValueError: the tokens do not add up to the text.
   """
+  if not tokenizer.lossless:
+    return [_by_sentence(tokenizer, text) for text in texts]
   lengths = tokenizer.byte_lengths
   documents = []
   for text, ids in zip(texts, tokenizer.encode_batch(texts)):
@@ -59,3 +62,13 @@ def encode(
     starts = np.unique(np.searchsorted(ends - lengths[ids], begins))
     documents.append((ids, starts[starts < ids.size].astype(np.int32)))
   return documents
+
+
+def _by_sentence(
+  tokenizer: tokenization.Tokenizer, text: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ids and sentence starts of one document, its sentences encoded one by one."""
+  parts = [ids for s in sentences.split_sentences(text) if (ids := tokenizer.encode(s))]
+  lengths = [0, *(len(ids) for ids in parts)][:-1] if parts else []
+  starts = np.cumsum(lengths, dtype=np.int32)
+  return np.array([i for ids in parts for i in ids], np.int32), starts

@@ -45,8 +45,9 @@ class BartModel(models.EncoderDecoderModel):
     loss_normalizing_factor: Any = None,
     default_decoder_params: models.DecoderParams | None = None,
     loss_chunk_length: int | None = 64,
+    forced_first_id: int | None = None,
   ):
-    """As `EncoderDecoderModel`, with one argument more.
+    """As `EncoderDecoderModel`, with two arguments more.
 
     Args:
       module: a `network.Transformer`.
@@ -63,10 +64,13 @@ class BartModel(models.EncoderDecoderModel):
       loss_chunk_length: target positions of every row whose logits exist at a
         time, None for all. Rows x this x vocabulary x 4 bytes is what they take:
         accelerators want some 100 MB, CPUs what fits into the cache.
+      forced_first_id: the token with which every decoded sequence begins, for
+        models that were made so (Hugging Face's `forced_bos_token_id`); None
+        leaves it to the model.
 
     Raises:
-      ValueError: for a vocabulary whose size is not the module's, and for a
-        chunk length below 1.
+      ValueError: for a vocabulary whose size is not the module's, a chunk length
+        below 1, and a forced id that the vocabulary does not have.
     """
     super().__init__(
       module=module,
@@ -86,11 +90,18 @@ class BartModel(models.EncoderDecoderModel):
         f'Got: {loss_chunk_length!r}'
       )
     self._loss_chunk_length = loss_chunk_length
+    vocab_size = module.config.vocab_size
+    if forced_first_id is not None and not 0 < forced_first_id < vocab_size:
+      raise ValueError(
+        f'BartModel.forced_first_id must be an id above 0 and below {vocab_size}, or '
+        f'None. Got: {forced_first_id!r}'
+      )
+    self._forced_first_id = forced_first_id
     for side, vocabulary in (
       ('input', input_vocabulary),
       ('output', output_vocabulary),
     ):
-      _check_vocabulary(side, vocabulary, module.config.vocab_size)
+      _check_vocabulary(side, vocabulary, vocab_size)
 
   def loss_fn(
     self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
@@ -137,6 +148,23 @@ class BartModel(models.EncoderDecoderModel):
     weights = batch['decoder_loss_weights']
     _, tokens = self._token_losses(params, batch, weights, None)
     return -jnp.sum(tokens.negative_log_likelihood * weights, axis=-1)
+
+  def _compute_logits_from_slice(
+    self, decoding_state: decoding.DecodingState, *args: Any, **kwargs: Any
+  ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
+    """As the base class's; the first token may be forced.
+
+    Here and not in a logit callback, which only sampling has: every decoding
+    function asks for its logits here. A prompt overrules what is forced.
+    """
+    logits, cache = super()._compute_logits_from_slice(decoding_state, *args, **kwargs)
+    if self._forced_first_id is None:
+      return logits, cache
+    is_start = (decoding_state.cur_token == 0) & (
+      jnp.reshape(decoding_state.cur_index, (-1, 1)) == 0
+    )
+    forbidden = jnp.arange(logits.shape[-1]) != self._forced_first_id
+    return jnp.where(is_start & forbidden, decoding.NEG_INF, logits), cache
 
   def _token_losses(self, params, batch, weights, dropout_rng):
     """Weighted total and per-token losses, by `loss.chunked_loss`."""

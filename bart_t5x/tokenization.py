@@ -15,6 +15,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -67,10 +68,12 @@ class Tokenizer:
   Attributes:
     vocab_size: number of ids, specials included, nothing padded.
     mask_id: the id of `<mask>`.
+    lossless: whether the tokens of every text add up to it, byte by byte.
   """
 
   vocab_size: int
   mask_id: int
+  lossless: bool = True
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Inside ids of each text; no special token is ever among them."""
@@ -217,12 +220,41 @@ class ByteLevelTokenizer(Tokenizer):
     return len(piece or '')  # a character of the alphabet a byte
 
 
-class SentencePieceTokenizer(Tokenizer):
-  """SentencePiece from the bytes of a model trained by `prepare`.
+class _SentencePieceSettings(NamedTuple):
+  """What a model's file says of itself."""
 
-  Its ids are the inside ones (`--pad_id=0` and so on at training), and it loses
-  nothing: no normalization, every byte a piece, white space kept. The one character
-  it would lose, U+2581, which it takes for a space itself, is spelt in bytes.
+  vocab_size: int
+  lossless: bool
+
+
+def _sentencepiece_settings(content: bytes) -> _SentencePieceSettings:
+  """Reads the settings of a model, which must be one."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto.FromString(content)
+  rules = model.normalizer_spec
+  rewrites = (
+    rules.precompiled_charsmap
+    or rules.add_dummy_prefix
+    or rules.remove_extra_whitespaces
+  )
+  return _SentencePieceSettings(
+    model.trainer_spec.vocab_size or len(model.pieces),
+    model.trainer_spec.byte_fallback and not rewrites,
+  )
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """SentencePiece from the bytes of a model trained by `prepare`, or imported.
+
+  Its ids are the inside ones (`--pad_id=0` and so on at training). One trained by
+  `prepare` loses nothing: no normalization, every byte a piece, white space kept. The
+  one character it would lose, U+2581, which it takes for a space itself, is spelt in
+  bytes. An imported one may lose what its makers let go (`lossless` says so), and may
+  know pieces that its language model has no id for: those become `<unk>`.
+
+  Attributes:
+    space_bytes: ids that spell U+2581; empty where single bytes have no pieces.
   """
 
   def __init__(self, content: bytes, name: str = SENTENCEPIECE_FILE):
@@ -233,31 +265,34 @@ class SentencePieceTokenizer(Tokenizer):
       self._model.LoadFromSerializedProto(content)
     except RuntimeError as e:
       raise ValueError(f'{name} is no SentencePiece model: {e}') from e
-    self.vocab_size = self._model.GetPieceSize()
+    spec = _sentencepiece_settings(content)
+    self.lossless = spec.lossless
+    self.vocab_size = min(self._model.GetPieceSize(), spec.vocab_size)
 
     def find(token):
       token_id = self._model.PieceToId(token)
       return token_id if self._model.IdToPiece(token_id) == token else None
 
     self.mask_id = _check_specials(find, False, name)
-    self.space_bytes = [find(f'<0x{b:02X}>') for b in SPACE_PIECE.encode()]
-    if None in self.space_bytes:
-      raise ValueError(
-        f'{name} has no pieces for single bytes, so that it cannot spell every text. '
-        'Train it with byte_fallback, as `python -m bart_t5x.prepare` does.'
-      )
+    self.space_bytes = []
+    if self.lossless:
+      self.space_bytes = [find(f'<0x{b:02X}>') for b in SPACE_PIECE.encode()]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self._encode_one(text) for text in texts]
 
   def _encode_one(self, text: str) -> list[int]:
-    if SPACE_PIECE not in text:
-      return self._model.EncodeAsIds(text)
+    if SPACE_PIECE not in text or not self.lossless:
+      return self._encode_part(text)
     first, *rest = text.split(SPACE_PIECE)
-    ids = self._model.EncodeAsIds(first)
+    ids = self._encode_part(first)
     for part in rest:
-      ids += self.space_bytes + self._model.EncodeAsIds(part)
+      ids += self.space_bytes + self._encode_part(part)
     return ids
+
+  def _encode_part(self, text: str) -> list[int]:
+    ids = self._model.EncodeAsIds(text)
+    return [i if i < self.vocab_size else UNK_ID for i in ids]
 
   def piece(self, token_id: int) -> str:
     return self._model.IdToPiece(int(token_id))

@@ -170,9 +170,17 @@ class BartVocabulary(seqio.Vocabulary):
     tokenizer = self.tokenizer
     model = tf_text.SentencepieceTokenizer(model=self._read())
 
+    def known(rows):  # pieces for which the model has an id
+      ids = rows.values
+      if isinstance(ids, tf.RaggedTensor):
+        return rows.with_values(known(ids))
+      return rows.with_values(tf.where(ids < tokenizer.vocab_size, ids, UNK_ID))
+
     def plain(text):  # [n] strings -> [n, tokens]
+      if not tokenizer.lossless:
+        return known(model.tokenize(text))
       parts = tf.strings.split(text, tokenization.SPACE_PIECE)
-      return _join_rows(model.tokenize(parts), tokenizer.space_bytes)
+      return _join_rows(known(model.tokenize(parts)), tokenizer.space_bytes)
 
     if not self.templates:
       return plain(s[tf.newaxis]).values

@@ -55,6 +55,20 @@ def corpus_dir(tmp_path_factory):
 
 
 @pytest.fixture
+def torch_format(monkeypatch):
+  """The module tests/torch_format.py, PyTorch's names installed."""
+  import importlib.util
+  import pathlib
+
+  path = pathlib.Path(__file__).parent / 'torch_format.py'
+  spec = importlib.util.spec_from_file_location('torch_format', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  module.install(monkeypatch)
+  return module
+
+
+@pytest.fixture
 def make_run():
   """A function that writes a run's folder: checkpoint, config.gin, corpus folder.
 

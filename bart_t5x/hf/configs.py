@@ -102,7 +102,8 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
   if hf.get('model_type') != 'bart':
     raise ValueError(
       f'config.json has model_type {hf.get("model_type")!r}. Only "bart" can be '
-      'imported: mBART, for one, is pre-norm with a final norm.'
+      'imported: mBART, for one (and with it BARTpho and BARThez, which are mBARTs '
+      'to Hugging Face), is pre-norm with a final norm.'
     )
   for key, value in _REQUIRED.items():
     if hf.get(key, value) != value:
@@ -126,6 +127,32 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     }
   except KeyError as e:
     raise ValueError(f'config.json has no {e.args[0]!r}: it is no whole config') from e
+
+
+def forced_bos(hf: dict[str, Any], generation: dict[str, Any]) -> int | None:
+  """The id outside that every generated text begins with, None for none.
+
+  Args:
+    hf: config.json.
+    generation: generation_config.json, which goes first; empty where there is none.
+
+  Raises:
+    ValueError: it is no id of the model.
+  """
+  forced = generation.get('forced_bos_token_id', hf.get('forced_bos_token_id'))
+  # What the setting was before it had an id.
+  if forced is None and hf.get('force_bos_token_to_be_generated'):
+    forced = BOS_ID
+  # The inside id 0 is padding, with which no text begins.
+  if forced is not None and (
+    not isinstance(forced, int)
+    or forced == PAD_ID
+    or not 0 <= forced < hf['vocab_size']
+  ):
+    raise ValueError(
+      f'forced_bos_token_id = {forced!r} is no id that a text could begin with'
+    )
+  return forced
 
 
 def _check_sides(hf: dict[str, Any]) -> None:

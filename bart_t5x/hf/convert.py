@@ -44,9 +44,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   export.add_argument('--revision', help='branch to push to; by default main')
   import_ = commands.add_parser(
-    'import', help='write a BART of Hugging Face as a checkpoint to start from'
+    'import',
+    help='write a BART of Hugging Face or fairseq as a checkpoint to start from',
   )
-  import_.add_argument('--model', required=True, help='a folder, or an id on the Hub')
+  import_.add_argument(
+    '--model',
+    required=True,
+    help="a folder, a .pt file of fairseq's beside its dict.txt, or an id on the Hub",
+  )
   import_.add_argument('--revision', help='branch, tag or commit on the Hub')
   import_.add_argument(
     '--skip_tokenizer', action='store_true', help='import the weights alone'

@@ -1,16 +1,24 @@
-"""A BART of Hugging Face as a T5X checkpoint, with the gin file that describes it."""
+"""A BART of Hugging Face or fairseq as a T5X checkpoint, with its gin file."""
 
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bart_t5x import network, tokenization
-from bart_t5x.hf import checkpoints, configs, folders, mapping, weights
+from bart_t5x.hf import (
+  checkpoints,
+  configs,
+  fairseq,
+  folders,
+  mapping,
+  tokenizer_import,
+  weights,
+)
 
 # Entries of old PyTorch files that hold no parameter.
 _LEFTOVERS = re.compile(r'(model\.)?(encoder|decoder)\.version')
@@ -20,7 +28,7 @@ _HEADLESS = re.compile(r'(shared|encoder|decoder)\.')
 _DROPOUTS = ('dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate')
 
 _GIN = """\
-# {model}, imported from Hugging Face.
+# {model}, imported from {origin}.
 #
 # Give this file to train, eval and infer instead of one of gin/models, and
 #   {checkpoint}
@@ -34,22 +42,63 @@ DROPOUT_RATE = {dropout_rate}
 network.BartConfig:
 {bindings}
 """
+# For a model whose config forces the first token.
+_GIN_FORCED = """
+# Every text that this model writes begins with this token.
+model.BartModel.forced_first_id = {forced_first_id}
+"""
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The fields of BartConfig that a model folder's config.json determines.
+class Source(NamedTuple):
+  """A foreign model, read and checked.
+
+  Attributes:
+    origin: whose it is, 'Hugging Face' or 'fairseq'.
+    folder: where its tokenizer lies.
+    fields: of BartConfig, those that the model determines.
+    tensors: weights under Hugging Face's names.
+    framework: whose names and layout they have.
+    forced_first_id: the (inside) id with which its texts begin, or None.
+  """
+
+  origin: str
+  folder: pathlib.Path
+  fields: dict[str, Any]
+  tensors: weights.Weights
+  framework: mapping.Framework
+  forced_first_id: int | None
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
+
+
+def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], int | None]:
+  """What a model folder's configurations say.
+
+  Returns:
+    The fields of BartConfig that config.json determines, and the (inside) id that
+    every text of the model begins with, None where none is forced.
 
   Raises:
     FileNotFoundError, ValueError: it is not there, damaged, or no BART's.
   """
   path = folder / 'config.json'
   if not path.exists():
-    raise FileNotFoundError(f'{folder} is no model folder: it holds no config.json')
-  try:
-    hf = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
-  return configs.from_hf(hf)
+    raise FileNotFoundError(
+      f'{folder} is no model folder: it holds no config.json (Hugging Face) and no '
+      f'{fairseq.MODEL} (fairseq)'
+    )
+  hf = _read_json(path)
+  fields = configs.from_hf(hf)
+  generation = folder / 'generation_config.json'
+  forced = configs.forced_bos(hf, _read_json(generation) if generation.exists() else {})
+  if forced is not None:
+    forced = int(tokenization.from_hf_ids(np.asarray(forced)))
+  return fields, forced
 
 
 def normalized(
@@ -115,23 +164,39 @@ def _check_shapes(params: dict[str, Any], config: network.BartConfig) -> None:
     )
 
 
-def read_params(folder: pathlib.Path, config: network.BartConfig) -> dict[str, Any]:
-  """Reads a model folder's weights as parameters of the network.
+def read_source(path: pathlib.Path) -> Source:
+  """Reads a model of either kind.
 
   Args:
-    folder: with weights in any of the three formats.
+    path: a folder of Hugging Face's; or of fairseq's, or its `.pt` file.
+
+  Raises:
+    FileNotFoundError, ValueError: it is not there, damaged, or no BART.
+  """
+  if checkpoint := fairseq.find(path):
+    fields, tensors = fairseq.read(checkpoint)
+    return Source('fairseq', checkpoint.parent, fields, tensors, 'torch', None)
+  fields, forced = read_config(path)
+  tensors, kind = weights.read_weights(path)
+  framework = 'flax' if kind == weights.MSGPACK else 'torch'
+  tensors = normalized(tensors, framework)
+  return Source('Hugging Face', path, fields, tensors, framework, forced)
+
+
+def to_params(source: Source, config: network.BartConfig) -> dict[str, Any]:
+  """The weights of a foreign model as parameters of the network.
+
+  Args:
+    source: from `read_source`.
     config: of the network.
 
   Returns:
     Nested parameters, float32.
 
   Raises:
-    FileNotFoundError, ValueError: see `weights.read_weights`; or the weights are
-      not those of a BART of this shape.
+    ValueError: the weights are not those of a BART of this shape.
   """
-  tensors, kind = weights.read_weights(folder)
-  framework = 'flax' if kind == weights.MSGPACK else 'torch'
-  tensors = normalized(tensors, framework)
+  tensors = source.tensors
   table = tensors.get('model.shared.weight', tensors.get('model.shared.embedding'))
   if table is not None and len(table) != config.vocab_size:
     raise ValueError(
@@ -139,63 +204,51 @@ def read_params(folder: pathlib.Path, config: network.BartConfig) -> dict[str, A
       f'{len(table)} rows: they must agree'
     )
   params = mapping.from_hf(
-    tensors, framework, config.padded_vocab_size, config.scan_layers
+    tensors, source.framework, config.padded_vocab_size, config.scan_layers
   )
   _check_shapes(params, config)
   return params
 
 
-def read_tokenizer(folder: pathlib.Path, vocab_size: int) -> str:
-  """The text of a model folder's tokenizer.json, if it is one that works here.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is not byte-level BPE, or not of this size.
-  """
-  path = folder / tokenization.BYTE_LEVEL_FILE
-  skip = 'or import the weights alone: --skip_tokenizer'
-  if not path.exists():
-    raise FileNotFoundError(
-      f'{folder} holds no {path.name}. Make it with transformers: '
-      f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}'); {skip}"
-    )
-  text = path.read_text(encoding='utf-8')
-  found = tokenization.read_tokenizer(str(path)).vocab_size
-  pre_tokenizer = json.dumps(json.loads(text).get('pre_tokenizer'))
-  if '"ByteLevel"' not in pre_tokenizer:
-    raise ValueError(
-      f'{path} is no byte-level BPE, the only kind whose files can be taken over. '
-      f'Train a tokenizer of your own, {skip}'
-    )
-  if found != vocab_size:
-    raise ValueError(
-      f'{path} has {found} ids, the model {vocab_size}. Take the tokenizer that '
-      f'belongs to the model, {skip}'
-    )
-  return text
-
-
-def gin_file(model: str, checkpoint: pathlib.Path, fields: dict[str, Any]) -> str:
+def gin_file(model: str, checkpoint: pathlib.Path, source: Source) -> str:
   """The text of the gin file that describes an imported model.
 
   Args:
     model: folder or Hub id, for its first line.
     checkpoint: where the checkpoint will be.
-    fields: of BartConfig, from `read_config`.
+    source: the model.
 
   Returns:
     Gin, for use from the repository's root.
   """
-  bound = dict(fields)
+  bound = dict(source.fields)
   for name in _DROPOUTS:
-    if bound[name] == fields['dropout_rate']:
+    if bound[name] == source.fields['dropout_rate']:
       bound[name] = '%DROPOUT_RATE'
-  return _GIN.format(
+  text = _GIN.format(
     model=model.replace('\n', ' '),
+    origin=source.origin,
     checkpoint=checkpoint,
-    dropout_rate=fields['dropout_rate'],
+    dropout_rate=source.fields['dropout_rate'],
     bindings='\n'.join(f'  {name} = {value}' for name, value in bound.items()),
   )
+  if source.forced_first_id is not None:
+    text += _GIN_FORCED.format(forced_first_id=source.forced_first_id)
+  return text
+
+
+def _local(model: str, revision: str | None) -> pathlib.Path:
+  """The path that `model` names, or where the Hub's model of that id came to lie."""
+  path = pathlib.Path(model)
+  if not path.exists():
+    from bart_t5x.hf import hub  # late: it need not be there for a folder
+
+    return hub.download(model, revision)
+  if revision:
+    raise ValueError(
+      f'--revision={revision} belongs to a Hub id; {model} is a folder or file'
+    )
+  return path
 
 
 def import_model(
@@ -205,12 +258,13 @@ def import_model(
   skip_tokenizer: bool = False,
   overwrite: bool = False,
 ) -> None:
-  """Writes a model of Hugging Face as a folder that T5X starts from.
+  """Writes a foreign model as a folder that T5X starts from.
 
   Args:
-    model: a folder, or an id on the Hub.
-    output_dir: gets `checkpoint_0`, `config.gin` and `tokenizer.json`; appears
-      whole or not at all.
+    model: a folder of Hugging Face's or fairseq's, fairseq's `.pt` file, or an id
+      on the Hub.
+    output_dir: gets `checkpoint_0`, `config.gin` and the tokenizer; appears whole
+      or not at all.
     revision: branch, tag or commit on the Hub; by default its main branch.
     skip_tokenizer: leave the tokenizer where it is.
     overwrite: replace what is in output_dir.
@@ -218,21 +272,15 @@ def import_model(
   Raises:
     OSError, ValueError: with what to do about it.
   """
-  folder = pathlib.Path(model)
-  if folder.is_dir() and revision:
-    raise ValueError(f'--revision={revision} belongs to a Hub id; {model} is a folder')
-  if not folder.is_dir():
-    from bart_t5x.hf import hub  # late: it need not be there for a folder
-
-    folder = hub.download(model, revision)
-  fields = read_config(folder)
-  config = network.BartConfig(**fields)
-  tokenizer = None if skip_tokenizer else read_tokenizer(folder, config.vocab_size)
-  params = read_params(folder, config)
+  source = read_source(_local(model, revision))
+  config = network.BartConfig(**source.fields)
+  tokenizer = None
+  if not skip_tokenizer:
+    tokenizer = tokenizer_import.read(source.folder, config.vocab_size)
+  params = to_params(source, config)
   with folders.new_folder(output_dir, overwrite) as work:
     checkpoints.write_params(work / 'checkpoint_0', params)
-    text = gin_file(model, output_dir / 'checkpoint_0', fields)
+    text = gin_file(model, output_dir / 'checkpoint_0', source)
     (work / 'config.gin').write_text(text, encoding='utf-8')
     if tokenizer is not None:
-      path = work / tokenization.BYTE_LEVEL_FILE
-      path.write_text(tokenizer, encoding='utf-8')
+      (work / tokenizer.name).write_bytes(tokenizer.content)

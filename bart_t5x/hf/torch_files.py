@@ -43,13 +43,19 @@ class UnsafeFileError(ValueError):
 
 
 class Opaque:
-  """Stands for an object of a class that is not loaded; keeps nothing."""
+  """Stands for an object of a class that is not loaded: inert.
+
+  Attributes:
+    state: the object's attributes as the file has them, None where it has none.
+  """
+
+  state: Any = None
 
   def __init__(self, *args, **kwargs):
     del args, kwargs
 
   def __setstate__(self, state):
-    del state
+    self.state = state
 
   def __call__(self, *args, **kwargs):
     return self

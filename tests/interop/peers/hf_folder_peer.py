@@ -2,8 +2,9 @@
 
 Usage: hf_folder_peer.py IN.npz OUT.npz. IN holds `folder`, `framework` ('flax' or
 'torch'), `input_ids`, `attention_mask`, `decoder_input_ids`, `texts` (JSON list) and
-`max_length`. OUT gets `logits`, `greedy`, `beams`, and as JSON `ids` and `decoded`
-(of the texts), `special` (ids by name) and `problems` (keys missing or unexpected).
+`max_length` (0: nothing is generated). OUT gets `logits`, `greedy`, `beams` (4, no
+length penalty), and as JSON `ids` and `decoded` (of the texts), `special` (ids by
+name) and `problems` (keys missing or unexpected).
 """
 
 import json
@@ -54,12 +55,15 @@ def main():
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   ids = [tokenizer(text)['input_ids'] for text in json.loads(str(given['texts']))]
   decoded = [tokenizer.decode(row[1:-1]) for row in ids]
+  generated = {}
+  if settings['max_length']:
+    generated['greedy'] = generate(num_beams=1)
+    generated['beams'] = generate(num_beams=4, length_penalty=0.0)
   special = ('bos', 'pad', 'eos', 'unk', 'mask')
   np.savez(
     sys.argv[2],
     logits=logits,
-    greedy=generate(num_beams=1),
-    beams=generate(num_beams=4, length_penalty=0.0),
+    **generated,
     ids=json.dumps(ids),
     decoded=json.dumps(decoded),
     special=json.dumps([getattr(tokenizer, f'{s}_token_id') for s in special]),
