@@ -190,6 +190,9 @@ class ByteLevelTokenizer(Tokenizer):
       raise ValueError(f'{name} is no tokenizer of `tokenizers`: {e}') from e
     self.mask_id = _check_specials(self._tokenizer.token_to_id, True, name)
     self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+    settings = json.loads(content)
+    prefixed = '"add_prefix_space": true' in json.dumps(settings.get('pre_tokenizer'))
+    self.lossless = settings.get('normalizer') is None and not prefixed
     # Specials in running text are text, and nothing is added, cut or filled up.
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_padding()

@@ -93,3 +93,26 @@ def test_half_a_config_is_refused(key):
 def test_no_object_is_refused():
   with pytest.raises(ValueError, match='holds no JSON object'):
     configs.from_hf(['bart'])
+
+
+@pytest.mark.parametrize(
+  ('hf', 'generation', 'expected'),
+  [
+    ({}, {}, None),
+    ({'forced_bos_token_id': 0}, None, 0),
+    ({'forced_bos_token_id': 0}, {}, None),
+    ({'forced_bos_token_id': 7}, {'forced_bos_token_id': 0}, 0),
+    ({'force_bos_token_to_be_generated': True}, None, 0),
+    ({'force_bos_token_to_be_generated': False}, None, None),
+    ({'force_bos_token_to_be_generated': True}, {}, None),
+  ],
+)
+def test_forced_bos(hf, generation, expected):
+  """Where there is a generation_config.json it alone counts, as in transformers."""
+  assert configs.forced_bos({'vocab_size': 9, **hf}, generation) == expected
+
+
+@pytest.mark.parametrize('wrong', [1, 9, -1, '0'])
+def test_forced_bos_that_is_no_id(wrong):
+  with pytest.raises(ValueError, match=f'forced_bos_token_id = {wrong!r} is no id'):
+    configs.forced_bos({'vocab_size': 9, 'forced_bos_token_id': wrong}, None)

@@ -257,7 +257,7 @@ def test_dictionary_that_lacks_tokens(run, write, tmp_path, capsys):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('a 1\nb\n', "line 2: 'b' is no symbol"),
+    ('a 1\nb c\n', "line 2: 'b c' is no symbol"),
     ('a 1\na 2\n', "the symbol 'a' twice"),
     ('a 1\n\nb 1\n', "line 2: ''"),
   ],
@@ -271,5 +271,5 @@ def test_damaged_dictionaries(tmp_path, text, message):
 
 def test_symbols_with_odd_characters(tmp_path):
   path = tmp_path / 'dict.txt'
-  path.write_text('\u2028 7\nå 5\n\u3000x 1\n', encoding='utf-8')
-  assert fairseq.read_dictionary(path) == ['\u2028', 'å', '\u3000x']
+  path.write_text('\u2028 7\nå 5\n\u3000x 1\n12 \n7 3\n', encoding='utf-8')
+  assert fairseq.read_dictionary(path) == ['\u2028', 'å', '\u3000x', '12', '7']

@@ -153,6 +153,15 @@ def test_flax_weights(run, model, tmp_path):
   assert_same(imported(model, tmp_path / 'flax'), expected)
 
 
+def test_the_forced_first_token(model, tmp_path):
+  path = model / 'generation_config.json'
+  generation = json.loads(path.read_text())
+  path.write_text(json.dumps(generation | {'forced_bos_token_id': 0}))
+  imported(model, tmp_path / 'in')
+  bound = run_config.read(tmp_path / 'in/config.gin').bindings_of('BartModel')
+  assert bound == {'forced_first_id': 1}
+
+
 def untied(tensors):
   return tensors | {'lm_head.weight': tensors['model.shared.weight'] + 1}
 
@@ -191,9 +200,9 @@ WRONG_WEIGHTS = {
 @pytest.mark.parametrize('message', WRONG_WEIGHTS)
 def test_weights_that_are_no_bart_s(model, message):
   rewrite(model, WRONG_WEIGHTS[message])
-  fields = import_model.read_config(model)
   with pytest.raises(ValueError, match=message):
-    import_model.read_params(model, network.BartConfig(**fields))
+    source = import_model.read_source(model)
+    import_model.to_params(source, network.BartConfig(**source.fields))
 
 
 def change_config(**changes):
@@ -213,16 +222,36 @@ def other_tokenizer(model):
   path.write_text(json.dumps(tokenizer))
 
 
+def force_unknown_token(model):
+  path = model / 'generation_config.json'
+  path.write_text(json.dumps({'forced_bos_token_id': 301}))
+
+
 FAULTS = {
   'model_type \'mbart\'. Only "bart"': change_config(model_type='mbart'),
   'scale_embedding = True': change_config(scale_embedding=True),
+  'normalize_before = True': change_config(normalize_before=True),
+  'add_final_layer_norm = True': change_config(add_final_layer_norm=True),
+  "activation_function = 'relu'": change_config(activation_function='relu'),
+  'extra_pos_embeddings = 0': change_config(extra_pos_embeddings=0),
+  "config.json has no 'd_model'": lambda model: (model / 'config.json').write_text(
+    '{"model_type": "bart", "encoder_attention_heads": 3, "encoder_ffn_dim": 40, '
+    '"decoder_attention_heads": 3, "decoder_ffn_dim": 40, "vocab_size": 301}'
+  ),
+  'config.json has model_type None': lambda model: (model / 'config.json').write_text(
+    '{}'
+  ),
+  'config.json holds no JSON object': lambda model: (model / 'config.json').write_text(
+    '[]'
+  ),
+  'forced_bos_token_id = 301': force_unknown_token,
   'num_heads must divide emb_dim': change_config(
     encoder_attention_heads=5, decoder_attention_heads=5
   ),
   'has 301 ids, the model 300': change_config(vocab_size=300),
   'holds no config.json': lambda model: (model / 'config.json').unlink(),
   'config.json is damaged': lambda model: (model / 'config.json').write_text('{'),
-  'holds no tokenizer.json': lambda model: (model / 'tokenizer.json').unlink(),
+  'holds no tokenizer: ': lambda model: (model / 'tokenizer.json').unlink(),
   'is no byte-level BPE': other_tokenizer,
   'holds no weights': lambda model: (model / weights.SAFETENSORS).unlink(),
   'damaged or truncated': lambda model: (model / weights.SAFETENSORS).write_bytes(

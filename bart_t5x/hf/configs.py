@@ -129,20 +129,20 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f'config.json has no {e.args[0]!r}: it is no whole config') from e
 
 
-def forced_bos(hf: dict[str, Any], generation: dict[str, Any]) -> int | None:
+def forced_bos(hf: dict[str, Any], generation: dict[str, Any] | None) -> int | None:
   """The id outside that every generated text begins with, None for none.
 
   Args:
     hf: config.json.
-    generation: generation_config.json, which goes first; empty where there is none.
+    generation: generation_config.json, which alone counts where there is one.
 
   Raises:
     ValueError: it is no id of the model.
   """
-  forced = generation.get('forced_bos_token_id', hf.get('forced_bos_token_id'))
+  forced = (hf if generation is None else generation).get('forced_bos_token_id')
   # What the setting was before it had an id.
-  if forced is None and hf.get('force_bos_token_to_be_generated'):
-    forced = BOS_ID
+  if generation is None and hf.get('force_bos_token_to_be_generated'):
+    forced = BOS_ID if forced is None else forced
   # The inside id 0 is padding, with which no text begins.
   if forced is not None and (
     not isinstance(forced, int)

@@ -190,7 +190,8 @@ def read_dictionary(path: pathlib.Path) -> list[str]:
   rounded up, are symbols as well.
 
   Args:
-    path: of lines `symbol count`.
+    path: of lines `symbol count`; the count may be missing, as where transformers
+      writes the file.
 
   Returns:
     The symbols.
@@ -202,7 +203,9 @@ def read_dictionary(path: pathlib.Path) -> list[str]:
   # Not splitlines: a symbol may hold what Unicode calls a line's end.
   lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')
   for number, line in enumerate(lines, 1):
-    symbol, _, count = line.rstrip().rpartition(' ')
+    symbol, separator, count = line.rstrip().rpartition(' ')
+    if not separator:
+      symbol, count = count, '0'
     if not symbol or not count.isdecimal():
       raise ValueError(
         f'{path}, line {number}: {line!r} is no symbol with its count; it is no '

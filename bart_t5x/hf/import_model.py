@@ -95,7 +95,9 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], int | None]:
   hf = _read_json(path)
   fields = configs.from_hf(hf)
   generation = folder / 'generation_config.json'
-  forced = configs.forced_bos(hf, _read_json(generation) if generation.exists() else {})
+  forced = configs.forced_bos(
+    hf, _read_json(generation) if generation.exists() else None
+  )
   if forced is not None:
     forced = int(tokenization.from_hf_ids(np.asarray(forced)))
   return fields, forced

@@ -35,7 +35,7 @@ def _run_peer(variable: str, script: str, folder: pathlib.Path) -> Callable:
     environment.pop('PYTHONPATH', None)
     done = subprocess.run(
         [python, str(_PEERS / script), str(given), str(answer)],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
+        env=environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(np.load(answer))
@@ -61,6 +61,16 @@ def flax_folder_peer(tmp_path):
 @pytest.fixture
 def torch_folder_peer(tmp_path):
   return _run_peer('TORCH_PEER_PYTHON', 'hf_folder_peer.py', tmp_path)
+
+
+@pytest.fixture
+def flax_tokenizer_peer(tmp_path):
+  return _run_peer('FLAX_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
+
+
+@pytest.fixture
+def torch_tokenizer_peer(tmp_path):
+  return _run_peer('TORCH_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
 
 
 @dataclasses.dataclass

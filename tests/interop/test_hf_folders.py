@@ -15,7 +15,6 @@ FRAMEWORKS = [
   pytest.param('torch', marks=pytest.mark.torch_peer),
 ]
 TOLERANCE = {'flax': 1e-5, 'torch': 2e-5}
-MAX_LENGTH = 24
 
 TEXTS = [
   'Ærlig talt, «bjørnen» på Ås er 3,5 m.',
@@ -79,7 +78,6 @@ def ask(peer, framework, folder, texts):
       'attention_mask': (inputs != 0).astype(np.int64),
       'decoder_input_ids': tokenization.to_hf_ids(np.where(targets, targets, 2)),
       'texts': np.array(json.dumps(texts)),
-      'max_length': np.array(MAX_LENGTH),
     }
   )
 
