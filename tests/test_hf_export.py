@@ -1,14 +1,20 @@
 """A checkpoint as a model folder: whole or not at all."""
 
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 import yaml
 
-from bart_t5x.hf import convert, export, mapping, run_config, weights
+from bart_t5x.hf import checkpoints, convert, export, mapping, run_config, weights
 
 FILES = {
     'README.md', 'config.json', 'flax_model.msgpack', 'generation_config.json',
@@ -78,6 +84,55 @@ def test_bfloat16(run, tmp_path):
   exact = mapping.to_hf(run.params, 301, 'torch')
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(tensor, exact[name].astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_checkpoint_in_bfloat16(run, tmp_path, dtype):
+  """As `utils.SaveCheckpointConfig.dtype = 'bfloat16'` writes it."""
+  kept = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), run.params)
+  checkpoints.write_params(tmp_path / 'b/checkpoint_0', kept)
+  run.checkpoint = run.model_dir / 'checkpoint_5'
+  (tmp_path / 'b/checkpoint_0').rename(run.checkpoint)
+  assert export_command(run, tmp_path / 'out', f'--dtype={dtype}') == 0
+  tensors, _ = weights.read_weights(tmp_path / 'out')
+  for name, array in mapping.to_hf(kept, 301, 'torch').items():
+    assert tensors[name].dtype == np.dtype(getattr(ml_dtypes, dtype, dtype))
+    np.testing.assert_array_equal(tensors[name], array)
+  (tmp_path / 'out' / weights.SAFETENSORS).unlink()
+  for name, tensor in weights.read_weights(tmp_path / 'out')[0].items():
+    assert tensor.dtype == np.float32, name
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes(run, tmp_path):
+  """Each process wrote its part of every parameter; the export has the whole."""
+  given = tmp_path / 'params.npz'
+  np.savez(given, **mapping.flatten(run.params))
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  script = pathlib.Path(__file__).with_name('two_process_save.py')
+  flags = '--xla_force_host_platform_device_count=2'
+  processes = [
+    subprocess.Popen(
+      [sys.executable, script, str(port), str(i), given, run.model_dir],
+      env={**os.environ, 'XLA_FLAGS': flags},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for process in processes:
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+  run.checkpoint = run.model_dir / 'checkpoint_3'
+  assert list(run.checkpoint.glob('state/ocdbt.process_*'))
+  assert export_command(run, tmp_path / 'out') == 0
+  tensors, _ = weights.read_weights(tmp_path / 'out')
+  expected = mapping.to_hf(run.params, 301, 'torch')
+  assert set(tensors) == set(expected)
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(tensor, expected[name])
 
 
 def test_the_card(run, tmp_path):

@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
+import safetensors
 
 from bart_t5x.hf import weights
 
@@ -55,24 +55,37 @@ def test_safetensors_come_before_the_others(tmp_path):
   assert weights.read_weights(tmp_path)[1] == weights.SAFETENSORS
 
 
-def shard(folder):
+def shard(folder, kind=weights.SAFETENSORS, write_shard=write):
+  """The state in two files and their index, named as transformers names them."""
   names = sorted(STATE)
+  stem, _, suffix = kind.partition('.')
   where = {}
   for i, part in enumerate((names[:2], names[2:]), start=1):
-    file = f'model-{i:05}-of-00002.safetensors'
-    safetensors.numpy.save_file(
-      {name: np.ascontiguousarray(STATE[name]) for name in part}, folder / file
+    file = f'{stem}-{i:05}-of-00002.{suffix}'
+    write_shard(folder, kind, {name: STATE[name] for name in part}).rename(
+      folder / file
     )
     where |= dict.fromkeys(part, file)
-  index = folder / 'model.safetensors.index.json'
+  index = folder / f'{kind}.index.json'
   index.write_text(json.dumps({'metadata': {}, 'weight_map': where}))
   return index
 
 
-def test_shards_are_joined(tmp_path):
-  shard(tmp_path)
+@pytest.mark.parametrize('kind', KINDS)
+def test_shards_are_joined(tmp_path, kind):
+  shard(tmp_path, kind)
+  state, read_kind = weights.read_weights(tmp_path)
+  assert read_kind == kind
+  assert_same(state, STATE)
+
+
+def test_shards_of_pytorch_are_joined(tmp_path, torch_format):
+  def write_torch(folder, kind, state):
+    return torch_format.write_zip(folder / kind, state)
+
+  shard(tmp_path, weights.TORCH, write_torch)
   state, kind = weights.read_weights(tmp_path)
-  assert kind == weights.SAFETENSORS
+  assert kind == weights.TORCH
   assert_same(state, STATE)
 
 

@@ -94,6 +94,23 @@ class Case:
     )  # fmt: skip
     return np.asarray(logits)[..., : self.config.vocab_size]
 
+  def packed_logits(self) -> np.ndarray:
+    """The same rows in one row, each a segment: [batch, target length, vocabulary]."""
+    lengths = (self.inputs != 0).sum(axis=1)
+    batch, target_length = self.decoder_inputs.shape
+    decoder_inputs = self.decoder_inputs.reshape(1, -1)
+    logits = jax.jit(self.module.apply, static_argnames='enable_dropout')(
+        {'params': self.params}, self.inputs[self.inputs != 0][None], decoder_inputs,
+        decoder_inputs,
+        encoder_segment_ids=np.repeat(np.arange(batch) + 1, lengths)[None],
+        decoder_segment_ids=np.repeat(np.arange(batch) + 1, target_length)[None],
+        encoder_positions=np.concatenate([np.arange(n) for n in lengths])[None],
+        decoder_positions=np.tile(np.arange(target_length), batch)[None],
+        enable_dropout=False,
+    )  # fmt: skip
+    rows = np.asarray(logits)[..., : self.config.vocab_size]
+    return rows.reshape(batch, target_length, -1)
+
   def hf_columns(self, logits: np.ndarray) -> np.ndarray:
     """Columns in Hugging Face's order of ids."""
     return logits[..., tokenization.to_hf_ids(np.arange(logits.shape[-1]))]
@@ -135,6 +152,16 @@ def _random_leaf(rng, path, shape):
   return rng.normal(0, 0.3, shape)
 
 
+# Beside the usual one: one head and layer, many layers in a narrow model, and a wide
+# feed-forward with long position tables; vocabularies that no power of 2 divides.
+SHAPES = (
+  {'num_heads': 1, 'num_encoder_layers': 1, 'num_decoder_layers': 1, 'vocab_size': 67},
+  {'emb_dim': 8, 'num_heads': 4, 'num_encoder_layers': 12, 'num_decoder_layers': 2},
+  {'emb_dim': 80, 'num_heads': 5, 'mlp_dim': 333, 'max_positions': 1024,
+   'vocab_size': 1009, 'scan_layers': True},
+)  # fmt: skip
+
+
 def _case(seed: int = 0, **overrides) -> Case:
   """A small model and three rows of 11, 7 and 4 tokens."""
   fields = {
@@ -162,6 +189,11 @@ def _case(seed: int = 0, **overrides) -> Case:
     }
   )
   return Case(config, params, inputs, decoder_inputs)
+
+
+@pytest.fixture(params=SHAPES, ids=('small', 'deep', 'wide'))
+def shape(request) -> dict:
+  return request.param
 
 
 @pytest.fixture

@@ -18,6 +18,23 @@ def test_logits_equal_flax_bart(flax_peer, make_case, scan_layers):
   assert answer['logits'].std() > 0.3
 
 
+@pytest.mark.slow
+def test_logits_of_other_shapes_equal_flax_bart(flax_peer, make_case, shape):
+  case = make_case(seed=6, **shape)
+  answer = flax_peer(case.for_peer('flax'))
+  np.testing.assert_allclose(
+    case.hf_columns(case.logits()), answer['logits'], rtol=0, atol=1e-5
+  )
+
+
+def test_packed_rows_equal_flax_bart_on_each_alone(flax_peer, make_case):
+  case = make_case(seed=5, max_positions=40)
+  answer = flax_peer(case.for_peer('flax'))
+  np.testing.assert_allclose(
+    case.hf_columns(case.packed_logits()), answer['logits'], rtol=0, atol=1e-5
+  )
+
+
 def test_encoder_states_equal_flax_bart_at_padding_too(flax_peer, make_case):
   case = make_case(seed=1)
   answer = flax_peer(case.for_peer('flax'))

@@ -152,7 +152,7 @@ def exported(run, folder):
 
 
 def test_same_ids_as_generate(peer, framework, make_run, tmp_path):
-  run = make_run(tmp_path / 'a', seed=8, **SHAPE)
+  run = make_run(tmp_path / 'a', seed=10, **SHAPE)
   make_peaked(run)
   exported(run, tmp_path / 'out')
   greedy, beams, distance = generated(run)
@@ -167,7 +167,7 @@ def test_same_ids_as_generate(peer, framework, make_run, tmp_path):
 @pytest.mark.slow
 def test_forced_bos_of_an_imported_model(peer, framework, make_run, tmp_path):
   """Honoured here as there, and not a part of what is exported."""
-  run = make_run(tmp_path / 'a', seed=8, **SHAPE)
+  run = make_run(tmp_path / 'a', seed=10, **SHAPE)
   make_peaked(run)
   folder = tmp_path / 'out'
   exported(run, folder)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from bart_t5x import network, tokenization
-from bart_t5x.hf import convert
+from bart_t5x import model, network, tokenization, vocabularies
+from bart_t5x.hf import checkpoints, convert, export, run_config
 
 FRAMEWORKS = [
   pytest.param('flax', marks=pytest.mark.flax_peer),
@@ -111,6 +111,53 @@ def test_logits_and_tokens(peer, framework, make_run, tmp_path):
     assert decoded[i] == ours.decode(expected)
     if '<mask>' not in texts[i]:
       assert decoded[i] == texts[i]
+
+
+def loss_by(logits, targets):
+  """Mean cross-entropy of targets that are no padding, by the peer's logits.
+
+  Args:
+    logits: [batch, length, vocabulary], columns in Hugging Face's order.
+    targets: [batch, length], inside ids, 0 for padding.
+  """
+  logits = logits.astype(np.float64)
+  log_sums = np.log(np.exp(logits).sum(axis=-1))
+  columns = tokenization.to_hf_ids(targets)[..., None]
+  chosen = np.take_along_axis(logits, columns, axis=-1)[..., 0]
+  return (log_sums - chosen)[targets != 0].mean()
+
+
+def test_training_starts_at_the_peer_s_loss(peer, framework, make_run, tmp_path):
+  """From an imported checkpoint, for the same batch, with padding."""
+  folder = exported(make_run(tmp_path / 'a', seed=4), tmp_path)
+  imported = tmp_path / 'in'
+  assert convert.main([
+      'import', f'--model={folder}', f'--output_dir={imported}'
+  ]) == 0  # fmt: skip
+  config = export.bart_config(run_config.read(imported / 'config.gin'))
+  vocabulary = vocabularies.load_vocabulary(str(imported))
+  bart = model.BartModel(
+    network.Transformer(config), vocabulary, vocabulary, optimizer_def=None
+  )
+  inputs, decoder_inputs = batch()
+  targets = np.zeros_like(decoder_inputs)
+  for row, length in enumerate((9, 6, 4)):
+    targets[row, :length] = [*decoder_inputs[row, 1:length], 2]
+  loss, metrics = jax.jit(
+    lambda params, features: bart.loss_fn(params, features, None)
+  )(
+    checkpoints.read_params(imported / 'checkpoint_0'),
+    {
+      'encoder_input_tokens': inputs,
+      'decoder_input_tokens': decoder_inputs,
+      'decoder_target_tokens': targets,
+      'decoder_loss_weights': (targets != 0).astype(np.float32),
+    },
+  )
+  expected = loss_by(ask(peer, framework, folder, [])['logits'], targets)
+  assert float(metrics['loss'].compute()) == pytest.approx(expected, abs=1e-5)
+  # The sum is what is differentiated.
+  assert float(loss) == pytest.approx(expected * 19, rel=1e-5)
 
 
 def test_an_imported_model_is_the_same_model(peer, framework, make_run, tmp_path):

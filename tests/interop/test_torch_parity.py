@@ -15,6 +15,22 @@ def test_logits_equal_torch_bart(torch_peer, make_case):
   assert answer['logits'].std() > 0.3
 
 
+def test_logits_of_other_shapes_equal_torch_bart(torch_peer, make_case, shape):
+  case = make_case(seed=6, **shape)
+  answer = torch_peer(case.for_peer('torch'))
+  np.testing.assert_allclose(
+    case.hf_columns(case.logits()), answer['logits'], rtol=0, atol=2e-5
+  )
+
+
+def test_packed_rows_equal_torch_bart_on_each_alone(torch_peer, make_case):
+  case = make_case(seed=5, max_positions=40)
+  answer = torch_peer(case.for_peer('torch'))
+  np.testing.assert_allclose(
+    case.hf_columns(case.packed_logits()), answer['logits'], rtol=0, atol=2e-5
+  )
+
+
 def test_encoder_states_equal_torch_bart(torch_peer, make_case):
   """At real tokens; what is computed at padding is nobody's business."""
   case = make_case(seed=4)
