@@ -51,7 +51,7 @@ RUNS = {
 # Included by run files, which define what these use.
 PARTS = ('adamw', 'denoising')
 # Given after a run's file, which they need.
-ADDITIONS = ('push_to_hub',)
+ADDITIONS = ('from_checkpoint', 'push_to_hub')
 # What a run file gives to a model file.
 FOR_A_MODEL = (
   "MIXTURE_OR_TASK_NAME = 'norwegian_denoising'",

@@ -23,7 +23,8 @@ class Saved:
   """An array as PyTorch pickles a tensor: a call over a stored buffer."""
 
   def __init__(self, array, key, transposed=False):
-    self.array, self.key, self.transposed = array, key, transposed
+    self.array = np.ascontiguousarray(array)
+    self.key, self.transposed = key, transposed
 
   def __reduce__(self):
     strides = tuple(s // self.array.itemsize for s in self.array.strides)

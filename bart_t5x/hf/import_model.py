@@ -30,12 +30,13 @@ _DROPOUTS = ('dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate'
 _GIN = """\
 # {model}, imported from {origin}.
 #
-# Give this file to train, eval and infer instead of one of gin/models, and
+# Give this file after that of a run, instead of one of gin/models, and as the
+# checkpoint
 #   {checkpoint}
-# as CHECKPOINT_PATH, or as INITIAL_CHECKPOINT_PATH to train on. The checkpoint has
-# no state of an optimizer: training begins with a fresh one if
-# utils.RestoreCheckpointConfig.strict = False. The task must use the tokenizer
-# beside this file: name this folder where a corpus folder is asked for.
+# It is CHECKPOINT_PATH to gin/eval.gin and gin/infer.gin, INITIAL_CHECKPOINT_PATH to
+# gin/finetune.gin, and with gin/from_checkpoint.gin to the files that pre-train. The
+# task must use the tokenizer beside this file: name this folder where a corpus folder
+# is asked for.
 include 'gin/models/bart.gin'
 
 DROPOUT_RATE = {dropout_rate}

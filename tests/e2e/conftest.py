@@ -73,6 +73,19 @@ def gin_flags(files, bindings):
   ]
 
 
+def scalars(folder, tag='loss'):
+  """{step: value} of a scalar in a folder's TensorBoard files."""
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.util import tensor_util
+
+  events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
+  events.Reload()
+  return {
+    event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+    for event in events.Tensors(tag)
+  }
+
+
 TRAIN_FILES = ('gin/bart_mini_no.gin', 'gin/models/tiny.gin')
 
 
@@ -227,5 +240,6 @@ def helpers():
     TRAIN_FILES=TRAIN_FILES,
     gin_flags=gin_flags,
     tiny_training=tiny_training,
+    scalars=scalars,
     made_up_norwegian=made_up_norwegian,
   )

@@ -37,21 +37,10 @@ def whole(train, tmp_path_factory):
   return folder
 
 
-def scalars(folder, tag='loss'):
-  """{step: value} of a scalar in a folder's TensorBoard files."""
-  from tensorboard.backend.event_processing import event_accumulator
-  from tensorboard.util import tensor_util
-
-  events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
-  events.Reload()
-  return {
-    event.step: float(tensor_util.make_ndarray(event.tensor_proto))
-    for event in events.Tensors(tag)
-  }
-
-
-def held_out(run, tag='loss'):
-  return scalars(run / 'training_eval' / TASK, tag)
+@pytest.fixture(scope='module')
+def held_out(helpers):
+  """{step: value} of a run's metric on held-out documents."""
+  return lambda run, tag='loss': helpers.scalars(run / 'training_eval' / TASK, tag)
 
 
 def saved_state(checkpoint):
@@ -84,7 +73,7 @@ def test_prepare(data_root, helpers):
   assert 0 < corpus['baselines']['unigram_loss'] < np.log(512)
 
 
-def test_train_leaves_its_files_and_learns(whole):
+def test_train_leaves_its_files_and_learns(whole, held_out, helpers):
   names = {path.name for path in whole.iterdir()}
   assert names >= {'config.gin', 'model-info.txt', 'train', 'training_eval'}
   # keep = 2 in the run's file.
@@ -99,9 +88,9 @@ def test_train_leaves_its_files_and_learns(whole):
   for tag in ('accuracy', 'infilled_accuracy', 'copied_accuracy', 'hf_compat_loss'):
     values = held_out(whole, tag)
     assert np.isfinite(list(values.values())).all()
-  training = scalars(whole / 'train')
+  training = helpers.scalars(whole / 'train')
   assert list(training) == list(range(20, STEPS + 1, 20))
-  rates = scalars(whole / 'train', 'learning_rate/current')
+  rates = helpers.scalars(whole / 'train', 'learning_rate/current')
   assert max(rates.values()) <= 3e-3 and rates[STEPS] < rates[40]
   assert f'TRAIN_STEPS = {STEPS}' in (whole / 'config.gin').read_text()
 
@@ -109,7 +98,9 @@ def test_train_leaves_its_files_and_learns(whole):
 # ---- Stops ----
 
 
-def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(train, whole, tmp_path):
+def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
+  train, whole, held_out, tmp_path
+):
   """Killed after its first checkpoint, then asked to stop in mid-period."""
   run = tmp_path / 'run'
   killed = train(run)
@@ -142,7 +133,7 @@ def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(train, whole, tm
 # ---- eval, infer, export ----
 
 
-def test_eval(whole, helpers, data_root, tmp_path):
+def test_eval(whole, held_out, helpers, data_root, tmp_path):
   flags = helpers.gin_flags(
     ('gin/eval.gin', 'gin/models/tiny.gin'),
     {
