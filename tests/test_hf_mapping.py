@@ -9,12 +9,21 @@ from bart_t5x import network, tokenization
 from bart_t5x.hf import mapping
 
 
-def _params(scan_layers=False, seed=0):
-  config = network.BartConfig(
-      vocab_size=11, emb_dim=4, num_heads=2, num_encoder_layers=2,
-      num_decoder_layers=12, mlp_dim=6, max_positions=5, vocab_multiple_of=8,
-      scan_layers=scan_layers,
-  )  # fmt: skip
+SHAPES = (
+  {},
+  {'num_encoder_layers': 1, 'num_decoder_layers': 1, 'num_heads': 1},
+  {'emb_dim': 10, 'num_heads': 5, 'num_encoder_layers': 11, 'mlp_dim': 7},
+  {'max_positions': 1030, 'emb_dim': 6, 'num_heads': 3},
+)
+
+
+def _params(scan_layers=False, seed=0, **shape):
+  fields = {
+      'vocab_size': 11, 'emb_dim': 4, 'num_heads': 2, 'num_encoder_layers': 2,
+      'num_decoder_layers': 12, 'mlp_dim': 6, 'max_positions': 5,
+      'vocab_multiple_of': 8, **shape,
+  }  # fmt: skip
+  config = network.BartConfig(scan_layers=scan_layers, **fields)
   tokens = jnp.ones((1, 2), jnp.int32)
   shapes = jax.eval_shape(
     lambda: network.Transformer(config).init(
@@ -34,8 +43,10 @@ def _assert_same(left, right):
 
 @pytest.mark.parametrize('framework', ['flax', 'torch'])
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_there_and_back(framework, scan_layers):
-  params = _params(scan_layers)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_there_and_back(framework, scan_layers, shape):
+  """Every bit, and from there to Hugging Face again."""
+  params = _params(scan_layers, **shape)
   tensors = mapping.to_hf(params, 11, framework)
   back = mapping.from_hf(
     tensors, framework, padded_vocab_size=16, scan_layers=scan_layers
@@ -44,6 +55,7 @@ def test_there_and_back(framework, scan_layers):
   params['token_embedder']['embedding'][11:] = 0
   params['final_logits_bias'][11:] = 0
   _assert_same(back, params)
+  _assert_same(mapping.to_hf(back, 11, framework), tensors)
 
 
 def test_more_than_ten_layers_keep_their_order():

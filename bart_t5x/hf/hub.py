@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import huggingface_hub
 import huggingface_hub.utils
 
-from bart_t5x.hf import weights
+from bart_t5x.hf import tokenizer_import, weights
 
 _LOGIN = 'Log in with `hf auth login`, or set HF_TOKEN to a token that may write.'
 
@@ -142,7 +142,8 @@ def download(repo_id: str, revision: str | None = None) -> pathlib.Path:
         revision=info.sha,
         allow_patterns=[
           'config.json',
-          'tokenizer.json',
+          'generation_config.json',
+          *tokenizer_import.FILES,
           f'{stem}.{suffix}',
           f'{stem}-*.{suffix}',
           f'{stem}.{suffix}.index.json',
