@@ -8,7 +8,6 @@ import pytest
 from bart_t5x import network, tokenization
 from bart_t5x.hf import mapping
 
-
 SHAPES = (
   {},
   {'num_encoder_layers': 1, 'num_decoder_layers': 1, 'num_heads': 1},
