@@ -14,9 +14,11 @@ from tasks import input_file
 from tasks.pretrain import data_root
 
 
-def _inputs(split: str, shuffle_files: bool = False) -> tf.data.Dataset:
+def _inputs(
+  split: str, shuffle_files: bool = False, seed: int | None = None
+) -> tf.data.Dataset:
   """The only split there is: the file that gin names."""
-  del split, shuffle_files
+  del split, shuffle_files, seed
   return input_file.dataset()
 
 

@@ -76,7 +76,7 @@ def test_train_and_eval_agree_about_where_it_starts(
 ):
   """Held-out loss before the first step is that of the imported weights."""
   checkpoint = str(imported / 'checkpoint_0')
-  tiny = helpers.tiny_training(tmp_path / 'run', TRAIN_STEPS=20)
+  tiny = helpers.tiny_training(tmp_path / 'run', TRAIN_STEPS=20, WARMUP_STEPS=5)
   tiny |= {'train.eval_period': 20, 'utils.SaveCheckpointConfig.period': 20}
   text = call(
     helpers,
@@ -117,7 +117,7 @@ def test_train_and_eval_agree_about_where_it_starts(
   assert loss[20] < loss[0]
 
 
-def test_infer_begins_with_the_forced_token(imported, helpers, data_root, tmp_path):
+def test_infer(imported, helpers, data_root, tmp_path):
   assert 'forced_first_id = 1' in (imported / 'config.gin').read_text()
   sentences = tmp_path / 'sentences.txt'
   sentences.write_text('Sak 7: <mask> på fjordveien.\nÅse <mask>.\n', encoding='utf-8')
@@ -161,12 +161,13 @@ def test_finetune(imported, helpers, data_root, tmp_path, monkeypatch):
       MIXTURE_OR_TASK_NAME='imported_finetuning',
       INITIAL_CHECKPOINT_PATH=str(imported / 'checkpoint_0'),
       MODEL_DIR=str(tmp_path / 'run'),
-      TRAIN_STEPS_RELATIVE=20,
-      EVAL_PERIOD=20,
+      TRAIN_STEPS_RELATIVE=10,
+      EVAL_PERIOD=10,
+      NUM_BEAMS=1,
       BATCH_SIZE=8,
       WARMUP_STEPS=2,
       LEARNING_RATE=1e-3,
     ),
   )
-  assert 'Finished at step 20' in text
-  assert (tmp_path / 'run/checkpoint_20').exists()
+  assert 'Finished at step 10' in text
+  assert (tmp_path / 'run/checkpoint_10').exists()
