@@ -13,13 +13,14 @@ from flax.linen import partitioning
 
 from bart_t5x import model, network
 from bart_t5x.hf import mapping
-from t5x import models
+from t5x import decoding, models
 from t5x import partitioning as t5x_partitioning
 
 CONFIG = network.BartConfig(
     vocab_size=40, emb_dim=12, num_heads=4, num_encoder_layers=1,
     num_decoder_layers=1, mlp_dim=16, max_positions=16, vocab_multiple_of=8,
 )  # fmt: skip
+GREEDY = functools.partial(decoding.temperature_sample, temperature=0.0)
 VOCABULARY = seqio.PassThroughVocabulary(40, eos_id=2)
 
 
@@ -309,6 +310,36 @@ def test_every_beam_s_score_is_that_of_its_sequence():
     }
     scores = jax.jit(bart.score_batch)(_params(), again)
     np.testing.assert_allclose(aux['scores'][:, beam], scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize('decode_fn', [decoding.beam_search, GREEDY])
+def test_a_forced_first_token_is_like_a_prompt(decode_fn):
+  """Of that one token, which costs nothing; a prompt overrules it."""
+
+  def predict(forced, first):
+    bart = _model(decode_fn=decode_fn, forced_first_id=forced)
+    batch = _batch(3)
+    batch['decoder_input_tokens'] = np.zeros_like(batch['decoder_input_tokens'])
+    batch['decoder_input_tokens'][:, 1] = first
+    run = functools.partial(
+      bart.predict_batch_with_aux, num_decodes=2, prompt_with_targets=bool(first)
+    )
+    sequences, aux = jax.jit(run)(_params(), batch, rng=jax.random.key(0))
+    return np.asarray(sequences), np.asarray(aux['scores'])
+
+  sequences, scores = predict(forced=7, first=0)
+  assert (sequences[:, 0] == 7).all()
+  assert (predict(forced=None, first=0)[0][:, 0] != 7).any()
+  for forced in (None, 9):
+    expected, expected_scores = predict(forced, first=7)
+    np.testing.assert_array_equal(sequences, expected)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+
+
+@pytest.mark.parametrize('wrong', [0, 40, -1])
+def test_a_forced_token_that_is_no_id_is_refused(wrong):
+  with pytest.raises(ValueError, match=f'above 0 and below 40, or None. Got: {wrong}'):
+    _model(forced_first_id=wrong)
 
 
 def test_scores_equal_t5x_with_full_logits():

@@ -1,6 +1,5 @@
 """A BART of Hugging Face or fairseq as a T5X checkpoint, with its gin file."""
 
-import json
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from bart_t5x.hf import (
   fairseq,
   folders,
   mapping,
+  tokenizer_files,
   tokenizer_import,
   weights,
 )
@@ -70,13 +70,6 @@ class Source(NamedTuple):
   forced_first_id: int | None
 
 
-def _read_json(path: pathlib.Path) -> Any:
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
-
-
 def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], int | None]:
   """What a model folder's configurations say.
 
@@ -93,11 +86,11 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], int | None]:
       f'{folder} is no model folder: it holds no config.json (Hugging Face) and no '
       f'{fairseq.MODEL} (fairseq)'
     )
-  hf = _read_json(path)
+  hf = tokenizer_files.read_json(path)
   fields = configs.from_hf(hf)
   generation = folder / 'generation_config.json'
   forced = configs.forced_bos(
-    hf, _read_json(generation) if generation.exists() else None
+    hf, tokenizer_files.read_json(generation) if generation.exists() else None
   )
   if forced is not None:
     forced = int(tokenization.from_hf_ids(np.asarray(forced)))

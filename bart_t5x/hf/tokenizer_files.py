@@ -74,3 +74,18 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
   """Writes JSON as people read it: indented, æøå as they are."""
   text = json.dumps(content, ensure_ascii=False, indent=2) + '\n'
   path.write_text(text, encoding='utf-8')
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    ValueError: the file holds none.
+  """
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} holds no JSON object but a {type(content).__name__}')
+  return content

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bart_t5x import tokenization
-from bart_t5x.hf import fairseq
+from bart_t5x.hf import fairseq, tokenizer_files
 from bart_t5x.tokenization import BOS, EOS, MASK, PAD, UNK
 
 # Names that SentencePiece models bear in model folders.
@@ -72,7 +72,7 @@ def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
   elif (folder / tokenization.BYTE_LEVEL_FILE).exists():
     found = _tokenizer_json(folder / tokenization.BYTE_LEVEL_FILE)
   elif has(_BYTE_LEVEL):
-    vocabulary = _read_json(folder / _BYTE_LEVEL[0])
+    vocabulary = tokenizer_files.read_json(folder / _BYTE_LEVEL[0])
     found = _byte_level(vocabulary, folder / _BYTE_LEVEL[1])
   elif symbols is not None and has(_GPT2):
     vocabulary = _gpt2_vocabulary(folder / _GPT2[0], symbols)
@@ -92,27 +92,14 @@ def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
   return found
 
 
-def _read_json(path: pathlib.Path) -> dict:
-  """A JSON object.
-
-  Raises:
-    ValueError: it is none.
-  """
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
-  if not isinstance(content, dict):
-    raise ValueError(f'{path} holds no JSON object but {type(content).__name__}')
-  return content
-
-
 # ---- byte-level BPE ----------------------------------------------------------
 
 
 def _tokenizer_json(path: pathlib.Path) -> TokenizerFile:
   """A tokenizer.json as it is, if it is byte-level BPE."""
-  if '"ByteLevel"' not in json.dumps(_read_json(path).get('pre_tokenizer')):
+  if '"ByteLevel"' not in json.dumps(
+    tokenizer_files.read_json(path).get('pre_tokenizer')
+  ):
     raise ValueError(
       f'{path} is no byte-level BPE, and its SentencePiece model does not lie beside '
       f'it. Put it there, {_SKIP}'
@@ -130,7 +117,7 @@ def _gpt2_vocabulary(path: pathlib.Path, symbols: Sequence[str]) -> dict[str, in
   Raises:
     ValueError: a token has no id in dict.txt.
   """
-  numbers = _read_json(path)
+  numbers = tokenizer_files.read_json(path)
   ids = _with_specials(symbols)
   lacking = [token for token, number in numbers.items() if str(number) not in ids]
   if lacking:
