@@ -175,7 +175,10 @@ def _call(kernel, outputs, settings, activations, segments, seeds, starts):
   settings = settings._replace(group=_heads_a_block(*activations[0].shape[2:]))
   lanes = settings.group * settings.head_dim
   queries, keys = (_filled(s, 1, _rounded(s.shape[1]), _FILL_SEGMENT) for s in segments)
-  scalars = jnp.concatenate([jax.lax.bitcast_convert_type(seeds, jnp.int32), starts])
+  row_seed = jax.lax.bitcast_convert_type(seeds[:1], jnp.int32)
+  scalars = jnp.concatenate([row_seed, starts])
+  # The same for every row, head and query: not worked out again in each program.
+  key_bits = dropout.column_bits(jnp.arange(keys.shape[1], dtype=jnp.uint32), seeds[1])
 
   size = kernels.query_block(filled)
 
@@ -195,6 +198,7 @@ def _call(kernel, outputs, settings, activations, segments, seeds, starts):
       pl.BlockSpec(memory_space=pltpu.SMEM),
       pl.BlockSpec((None, 1, size), lambda row, _, part: (row, 0, part)),
       pl.BlockSpec((None, keys.shape[1], 1), lambda row, *_: (row, 0, 0)),
+      pl.BlockSpec((keys.shape[1], 1), lambda *_: (0, 0)),
       *(spec(x) for spec, x in zip(by_query, laid, strict=True)),
     ],
     out_specs=[by_query[index](x) for index, x in zip(outputs, results, strict=True)],
@@ -207,7 +211,7 @@ def _call(kernel, outputs, settings, activations, segments, seeds, starts):
     cost_estimate=_cost(laid, results, settings),
     interpret=settings.interpret,
     name=f'flash_attention_{kernel.__name__}',
-  )(scalars, queries[:, None], keys[:, :, None], *laid)
+  )(scalars, queries[:, None], keys[:, :, None], key_bits[:, None], *laid)
   return [_from_lanes(x, activations[i]) for x, i in zip(out, outputs, strict=True)]
 
 

@@ -114,37 +114,35 @@ def _weights(key, query, mask, settings):
 
 def _first_row(scalars, settings):
   """The number of this program's row and first head, among those of all."""
-  row = scalars[2] + pl.program_id(0)
-  return row * settings.heads + scalars[3] + pl.program_id(1) * settings.group
+  row = scalars[1] + pl.program_id(0)
+  return row * settings.heads + scalars[2] + pl.program_id(1) * settings.group
 
 
-def _dropper(scalars, row, first, shape, settings):
+def _dropper(scalars, key_bits, row, first, shape, settings):
   """A function that drops weights [key, query] as `dropout.dropout` would."""
   rate = settings.dropout_rate
   if not rate:
     return lambda weights: weights
-  seeds = [jax.lax.bitcast_convert_type(scalars[i], jnp.uint32) for i in (0, 1)]
+  seed = jax.lax.bitcast_convert_type(scalars[0], jnp.uint32)
   rows = row * settings.queries + first
   rows = rows + jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
-  columns = jax.lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
-  bits = dropout.joined_bits(
-    dropout.row_bits(rows.astype(jnp.uint32), seeds[0]),
-    dropout.column_bits(columns.astype(jnp.uint32), seeds[1]),
-  )
+  row_bits = dropout.row_bits(rows.astype(jnp.uint32), seed)
+  bits = dropout.joined_bits(row_bits, key_bits[: shape[0], :])
   kept = bits >= jnp.uint32(dropout.threshold(rate))
   return lambda weights: jnp.where(kept, weights * (1 / (1 - rate)), 0)
 
 
 def forward_kernel(
-  settings, scalars, query_segments, key_segments, query, key, value, out
+  settings, scalars, query_segments, key_segments, key_bits, query, key, value, out
 ):
   """Mixes values for one block of queries.
 
   Args:
     settings: constants.
-    scalars: int32 [4]: dropout's two seeds, this part's first row and first head.
+    scalars: int32 [3]: dropout's seed, this part's first row and first head.
     query_segments: [1, queries].
     key_segments: [keys, 1].
+    key_bits: [keys, 1], what each key adds to dropout's bits.
     query: [queries, lanes].
     key: [keys, lanes].
     value: [keys, lanes].
@@ -156,7 +154,7 @@ def forward_kernel(
     mask = _visible(query_segments, key_segments, first, limit, settings.causal)
     mixed = jnp.zeros(query.shape, jnp.float32)
     for head in range(settings.group):
-      drop = _dropper(scalars, first_row + head, first, mask.shape, settings)
+      drop = _dropper(scalars, key_bits, first_row + head, first, mask.shape, settings)
       own = _own_lanes(head, settings)
       asked = jnp.where(own, query[...], 0)
       weights, _ = _weights(key[:limit, :], asked, mask, settings)
@@ -169,14 +167,15 @@ def forward_kernel(
   _for_own_block(block, queries, key.shape[0], settings.causal)
 
 
-def backward_kernel(settings, scalars, query_segments, key_segments, *refs):
+def backward_kernel(settings, scalars, query_segments, key_segments, key_bits, *refs):
   """Gradients of one block of queries; after the last, of keys and values.
 
   Args:
     settings: constants.
-    scalars: as in `forward_kernel`, and so the segments.
+    scalars: as in `forward_kernel`, and so the next three.
     query_segments: [1, queries].
     key_segments: [keys, 1].
+    key_bits: [keys, 1].
     *refs: query, key, value; gradients of the mixed values [queries, lanes]; the
       three gradients, written; sums [keys, lanes] in float32 for the last two.
   """
@@ -193,7 +192,7 @@ def backward_kernel(settings, scalars, query_segments, key_segments, *refs):
     mask = _visible(query_segments, key_segments, first, limit, settings.causal)
     query_sum = jnp.zeros(query.shape, jnp.float32)
     for head in range(settings.group):
-      drop = _dropper(scalars, first_row + head, first, mask.shape, settings)
+      drop = _dropper(scalars, key_bits, first_row + head, first, mask.shape, settings)
       own = _own_lanes(head, settings)
       asked = jnp.where(own, query[...], 0)
       wanted = jnp.where(own, by_mixed[...], 0)
