@@ -19,12 +19,12 @@ from bart_t5x.hf import checkpoints, convert, mapping
 from t5x import decoding
 
 FRAMEWORKS = [
-  pytest.param('flax', marks=pytest.mark.flax_peer),
+  # FlaxBart's searches take long to compile.
+  pytest.param('flax', marks=[pytest.mark.flax_peer, pytest.mark.slow]),
   pytest.param('torch', marks=pytest.mark.torch_peer),
 ]
 LENGTH = 39  # most tokens, the start not counted
 ROWS = 16
-# Few layers: FlaxBart's searches take long to compile.
 SHAPE = {'num_encoder_layers': 1, 'num_decoder_layers': 2}
 
 
@@ -164,7 +164,6 @@ def test_same_ids_as_generate(peer, framework, make_run, tmp_path):
   assert len(lengths) > 4 and max(lengths) < LENGTH - 1
 
 
-@pytest.mark.slow
 def test_forced_bos_of_an_imported_model(peer, framework, make_run, tmp_path):
   """Honoured here as there, and not a part of what is exported."""
   run = make_run(tmp_path / 'a', seed=10, **SHAPE)

@@ -63,6 +63,7 @@ def test_sentencepiece_with_a_dictionary(peer, tmp_path):
   check(peer, 'BartphoTokenizer', tmp_path, 4 + len(symbols) + 1)
 
 
+@pytest.mark.slow
 def test_vocab_and_merges(peer, make_run, tmp_path):
   """The files of BART's slow tokenizer."""
   run = make_run(tmp_path / 'a')
