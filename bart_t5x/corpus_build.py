@@ -8,7 +8,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -73,7 +72,9 @@ def build(
       settings['min_validation_documents'],
     )
   _check_size(kept, settings)
-  name, content = _tokenizer(kept, settings)
+  with _step('Training the tokenizer'):
+    content = _train_tokenizer(kept, settings)
+  name = tokenizer_training.file_name(settings['tokenizer'])
   with open(os.path.join(folder, name), 'xb') as f:
     f.write(content)
     f.flush()
@@ -90,7 +91,7 @@ def build(
     'settings': dict(settings),
     'source_files': {p: os.path.getsize(p) for p in source.files},
     'vocab_size': vocabulary.vocab_size,
-    'tokenizer': settings.get('tokenizer', 'a file'),
+    'tokenizer': settings['tokenizer'],
     'vocabulary_sha256': hashlib.sha256(content).hexdigest(),
     'text_sha256': kept.text_sha256,
     'splits': {name: total.summary() for name, total in totals.items()},
@@ -123,20 +124,6 @@ def default_num_shards(num_bytes: int) -> int:
   """
   wanted = max(min(num_bytes / (2 * _MEGABYTE), 64), num_bytes / (256 * _MEGABYTE), 1)
   return 2 ** math.ceil(math.log2(wanted))
-
-
-def _tokenizer(kept: spool.Spool, settings: Mapping[str, Any]) -> tuple[str, bytes]:
-  """Name and content of the tokenizer's file: one that is there, or trained."""
-  if 'tokenizer_file' in settings:
-    content = pathlib.Path(settings['tokenizer_file']).read_bytes()
-    # Read now: a file that is none should not be found out in the worker processes.
-    tokenization.read_tokenizer(settings['tokenizer_file'], content)
-    is_json = tokenization.is_json(content)
-    name = tokenization.BYTE_LEVEL_FILE if is_json else tokenization.SENTENCEPIECE_FILE
-    return name, content
-  with _step('Training the tokenizer'):
-    content = _train_tokenizer(kept, settings)
-  return tokenizer_training.file_name(settings['tokenizer']), content
 
 
 def _train_tokenizer(kept: spool.Spool, settings: Mapping[str, Any]) -> bytes:

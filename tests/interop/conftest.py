@@ -64,13 +64,13 @@ def torch_folder_peer(tmp_path):
 
 
 @pytest.fixture
-def flax_tokenizer_peer(tmp_path):
-  return _run_peer('FLAX_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
+def flax_tokenizer_class_peer(tmp_path):
+  return _run_peer('FLAX_PEER_PYTHON', 'tokenizer_class_peer.py', tmp_path)
 
 
 @pytest.fixture
-def torch_tokenizer_peer(tmp_path):
-  return _run_peer('TORCH_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
+def torch_tokenizer_class_peer(tmp_path):
+  return _run_peer('TORCH_PEER_PYTHON', 'tokenizer_class_peer.py', tmp_path)
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ def texts(masks=True):
 
 @pytest.fixture(params=FRAMEWORKS)
 def peer(request):
-  return request.getfixturevalue(f'{request.param}_tokenizer_peer')
+  return request.getfixturevalue(f'{request.param}_tokenizer_class_peer')
 
 
 def check(peer, tokenizer_class, folder, vocab_size):

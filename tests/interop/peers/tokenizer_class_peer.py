@@ -1,6 +1,6 @@
 """Tokenizes texts with a tokenizer's folder, in a Python that has transformers.
 
-Usage: tokenizer_peer.py IN.npz OUT.npz. IN holds `folder`, `tokenizer` (the name of a
+Usage: tokenizer_class_peer.py IN.npz OUT.npz. IN holds `folder`, `tokenizer` (the name of a
 class) and `texts` (JSON list). OUT gets `ids` (JSON list of lists).
 """
 
