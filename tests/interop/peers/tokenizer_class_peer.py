@@ -1,7 +1,7 @@
 """Tokenizes texts with a tokenizer's folder, in a Python that has transformers.
 
-Usage: tokenizer_class_peer.py IN.npz OUT.npz. IN holds `folder`, `tokenizer` (the name of a
-class) and `texts` (JSON list). OUT gets `ids` (JSON list of lists).
+Usage: tokenizer_class_peer.py IN.npz OUT.npz. IN holds `folder`, `tokenizer` (the
+name of a class) and `texts` (JSON list). OUT gets `ids` (JSON list of lists).
 """
 
 import json
