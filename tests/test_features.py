@@ -143,7 +143,7 @@ def first_fit(sizes, caps):
 
 def test_it_is_first_fit():
   made = examples(300, longest=60)
-  lengths = {'inputs': 50, 'targets': 64}
+  lengths = {'inputs': 54, 'targets': 64}
   firsts = {int(e['targets'][0]): i for i, e in enumerate(made)}
   rows = features.pack_first_fit(
     dataset(made), {**lengths, 'targets_noised': 64}, window=300, open_rows=1000
@@ -153,7 +153,7 @@ def test_it_is_first_fit():
     begins = row['targets'][(row['targets_positions'] == 0) & (row['targets'] > 0)]
     got.append([firsts[int(token)] for token in begins])
   sizes = [(len(e['inputs']), len(e['targets'])) for e in made]
-  assert got == first_fit(sizes, (50, 64))
+  assert got == first_fit(sizes, (54, 64))
 
 
 def test_rows_close_in_turn():
@@ -221,6 +221,13 @@ def test_p17_packing_resumes_within_a_window(tmp_path):
 def test_longer_examples_than_the_rows_are_refused():
   with pytest.raises(tf.errors.InvalidArgumentError, match='length'):
     converted(examples(20), {'inputs': 64, 'targets': 16})
+
+
+def test_codes_that_are_not_one_for_each_target_are_refused():
+  made = examples(20)
+  made[7]['targets_noised'] = made[7]['targets_noised'][1:]
+  with pytest.raises(tf.errors.InvalidArgumentError, match='differ in length'):
+    converted(made, {'inputs': 64, 'targets': 64})
 
 
 def test_an_empty_dataset_gives_no_rows():

@@ -259,10 +259,12 @@ def test_bad_input_is_one_message_and_writes_nothing(run, tmp_path, capsys, mess
   assert not parent.exists() or not names(parent)
 
 
-def test_a_sentencepiece_tokenizer_is_refused(run, tmp_path, capsys):
-  (run.corpus / 'tokenizer.json').rename(run.corpus / 'tokenizer.model')
-  assert export_command(run, tmp_path / 'out') == 1
-  assert 'is a SentencePiece model: only byte-level' in capsys.readouterr().err
+def test_a_sentencepiece_tokenizer_becomes_a_tokenizer_json(make_run, tmp_path):
+  run = make_run(tmp_path, tokenizer='unigram')
+  assert export_command(run, tmp_path / 'out') == 0
+  written = json.loads((tmp_path / 'out/tokenizer.json').read_text())
+  assert written['model']['type'] == 'Unigram'
+  assert len(written['model']['vocab']) == run.config.vocab_size
 
 
 def test_defaults_of_a_run_s_config(run):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from bart_t5x import corpus_build, prepare
+from bart_t5x import corpus_build, prepare, vocabularies
 
 
 @pytest.fixture
@@ -206,6 +206,60 @@ def test_interrupted(text_file, tmp_path):
   assert error.strip().splitlines()[-1] == (
     'prepare: interrupted; nothing was left behind'
   )
+  assert not out.exists()
+
+
+@pytest.mark.parametrize('kind', ['bytelevel', 'unigram'])
+def test_a_second_corpus_with_the_tokenizer_of_the_first(
+  text_file, tmp_path, capsys, kind
+):
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  assert prepare.main(arguments(text_file, first, f'--tokenizer={kind}')) == 0
+  other = tmp_path / 'nynorsk.txt'
+  other.write_text(''.join(f'Ei anna bok {i} på nynorsk 中.\n' for i in range(300)))
+  args = ['--source=text', f'--input={other}', f'--output_dir={second}']
+  args += [f'--tokenizer_file={first}', '--num_workers=1']
+  assert prepare.main(args) == 0
+  corpora = [json.loads((f / 'corpus.json').read_text()) for f in (first, second)]
+  for name in ('vocab_size', 'tokenizer', 'vocabulary_sha256'):
+    assert corpora[0][name] == corpora[1][name], name
+  one, two = (vocabularies.load_vocabulary(str(f)) for f in (first, second))
+  assert one == two and one.tokenizer.kind == kind
+  # Used again by content, wherever the file lies; another one is another corpus.
+  (tmp_path / 'moved').mkdir()
+  for name in ('tokenizer.json', 'tokenizer.model'):
+    if (first / name).exists():
+      args[3] = f'--tokenizer_file={tmp_path / "moved" / name}'
+      (first / name).rename(tmp_path / 'moved' / name)
+  capsys.readouterr()
+  assert prepare.main(args) == 0
+  assert 'Reusing' in capsys.readouterr().out
+  assert prepare.main([*args[:3], '--vocab_size=300', '--num_workers=1']) == 2
+  assert 'holds a corpus made with other arguments' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('content', 'more', 'message'),
+  [
+    (None, [], 'There is no file'),
+    (b'', [], 'is no SentencePiece model'),
+    (b'{"a": 1}', [], 'is no tokenizer of `tokenizers`'),
+    (b'{}', ['--vocab_size=300'], '--vocab_size has no effect'),
+    (b'{}', ['--tokenizer=bpe'], '--tokenizer has no effect'),
+    ('folder', [], 'is a folder with neither tokenizer.json nor tokenizer.model'),
+  ],
+)
+def test_bad_tokenizer_files(text_file, tmp_path, capsys, content, more, message):
+  path = tmp_path / 'given.json'
+  if content == 'folder':
+    path.mkdir()
+  elif content is not None:
+    path.write_bytes(content)
+  out = tmp_path / 'out'
+  args = ['--source=text', f'--input={text_file}', f'--output_dir={out}']
+  assert prepare.main([*args, f'--tokenizer_file={path}', *more]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count('\n') == 1
   assert not out.exists()
 
 

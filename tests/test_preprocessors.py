@@ -35,9 +35,28 @@ CUTS_BY_HAND = [
 
 @pytest.mark.parametrize(('size', 'starts', 'room', 'want'), CUTS_BY_HAND)
 def test_cuts_by_hand(size, starts, room, want):
-  starts = tf.constant(starts, tf.int32)
-  cuts = preprocessors.cut_points(tf.constant(size), starts, room)
-  assert cuts.numpy().tolist() == want == oracle_cuts(size, starts.numpy(), room)
+  cuts = preprocessors.cut_points(
+    tf.constant([0, size]), tf.constant(starts, tf.int32), room
+  )
+  assert cuts.numpy().tolist() == want == oracle_cuts(size, starts, room)
+
+
+@pytest.mark.parametrize('room', [3, 5, 9])
+def test_documents_are_cut_as_if_alone(room):
+  cases = [(size, starts) for size, starts, _, _ in CUTS_BY_HAND]
+  cases = [(0, []), *cases, (0, []), (0, []), (200, [0, 1])]
+  bounds = np.cumsum([0, *(size for size, _ in cases)])
+  begins = bounds[:-1].tolist()
+  starts = [b + s for b, (_, ss) in zip(begins, cases, strict=True) for s in ss]
+  cuts = preprocessors.cut_points(
+    tf.constant(bounds, tf.int32), tf.constant(starts, tf.int32), room
+  )
+  alone = {
+    b + c
+    for b, case in zip(begins, cases, strict=True)
+    for c in oracle_cuts(*case, room)
+  }
+  assert cuts.numpy().tolist() == sorted(alone)
 
 
 def documents(count=60, longest=90):
@@ -54,9 +73,9 @@ def documents(count=60, longest=90):
     }
 
 
-def as_dataset(made):
+def as_dataset(made, at_a_time=7):
   scalar, vector = tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int32)
-  return tf.data.Dataset.from_generator(
+  ds = tf.data.Dataset.from_generator(
     lambda: iter(made),
     output_signature={
       'tokens': vector,
@@ -66,13 +85,15 @@ def as_dataset(made):
       'epoch': scalar,
     },
   )
+  return ds.ragged_batch(at_a_time)
 
 
+@pytest.mark.parametrize('at_a_time', [1, 7, 100])
 @pytest.mark.parametrize('length', [5, 12, 40, 100])
-def test_pieces_are_the_document(length):
+def test_pieces_are_the_document(length, at_a_time):
   made = list(documents())
   lengths = {'inputs': 9, 'targets': length}
-  pieces = preprocessors.split_documents(as_dataset(made), lengths)
+  pieces = preprocessors.split_documents(as_dataset(made, at_a_time), lengths)
   pieces = iter(list(pieces.as_numpy_iterator()))
   for document in made:
     tokens, starts = document['tokens'], document['sentence_starts']

@@ -84,11 +84,11 @@ def test_lost_shards_are_noticed(corpus_dir, tmp_path):
 def stamp(dataset):
   """Stands for the preprocessors: what they see, as a feature."""
 
-  def label(document):
-    label = tf.stack([document['example_id'], document['seed'], document['epoch']])
-    return {'targets': label}
+  def label(documents):
+    names = ('example_id', 'seed', 'epoch')
+    return {'targets': tf.stack([documents[name] for name in names], axis=1)}
 
-  return dataset.map(label)
+  return dataset.map(label).unbatch()
 
 
 @pytest.fixture(scope='module')

@@ -84,16 +84,11 @@ def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: it is another model's, or of a kind with no tokenizer.json.
+    ValueError: it is another model's.
   """
   path = tokenization.find_tokenizer_file(corpus_dir)
   if path is None:
     raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
-  if not path.endswith(tokenization.BYTE_LEVEL_FILE):
-    raise ValueError(
-      f'{path} is a SentencePiece model: only byte-level tokenizers '
-      f'({tokenization.BYTE_LEVEL_FILE}) can be exported'
-    )
   found = tokenization.read_tokenizer(path).vocab_size
   if found != vocab_size:
     raise ValueError(

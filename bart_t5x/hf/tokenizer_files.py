@@ -1,7 +1,8 @@
 """The tokenizer's files of a Hugging Face model folder.
 
-`tokenizer.json` is the corpus's own: its ids are Hugging Face's, and its
-post-processor adds `<s> … </s>`. Beside it stand the two small files by which
+A byte-level `tokenizer.json` is the corpus's own: its ids are Hugging Face's, and its
+post-processor adds `<s> … </s>`. Of a SentencePiece model one is made that does the
+same (`sentencepiece_json`). Beside it stand the two small files by which
 `AutoTokenizer` finds the class and the special tokens.
 """
 
@@ -10,6 +11,7 @@ import pathlib
 from typing import Any
 
 from bart_t5x import tokenization
+from bart_t5x.hf import sentencepiece_json
 
 _SPECIAL_TOKENS = {
   'bos_token': tokenization.BOS,
@@ -56,11 +58,14 @@ def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
   """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
   Args:
-    source: the tokenizer.json of the corpus.
+    source: the tokenizer of the corpus, tokenizer.json or a SentencePiece model.
     folder: where to write.
     max_length: longest input of the model, in tokens.
   """
-  text = source.read_text(encoding='utf-8')
+  content = source.read_bytes()
+  if not tokenization.is_json(content):
+    content = sentencepiece_json.convert(content, str(source))
+  text = content.decode('utf-8')
   config = tokenizer_config(json.loads(text), max_length)
   (folder / tokenization.BYTE_LEVEL_FILE).write_text(text, encoding='utf-8')
   write_json(folder / 'tokenizer_config.json', config)

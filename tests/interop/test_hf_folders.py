@@ -102,8 +102,21 @@ def test_logits_and_tokens(peer, framework, make_run, tmp_path):
   )
   assert answer['logits'].std() > 0.3
 
+  check_tokens(answer, texts, run.corpus / 'tokenizer.json')
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
+def test_sentencepiece_has_the_same_ids(peer, framework, make_run, tmp_path, kind):
+  run = make_run(tmp_path / 'a', tokenizer=kind)
+  texts = TEXTS + lines()
+  answer = ask(peer, framework, exported(run, tmp_path), texts)
+  check_tokens(answer, texts, run.corpus / 'tokenizer.model')
+
+
+def check_tokens(answer, texts, tokenizer_file):
+  """The peer's ids of texts, and its texts of them, against ours."""
   assert json.loads(str(answer['special'])) == [0, 1, 2, 3, 4]
-  ours = tokenization.read_tokenizer(str(run.corpus / 'tokenizer.json'))
+  ours = tokenization.read_tokenizer(str(tokenizer_file))
   decoded = json.loads(str(answer['decoded']))
   for i, ids in enumerate(json.loads(str(answer['ids']))):
     expected = [1, *ours.encode_template(texts[i]), 2]
