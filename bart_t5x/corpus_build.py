@@ -177,6 +177,7 @@ class Totals:
   tokens: int = 0
   bytes: int = 0
   sentences: int = 0
+  shard_bytes: list[int] = dataclasses.field(default_factory=list)
   histogram: np.ndarray = dataclasses.field(init=False)
 
   def __post_init__(self):
@@ -189,8 +190,8 @@ class Totals:
     self.sentences += part.sentences
     self.histogram[part.ids] += part.counts
 
-  def summary(self) -> dict[str, int]:
-    names = ('documents', 'tokens', 'bytes', 'sentences', 'shards')
+  def summary(self) -> dict[str, Any]:
+    names = ('documents', 'tokens', 'bytes', 'sentences', 'shards', 'shard_bytes')
     return {name: getattr(self, name) for name in names}
 
 
@@ -238,6 +239,9 @@ def _write_shards(
         bar.update(len(part.records))
         for framed in part.records:
           writers[split].write(framed)
+  for split, total in totals.items():
+    paths = [os.path.join(folder, n) for n in shards.shard_names(split, total.shards)]
+    total.shard_bytes = [os.path.getsize(path) for path in paths]
   return totals
 
 

@@ -5,10 +5,12 @@
 Denoising tasks are taken apart: which span each mask stands for, which sentences
 changed places, what was inserted. Of other tasks the texts and their ids are shown. A
 table at the end sums up: the share that was masked, span lengths beside the Poisson
-distribution, padding, tokens that were cut off.
+distribution, padding, tokens that were cut off. Of a mixture each task is shown, with
+as many examples as its rate allows, and the rows that they share.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -16,6 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _DEFAULT_GIN = os.path.join(_ROOT, 'gin', 'denoising.gin')
@@ -49,6 +52,17 @@ def _parser() -> argparse.ArgumentParser:
   )
   add('--inputs_length', type=int, default=1024, help='default: 1024')
   add('--targets_length', type=int, default=1024, help='default: 1024')
+  add(
+    '--use_cached',
+    action='store_true',
+    help='read what seqio_cache_tasks wrote, for tasks over raw text',
+  )
+  add(
+    '--cache_dir',
+    action='append',
+    default=[],
+    help='folder in which to look for it; may be repeated',
+  )
   add('--seed', type=int, default=0, help='of noise and order (default: 0)')
   add(
     '--gin_file',
@@ -66,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     '--color',
     choices=('auto', 'always', 'never'),
     default='auto',
-    help='auto: in a terminal (default)',
+    help='auto: in a terminal, unless NO_COLOR is set (default)',
   )
   return parser
 
@@ -232,7 +246,7 @@ def row_lines(row: Mapping, vocabulary, number: int) -> list[str]:
     lines.append(f'  {len(ids):5} targets, {source:5} inputs  {begin!r} …')
   slots = segments.size
   full = int((segments > 0).sum())
-  head = f'row {number}: {len(lines)} examples, {full} of {slots} target slots'
+  head = f'row {number}: {len(lines)} examples, {full:,} of {slots:,} target slots'
   return [head, *lines]
 
 
@@ -270,16 +284,39 @@ def summary_lines(examples: Sequence[Mapping], rows: Sequence[Mapping], recipe):
     cut = [v for e in examples for k, v in e.items() if k.endswith('_truncated')]
     add('tokens cut off', f'{sum(map(int, cut)):,}')
     return lines
+  return lines + noise_lines(examples, recipe)
+
+
+def noise_lines(examples: Sequence[Mapping], recipe) -> list[str]:
+  """The rows of the table that tell of the noise, and the histogram of its spans."""
+  lines = []
+
+  def add(label, value, wanted=''):
+    lines.append(f'{label:28} {value:>10}{wanted and f"  ({wanted})"}')
+
   tokens = sum(len(e['targets']) - 2 for e in examples)
   infilled = sum(int((e['targets_noised'] == 2).sum()) for e in examples)
   new = sum(int((e['references'] < 0).sum()) for e in examples)
   masks = sum(int((e['inputs'] == e['mask_id']).sum()) for e in examples)
   source = sum(len(e['inputs']) - 2 for e in examples)
-  add('to be infilled', f'{infilled / max(tokens, 1):.2%}')
-  add('source shorter by', f'{1 - source / max(tokens, 1):.2%}')
-  add('new tokens that are random', f'{1 - masks / max(new, 1):.2%}')
-  add('tokens cut off', f'{sum(int(e["dropped"]) for e in examples):,}')
+  moved = sum(bool((e['permuted'][1:] < e['permuted'][:-1]).any()) for e in examples)
   lengths = [length for e in examples for length in e['span_lengths'].tolist()]
+  unit = 'words' if recipe.whole_words else 'tokens'
+  add(
+    'tokens masked',
+    f'{infilled / max(tokens, 1):.2%}',
+    f'infill_ratio {recipe.infill_ratio:.0%} of {unit}',
+  )
+  add('source shorter by', f'{1 - source / max(tokens, 1):.2%}')
+  add('sentences permuted', f'{moved / max(len(examples), 1):.2%}', 'of the examples')
+  add('spans', f'{len(lengths):,}')
+  add('insertions', f'{lengths.count(0):,}')
+  add(
+    'masks replaced at random',
+    f'{1 - masks / max(new, 1):.2%}',
+    f'random_ratio {recipe.random_ratio:.0%}',
+  )
+  add('tokens cut off', f'{sum(int(e["dropped"]) for e in examples):,}')
   return [*lines, '', *histogram_lines(lengths, recipe.span_mean)]
 
 
@@ -288,11 +325,13 @@ def histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
   if not lengths:
     return []
   unit = 'span length (0: insertion)'
-  lines = [f'{unit:28} {"seen":>8} {"Poisson":>8}']
+  lines = [f'{unit:28} {"seen":>8} {"Poisson":>8}  # seen, | Poisson']
   for k in range(min(max(lengths), math.ceil(3 * mean)) + 1):
     seen = sum(length == k for length in lengths) / len(lengths)
     expected = math.exp(k * math.log(mean) - mean - math.lgamma(k + 1))
-    bar = '#' * round(seen * _BAR_WIDTH * 3)
+    seen_at, expected_at = (round(share * _BAR_WIDTH * 3) for share in (seen, expected))
+    bar = ('#' * seen_at).ljust(expected_at + 1)
+    bar = f'{bar[:expected_at]}|{bar[expected_at + 1 :]}'
     lines.append(f'{k:28} {seen:8.3f} {expected:8.3f}  {bar}')
   lines.append("An example's last span is cut to its budget, so short ones are more.")
   return lines
@@ -301,15 +340,31 @@ def histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
 # Data.
 
 
-def load(args: argparse.Namespace):
-  """The task's examples (traced if it denoises), packed rows, and its features.
+@dataclasses.dataclass
+class View:
+  """What is shown of one task.
+
+  Attributes:
+    task: the seqio task.
+    examples: as dicts of numpy arrays; traced if the task denoises.
+    shown: how many of them are shown.
+    recipe: the noise; None if the task does not denoise.
+  """
+
+  task: Any
+  examples: list[Mapping]
+  shown: int
+  recipe: Any = None
+
+
+def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
+  """The examples of a task, or of each task of a mixture, and packed rows.
 
   Args:
     args: as the command line's parser gives them.
 
   Returns:
-    Lists of examples and of rows as dicts of numpy arrays, the output features, and
-    the noise recipe (None for other tasks).
+    A view of each task, and rows as dicts of numpy arrays.
 
   Raises:
     UsageError: there is no such task or split.
@@ -318,9 +373,7 @@ def load(args: argparse.Namespace):
   """
   import seqio
 
-  from bart_t5x import noise, preprocessors
   from bart_t5x.features import BartFeatureConverter
-  from bart_t5x.sources import EpochTask
 
   try:
     provider = seqio.get_mixture_or_task(args.task)
@@ -330,26 +383,45 @@ def load(args: argparse.Namespace):
     raise UsageError(
       f'{args.task!r} has no split {args.split!r}. It has: {sorted(provider.splits)}'
     )
-  recipe = None
-  if isinstance(provider, EpochTask):
-    steps = list(provider.preprocessors)
-    denoise = steps[-1]
-    if getattr(denoise, 'func', denoise) is preprocessors.denoise:
-      recipe = getattr(denoise, 'keywords', {}).get('recipe') or noise.Recipe()
-      steps[-1] = functools.partial(denoise, trace=True)
-      provider = provider.replace(preprocessors=steps)
   lengths = {'inputs': args.inputs_length, 'targets': args.targets_length}
   kwargs = {'shuffle': args.split == 'train', 'seed': args.seed, 'num_epochs': 1}
-  examples = provider.get_dataset(lengths, args.split, **kwargs)
-  features = provider.output_features
+  kwargs['use_cached'] = args.use_cached
+  tasks = seqio.get_subtasks(provider)
+  rates = [1.0]
+  if isinstance(provider, seqio.Mixture):
+    rates = [provider.get_rate(task) for task in tasks]
   count = max(args.num_summed, args.num_examples)
-  shown = []
-  for example in examples.take(count).as_numpy_iterator():
+  views = []
+  for task, rate in zip(tasks, rates, strict=True):
+    share = rate / sum(rates)
+    traced, recipe = _traced(task)
+    examples = traced.get_dataset(lengths, args.split, **kwargs)
+    examples = list(examples.take(math.ceil(count * share)).as_numpy_iterator())
     if recipe:
-      example['mask_id'] = features['targets'].vocabulary.mask_id
-    shown.append(example)
-  rows = BartFeatureConverter(pack=True)(examples.take(count), lengths)
-  return shown, list(rows.as_numpy_iterator()), features, recipe
+      mask = task.output_features['targets'].vocabulary.mask_id
+      examples = [{**example, 'mask_id': mask} for example in examples]
+    views.append(View(task, examples, math.ceil(args.num_examples * share), recipe))
+  packed = provider.get_dataset(lengths, args.split, **kwargs).take(count)
+  rows = BartFeatureConverter(pack=True)(packed, lengths)
+  return views, list(rows.as_numpy_iterator())
+
+
+def _traced(task) -> tuple[Any, Any]:
+  """A denoising task whose examples tell how they came about, and its recipe.
+
+  Any other task is returned as it is, and None.
+  """
+  from bart_t5x import noise, preprocessors
+  from bart_t5x.sources import EpochTask
+
+  if not isinstance(task, EpochTask):
+    return task, None
+  *steps, denoise = task.preprocessors
+  if getattr(denoise, 'func', denoise) is not preprocessors.denoise:
+    return task, None
+  recipe = getattr(denoise, 'keywords', {}).get('recipe') or noise.Recipe()
+  steps.append(functools.partial(denoise, trace=True))
+  return task.replace(preprocessors=steps), recipe
 
 
 def bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
@@ -368,21 +440,38 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   for module in ['tasks', *args.module]:
     importlib.import_module(module)
   bind_gin(args.gin_file, bindings)
-  examples, rows, features, recipe = load(args)
-  color = args.color == 'always' or args.color == 'auto' and sys.stdout.isatty()
-  paint = Painter(color)
-  vocabulary = features['targets'].vocabulary
-  for number, example in enumerate(examples[: args.num_examples], 1):
-    if recipe:
-      lines = denoising_lines(example, vocabulary, paint)
-    else:
-      lines = text_lines(example, features, number)
-    print('\n'.join(lines) + '\n')
+  if args.cache_dir:
+    import seqio
+
+    seqio.add_global_cache_dirs(args.cache_dir)
+  views, rows = load(args)
+  paint = Painter(wants_color(args.color, sys.stdout.isatty()))
+  for view in views:
+    if len(views) > 1:
+      print(f'task {view.task.name}\n')
+    features = view.task.output_features
+    for number, example in enumerate(view.examples[: view.shown], 1):
+      if view.recipe:
+        lines = denoising_lines(example, features['targets'].vocabulary, paint)
+      else:
+        lines = text_lines(example, features, number)
+      print('\n'.join(lines) + '\n')
+  vocabulary = views[0].task.output_features['targets'].vocabulary
   for number, row in enumerate(rows[: args.num_rows], 1):
     print('\n'.join(row_lines(row, vocabulary, number)) + '\n')
-  if recipe:
-    print(f'noise: {recipe}\n')
-  print('\n'.join(summary_lines(examples, rows, recipe)))
+  for view in views:
+    if len(views) > 1:
+      print(f'task {view.task.name} (padding: of the mixture)')
+    if view.recipe:
+      print(f'noise: {view.recipe}\n')
+    print('\n'.join(summary_lines(view.examples, rows, view.recipe)))
+
+
+def wants_color(choice: str, terminal: bool) -> bool:
+  """Whether to colour: 'always', 'never', or 'auto' (see https://no-color.org)."""
+  if choice != 'auto':
+    return choice == 'always'
+  return terminal and not os.environ.get('NO_COLOR')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,7 +37,8 @@ def tokenize_documents(
   comes before a `seqio.CacheDatasetPlaceholder(required=True)`.
 
   Args:
-    dataset: of examples with a scalar string `text`.
+    dataset: of examples with a scalar string `text`, or of scalar strings, such as the
+      lines of a `seqio.TextLineDataSource`.
     output_features: of which the vocabulary of `targets` is read.
 
   Returns:
@@ -55,8 +56,9 @@ def tokenize_documents(
 
   @do_not_convert
   def tokenize(example):
+    text = example['text'] if isinstance(example, dict) else example
     ids, starts, example_id = tf.numpy_function(
-      encode, [example['text']], [tf.int32, tf.int32, tf.int64], stateful=False
+      encode, [text], [tf.int32, tf.int32, tf.int64], stateful=False
     )
     return {
       'tokens': tf.ensure_shape(ids, [None]),

@@ -6,6 +6,7 @@ source without telling anyone, so noise that is new in each epoch and yet reprod
 would have to follow the position in the stream, which depends on the number of hosts.
 """
 
+import concurrent.futures
 import copy
 import json
 import os
@@ -104,6 +105,7 @@ class CorpusSource(seqio.DataSource):
         f'The corpus {self.corpus_dir!r} should have {splits[split]["shards"]} files '
         f'{split}-*.tfrecord, but has {len(files)}. Prepare it again with --overwrite.'
       )
+    _check_sizes(files, splits[split].get('shard_bytes'))
     return files
 
   def num_input_examples(self, split: str) -> int | None:
@@ -176,6 +178,20 @@ class CorpusSource(seqio.DataSource):
     return tf.data.Dataset.from_tensor_slices((numbers, files)).interleave(
       read, cycle_length=_OPEN_FILES, block_length=_RECORDS_A_TURN
     )
+
+
+def _check_sizes(files: Sequence[str], sizes: Sequence[int] | None) -> None:
+  """Refuses files that were cut off or changed since `prepare` wrote them."""
+  if sizes is None:  # a corpus of an earlier version
+    return
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # they may lie far away
+    found = list(pool.map(lambda file: tf.io.gfile.stat(file).length, files))
+  for file, size, wanted in zip(files, found, sizes, strict=True):
+    if size != wanted:
+      raise ValueError(
+        f'{file!r} has {size:,} bytes, but `prepare` wrote {wanted:,}. Copy it again, '
+        'or prepare the corpus again with --overwrite.'
+      )
 
 
 def _random_order(size: tf.Tensor, seed: int | tf.Tensor) -> tf.Tensor:

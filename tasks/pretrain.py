@@ -80,5 +80,20 @@ def add_denoising_task(
   )
 
 
-add_denoising_task('norwegian_denoising', os.path.join(data_root(), 'no'))
-add_denoising_task('norwegian_denoising_mini', os.path.join(data_root(), 'mini'))
+def _add_norwegian_tasks() -> None:
+  for name, corpus in (
+    ('norwegian_denoising', 'no'),
+    ('norwegian_denoising_mini', 'mini'),
+    ('norwegian_denoising_nb', 'nb'),
+    ('norwegian_denoising_nn', 'nn'),
+  ):
+    add_denoising_task(name, os.path.join(data_root(), corpus))
+  # Both corpora must have one vocabulary: `prepare --tokenizer_file` sees to it.
+  # Nynorsk, of which there is less, is a quarter of the examples.
+  seqio.MixtureRegistry.add(
+    'norwegian_denoising_nb_nn',
+    [('norwegian_denoising_nb', 3), ('norwegian_denoising_nn', 1)],
+  )
+
+
+_add_norwegian_tasks()

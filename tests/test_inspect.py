@@ -58,7 +58,7 @@ def test_shows_examples_rows_and_the_table(capsys):
   assert code == 0
   assert out.count('document ') == 4 and out.count('\nrow ') == 2
   assert 'span length (0: insertion)' in out and 'padding, decoder' in out
-  share = float(out.split('to be infilled')[1].split('%')[0])
+  share = float(out.split('tokens masked')[1].split('%')[0])
   assert 29 < share < 34  # whole words, rounded up
   assert 'whole_words=True' in out  # gin/denoising.gin
   assert '\033[' not in out
@@ -72,13 +72,13 @@ def test_colour_on_request(capsys):
 def test_bindings_act(capsys):
   fields = ('infill_ratio', 'permute_ratio')
   _, out, _ = inspected(capsys, *(f'--gin.noise.Recipe.{f}=0.0' for f in fields))
-  assert float(out.split('to be infilled')[1].split('%')[0]) == 0
+  assert float(out.split('tokens masked')[1].split('%')[0]) == 0
   assert 'span length' not in out and 'order ' not in out
 
 
 def test_the_tasks_own_recipe_counts(capsys):
   _, out, _ = inspected(capsys, task='inspect_test_empty')
-  assert float(out.split('to be infilled')[1].split('%')[0]) == 0
+  assert float(out.split('tokens masked')[1].split('%')[0]) == 0
   assert 'infill_ratio=0,' in out
 
 
@@ -87,6 +87,32 @@ def test_other_tasks_are_shown_as_text(capsys):
   assert code == 0
   assert "inputs  'Barna på fjorden'" in out and "targets 'snø'" in out
   assert 'examples                              1' in out
+
+
+def test_a_mixture_shows_each_of_its_tasks(capsys):
+  name = 'inspect_test_mixture'
+  seqio.MixtureRegistry.add(name, [('inspect_test', 3), ('inspect_test_empty', 1)])
+  try:
+    code, out, _ = inspected(capsys, '--num_examples=4', '--num_rows=2', task=name)
+  finally:
+    seqio.MixtureRegistry.remove(name)
+  assert code == 0
+  examples, _, tables = out.partition('\nrow 1')
+  first, _, second = examples.partition('task inspect_test_empty\n')
+  assert first.startswith('task inspect_test\n')
+  assert (first.count('document '), second.count('document ')) == (3, 1)
+  shares = [float(t.split('%')[0]) for t in tables.split('tokens masked')[1:]]
+  assert 29 < shares[0] < 34 and shares[1] == 0
+
+
+def test_colour_is_for_terminals_and_never_against_no_color(monkeypatch):
+  monkeypatch.delenv('NO_COLOR', raising=False)
+  assert inspect.wants_color('auto', True) and not inspect.wants_color('auto', False)
+  assert inspect.wants_color('always', False) and not inspect.wants_color('never', True)
+  monkeypatch.setenv('NO_COLOR', '1')
+  assert not inspect.wants_color('auto', True)
+  monkeypatch.setenv('NO_COLOR', '')  # as if it were not set
+  assert inspect.wants_color('auto', True)
 
 
 @pytest.mark.parametrize(

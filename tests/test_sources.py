@@ -81,6 +81,20 @@ def test_lost_shards_are_noticed(corpus_dir, tmp_path):
     CorpusSource(corpus_dir).get_dataset('test')
 
 
+def test_shards_that_were_cut_off_or_damaged_are_noticed(corpus_dir, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(corpus_dir, copy)
+  path = copy / 'train-00002-of-00004.tfrecord'
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-7])
+  with pytest.raises(ValueError, match='00002-of-00004.*Copy it again'):
+    CorpusSource(str(copy)).get_dataset()
+  # Of the right size but with a byte changed: its checksum tells.
+  path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+  with pytest.raises(tf.errors.DataLossError, match='corrupted record'):
+    list(CorpusSource(str(copy)).get_dataset())
+
+
 def stamp(dataset):
   """Stands for the preprocessors: what they see, as a feature."""
 

@@ -294,13 +294,10 @@ from tasks import pretrain
 CORPUS = os.environ['CORPUS']
 TEXTS = os.path.join(os.path.dirname(CORPUS), 'texts.txt')
 
-def read(split, shuffle_files=False, seed=None):
-  return tf.data.TextLineDataset(TEXTS).map(lambda line: {'text': line})
-
 recipe = noise.Recipe()
 pretrain.add_denoising_task('cached_corpus', CORPUS, recipe)
 pretrain.add_denoising_task(
-  'cached_text', CORPUS, recipe, source=seqio.FunctionDataSource(read, ['train'])
+  'cached_text', CORPUS, recipe, source=seqio.TextLineDataSource({'train': TEXTS})
 )
 """
 

@@ -1,0 +1,176 @@
+"""From shards to batches, as a T5X run asks for them: saved, shared, without Python."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+from jax.sharding import Mesh, PartitionSpec
+
+from bart_t5x import noise, prepare
+from bart_t5x.features import BartFeatureConverter
+from tasks import fill_in, pretrain
+
+LENGTHS = {'inputs': 64, 'targets': 64}
+BATCH = 8
+
+
+@pytest.fixture(scope='module')
+def second_corpus(corpus_dir, tmp_path_factory):
+  """Another corpus with the same vocabulary."""
+  folder = tmp_path_factory.mktemp('second')
+  lines = [
+    f'Ei lita ord{i % 60} på fjorden, {i} gonger.  Åse såg ho.' for i in range(90)
+  ]
+  (folder / 'texts.txt').write_text('\n'.join(lines))
+  output = folder / 'prepared'
+  args = ['--source=text', f'--input={folder / "texts.txt"}', f'--output_dir={output}']
+  args += [f'--tokenizer_file={corpus_dir}', '--min_validation_documents=10']
+  assert prepare.main([*args, '--num_workers=1']) == 0
+  return str(output)
+
+
+@pytest.fixture(scope='module')
+def mixture(corpus_dir, second_corpus):
+  """Two denoising tasks over two corpora, three to one."""
+  for name, folder in (('path_test_nb', corpus_dir), ('path_test_nn', second_corpus)):
+    pretrain.add_denoising_task(name, folder, noise.Recipe(), shuffle_buffer_size=64)
+  name = 'path_test_mixture'
+  seqio.MixtureRegistry.add(name, [('path_test_nb', 3), ('path_test_nn', 1)])
+  yield name
+  seqio.MixtureRegistry.remove(name)
+  for name in ('path_test_nb', 'path_test_nn'):
+    seqio.TaskRegistry.remove(name)
+
+
+def host_dataset(name, host=0, hosts=1):
+  from t5x import utils
+
+  config = utils.DatasetConfig(
+    mixture_or_task_name=name,
+    task_feature_lengths=LENGTHS,
+    split='train',
+    batch_size=BATCH,
+    shuffle=True,
+    seed=3,
+    pack=True,
+  )
+  return utils.get_dataset(config, host, hosts, BartFeatureConverter)
+
+
+def train_iterator(name, host, hosts):
+  """What the training loop iterates over, its position saved with checkpoints."""
+  from t5x import data_iterators, utils
+
+  devices = np.array(jax.devices()[: BATCH // hosts]).reshape(-1, 1)
+
+  class Partitioner:
+    mesh = Mesh(devices, ('data', 'model'))
+    data_partition_spec = PartitionSpec('data')
+
+  class Layout:
+    # One process stands for a host here: its batches are all there is.
+    batch_size = BATCH // hosts
+    shard_id = host
+    num_shards = 1
+
+  save = utils.SaveCheckpointConfig(save_dataset=True)
+  return data_iterators.prepare_train_iter(
+    host_dataset(name, host, hosts),
+    partitioner=Partitioner,
+    checkpoint_cfg=utils.CheckpointConfig(save=save),
+    data_layout=Layout,
+  )
+
+
+def take(iterator, count):
+  return [jax.tree.map(np.asarray, next(iterator)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(('host', 'hosts'), [(0, 1), (1, 2)])
+@pytest.mark.parametrize('at', [5, 61])
+def test_p17_a_mixture_goes_on_where_a_checkpoint_was(
+  mixture, host, hosts, at, tmp_path
+):
+  # 61 batches are more than an epoch of either corpus, and not a whole number of them.
+  from t5x import dataset_checkpoint
+
+  handler = dataset_checkpoint.DatasetCheckpointHandler('train_ds-0', True)
+  through = train_iterator(mixture, host, hosts)
+  take(through, at)
+  handler.save(tmp_path, dataset_checkpoint.DatasetArgs(through))
+  want = take(through, 12)
+  resumed = train_iterator(mixture, host, hosts)
+  handler.restore(tmp_path, dataset_checkpoint.DatasetArgs(resumed))
+  for one, other in zip(take(resumed, 12), want, strict=True):
+    assert one.keys() == other.keys()
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+
+
+def operations(dataset):
+  """The names of all operations in a dataset's graph and its functions."""
+  graph = tf.raw_ops.DatasetToGraphV2(
+    input_dataset=tf.data.experimental.to_variant(dataset), external_state_policy=1
+  )
+  graph = tf.compat.v1.GraphDef.FromString(graph.numpy())
+  functions = [node for f in graph.library.function for node in f.node_def]
+  return {node.op for node in [*graph.node, *functions]}
+
+
+PYTHON = {'PyFunc', 'PyFuncStateless', 'EagerPyFunc'}
+
+
+def test_no_python_runs_while_pre_training(mixture):
+  found = operations(host_dataset(mixture))
+  # It is the whole pipeline that was looked through.
+  assert {'TFRecordDatasetV2', 'StatelessRandomUniform', 'ScanDataset'} <= found
+  assert not PYTHON & found
+
+
+@pytest.fixture(scope='module')
+def unigram_corpus(corpus_dir, tmp_path_factory):
+  texts = os.path.join(os.path.dirname(corpus_dir), 'texts.txt')
+  output = tmp_path_factory.mktemp('unigram') / 'prepared'
+  args = ['--source=text', f'--input={texts}', f'--output_dir={output}']
+  args += ['--tokenizer=unigram', '--vocab_size=340', '--min_validation_documents=20']
+  assert prepare.main([*args, '--num_workers=1']) == 0
+  return str(output)
+
+
+def test_sentencepiece_in_every_kind_of_task(unigram_corpus, tmp_path):
+  from tasks import finetune
+
+  (tmp_path / 'train.tsv').write_text('ord\tklasse\nfjord på\tsubstantiv\n')
+  (tmp_path / 'lines.txt').write_text('barna <mask> på <s> fjorden\n')
+  names = [f'path_test_unigram_{k}' for k in ('denoising', 'finetune', 'fill_in')]
+  denoising = pretrain.add_denoising_task(names[0], unigram_corpus, noise.Recipe())
+  finetune_task = finetune.add_text_to_text_task(
+    names[1],
+    lambda row: {'inputs': row['ord'], 'targets': row['klasse']},
+    files={'train': str(tmp_path / 'train.tsv')},
+    corpus_dir=unigram_corpus,
+  )
+  fill_in_task = fill_in.add_fill_in_task(names[2], unigram_corpus)
+  vocabulary = denoising.output_features['targets'].vocabulary
+  try:
+    example = next(denoising.get_dataset(LENGTHS).as_numpy_iterator())
+    assert example['targets'][0] == 1 and example['targets'][-1] == 2
+    assert vocabulary.mask_id in example['inputs']
+    tuning = finetune_task.get_dataset(LENGTHS, 'train')
+    example = next(tuning.as_numpy_iterator())
+    assert vocabulary.decode(example['inputs'].tolist()) == 'fjord på'
+    # SentencePiece runs in the graph, so fine-tuning with it needs no Python either.
+    assert not PYTHON & operations(tuning)
+    fill_in_source = fill_in.lines('test', path=str(tmp_path / 'lines.txt'))
+    (example,) = fill_in_task.preprocess_postcache(
+      fill_in_source, LENGTHS
+    ).as_numpy_iterator()
+    ids = example['inputs'].tolist()
+    assert ids.count(vocabulary.mask_id) == 1 and ids.count(1) == 1  # <s> is text
+    assert vocabulary.decode(ids) == 'barna<mask> på <s> fjorden'
+  finally:
+    for name in names:
+      seqio.TaskRegistry.remove(name)
