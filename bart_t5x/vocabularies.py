@@ -19,7 +19,7 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 from jaxtyping import Bool
 
-from bart_t5x import documents, tokenization
+from bart_t5x import tokenization
 from bart_t5x.tokenization import (
   BOS_ID,
   EOS_ID,
@@ -203,33 +203,6 @@ class BartVocabulary(seqio.Vocabulary):
     text = tf.numpy_function(decode, [ids], tf.string)
     text.set_shape(ids.shape[:-1])
     return text
-
-  def encode_document_tf(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
-    """What `prepare` makes of a text, for tasks that tokenize on the fly.
-
-    Runs in Python, whichever the tokenizer: cache such tasks (`seqio_cache_tasks`).
-
-    Args:
-      text: scalar string, a document.
-
-    Returns:
-      `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id` int64 scalar,
-      as in the shards of a prepared corpus.
-    """
-
-    def encode(content):
-      content = np.asarray(content, object).item()
-      texts = [content.decode('utf-8')]
-      ((ids, starts),) = documents.encode(self.tokenizer, texts)
-      return ids, starts, np.int64(documents.digest(content))
-
-    ids, starts, example_id = tf.numpy_function(
-      encode, [text], (tf.int32, tf.int32, tf.int64)
-    )
-    ids.set_shape([None])
-    starts.set_shape([None])
-    example_id.set_shape([])
-    return {'tokens': ids, 'sentence_starts': starts, 'example_id': example_id}
 
   # Identity: content decides, whatever the path.
 

@@ -75,7 +75,7 @@ ALLOWED = {
   'bart_t5x.sources': {'noise'},
   'bart_t5x.spans': set(),
   'bart_t5x.tokenization': set(),
-  'bart_t5x.vocabularies': {'documents', 'tokenization'},
+  'bart_t5x.vocabularies': {'tokenization'},
 }
 
 # Linear mains: long, but read from top to bottom.

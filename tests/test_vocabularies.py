@@ -98,17 +98,6 @@ def test_sentencepiece_in_the_graph_can_be_saved(folders, tmp_path):
   assert (next(fresh).numpy() == expected).all()
 
 
-def test_documents_are_those_of_prepare(corpus_dir):
-  vocabulary = vocabularies.load_vocabulary(corpus_dir)
-  dataset = tf.data.Dataset.from_tensor_slices(TEXTS[:9])
-  made = dataset.map(vocabulary.encode_document_tf).as_numpy_iterator()
-  expected = documents.encode(vocabulary.tokenizer, TEXTS[:9])
-  for text, document, (ids, starts) in zip(TEXTS, made, expected):
-    assert (document['tokens'] == ids).all()
-    assert (document['sentence_starts'] == starts).all()
-    assert document['example_id'] == documents.digest(text.encode())
-
-
 def test_seqio_tokenizes_with_it(corpus_dir):
   vocabulary = vocabularies.load_vocabulary(corpus_dir)
   dataset = tf.data.Dataset.from_tensors({'targets': 'på Ås'})
