@@ -9,7 +9,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from bart_t5x import documents, tokenizer_training, vocabularies
+from bart_t5x import tokenizer_training, vocabularies
 
 TEXTS = [f'Sak {i}: «Å, så fælt!», sa bjørnen på Ås. {i} er 3,14.' for i in range(300)]
 SIZES = {'bytelevel': 330, 'unigram': 320, 'bpe': 320}
