@@ -126,7 +126,8 @@ PYTHON = {'PyFunc', 'PyFuncStateless', 'EagerPyFunc'}
 def test_no_python_runs_while_pre_training(mixture):
   found = operations(host_dataset(mixture))
   # It is the whole pipeline that was looked through.
-  assert {'TFRecordDatasetV2', 'StatelessRandomUniform', 'ScanDataset'} <= found
+  assert any(op.startswith('TFRecordDataset') for op in found)
+  assert {'StatelessRandomUniform', 'ScanDataset'} <= found
   assert not PYTHON & found
 
 
@@ -144,7 +145,6 @@ def test_sentencepiece_in_every_kind_of_task(unigram_corpus, tmp_path):
   from tasks import finetune
 
   (tmp_path / 'train.tsv').write_text('ord\tklasse\nfjord på\tsubstantiv\n')
-  (tmp_path / 'lines.txt').write_text('barna <mask> på <s> fjorden\n')
   names = [f'path_test_unigram_{k}' for k in ('denoising', 'finetune', 'fill_in')]
   denoising = pretrain.add_denoising_task(names[0], unigram_corpus, noise.Recipe())
   finetune_task = finetune.add_text_to_text_task(
@@ -164,10 +164,10 @@ def test_sentencepiece_in_every_kind_of_task(unigram_corpus, tmp_path):
     assert vocabulary.decode(example['inputs'].tolist()) == 'fjord på'
     # SentencePiece runs in the graph, so fine-tuning with it needs no Python either.
     assert not PYTHON & operations(tuning)
-    fill_in_source = fill_in.lines('test', path=str(tmp_path / 'lines.txt'))
-    (example,) = fill_in_task.preprocess_postcache(
-      fill_in_source, LENGTHS
-    ).as_numpy_iterator()
+    lines = tf.data.Dataset.from_tensors(
+      {'inputs': 'barna <mask> på <s> fjorden', 'targets': ''}
+    )
+    (example,) = fill_in_task.preprocess_postcache(lines, LENGTHS).as_numpy_iterator()
     ids = example['inputs'].tolist()
     assert ids.count(vocabulary.mask_id) == 1 and ids.count(1) == 1  # <s> is text
     assert vocabulary.decode(ids) == 'barna<mask> på <s> fjorden'

@@ -73,6 +73,16 @@ def torch_tokenizer_class_peer(tmp_path):
   return _run_peer('TORCH_PEER_PYTHON', 'tokenizer_class_peer.py', tmp_path)
 
 
+@pytest.fixture
+def flax_tokenizer_peer(tmp_path):
+  return _run_peer('FLAX_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
+
+
+@pytest.fixture
+def torch_tokenizer_peer(tmp_path):
+  return _run_peer('TORCH_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
+
+
 @dataclasses.dataclass
 class Case:
   """A model with random weights, and a batch with padding, in inside ids."""

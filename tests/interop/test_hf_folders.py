@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from bart_t5x import model, network, tokenization, vocabularies
-from bart_t5x.hf import checkpoints, convert, export, run_config
+from bart_t5x import model, network, tokenization, tokenizer_training, vocabularies
+from bart_t5x.hf import checkpoints, convert, export, run_config, tokenizer_files
 
 FRAMEWORKS = [
   pytest.param('flax', marks=pytest.mark.flax_peer),
@@ -106,11 +106,17 @@ def test_logits_and_tokens(peer, framework, make_run, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['unigram', 'bpe'])
-def test_sentencepiece_has_the_same_ids(peer, framework, make_run, tmp_path, kind):
-  run = make_run(tmp_path / 'a', tokenizer=kind)
+def test_sentencepiece_has_the_same_ids(request, framework, tmp_path, kind):
+  peer = request.getfixturevalue(f'{framework}_tokenizer_peer')
+  texts = [f'På fjellet nr. {i} bor det {i * 7} bjørner.  Åja!' for i in range(300)]
+  source = tmp_path / 'tokenizer.model'
+  source.write_bytes(tokenizer_training.train(kind, texts, len(texts), 340, 2))
+  folder = tmp_path / 'exported'
+  folder.mkdir()
+  tokenizer_files.write(source, folder, 64)
   texts = TEXTS + lines()
-  answer = ask(peer, framework, exported(run, tmp_path), texts)
-  check_tokens(answer, texts, run.corpus / 'tokenizer.model')
+  given = {'folder': np.array(str(folder)), 'texts': np.array(json.dumps(texts))}
+  check_tokens(peer(given), texts, source)
 
 
 def check_tokens(answer, texts, tokenizer_file):
