@@ -139,12 +139,15 @@ def _flags(files: Sequence[str], **macros) -> list[str]:
 
 def pretrain(steps: int) -> str:
   """Prepares the corpus and pre-trains; the checkpoint's path."""
+  model_dir = os.path.join(tasks_module.FOLDER, 'pretrained')
+  checkpoint = os.path.join(model_dir, f'checkpoint_{steps}')
+  if os.path.exists(checkpoint):
+    return checkpoint
   run(
     'bart_t5x.prepare', '--source=jsonl', f'--output_dir={tasks_module.CORPUS}',
     '--input', os.path.join(tasks_module.FOLDER, 'pretraining.jsonl'),
     '--vocab_size=8000',
   )  # fmt: skip
-  model_dir = os.path.join(tasks_module.FOLDER, 'pretrained')
   run(
     't5x.train',
     *_flags(
@@ -154,7 +157,7 @@ def pretrain(steps: int) -> str:
       TRAIN_STEPS=steps,
     ),
   )
-  return os.path.join(model_dir, f'checkpoint_{steps}')
+  return checkpoint
 
 
 def fine_tune(task: str, start: str, checkpoint: str | None, steps: int) -> None:
@@ -173,7 +176,7 @@ def fine_tune(task: str, start: str, checkpoint: str | None, steps: int) -> None
       INITIAL_CHECKPOINT_PATH=checkpoint or [],
       MODEL_DIR=model_dir,
       TRAIN_STEPS_RELATIVE=steps,
-      EVAL_PERIOD=steps // 6,
+      EVAL_PERIOD=steps // 5,
       EVAL_STEPS=4,
       LEARNING_RATE=1e-3,
       WARMUP_STEPS=steps // 10,
