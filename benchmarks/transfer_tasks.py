@@ -9,7 +9,7 @@ FOLDER = os.environ.get('TRANSFER_DIR', 'runs/transfer')
 CORPUS = os.path.join(FOLDER, 'corpus')
 PRETRAINING = 'transfer_pretraining'
 TASKS = ('transfer_lemma', 'transfer_order')
-SPLITS = ('train', 'validation', 'test')
+SPLITS = ('train', 'validation')
 
 
 def to_text(row):
