@@ -13,6 +13,8 @@ make_venv .venv-flax-peer requirements-flax-peer.txt
 export FLAX_PEER_PYTHON=$PWD/.venv-flax-peer/bin/python
 select=(-m 'not slow and not torch_peer')
 if [ -n "${FULL:-}" ]; then
+  # The TPU compiler: 140 MB, for plans of runs on TPUs; it needs none.
+  make_venv .venv requirements-tpu.txt
   make_venv .venv-torch-peer requirements-torch-peer.txt
   export TORCH_PEER_PYTHON=$PWD/.venv-torch-peer/bin/python
   select=()
