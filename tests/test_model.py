@@ -11,7 +11,7 @@ import pytest
 import seqio
 from flax.linen import partitioning
 
-from bart_t5x import model, network
+from bart_t5x import flash, model, network
 from bart_t5x.hf import mapping
 from t5x import decoding, models
 from t5x import partitioning as t5x_partitioning
@@ -104,11 +104,12 @@ def test_reported_loss_does_not_depend_on_the_normalizing_factor():
   assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize('axes', [(8, 1), (2, 4)])
-def test_sharded_loss_equals_the_loss_on_one_device(axes):
-  """Rows over `data`, heads and vocabulary over `model`."""
-  batch, bart = _batch(), _model(loss_chunk_length=2, loss_normalizing_factor=80)
-  (plain, _), plain_gradients = _run(bart, batch)
+# Its padded vocabulary, 96, is no other number of the model or the batch.
+SHARDED = dataclasses.replace(CONFIG, vocab_size=90, emb_dim=16, vocab_multiple_of=32)
+
+
+def _sharded_step(bart, params, batch, axes):
+  """Loss, gradients and program on a mesh: rows on `data`, the rest on `model`."""
   mesh = jax.make_mesh(axes, ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2)
   rules = t5x_partitioning.standard_logical_axis_rules()
   tokens = jnp.ones((1, 2), jnp.int32)
@@ -128,23 +129,58 @@ def test_sharded_loss_equals_the_loss_on_one_device(axes):
     step = jax.jit(
       jax.value_and_grad(bart.loss_fn, has_aux=True),
       in_shardings=(shardings, by_row, None),
+      out_shardings=(None, shardings),
     )
-    compiled = step.lower(_params(), batch, None).compile()
-    (loss, _), gradients = compiled(
-      jax.device_put(_params(), shardings), jax.device_put(batch, by_row), None
-    )
+    key = jax.random.key(5)
+    compiled = step.lower(params, batch, key).compile()
+    placed = jax.device_put(params, shardings), jax.device_put(batch, by_row)
+    (loss, _), gradients = compiled(*placed, key)
+  return loss, gradients, compiled.as_text()
+
+
+def _assert_sharded_equals(impl, axes):
+  """With dropout: each device draws the bits of its part."""
+  config = dataclasses.replace(SHARDED, attention_impl='plain')
+  settings = {'loss_chunk_length': 2, 'loss_normalizing_factor': 80}
+  vocabulary = seqio.PassThroughVocabulary(90, eos_id=2)
+
+  def make(config):
+    module = network.Transformer(config)
+    return model.BartModel(module, vocabulary, vocabulary, None, **settings)
+
+  params, batch = _params(config), _batch()
+  (plain, _), plain_gradients = _run(make(config), batch, params, jax.random.key(5))
+  config = dataclasses.replace(config, attention_impl=impl, attention_chunk_length=100)
+  with flash.interpreted():
+    loss, gradients, program = _sharded_step(make(config), params, batch, axes)
   np.testing.assert_allclose(loss, plain, rtol=2e-6)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
     gradients,
     plain_gradients,
   )
+  return program
+
+
+@pytest.mark.parametrize('axes', [(8, 1), (4, 2), (2, 4)])
+def test_sharded_loss_equals_the_loss_on_one_device(axes):
+  program = _assert_sharded_equals('plain', axes)
   # Chunks of rows that lie on `data` are computed apart: the loop over them sends
   # nothing, and over `model` only sums of what the vocabulary's parts found.
-  body = _while_bodies(compiled.as_text())
+  body = _while_bodies(program)
   kinds = 'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
   sent = set(re.findall(rf' ({kinds})(?:-start)?\(', body))
   assert body and sent == (set() if axes == (8, 1) else {'all-reduce'})
+  # Nor does any device ever hold the whole table, or logits of the whole vocabulary.
+  whole = re.findall(r'\w+\[(?:\d+,)*96(?:,\d+)*\]', program)
+  assert bool(whole) == (axes == (8, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('axes', [(4, 2), (2, 4)])
+@pytest.mark.parametrize('impl', ['chunked', 'flash'])
+def test_every_attention_is_the_same_when_sharded(impl, axes):
+  _assert_sharded_equals(impl, axes)
 
 
 def _while_bodies(text):
