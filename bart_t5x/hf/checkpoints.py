@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-# Of T5X's checkpoints: the folder with the train state, and its two halves.
-_STATE = 'state'
+# Of T5X's checkpoints: the folder with the train state.
+STATE = 'state'
 
 
 def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
@@ -24,8 +24,22 @@ def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: there is no such checkpoint, or it was not finished.
     ValueError: it is damaged.
   """
+  return _read(checkpoint, ('target',))['target']
+
+
+def read_state(checkpoint: str | pathlib.Path) -> dict[str, Any]:
+  """Reads the whole train state; see `read_params`.
+
+  Returns:
+    `target`, the parameters, and `state`, the step and what the optimizer keeps.
+  """
+  return _read(checkpoint, None)
+
+
+def _read(checkpoint, names):
+  """The parts of the state that are named, or all of them."""
   folder = pathlib.Path(checkpoint).absolute()
-  if not (folder / _STATE).is_dir():
+  if not (folder / STATE).is_dir():
     siblings = sorted(p.name for p in folder.parent.glob('checkpoint_*'))
     raise FileNotFoundError(
       f'no checkpoint in {checkpoint}. '
@@ -33,17 +47,15 @@ def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
     )
   handler = ocp.PyTreeCheckpointer()
   try:
-    metadata = ocp.PyTreeCheckpointHandler().metadata(folder / _STATE)
-    target = metadata.tree['target']
-    restored = handler.restore(
-      folder / _STATE,
+    metadata = ocp.PyTreeCheckpointHandler().metadata(folder / STATE).tree
+    wanted = {name: metadata[name] for name in names or metadata}
+    return handler.restore(
+      folder / STATE,
       args=ocp.args.PyTreeRestore(
-        item={'target': target},
-        restore_args={
-          'target': jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target
-          )
-        },
+        item=wanted,
+        restore_args=jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+        ),
         partial_restore=True,
       ),
     )
@@ -53,7 +65,16 @@ def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
       f'the checkpoint {checkpoint} cannot be read ({reason}). It is damaged or no '
       'checkpoint of T5X; try the one before it.'
     ) from e
-  return restored['target']
+
+
+def write_state(checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
+  """Writes a train state into a checkpoint's folder that has none yet.
+
+  Args:
+    checkpoint: MODEL_DIR/checkpoint_<step>.
+    state: nested, as `read_state` returns it.
+  """
+  ocp.PyTreeCheckpointer().save(checkpoint.absolute() / STATE, state)
 
 
 def write_params(checkpoint: pathlib.Path, params: dict[str, Any]) -> None:
@@ -67,7 +88,7 @@ def write_params(checkpoint: pathlib.Path, params: dict[str, Any]) -> None:
   manager = ocp.CheckpointManager(
     checkpoint.parent.absolute(),
     options=ocp.CheckpointManagerOptions(step_prefix='checkpoint', create=True),
-    item_names=(_STATE,),
+    item_names=(STATE,),
   )
   with manager:
-    manager.save(0, args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(tree)}))
+    manager.save(0, args=ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(tree)}))
