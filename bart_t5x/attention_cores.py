@@ -33,7 +33,7 @@ def core(config: BartConfig) -> Core:
       name = automatic(config, query.shape[1], key.shape[1])
     return _named(name, config)(query, key, *arrays, **options)
 
-  return _recomputed(attend) if config.remat_policy == 'attention' else attend
+  return attend
 
 
 def automatic(config: BartConfig, queries: int, keys: int) -> str:
@@ -59,8 +59,11 @@ def automatic(config: BartConfig, queries: int, keys: int) -> str:
 
 
 def _named(name: str, config: BartConfig) -> Core:
+  plain = attention.plain_attention
+  if config.remat_policy == 'attention':  # the others keep no scores as they are
+    plain = _recomputed(plain)
   return {
-    'plain': attention.plain_attention,
+    'plain': plain,
     'chunked': functools.partial(
       attention.chunked_attention, chunk_length=config.attention_chunk_length
     ),

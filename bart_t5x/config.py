@@ -31,9 +31,11 @@ class BartConfig:
     vocab_multiple_of: the token table's rows are rounded up to a multiple of
       this, so that it divides over devices and fills lanes.
     scan_layers: compile one layer and loop over stacked parameters, which
-      compiles faster, instead of writing every layer out, which runs faster.
+      compiles faster, instead of writing every layer out, which runs faster. A
+      checkpoint of one kind becomes one of the other by `bart_t5x.restack`.
     remat_policy: what the backward pass recomputes: 'none'; 'attention', scores
-      and weights; 'dots', everything but projections; 'full', whole layers.
+      and weights (which of all implementations only 'plain' stores); 'dots',
+      everything but projections; 'full', whole layers.
     attention_impl: all compute the same. 'plain', all scores at once; 'chunked',
       scores of some queries at a time, which takes less memory and more time;
       'flash', our kernel for TPUs, which never stores scores and drops the same

@@ -28,8 +28,9 @@ from jaxtyping import Array, Float, Int
 from bart_t5x import dropout, placement
 from bart_t5x import flash_kernels as kernels
 
-# Keys whose scores with a block of queries fit into a core's working memory.
-MAX_LENGTH = 2048
+# Keys whose scores with a block of queries fit into a core's working memory; libtpu
+# was not asked for more.
+MAX_LENGTH = 1024
 
 # Chips whose matrix units take bfloat16 only by way of float32.
 _FLOAT32_KINDS = ('TPU v2', 'TPU v3')
