@@ -139,8 +139,14 @@ def _sharded_step(bart, params, batch, axes):
 
 
 def _assert_sharded_equals(impl, axes):
-  """With dropout: each device draws the bits of its part."""
-  config = dataclasses.replace(SHARDED, attention_impl='plain')
+  """With dropout: each device draws the bits of its part.
+
+  One device runs plain attention, if the two draw alike; chunks draw other bits.
+  """
+  reference = 'chunked' if impl == 'chunked' else 'plain'
+  config = dataclasses.replace(
+    SHARDED, attention_impl=reference, attention_chunk_length=4
+  )
   settings = {'loss_chunk_length': 2, 'loss_normalizing_factor': 80}
   vocabulary = seqio.PassThroughVocabulary(90, eos_id=2)
 
@@ -150,7 +156,7 @@ def _assert_sharded_equals(impl, axes):
 
   params, batch = _params(config), _batch()
   (plain, _), plain_gradients = _run(make(config), batch, params, jax.random.key(5))
-  config = dataclasses.replace(config, attention_impl=impl, attention_chunk_length=100)
+  config = dataclasses.replace(config, attention_impl=impl)
   with flash.interpreted():
     loss, gradients, program = _sharded_step(make(config), params, batch, axes)
   np.testing.assert_allclose(loss, plain, rtol=2e-6)
@@ -162,7 +168,7 @@ def _assert_sharded_equals(impl, axes):
   return program
 
 
-@pytest.mark.parametrize('axes', [(8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize('axes', [(8, 1), (2, 4)])
 def test_sharded_loss_equals_the_loss_on_one_device(axes):
   program = _assert_sharded_equals('plain', axes)
   # Chunks of rows that lie on `data` are computed apart: the loop over them sends
@@ -177,8 +183,9 @@ def test_sharded_loss_equals_the_loss_on_one_device(axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('axes', [(4, 2), (2, 4)])
-@pytest.mark.parametrize('impl', ['chunked', 'flash'])
+@pytest.mark.parametrize(
+  ('impl', 'axes'), [('plain', (4, 2)), ('chunked', (2, 4)), ('flash', (2, 4))]
+)
 def test_every_attention_is_the_same_when_sharded(impl, axes):
   _assert_sharded_equals(impl, axes)
 
