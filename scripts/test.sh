@@ -4,6 +4,9 @@
 #   bash scripts/test.sh            the quick suite
 #   FULL=1 bash scripts/test.sh     everything, the PyTorch peer included
 #   bash scripts/test.sh -k noise   what matches
+#
+# UPSTREAM_T5X=FOLDER names a checkout of google-research/t5x; the full suite then
+# compares with it, in an environment of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
@@ -18,6 +21,11 @@ if [ -n "${FULL:-}" ]; then
   make_venv .venv-torch-peer requirements-torch-peer.txt
   export TORCH_PEER_PYTHON=$PWD/.venv-torch-peer/bin/python
   select=()
+  if [ -n "${UPSTREAM_T5X:-}" ]; then
+    UPSTREAM_T5X=$(realpath "$UPSTREAM_T5X")
+    make_venv .venv-upstream requirements-upstream.txt .
+    export UPSTREAM_T5X UPSTREAM_PYTHON=$PWD/.venv-upstream/bin/python
+  fi
 fi
 
 .venv/bin/ruff check .

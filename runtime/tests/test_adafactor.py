@@ -93,6 +93,26 @@ def test_pieces_by_hand():
     rtol=1e-5,
   )
   np.testing.assert_allclose(step(beta1=0.9), 0.01, rtol=1e-4)
+  # The gradient's square is 0.25, so that its root becomes 1.
+  np.testing.assert_allclose(step(epsilon1=0.75), 0.05, rtol=1e-5)
+
+
+def test_the_exponent_of_the_decay():
+  g1, g2 = np.array([3.0]), np.array([1.0])
+  grads = [{'b': jnp.array(g)} for g in (g1, g2)]
+  optimizer = run(plain(decay_rate=0.5), {'b': jnp.zeros(1)}, grads)
+  kept = 1 - 2**-0.5
+  want = kept * g1**2 + (1 - kept) * g2**2
+  np.testing.assert_allclose(optimizer.state.param_states['b'].v, want, rtol=1e-6)
+
+
+def test_momentum_may_be_kept_in_few_bits():
+  grads = [{'b': jnp.array([3.0])}]
+  rule = plain(beta1=0.9, dtype_momentum=jnp.bfloat16)
+  optimizer = run(rule, {'b': jnp.zeros(1)}, grads)
+  assert optimizer.state.param_states['b'].m.dtype == jnp.bfloat16
+  assert optimizer.state.param_states['b'].v.dtype == jnp.float32
+  assert optimizer.target['b'].dtype == jnp.float32
 
 
 def test_step_offset_restarts_the_decay():

@@ -113,6 +113,19 @@ def test_pack_acts():
   assert 'encoder_segment_ids' not in plain
 
 
+@pytest.mark.parametrize('custom', [True, False])
+def test_use_custom_packing_ops_reaches_the_converter(custom):
+  asked = []
+
+  def converter(**settings):
+    asked.append(settings)
+    return seqio.EncDecFeatureConverter(pack=settings['pack'])
+
+  cfg = config(use_custom_packing_ops=custom)
+  data.get_dataset(cfg, 0, 1, converter)
+  assert asked == [{'pack': True, 'use_custom_packing_ops': custom}]
+
+
 def test_shuffle_acts():
   ordered = batches(config(mixture_or_task_name='numbers_low', shuffle=False), 2)
   shuffled = batches(config(mixture_or_task_name='numbers_low'), 2)

@@ -73,6 +73,40 @@ def test_training_metrics_too(tiny_run, tmp_path):
   assert metrics(tmp_path)[0]['step'] == 5
 
 
+def test_what_the_caller_gives_is_called(tiny_run, tmp_path):
+  summaries, states = [], []
+
+  def make_state(**arguments):
+    states.append(arguments)
+    return restore.TrainStateInitializer(**arguments)
+
+  evaluate(
+    tmp_path,
+    tiny_run / 'checkpoint_5',
+    train_state_initializer_cls=make_state,
+    summarize_config_fn=lambda **arguments: summaries.append(arguments),
+  )
+  assert summaries[0]['model_dir'] == str(tmp_path)
+  assert states[0]['optimizer_def'] is None
+
+
+def test_parameters_that_the_checkpoint_lacks_come_from_a_seed(tiny_run, tmp_path):
+  drop = restore.RestoreCheckpointConfig(
+    path=str(tiny_run / 'checkpoint_5'),
+    mode='specific',
+    assignment_map=[(r'.*wo', None)],
+    fallback_to_scratch=True,
+  )
+
+  def score(folder, seed):
+    evaluate(
+      tmp_path / folder, None, restore_checkpoint_cfg=drop, fallback_init_rng=seed
+    )
+    return metrics(tmp_path / folder)[0]['mean_score']
+
+  assert score('one', 1) != score('two', 2)
+
+
 def test_the_configuration_is_not_edited(tiny_run, tmp_path):
   config = restore.RestoreCheckpointConfig(
     path=str(tiny_run / 'checkpoint_5'), mode='specific', strict=True

@@ -181,6 +181,73 @@ def test_chunks_can_stay_apart(run, tmp_path):
   assert (tmp_path / f'tiny_copy-score.{WHOLE}.COMPLETED').exists()
 
 
+def test_what_the_caller_gives_is_called(run, tmp_path):
+  summaries, checked, states = [], [], []
+
+  def merge(output_dir, name, tmp_dir, step):
+    assert step == 10
+    infer_writer.merge_chunks_to_file(output_dir, name, tmp_dir, step)
+    os.rename(f'{output_dir}/{name}', f'{output_dir}/merged-{name}')
+
+  def make_state(**arguments):
+    states.append(arguments)
+    return restore.TrainStateInitializer(**arguments)
+
+  run(
+    mode='score',
+    merge_fn=merge,
+    file_extension='json',
+    train_state_initializer_cls=make_state,
+    summarize_config_fn=lambda **arguments: summaries.append(arguments),
+    verify_matching_vocabs_fn=lambda cfg, model: checked.append(cfg.split),
+  )
+  merged = 'merged-tiny_copy-score.json-00000-of-00001'
+  assert len(rows(tmp_path, merged)) == tiny.TEST_EXAMPLES
+  assert summaries == [{'model_dir': str(tmp_path), 'summary_writer': None, 'step': 0}]
+  assert checked == ['test']
+  assert states[0]['optimizer_def'] is None
+
+
+def test_the_feature_whose_vocabulary_decodes(run, tmp_path):
+  seen = []
+
+  def write(path, inferences, examples, mode, vocabulary):
+    seen.append(vocabulary)
+    infer_writer.write_inferences_to_file(path, inferences, examples, mode, vocabulary)
+
+  features = tiny.two_vocabularies('tiny_two')
+  config = tiny.dataset_config('test', 'tiny_two', pack=False, batch_size=4)
+  for feature in ('inputs', 'targets'):
+    run(
+      tmp_path / feature,
+      dataset_cfg=config,
+      write_fn=write,
+      checkpoint_period=9,
+      verify_matching_vocabs_fn=None,
+      output_vocab_feature_name=feature,
+    )
+  assert seen == [features['inputs'].vocabulary, features['targets'].vocabulary]
+  assert seen[0] is not seen[1]
+
+
+def test_parameters_that_the_checkpoint_lacks_come_from_a_seed(run, tmp_path, tiny_run):
+  drop = restore.RestoreCheckpointConfig(
+    path=str(tiny_run / 'checkpoint_10'),
+    mode='specific',
+    assignment_map=[(r'.*wo', None)],
+    fallback_to_scratch=True,
+  )
+
+  def scores(folder, **changes):
+    run(tmp_path / folder, mode='score', restore_checkpoint_cfg=drop, **changes)
+    return (tmp_path / folder / f'tiny_copy-score.{WHOLE}').read_text()
+
+  first = scores('first', fallback_init_rng=1)
+  assert scores('other', fallback_init_rng=2) != first
+  with pytest.raises(ValueError, match='no random key'):
+    scores('none')
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [

@@ -16,7 +16,9 @@ SHAPES = {
 }
 
 
-def make(output_dir, checkpoint_path='', restore_mode='specific', **options):
+def make(
+  output_dir, checkpoint_path='', restore_mode='specific', dtype='float32', **options
+):
   return interactive_model.InteractiveModel(
     batch_size=8,
     task_feature_lengths=tiny.LENGTHS,
@@ -26,7 +28,7 @@ def make(output_dir, checkpoint_path='', restore_mode='specific', **options):
       logical_axis_rules=partitioning.standard_logical_axis_rules(),
     ),
     model=tiny.make_model(),
-    dtype='float32',
+    dtype=dtype,
     restore_mode=restore_mode,
     checkpoint_path=checkpoint_path,
     input_shapes=SHAPES,
@@ -71,6 +73,26 @@ def test_it_reads_what_train_writes(tmp_path, trained, mode):
   # Its own checkpoint comes second: the caller named another one.
   assert make(tmp_path, path, mode).step == 10
   assert make(tmp_path).step == 11
+
+
+def test_options_of_its_making(tmp_path, trained):
+  model = make(
+    tmp_path / 'one',
+    dtype='bfloat16',
+    init_random_seed=1,
+    input_types=dict.fromkeys(SHAPES, np.int32),
+    add_eos=False,
+    eval_names=['mine'],
+  )
+  assert model.save_checkpoint_cfg.dtype == 'bfloat16'
+  assert not model.features['inputs'].add_eos
+  assert model.trainer.eval_metrics_managers.keys() == {'mine'}
+  other = make(tmp_path / 'two', init_random_seed=2)
+  assert other.features['inputs'].add_eos
+  one, two = (params_of(each)['embedding'] for each in (model, other))
+  assert not np.array_equal(one, two)
+  restored = make(tmp_path / 'three', str(trained[0]), 'latest', dtype='bfloat16')
+  assert restored.train_state.params['embedding'].dtype == 'bfloat16'
 
 
 def test_several_checkpoints_are_refused(tmp_path, trained):

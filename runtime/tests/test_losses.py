@@ -214,12 +214,12 @@ def test_average_per_sequence():
 
   packed = {
     'decoder_target_tokens': jnp.array([[4, 5, 6, 7, 8, 0]]),
-    'decoder_loss_weights': jnp.array([[1.0, 3.0, 0.0, 1.0, 0.0, 0.0]]),
+    'decoder_loss_weights': jnp.array([[1.0, 3.0, 0.0, 1.0, 0.0, 5.0]]),
     'decoder_segment_ids': jnp.array([[1, 1, 2, 2, 3, 0]]),
     'decoder_positions': jnp.array([[0, 1, 0, 1, 0, 0]]),
   }
   factor, got = normalize('AVERAGE_PER_SEQUENCE', packed)
-  # Segment 3 has no weight: it does not count as a sequence.
+  # Segment 3 has no weight: it does not count as a sequence. Nor does padding.
   assert factor == 2
   np.testing.assert_allclose(got, [[0.25, 0.75, 0, 1, 0, 0]])
 

@@ -6,9 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tiny
 
-from t5x import topologies
+from t5x import data, partitioning, precompile, topologies
 
 HERE = pathlib.Path(__file__).parent
 
@@ -94,3 +96,49 @@ def test_a_training_step_for_a_tpu(tmp_path):
   assert found['useful_flops'] * 0.9 < found['flops'] < found['useful_flops'] * 1.1
   assert 0 < found['roofline_s'] <= found['estimate_s']
   assert found['cycles_s'] > 0 and found['xla_s'] > 0
+
+
+# ---- T5X's function ----
+
+
+def make(folder, num_partitions=2, **changes):
+  """Calls `precompile`; returns the program before XLA's work on it."""
+  precompile.precompile(
+    **{
+      'model': tiny.make_model(),
+      'train_dataset_cfg': tiny.dataset_config('train'),
+      'partitioner': partitioning.PjitPartitioner(
+        num_partitions=num_partitions,
+        logical_axis_rules=partitioning.standard_logical_axis_rules(),
+      ),
+      'model_dir': str(folder),
+      'random_seed': 1,
+      **changes,
+    }
+  )
+  return (folder / 'lowered_hlo_pre_optimization').read_text()
+
+
+def test_its_arguments_make_the_program(tmp_path):
+  checked, asked = [], []
+
+  def get_dataset(*args):
+    asked.append(args)
+    return data.get_dataset(*args)
+
+  first = make(
+    tmp_path / 'first',
+    get_dataset_fn=get_dataset,
+    verify_matching_vocabs_fn=lambda cfg, model: checked.append(cfg.split),
+  )
+  assert 'HloModule' in first
+  assert 'HloModule' in (
+    (tmp_path / 'first' / 'lowered_hlo_post_optimization').read_text()
+  )
+  assert np.load(tmp_path / 'first' / 'assignment').shape == (4, 2)
+  assert checked == ['train']
+  assert len(asked) == 1
+  # Dropout's key is a constant of the program, and 0 is a seed like others.
+  programs = {first, *(make(tmp_path / str(n), random_seed=n) for n in (0, 42))}
+  assert len(programs) == 3
+  assert make(tmp_path / 'none', random_seed=None) in programs

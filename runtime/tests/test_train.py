@@ -13,7 +13,7 @@ import tiny
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from t5x import checkpoints, data, partitioning, train, trainer
+from t5x import checkpoints, data, partitioning, restore, train, trainer
 
 
 def run(model_dir, **changes):
@@ -312,3 +312,41 @@ def test_without_a_seed_the_run_takes_the_clock(tmp_path):
     assert jax.config.jax_default_prng_impl == 'unsafe_rbg'
   finally:
     jax.config.update('jax_default_prng_impl', before)
+
+
+def test_what_the_caller_gives_is_called(tmp_path):
+  """Each of the functions and classes that gin can put in place of the usual one."""
+  called = {}
+
+  def note(name, original):
+    def call(*args, **kwargs):
+      called.setdefault(name, []).append((args, kwargs))
+      return original(*args, **kwargs)
+
+    return call
+
+  usual = tiny.train_arguments(tmp_path)
+  run(
+    tmp_path,
+    total_steps=1,
+    eval_period=1,
+    eval_steps=3,
+    train_eval_dataset_cfg=tiny.dataset_config('validation'),
+    infer_eval_dataset_cfg=tiny.dataset_config('validation', pack=False),
+    trainer_cls=note('trainer', usual['trainer_cls']),
+    train_state_initializer_cls=note('state', restore.TrainStateInitializer),
+    verify_matching_vocabs_fn=note('vocabularies', lambda cfg, model: None),
+    summarize_config_fn=note('summary', lambda *args: None),
+    inference_evaluator_cls=note('evaluator', tiny.EVALUATOR),
+    get_dataset_fn=note('data', data.get_dataset),
+    train_eval_get_dataset_fn=note('eval_data', data.get_training_eval_datasets),
+  )
+  times = {name: len(calls) for name, calls in called.items()}
+  # The vocabularies of three configurations; train-eval's data under train's reader.
+  assert times.pop('vocabularies') == 3
+  assert times.pop('data') >= 1
+  assert times == dict.fromkeys(
+    ('trainer', 'state', 'summary', 'evaluator', 'eval_data'), 1
+  )
+  assert called['eval_data'][0][0][3] == 3
+  assert (tmp_path / 'inference_eval' / 'tiny_copy-metrics.jsonl').exists()

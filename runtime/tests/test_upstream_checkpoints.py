@@ -1,33 +1,19 @@
 """T5X reads the checkpoints written here, and the other way round, bit by bit."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import upstream
 
 SCRIPT = pathlib.Path(__file__).with_name('upstream_checkpoints.py')
 
-pytestmark = [
-  pytest.mark.upstream,
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    'UPSTREAM_T5X' not in os.environ, reason='UPSTREAM_T5X is not set'
-  ),
-]
+pytestmark = upstream.MARKS
 
 
-def run(mode, folder, upstream):
-  path = {'PYTHONPATH': os.environ['UPSTREAM_T5X']} if upstream else {}
-  out = folder.parent / f'{mode}-{upstream}.npz'
-  subprocess.run(
-    [sys.executable, SCRIPT, mode, folder, out],
-    env={**os.environ, **path},
-    check=True,
-  )
-  return dict(np.load(out))
+def run(mode, folder, on_upstream):
+  out = folder.parent / f'{mode}-{on_upstream}.npz'
+  return upstream.run(SCRIPT, mode, folder, out=out, on_upstream=on_upstream)
 
 
 def assert_same(left, right):
@@ -48,5 +34,5 @@ def test_what_one_writes_the_other_reads(tmp_path, upstream_writes):
 def test_the_layout_before_orbax_is_read(tmp_path):
   folder = tmp_path / 'model'
   folder.mkdir()
-  written = run('write_previous', folder, upstream=True)
-  assert_same(run('read', folder, upstream=False), written)
+  written = run('write_previous', folder, on_upstream=True)
+  assert_same(run('read', folder, on_upstream=False), written)

@@ -1,31 +1,18 @@
 """The same optimizers and losses in T5X and here: states, axes and values agree."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
-import pytest
+import upstream
 
 SCRIPT = pathlib.Path(__file__).with_name('upstream_numbers.py')
 
-
-def run(output, **environment):
-  subprocess.run(
-    [sys.executable, SCRIPT, output],
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
-    check=True,
-  )
-  return dict(np.load(output))
+pytestmark = upstream.MARKS
 
 
-@pytest.mark.upstream
-@pytest.mark.slow
-@pytest.mark.skipif('UPSTREAM_T5X' not in os.environ, reason='UPSTREAM_T5X is not set')
 def test_numbers_are_those_of_t5x(tmp_path):
-  theirs = run(tmp_path / 'theirs.npz', PYTHONPATH=os.environ['UPSTREAM_T5X'])
-  ours = run(tmp_path / 'ours.npz')
+  theirs = upstream.run(SCRIPT, out=tmp_path / 'theirs.npz', on_upstream=True)
+  ours = upstream.run(SCRIPT, out=tmp_path / 'ours.npz', on_upstream=False)
   assert ours.keys() == theirs.keys()
   for name, want in theirs.items():
     assert ours[name].shape == want.shape, name

@@ -194,6 +194,29 @@ register('tiny_copy')
 register('tiny_noised', seeded=True)
 
 
+def two_vocabularies(name):
+  """Registers a task whose inputs and targets are in vocabularies of their own.
+
+  Args:
+    name: its name.
+
+  Returns:
+    Its features.
+  """
+  if name not in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.add(
+      name,
+      source=seqio.FunctionDataSource(_examples, splits=('train', 'test')),
+      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+      output_features={
+        'inputs': seqio.Feature(seqio.ByteVocabulary(extra_ids=3)),
+        'targets': seqio.Feature(VOCABULARY),
+      },
+      metric_fns=[],
+    )
+  return seqio.TaskRegistry.get(name).output_features
+
+
 LENGTHS = {'inputs': 16, 'targets': 8}
 EVALUATOR = functools.partial(
   seqio.Evaluator, logger_cls=[seqio.TensorBoardLogger, seqio.JSONLogger]

@@ -110,16 +110,17 @@ def tiny_training(model_dir, **changes):
 class Process:
   """A script of its own process, from the repository's root."""
 
-  def __init__(self, data_root, module, *args):
+  def __init__(self, data_root, module, *args, python=sys.executable, **variables):
     environment = {
       **os.environ,
       'BART_T5X_DATA': str(data_root),
       'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+      **variables,
     }
     self.lines = []
     self._grown = threading.Condition()
     self._process = subprocess.Popen(
-      [sys.executable, '-m', module, *args],
+      [python, '-m', module, *args],
       cwd=ROOT,
       env=environment,
       stdout=subprocess.PIPE,

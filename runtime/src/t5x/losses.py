@@ -226,12 +226,12 @@ def convert_special_loss_normalizing_factor_to_enum(
 def _sum_by_segment(
   weights: Float[Array, 'b l'], segment_ids: Int[Array, 'b l']
 ) -> Float[Array, 'b l']:
-  """Gives each position the summed weight of its own segment in its own row."""
+  """Gives each position the summed weight of its segment in its row; padding 0."""
   # A packed row numbers its segments from 1, so at most to l; 0 is padding.
   most = weights.shape[-1] + 1
 
   def one_row(row, ids):
-    return jax.ops.segment_sum(row, ids, num_segments=most)[ids]
+    return jax.ops.segment_sum(row, ids, num_segments=most).at[0].set(0.0)[ids]
 
   return jax.vmap(one_row)(weights, segment_ids)
 

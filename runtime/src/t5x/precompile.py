@@ -69,7 +69,7 @@ def precompile(
     partitioner: the mesh, of devices that JAX can compile for.
     model_dir: where `lowered_hlo_pre_optimization`, `lowered_hlo_post_optimization`
       and `assignment` (device ids, NumPy format) are written.
-    random_seed: of dropout's key, a constant of the program.
+    random_seed: of dropout's key, a constant of the program; None takes 42.
     get_dataset_fn: makes the dataset.
     verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
   """
@@ -90,7 +90,8 @@ def precompile(
     input_types={name: spec.dtype for name, spec in batch.items()},
     partitioner=partitioner,
   )
-  _, dropout_key = jax.random.split(jax.random.PRNGKey(random_seed or 42))
+  seed = 42 if random_seed is None else random_seed
+  _, dropout_key = jax.random.split(jax.random.PRNGKey(seed))
 
   def step(train_state: Any, batch: Any) -> Any:
     return trainer_lib.train_with_lr(
