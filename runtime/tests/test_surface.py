@@ -21,6 +21,7 @@ ABSENT = {
   'config_utils.direct_summarize_fiddle_config',
   'config_utils.prepare_to_summarize',
   'config_utils.sanitize_summary_getter',
+  'optimizers.amos',
 }
 
 

@@ -254,18 +254,18 @@ class SaveBestCheckpointer(Checkpointer):
     Raises:
       ValueError: metric_mode is neither.
     """
+    if metric_mode not in ('max', 'min'):
+      raise ValueError(f"metric_mode is '{metric_mode}'; it must be 'max' or 'min'.")
     super().__init__(
       train_state,
       partitioner,
       checkpoints_dir,
       dataset_iterator,
-      keep=keep,
       save_dtype=save_dtype,
       restore_dtype=restore_dtype,
+      keep=keep,
       keep_dataset_checkpoints=keep_dataset_checkpoints,
     )
-    if metric_mode not in ('max', 'min'):
-      raise ValueError(f"metric_mode is '{metric_mode}'; it must be 'max' or 'min'.")
     self._ranking = dict(
       metric_name_to_monitor=metric_name_to_monitor,
       metric_mode=metric_mode,

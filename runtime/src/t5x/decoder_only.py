@@ -165,10 +165,10 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       {'params': params, 'cache': decoding_state.cache},
       token,
       token,
-      enable_dropout=False,
-      decode=True,
-      max_decode_length=max_decode_length,
       mutable=['cache'],
+      max_decode_length=max_decode_length,
+      decode=True,
+      enable_dropout=False,
     )
     return jnp.squeeze(logits, axis=1), changed['cache']
 
@@ -213,9 +213,9 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       {'params': params},
       ones,
       ones,
-      enable_dropout=False,
-      decode=True,
       mutable=['cache'],
+      decode=True,
+      enable_dropout=False,
     )
     cache = changed['cache']
     if 'cache_axes' in changed:

@@ -34,13 +34,14 @@ class HeuristicRule(enum.Enum):
 HEURISTIC_RULE = HeuristicRule.token
 FactorRule = HeuristicRule | tuple[FactorDim, ...]
 
+_NAMES_OF_FACTORS = {
+  FactorDim.ROW: ('row',),
+  FactorDim.COLUMN: ('col', 'column'),
+  FactorDim.BATCH: ('batch',),
+  FactorDim.NONE: ('none', 'unfactorized'),
+}
 _FACTOR_NAMES = {
-  'row': FactorDim.ROW,
-  'col': FactorDim.COLUMN,
-  'column': FactorDim.COLUMN,
-  'batch': FactorDim.BATCH,
-  'none': FactorDim.NONE,
-  'unfactorized': FactorDim.NONE,
+  name: factor for factor, names in _NAMES_OF_FACTORS.items() for name in names
 }
 
 

@@ -109,11 +109,11 @@ class LegacyCheckpointManager:
       checkpoints_dir=model_dir,
     )
     save_checkpointer = save_cfg and save_cfg.checkpointer_cls(
-      dataset_iterator=ds_iter if save_cfg.save_dataset else None,
-      save_dtype=save_cfg.dtype,
+      **common,
       keep=save_cfg.keep,
       keep_dataset_checkpoints=save_cfg.keep_dataset_checkpoints,
-      **common,
+      save_dtype=save_cfg.dtype,
+      dataset_iterator=ds_iter if save_cfg.save_dataset else None,
     )
     restore_checkpointer = restore_cfg and restore_cfg.checkpointer_cls(
       dataset_iterator=ds_iter if restore_cfg.restore_dataset else None,

@@ -44,11 +44,11 @@ def compute_metrics(
   `compute_base_metrics` says more; this one is kept for models that use it.
   """
   sums = {
+    'num_examples': len(targets),
+    'num_tokens': targets.size,
+    'weight_sum': weight_sum,
     'loss': loss,
     'accuracy': compute_weighted_accuracy(logits, targets, weights),
-    'weight_sum': weight_sum,
-    'num_examples': targets.shape[0],
-    'num_tokens': targets.size,
   }
   return {**metrics_lib.create_metrics_dict(sums), **additional_metrics}
 

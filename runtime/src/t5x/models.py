@@ -120,17 +120,17 @@ class EncoderDecoderModel(BaseTransformerModel):
     """
     if feature_converter_cls is not None:
       self.FEATURE_CONVERTER_CLS = feature_converter_cls
-    self._default_decoder_params = default_decoder_params or DecoderParams()
     super().__init__(
-      module=module,
-      input_vocabulary=input_vocabulary,
-      output_vocabulary=output_vocabulary,
-      optimizer_def=optimizer_def,
-      decode_fn=decode_fn,
+      module,
+      input_vocabulary,
+      output_vocabulary,
+      optimizer_def,
+      decode_fn,
+      loss_normalizing_factor=loss_normalizing_factor,
       label_smoothing=label_smoothing,
       z_loss=z_loss,
-      loss_normalizing_factor=loss_normalizing_factor,
     )
+    self._default_decoder_params = default_decoder_params or DecoderParams()
 
   def get_initial_variables(
     self,
@@ -225,11 +225,11 @@ class EncoderDecoderModel(BaseTransformerModel):
       raw_inputs,
       token,
       token,
-      enable_dropout=False,
-      decode=True,
-      max_decode_length=max_decode_length,
-      mutable=['cache'],
       method=self.module.decode,
+      mutable=['cache'],
+      max_decode_length=max_decode_length,
+      decode=True,
+      enable_dropout=False,
     )
     return jnp.squeeze(logits, axis=1), changed['cache']
 
@@ -253,14 +253,15 @@ class EncoderDecoderModel(BaseTransformerModel):
     Returns:
       The cache, and the number of prompt tokens if it was filled, else None.
     """
+    sources, targets = map(jnp.ones_like, (encoder_input_tokens, decoder_input_tokens))
     _, changed = self.module.apply(
       {'params': params},
-      encoder_input_tokens=jnp.ones_like(encoder_input_tokens),
-      decoder_input_tokens=jnp.ones_like(decoder_input_tokens),
-      decoder_target_tokens=jnp.ones_like(decoder_input_tokens),
-      mutable=['cache'],
-      decode=True,
+      encoder_input_tokens=sources,
+      decoder_input_tokens=targets,
+      decoder_target_tokens=targets,
       enable_dropout=False,
+      decode=True,
+      mutable=['cache'],
     )
     if not prefill_decoder_prompt:
       return changed['cache'], None

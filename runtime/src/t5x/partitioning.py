@@ -390,9 +390,9 @@ class PjitPartitioner(BasePjitPartitioner):
       ici_mesh_shape=ici_mesh_shape,
       dcn_mesh_shape=dcn_mesh_shape,
     )
-    if logical_axis_rules is None:
-      logical_axis_rules = standard_logical_axis_rules()
-    rules = tuple((name, axis) for name, axis in logical_axis_rules)
+    given = logical_axis_rules
+    rules = standard_logical_axis_rules() if given is None else given
+    rules = tuple((name, axis) for name, axis in rules)
     if ici_mesh_shape is not None:
       batch_axes = ('replica', 'data')
       rules = tuple((n, batch_axes if n == 'batch' else axis) for n, axis in rules)
