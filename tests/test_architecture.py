@@ -71,6 +71,7 @@ ALLOWED = {
   'bart_t5x.placement': set(),
   'bart_t5x.preprocessors': {'documents', 'noise', 'sources'},
   'bart_t5x.restack': {'hf'},
+  'bart_t5x.restoring': set(),
   'bart_t5x.schedules': set(),
   'bart_t5x.sentences': set(),
   'bart_t5x.sources': {'noise'},

@@ -73,7 +73,7 @@ def test_training_metrics_too(tiny_run, tmp_path):
   assert metrics(tmp_path)[0]['step'] == 5
 
 
-def test_what_the_caller_gives_is_called(tiny_run, tmp_path):
+def test_what_the_caller_of_eval_gives_is_called(tiny_run, tmp_path):
   summaries, states = [], []
 
   def make_state(**arguments):
@@ -90,7 +90,7 @@ def test_what_the_caller_gives_is_called(tiny_run, tmp_path):
   assert states[0]['optimizer_def'] is None
 
 
-def test_parameters_that_the_checkpoint_lacks_come_from_a_seed(tiny_run, tmp_path):
+def test_missing_parameters_come_from_a_seed_in_eval(tiny_run, tmp_path):
   drop = restore.RestoreCheckpointConfig(
     path=str(tiny_run / 'checkpoint_5'),
     mode='specific',

@@ -181,7 +181,7 @@ def test_chunks_can_stay_apart(run, tmp_path):
   assert (tmp_path / f'tiny_copy-score.{WHOLE}.COMPLETED').exists()
 
 
-def test_what_the_caller_gives_is_called(run, tmp_path):
+def test_what_the_caller_of_infer_gives_is_called(run, tmp_path):
   summaries, checked, states = [], [], []
 
   def merge(output_dir, name, tmp_dir, step):
@@ -230,7 +230,7 @@ def test_the_feature_whose_vocabulary_decodes(run, tmp_path):
   assert seen[0] is not seen[1]
 
 
-def test_parameters_that_the_checkpoint_lacks_come_from_a_seed(run, tmp_path, tiny_run):
+def test_missing_parameters_come_from_a_seed_in_infer(run, tmp_path, tiny_run):
   drop = restore.RestoreCheckpointConfig(
     path=str(tiny_run / 'checkpoint_10'),
     mode='specific',

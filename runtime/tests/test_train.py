@@ -314,7 +314,7 @@ def test_without_a_seed_the_run_takes_the_clock(tmp_path):
     jax.config.update('jax_default_prng_impl', before)
 
 
-def test_what_the_caller_gives_is_called(tmp_path):
+def test_what_the_caller_of_train_gives_is_called(tmp_path):
   """Each of the functions and classes that gin can put in place of the usual one."""
   called = {}
 
