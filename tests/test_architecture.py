@@ -27,8 +27,8 @@ LEVELS = (
     'model_metrics', 'models', 'sampling', 'task_vocabularies',
   },
   {
-    'abstract_steps', 'actions', 'checkpoint_configs', 'checkpoint_manager',
-    'checkpoint_retention',
+    'abstract_steps', 'actions', 'base_trainer', 'checkpoint_configs',
+    'checkpoint_manager', 'checkpoint_retention', 'checkpoint_writing',
     'checkpoints', 'dataset_checkpoint', 'fast_imports', 'feeding',
     'health', 'inference', 'launch', 'legacy_checkpointing', 'progress', 'restore',
     'step_costs', 'summaries', 'train_step', 'trainer', 'trainer_types',

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from t5x import abstract_steps, data, restore, trainer
+from t5x import abstract_steps, data, feeding, restore
 
 
 def run_of(arguments):
@@ -69,7 +69,7 @@ def test_the_program_is_that_of_the_trainer(arguments, kind):
     function = (
       real._partitioned_train_step if kind == 'train' else real._partitioned_eval_step
     )
-    batch = trainer.put_on_devices(batch, partitioner)
+    batch = feeding.put_on_devices(batch, partitioner)
     assert function.lower(real.train_state, batch).as_text() == planned
 
 

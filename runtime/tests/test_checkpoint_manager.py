@@ -21,7 +21,7 @@ from one_array import (
 )
 
 from t5x import (
-  checkpoint_manager,
+  checkpoint_writing,
   checkpoints,
   checkpoints_utils,
   dataset_checkpoint,
@@ -147,7 +147,7 @@ def test_a_read_only_folder_fails_at_once(tmp_path):
 def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch):
   made = manager(tmp_path)
   monkeypatch.setattr(
-    checkpoint_manager.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100)
+    checkpoint_writing.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100)
   )
   with pytest.raises(checkpoints.CheckpointSaveError, match='keep'):
     made.save(state_at(1))

@@ -6,9 +6,7 @@ killed at any instant leaves only whole checkpoints under their names.
 """
 
 import concurrent.futures
-import dataclasses
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,10 +24,12 @@ from t5x import (
   checkpoint_reading,
   checkpoint_retention,
   checkpoint_utils,
+  checkpoint_writing,
   checkpoints_utils,
   dataset_checkpoint,
   save_schedule,
 )
+from t5x.checkpoint_writing import CheckpointSaveError, mend
 from t5x.lazy_arrays import LazyArray
 
 STATE_ITEM = checkpoint_reading.STATE_ITEM
@@ -38,49 +38,6 @@ DATASET_ITEM = 'dataset'
 _SAVE_TIMEOUT = 600
 # What a damaged checkpoint is renamed to, before its name.
 _DAMAGED_PREFIX = 'damaged_'
-
-
-class CheckpointSaveError(Exception):
-  """A checkpoint could not be written. Nothing half-written is left."""
-
-
-@dataclasses.dataclass
-class ParameterInfo:
-  """What a save-time transformation is told of an array.
-
-  Attributes:
-    name: '/'-joined name in the train state.
-    mesh_axes: its PartitionSpec; None if replicated.
-  """
-
-  name: str
-  mesh_axes: Any
-
-
-def _map_named(function: Any, tree: Any, name: tuple[str, ...] = ()) -> Any:
-  """Maps function('/'-joined name, leaf) over nested dicts; None stays."""
-  if isinstance(tree, Mapping):
-    return {k: _map_named(function, child, (*name, k)) for k, child in tree.items()}
-  return None if tree is None else function('/'.join(name), tree)
-
-
-def _mend(error: BaseException) -> str:
-  """What to do about a failed write."""
-  text = str(error).lower()
-  if any(sign in text for sign in ('no space', 'quota', 'too large', 'enough space')):
-    return 'Free some space, or lower SaveCheckpointConfig.keep'
-  if any(sign in text for sign in ('permission', 'read-only', 'not a directory')):
-    return 'Make the folder writable, or choose another MODEL_DIR'
-  return 'Mend the cause'
-
-
-def _savable(leaf: Any) -> Any:
-  """An array as Orbax takes it: read, and where there are many hosts not of one."""
-  if isinstance(leaf, LazyArray):
-    return leaf.get()
-  if jax.process_count() > 1 and isinstance(leaf, jax.Array):
-    return np.asarray(leaf) if leaf.is_fully_addressable else leaf
-  return leaf
 
 
 def step_of(train_state: Any) -> int:
@@ -209,7 +166,7 @@ class OrbaxCheckpointManagerInterface:
       except OSError as error:
         raise CheckpointSaveError(
           f"Checkpoints cannot be written to '{self._directory}': {error}. "
-          f'{_mend(error)}.'
+          f'{mend(error)}.'
         ) from error
     self._checkpointer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(
@@ -221,35 +178,6 @@ class OrbaxCheckpointManagerInterface:
       timeout_secs=_SAVE_TIMEOUT,
     )
     self._finisher = concurrent.futures.ThreadPoolExecutor(1, 't5x_checkpoint')
-
-  def _dtype_on_disk(self, name: str, leaf: Any) -> np.dtype:
-    dtype = leaf.dtype if hasattr(leaf, 'dtype') else np.result_type(leaf)
-    if self._save_dtype and checkpoint_reading.is_cast(name, dtype):
-      return self._save_dtype
-    return np.dtype(dtype)
-
-  def _check_space(self, state_dict: Mapping[str, Any]):
-    """Refuses to begin a save that the disk cannot hold."""
-    short = ''
-    if jax.process_index() == 0 and '://' not in os.fspath(self._directory):
-      sizes = []
-      _map_named(
-        lambda name, x: sizes.append(
-          np.size(x) * self._dtype_on_disk(name, x).itemsize
-        ),
-        state_dict,
-      )
-      free = shutil.disk_usage(self._directory).free
-      if free < sum(sizes):
-        short = f'{sum(sizes) / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free'
-    refuse = bool(short)
-    if jax.process_count() > 1:
-      refuse = bool(multihost_utils.broadcast_one_to_all(np.int32(refuse)))
-    if refuse:
-      raise CheckpointSaveError(
-        f"There is not enough space for a checkpoint in '{self._directory}': "
-        f'{short or "see the first process"}. {_mend(OSError("no space"))}.'
-      )
 
   def save(
     self,
@@ -283,13 +211,18 @@ class OrbaxCheckpointManagerInterface:
     if step in self.all_steps():
       logging.info('%s exists and is not written again.', folder)
       return False
-    state_dict = _map_named(lambda _, x: _savable(x), train_state.state_dict())
-    infos = self._parameter_infos(train_state)
+    state_dict = checkpoint_writing.map_named(
+      lambda _, x: checkpoint_writing.savable(x), train_state.state_dict()
+    )
+    infos = checkpoint_writing.parameter_infos(train_state, self._partitioner)
     for transform in state_transformation_fns:
       state_dict, infos = transform(state_dict, infos)
-    self._check_space(state_dict)
-    save_args = _map_named(
-      lambda name, x: ocp.SaveArgs(dtype=self._dtype_on_disk(name, x)), state_dict
+    checkpoint_writing.check_space(self._directory, state_dict, self._save_dtype)
+    save_args = checkpoint_writing.map_named(
+      lambda name, x: ocp.SaveArgs(
+        dtype=checkpoint_writing.dtype_on_disk(name, x, self._save_dtype)
+      ),
+      state_dict,
     )
     items = {STATE_ITEM: ocp.args.PyTreeSave(state_dict, save_args=save_args)}
     if self._dataset_iterator is not None:
@@ -305,17 +238,6 @@ class OrbaxCheckpointManagerInterface:
     self._saving = (step, self._finisher.submit(self._finish, folder))
     return True
 
-  def _parameter_infos(self, train_state: Any) -> dict[str, Any]:
-    axes = checkpoint_reading.Destination(
-      {},
-      self._partitioner.get_mesh_axes(train_state).state_dict(),
-      self._partitioner.mesh,
-    )
-    return _map_named(
-      lambda name, _: ParameterInfo(name, axes.sharding(name).spec),
-      train_state.state_dict(),
-    )
-
   def _discard(self, folder: epath.Path):
     """Removes what a failed save has written so far."""
     if jax.process_index() == 0:
@@ -329,7 +251,7 @@ class OrbaxCheckpointManagerInterface:
     except OSError as second:
       logging.warning('What was written of %s could not be removed: %s', folder, second)
     return CheckpointSaveError(
-      f"Checkpoint '{folder}' could not be written: {error}. {_mend(error)}; the "
+      f"Checkpoint '{folder}' could not be written: {error}. {mend(error)}; the "
       'checkpoints before it are whole.'
     )
 
@@ -497,4 +419,6 @@ class OrbaxCheckpointManagerInterface:
     tree = checkpoint_importer.restore_from_t5_checkpoint(
       destination.state_dict, path_or_dir, strict=strict, translator=translator
     )
-    return self._train_state.restore_state(_map_named(destination.place, tree))
+    return self._train_state.restore_state(
+      checkpoint_writing.map_named(destination.place, tree)
+    )
