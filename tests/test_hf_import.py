@@ -80,6 +80,21 @@ def test_there_back_and_there_again(model, tmp_path):
     assert (again / name).read_bytes() == (model / name).read_bytes()
 
 
+def test_a_sentencepiece_tokenizer_comes_back(make_run, tmp_path):
+  run = make_run(tmp_path / 'a', tokenizer='unigram')
+  model = tmp_path / 'model'
+  assert convert.main([
+      'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
+      f'--output_dir={model}',
+  ]) == 0  # fmt: skip
+  imported(model, tmp_path / 'in')
+  ours, theirs = (
+    (folder / 'tokenizer.model').read_bytes()
+    for folder in (run.corpus, tmp_path / 'in')
+  )
+  assert ours == theirs
+
+
 def test_gin_file_describes_the_model(run, model, tmp_path):
   config = json.loads((model / 'config.json').read_text())
   config |= {'dropout': 0.25, 'attention_dropout': 0.25, 'activation_dropout': 0.0}

@@ -57,6 +57,9 @@ def tokenizer_config(tokenizer_json: dict[str, Any], max_length: int) -> dict[st
 def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
   """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
+  A SentencePiece model goes along as it is: the import takes it back, transformers
+  read the tokenizer.json that was made of it.
+
   Args:
     source: the tokenizer of the corpus, tokenizer.json or a SentencePiece model.
     folder: where to write.
@@ -64,6 +67,7 @@ def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
   """
   content = source.read_bytes()
   if not tokenization.is_json(content):
+    (folder / tokenization.SENTENCEPIECE_FILE).write_bytes(content)
     content = sentencepiece_json.convert(content, str(source))
   text = content.decode('utf-8')
   config = tokenizer_config(json.loads(text), max_length)
