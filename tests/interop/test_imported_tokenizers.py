@@ -27,21 +27,26 @@ def texts(masks=True):
 
 
 @pytest.fixture(params=FRAMEWORKS)
-def peer(request):
-  return request.getfixturevalue(f'{request.param}_tokenizer_class_peer')
+def framework(request):
+  return request.param
 
 
-def check(peer, tokenizer_class, folder, vocab_size):
+@pytest.fixture
+def peer(request, framework):
+  return request.getfixturevalue(f'{framework}_tokenizer_class_peer')
+
+
+def check(peer, tokenizer_class, folder, vocab_size, masks=True):
   file = tokenizer_import.read(folder, vocab_size)
   ours = tokenization.read_tokenizer(file.name, file.content)
   answer = peer(
     {
       'folder': np.array(str(folder)),
       'tokenizer': np.array(tokenizer_class),
-      'texts': np.array(json.dumps(texts())),
+      'texts': np.array(json.dumps(texts(masks))),
     }
   )
-  for text, ids in zip(texts(), json.loads(str(answer['ids'])), strict=True):
+  for text, ids in zip(texts(masks), json.loads(str(answer['ids'])), strict=True):
     expected = tokenization.to_hf_ids([1, *ours.encode_template(text), 2]).tolist()
     assert ids == expected, text
 
@@ -64,7 +69,7 @@ def test_sentencepiece_with_a_dictionary(peer, tmp_path):
 
 
 @pytest.mark.slow
-def test_vocab_and_merges(peer, make_run, tmp_path):
+def test_vocab_and_merges(peer, framework, make_run, tmp_path):
   """The files of BART's slow tokenizer."""
   run = make_run(tmp_path / 'a')
   model = json.loads((run.corpus / 'tokenizer.json').read_text())['model']
@@ -73,4 +78,6 @@ def test_vocab_and_merges(peer, make_run, tmp_path):
   (folder / 'vocab.json').write_text(json.dumps(model['vocab']))
   merges = [' '.join(pair) for pair in model['merges']]
   (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']))
-  check(peer, 'BartTokenizer', folder, 301)
+  # Without a tokenizer.json, transformers 5 forgets that a mask takes the space before
+  # it along, which transformers 4 and every published tokenizer.json know.
+  check(peer, 'BartTokenizer', folder, 301, masks=framework == 'flax')
