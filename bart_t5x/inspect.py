@@ -175,7 +175,7 @@ def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
     numbers = ' '.join(str(s + 1) for s in sentences)
     lines.append('  order   ' + paint('moved', f'sentences {numbers}'))
   for new, missing in spans_of(references, permuted):
-    stands = ''.join(vocabulary.piece(i) for i in new) or 'nothing'
+    stands = vocabulary.decode(new) if new else 'nothing'
     what = repr(text(missing)) if missing else 'nothing: an insertion'
     lines.append(f'  span    {paint("mask", stands)} for {what}')
   if example['dropped']:

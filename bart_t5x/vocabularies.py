@@ -134,10 +134,6 @@ class BartVocabulary(seqio.Vocabulary):
     """Whether a token begins a word; see `tokenization.Tokenizer`."""
     return _word_start_table(self.tokenizer)
 
-  def piece(self, token_id: int) -> str:
-    """How the tokenizer spells one id, for people to look at."""
-    return self.tokenizer.piece(token_id)
-
   # Text.
 
   def _encode(self, s: str) -> list[int]:

@@ -62,6 +62,7 @@ def test_shows_examples_rows_and_the_table(capsys):
   assert 29 < share < 34  # whole words, rounded up
   assert 'whole_words=True' in out  # gin/denoising.gin
   assert '\033[' not in out
+  assert 'Ġ' not in out  # random tokens too are spelt as text
 
 
 def test_colour_on_request(capsys):
