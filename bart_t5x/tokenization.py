@@ -12,6 +12,7 @@ characters. Only `templates=True` turns the string `<mask>` into the mask token.
 """
 
 import functools
+import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
