@@ -169,12 +169,20 @@ def test_flax_weights(run, model, tmp_path):
 
 
 def test_the_forced_first_token(model, tmp_path):
+  """It is bound for the model, and left out of what is exported again."""
   path = model / 'generation_config.json'
   generation = json.loads(path.read_text())
   path.write_text(json.dumps(generation | {'forced_bos_token_id': 0}))
   imported(model, tmp_path / 'in')
   bound = run_config.read(tmp_path / 'in/config.gin').bindings_of('BartModel')
   assert bound == {'forced_first_id': 1}
+  assert convert.main([
+      'export', f'--checkpoint={tmp_path}/in/checkpoint_0',
+      f'--corpus_dir={tmp_path}/in', f'--output_dir={tmp_path}/again',
+  ]) == 0  # fmt: skip
+  for name in ('config.json', 'generation_config.json'):
+    exported = json.loads((tmp_path / 'again' / name).read_text())
+    assert exported.get('forced_bos_token_id') is None
 
 
 def untied(tensors):
