@@ -143,7 +143,10 @@ def run_layers(layer, count, config, mode, x, *shared):
     Hidden states like x.
   """
   policies = {
-    'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+      jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+      jax.checkpoint_policies.save_only_these_names(layers.ATTENDED),
+    ),
     'full': None,
   }
   if config.remat_policy in policies and not (mode.decode or mode.prefill):

@@ -35,7 +35,7 @@ class BartConfig:
       checkpoint of one kind becomes one of the other by `bart_t5x.restack`.
     remat_policy: what the backward pass recomputes: 'none'; 'attention', scores
       and weights (which of all implementations only 'plain' stores); 'dots',
-      everything but projections; 'full', whole layers.
+      everything but projections and what attention mixes; 'full', whole layers.
     attention_impl: all compute the same. 'plain', all scores at once; 'chunked',
       scores of some queries at a time, which takes less memory and more time;
       'flash', our kernel for TPUs, which never stores scores and drops the same

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from bart_t5x import attention, dropout
@@ -25,6 +26,9 @@ Initializer = Callable[..., jax.Array]
 POSITION_OFFSET = 2
 
 LAYER_NORM_EPSILON = 1e-5
+
+# What attention mixes, by the name that recomputation knows it by.
+ATTENDED = 'attended'
 
 constrain = partitioning.with_sharding_constraint
 
@@ -280,6 +284,7 @@ class Attention(nn.Module):
         dropout_rate=self.dropout_rate, dropout_key=dropout_key,
     )  # fmt: skip
     mixed = constrain(mixed, ('batch', 'length', 'heads', 'kv'))
+    mixed = checkpoint_name(mixed, ATTENDED)
     return Linear(
       width, ('joined_kv', 'embed'), self.dtype, self.kernel_init, name='out'
     )(mixed.reshape(*query.shape[:2], width))

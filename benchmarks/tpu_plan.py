@@ -53,12 +53,11 @@ def _base(name: str, what: str, **fields) -> Variant:
 VARIANTS = (
   Variant('base', 'as the gin file has it', {}),
   _base('scan', 'the same, layers in a loop'),
-  _base('plain', 'plain attention', attention_impl='plain'),
-  _base(
-    'plain_attention',
-    'plain attention, its scores computed again',
-    attention_impl='plain',
-    remat_policy='attention',
+  _base('none', 'nothing computed again', remat_policy='none'),
+  Variant(
+    'base_plain_none',
+    'plain attention, nothing computed again, layers written out',
+    {CONFIG + 'attention_impl': 'plain', CONFIG + 'remat_policy': 'none'},
   ),
   _base(
     'plain_full',
@@ -66,8 +65,8 @@ VARIANTS = (
     attention_impl='plain',
     remat_policy='full',
   ),
+  _base('plain_dots', 'plain attention', attention_impl='plain'),
   _base('chunked', 'attention in chunks', attention_impl='chunked'),
-  _base('dots', 'all but products computed again', remat_policy='dots'),
   _base('full', 'whole layers computed again', remat_policy='full'),
   Variant(
     'base_dropout_0',
@@ -96,16 +95,17 @@ VARIANTS = (
   ),
   _base('vocabulary', 'vocabulary not padded', vocab_multiple_of=1),
   Variant('large', 'as the gin file has it', {}, 'gin/bart_large_no.gin'),
+  Variant('large_scan', 'the same, layers in a loop', SCAN, 'gin/bart_large_no.gin'),
   Variant(
     'large_1d',
     'each device a whole model',
-    {'partitioning.PjitPartitioner.num_partitions': 1},
+    {**SCAN, 'partitioning.PjitPartitioner.num_partitions': 1},
     'gin/bart_large_no.gin',
   ),
   Variant(
     'large_1x8',
     'one model on all devices',
-    {'partitioning.PjitPartitioner.num_partitions': 8},
+    {**SCAN, 'partitioning.PjitPartitioner.num_partitions': 8},
     'gin/bart_large_no.gin',
   ),
   *(

@@ -28,6 +28,7 @@ SCRIPTS = {
 # Run files, the script of each, and what a user still has to name.
 RUNS = {
   'bart_base_no': ('train', ()),
+  'bart_large_no': ('train', ()),
   'bart_mini_no': ('train', ()),
   'eval': ('eval', ("CHECKPOINT_PATH = 'run/checkpoint_1'",)),
   'finetune': (
@@ -257,6 +258,30 @@ def test_base_batch_lengths_and_periods():
     for name in ('stats_period', 'eval_period')
   }
   assert periods == {'stats_period': 500, 'eval_period': 2000}
+
+
+def test_large_is_the_base_run_with_the_larger_model_on_a_2d_mesh():
+  parse('bart_large_no')
+  macros = {
+    name: gin.query_parameter(f'%{name}')
+    for name in ('BATCH_SIZE', 'TRAIN_STEPS', 'LOSS_NORMALIZING_FACTOR', 'MODEL_DIR')
+  }
+  assert macros == {
+    'BATCH_SIZE': 256,
+    'TRAIN_STEPS': 12000,
+    'LOSS_NORMALIZING_FACTOR': 256 * 1024,
+    'MODEL_DIR': 'runs/bart_large_no',
+  }
+  config = configured(network.BartConfig)()
+  assert (config.emb_dim, config.num_encoder_layers) == (1024, 12)
+  assert config.remat_policy == 'full'
+  partitions = 't5x.partitioning.PjitPartitioner.num_partitions'
+  assert gin.query_parameter(partitions) == 2
+
+
+def test_base_recomputes_what_is_cheap():
+  parse('bart_base_no')
+  assert configured(network.BartConfig)().remat_policy == 'dots'
 
 
 def test_base_learning_rate():
