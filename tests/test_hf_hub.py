@@ -1,5 +1,7 @@
 """Pushing and fetching, against a server on this machine that speaks the protocol."""
 
+import json
+
 import huggingface_hub.constants
 import pytest
 from fake_hub import TOKEN
@@ -116,10 +118,23 @@ def test_export_pushes_and_import_fetches(server, make_run, tmp_path, capsys):
   assert b"from_pretrained('ola/norbart')" in pushed['README.md']
   assert TOKEN.encode() not in pushed['README.md']
 
+  # As a model that somebody else made: the other files of a tokenizer, a forced token.
+  tokenizer = json.loads(pushed.pop('tokenizer.json'))['model']
+  merges = '\n'.join(' '.join(pair) for pair in tokenizer['merges'])
+  generation = json.loads(pushed['generation_config.json'])
+  pushed |= {
+    'vocab.json': json.dumps(tokenizer['vocab']).encode(),
+    'merges.txt': merges.encode(),
+    'generation_config.json': json.dumps(
+      generation | {'forced_bos_token_id': 0}
+    ).encode(),
+  }
   server.requests.clear()
   fetch = ['import', '--model=ola/norbart', f'--output_dir={tmp_path}/in']
   assert convert.main(fetch) == 0
   assert (tmp_path / 'in/checkpoint_0').is_dir()
+  assert (tmp_path / 'in/tokenizer.json').exists()
+  assert 'forced_first_id = 1' in (tmp_path / 'in/config.gin').read_text()
   # One format of weights is enough.
   assert not [path for _, path in server.requests if 'msgpack' in path]
 
