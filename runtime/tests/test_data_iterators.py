@@ -139,6 +139,19 @@ def test_resumes_at_the_next_batch(tmp_path, taken):
   assert_differ(expected, take(iterator(dataset(seed=6)), 6))
 
 
+def test_damaged_data_is_explained(tmp_path):
+  path = str(tmp_path / 'data.tfrecord')
+  with tf.io.TFRecordWriter(path) as writer:
+    for _ in range(BATCH):
+      writer.write(b'a record')
+  content = bytearray((tmp_path / 'data.tfrecord').read_bytes())
+  content[14] ^= 1
+  (tmp_path / 'data.tfrecord').write_bytes(content)
+  ds = tf.data.TFRecordDataset(path).map(lambda r: {'targets': tf.strings.length(r)})
+  with pytest.raises(OSError, match='training data is damaged.*copy it again'):
+    next(iterator(ds.batch(BATCH, drop_remainder=True)))
+
+
 def test_saving_does_not_disturb(tmp_path):
   plain, saving = iterator(), iterator()
   for step in range(4):

@@ -79,7 +79,16 @@ class ShardedDatasetIterator(DatasetIterator):
     self._global_shapes = global_shapes
 
   def __next__(self):
-    return shard_batch(next(self._iterator), self._partitioner, self._global_shapes)
+    try:
+      batch = next(self._iterator)
+    except Exception as error:
+      if type(error).__name__ != 'DataLossError':  # naming it would import TensorFlow
+        raise
+      raise OSError(
+        f'The training data is damaged: {str(error).splitlines()[0]}. A file was '
+        'changed or cut off since it was written: copy it again, or make it again.'
+      ) from error
+    return shard_batch(batch, self._partitioner, self._global_shapes)
 
   def reset(self):
     self._iterator.reset()
