@@ -131,14 +131,14 @@ def write(
   }
   (output / 'transfer.svg').write_text(svg(panels))
   spent = [json.loads(line) for line in (folder / SECONDS).read_text().splitlines()]
-  cpu, wall = (sum(s[kind] for s in spent) / 60 for kind in ('cpu', 'wall'))
+  minutes = sum(s['cpu'] for s in spent) / 60
   lines = [
     '# Does pre-training pay? A mini BART on two tasks',
     '',
     f'Made by `python benchmarks/transfer.py --megabytes={args.megabytes} '
     f'--pretraining_steps={args.pretraining_steps} --steps={args.steps} --input …` on '
-    f'two CPU cores: {cpu:.0f} CPU minutes, {wall:.0f} minutes, as other programs ran '
-    'beside it. One seed, so small differences mean nothing.',
+    f'two CPU cores, in {minutes:.0f} CPU minutes. One seed and short runs: the '
+    'difference between the columns is what to look at, not their height.',
     '',
     'gin/models/mini.gin (2 M parameters) was pre-trained with gin/bart_mini_no.gin on '
     f'{args.megabytes} MB of Norwegian laws, novels of 1840–1920, Bokmålsordboka and '
