@@ -1,6 +1,5 @@
 """What reaches TensorBoard's files, and what the clock says."""
 
-import os
 import time
 
 import clu.metrics
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from event_files import read_events
 
 from t5x import metrics as metrics_lib
 from t5x import summaries
@@ -21,20 +21,6 @@ class Note(clu.metrics.Metric):
 
   def compute_value(self):
     return clu.values.Text('hello')
-
-
-def read_events(folder):
-  """[(step, tag, value)] of the one event file in a folder."""
-  import tensorflow as tf
-
-  (name,) = os.listdir(folder)
-  found = []
-  for event in tf.compat.v1.train.summary_iterator(os.path.join(folder, name)):
-    for value in event.summary.value:
-      content = tf.make_ndarray(value.tensor)
-      content = content.item() if content.ndim == 0 else content[0]
-      found.append((event.step, value.tag, content))
-  return found
 
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path):

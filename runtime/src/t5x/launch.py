@@ -172,24 +172,17 @@ def _check_gin_files() -> None:
 def prepare(
   description: str,
   argv: Sequence[str] | None = None,
-  *,
-  multiprocess: bool = False,
-  shard: bool = False,
-  run_mode: bool = False,
-  plan: bool = False,
+  **flags_wanted: bool,
 ) -> None:
   """Reads the command line and gets ready for the heavy imports.
 
   Args:
     description: what `--help` prints first.
     argv: the command line, sys.argv by default.
-    multiprocess: see `define_flags`.
-    shard: see `define_flags`.
-    run_mode: see `define_flags`.
-    plan: see `define_flags`.
+    **flags_wanted: arguments of `define_flags`.
   """
   argv = list(sys.argv if argv is None else argv)
-  define_flags(multiprocess, shard, run_mode, plan)
+  define_flags(**flags_wanted)
   if {'--help', '-help', '-h', '-?'} & set(argv[1:]):
     show_help(description)
   if any(arg.lstrip('-').startswith('jax_') for arg in argv[1:]):
