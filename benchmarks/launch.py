@@ -59,7 +59,7 @@ ROWS = (
   ('lines on the screen', 'lines', '{:.0f}'),
 )
 # Modules that a user imports without wanting to train.
-IMPORTED = ('optimizers', 'losses', 'models', 'partitioning')
+IMPORTED = ('optimizers', 'losses', 'models')
 
 
 def environment(runtime: str, **more: str) -> dict[str, str]:
