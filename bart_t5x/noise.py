@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from bart_t5x import spans
-from bart_t5x.spans import ceil_share, uniform_draws
+from bart_t5x.spans import ceil_share, sums_at, uniform_draws
 
 # Keeps a function from AutoGraph, which looks through all that it calls for `if` and
 # `for` over tensors. There are none here, and looking took most of a run's first ten
@@ -262,16 +262,14 @@ def _assemble(
   tokens: tf.Tensor, refs: tf.Tensor, ids: Ids, dropped: tf.Tensor
 ) -> Noised:
   target = tf.concat([[ids.bos], tokens, [ids.eos]], 0)
-  # A new token's reference falls on position 0: `<s>`, which is always copied.
-  positions = tf.maximum(refs, 0)
-  inner = tf.where(refs > 0, tf.gather(target, positions), -refs)
-  source = tf.concat([[ids.bos], inner, [ids.eos]], 0)
-  copies = tf.scatter_nd(
-    positions[:, tf.newaxis], tf.ones_like(positions), [tf.size(target) - 1]
-  )
-  codes = tf.concat([tf.where(copies > 0, COPIED, INFILLED), [END]], 0)
-  # `<s>` is copied also where no new token points at it.
-  codes = tf.concat([[COPIED], codes[1:]], 0)
+  # A new token's reference is no position: it stands for any, here that of `<s>`.
+  clean = tf.gather(target, tf.maximum(refs, 0))
+  source = tf.concat([[ids.bos], tf.where(refs > 0, clean, -refs), [ids.eos]], 0)
+  # Each position is in the source once or not at all. Those of new tokens, which are
+  # negative, do not count.
+  copies = sums_at(refs - 1, tf.ones_like(refs), tf.size(tokens))
+  codes = INFILLED + copies * (COPIED - INFILLED)
+  codes = tf.concat([[COPIED], codes, [END]], 0)
   return Noised(source, target, codes, refs, dropped)
 
 
@@ -311,15 +309,8 @@ def permute_sentences(
     order = tf.tensor_scatter_nd_update(
       tf.range(count), tf.sort(chosen)[:, tf.newaxis], chosen
     )
-  ends = tf.concat([sentence_starts[1:], size[tf.newaxis]], 0)
-  starts = tf.gather(sentence_starts, order)
-  lengths = tf.gather(ends, order) - starts
-  places = tf.cumsum(lengths, exclusive=True)
-  # A sentence's tokens all move by one shift: write where it changes, then sum up.
-  shifts = starts - places
-  changes = shifts - tf.concat([[0], shifts[:-1]], 0)[:count]
-  moves = tf.scatter_nd(places[:, tf.newaxis], changes, size[tf.newaxis])
-  return tf.range(size) + tf.cumsum(moves)
+  ends = tf.concat([sentence_starts[1:], [size]], 0)
+  return spans.joined_ranges(tf.gather(sentence_starts, order), tf.gather(ends, order))
 
 
 def _word_starts(
@@ -332,11 +323,9 @@ def _word_starts(
   """Where words begin in the (permuted) text; None if units are tokens."""
   if not recipe.whole_words:
     return None
-  begins = tf.gather(tf.constant(ids.word_start), tokens)
   # The first word of a text has no space before it.
-  begins = tf.tensor_scatter_nd_update(
-    begins, sentence_starts[:, tf.newaxis], tf.ones_like(sentence_starts, tf.bool)
-  )
+  firsts = sums_at(sentence_starts, tf.ones_like(sentence_starts), tf.size(tokens))
+  begins = tf.gather(tf.constant(ids.word_start), tokens) | (firsts > 0)
   return tf.cast(tf.where(tf.gather(begins, refs - 1))[:, 0], tf.int32)
 
 
@@ -351,7 +340,7 @@ def mask_tokens(refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int) -> tf
 
 def delete_tokens(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
   """Deletes `ceil(ratio · n)` of the n clean tokens."""
-  return tf.boolean_mask(refs, ~_choose_clean(refs, seed, ratio))
+  return spans.select(refs, ~_choose_clean(refs, seed, ratio))
 
 
 def insert_masks(
@@ -368,7 +357,7 @@ def randomize_masks(
 ) -> tf.Tensor:
   """Turns each mask, with probability `ratio`, into a random ordinary token."""
   places = tf.where(refs == -mask)
-  uniform = tf.reshape(uniform_draws(2 * tf.shape(places)[0], seed), [2, -1])
+  uniform = tf.reshape(uniform_draws(2 * tf.size(places), seed), [2, -1])
   index = tf.cast(uniform[1] * len(ordinary), tf.int32)
   drawn = tf.gather(tf.constant(ordinary, tf.int32), index)
   values = tf.where(uniform[0] < ratio, -drawn, -mask)
@@ -391,15 +380,17 @@ def _choose_clean(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
   # New tokens come last: they are never chosen.
   draws = tf.where(clean, uniform_draws(tf.size(refs), seed), -1.0)
   places = tf.math.top_k(draws, count).indices
-  hits = tf.scatter_nd(places[:, tf.newaxis], tf.ones_like(places), tf.shape(refs))
-  return hits > 0
+  return sums_at(places, tf.ones_like(places), tf.size(refs)) > 0
 
 
 def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
-  """The longest source that a recipe makes of a piece of text, by trying.
+  """The encoder length that a recipe needs, by trying.
 
-  Units are taken as tokens: of longer words as many tokens are covered, with fewer
-  masks in their place.
+  Of words of one token each as many tokens are covered as there are units to cover; of
+  longer words more. But where a few words make up most of a text (addresses, encoded
+  data), spans that pass them by leave it about as long as it was. So the answer for
+  `whole_words` is at least the length of a text without infilling. (Insertions may
+  still add a token or two to such a text; they are then cut off, and counted.)
 
   Args:
     recipe: the noise.
@@ -407,11 +398,15 @@ def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
     draws: how often to try.
 
   Returns:
-    A length, with `<s>` and `</s>`: the longest seen, or four standard deviations above
-    the mean if that is more.
+    A length, with `<s>` and `</s>`: the longest seen, or six standard deviations above
+    the mean if that is more; about one piece in a hundred million is longer.
   """
+  if recipe.whole_words:
+    by_tokens = dataclasses.replace(recipe, whole_words=False)
+    passed_by = dataclasses.replace(by_tokens, infill_ratio=0)
+    return max(longest_source(r, length, draws) for r in (by_tokens, passed_by))
   recipe = dataclasses.replace(
-    recipe, permute_ratio=0, whole_words=False, random_ratio=0, rotate_probability=0
+    recipe, permute_ratio=0, random_ratio=0, rotate_probability=0
   )
   tokens = tf.ones([max(length - 2, 0)], tf.int32)
   ids = Ids(bos=1, eos=2, mask=4, ordinary=np.zeros(0), word_start=np.zeros(0))
@@ -425,7 +420,7 @@ def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
     source_length, num_parallel_calls=tf.data.AUTOTUNE
   )
   seen = next(iter(lengths.batch(draws))).numpy()
-  return math.ceil(max(seen.max(), seen.mean() + 4 * seen.std()))
+  return math.ceil(max(seen.max(), seen.mean() + 6 * seen.std()))
 
 
 def _stream(seed: tf.Tensor, transformation: int) -> tf.Tensor:
