@@ -31,6 +31,15 @@ class BartModel(models.EncoderDecoderModel):
   """A `network.Transformer` with its vocabularies, loss, metrics and decoding."""
 
   FEATURE_CONVERTER_CLS = features.BartFeatureConverter
+  # What the runtime's progress line shows behind loss and accuracy of all targets.
+  PROGRESS_METRICS = {
+    'infilled': 'infilled_accuracy',
+    'copied': 'copied_accuracy',
+    'end': 'end_accuracy',
+    'copying alone': 'copy_baseline_accuracy',
+    'hf_compat loss': 'hf_compat_loss',
+    'hf_compat accuracy': 'hf_compat_accuracy',
+  }
 
   def __init__(
     self,

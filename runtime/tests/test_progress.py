@@ -53,6 +53,21 @@ def test_what_is_not_there_is_left_out():
   assert 'left' not in progress.summary_line(4, {'timing/steps_per_second': 0.0}, 8)
 
 
+def test_what_the_model_chose_follows_the_accuracy(log):
+  chosen = {'right at the end': 'end_accuracy', 'absent': 'nothing'}
+  metrics = {**METRICS, 'end_accuracy': clu.values.Scalar(0.25)}
+  line = progress.summary_line(400, metrics, chosen=chosen)
+  assert '| accuracy 0.5000 | right at the end 0.2500 | learning rate' in line
+  assert 'absent' not in line
+  stream = Terminal()
+  shown = progress.Progress(total_steps=500, stream=stream, chosen=chosen)
+  shown.advance()
+  shown.report(400, metrics)
+  shown.close()
+  assert 'right at the end 0.2500' in log[0]
+  assert 'right at the end 0.2500' in stream.getvalue()
+
+
 def test_no_bar_without_a_terminal(log):
   stream = io.StringIO()
   shown = progress.Progress(total_steps=10, stream=stream)

@@ -90,10 +90,13 @@ class BaseModel(abc.ABC):
 
   Attributes:
     FEATURE_CONVERTER_CLS: makes model features of task features.
+    PROGRESS_METRICS: which of the model's metrics the line of a period shows beside
+      loss and accuracy: {name in the line: metric}.
     optimizer_def: definition of the optimizer.
   """
 
   FEATURE_CONVERTER_CLS: Callable[..., 'seqio.FeatureConverter']
+  PROGRESS_METRICS: Mapping[str, str] = {}
 
   def __init__(self, optimizer_def: 'optimizers.OptimizerDefType'):
     self.optimizer_def = optimizer_def

@@ -25,9 +25,12 @@ from t5x.summaries import time_when_ready
 _STEPS_IN_FLIGHT = 2
 
 # (name in the line, metrics to take it from, format); the first metric there counts.
-_COLUMNS = (
+# Between the two come those that the model names.
+_QUALITY = (
   ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'),
   ('accuracy', ('accuracy',), '{:.4f}'),
+)
+_RATES = (
   ('learning rate', ('learning_rate/current', 'learning_rate'), '{:.3g}'),
   ('steps/s', ('timing/steps_per_second',), '{:.3g}'),
   ('examples/s', ('timing/seqs_per_second',), '{:,.4g}'),
@@ -53,7 +56,10 @@ def _clock(seconds: float) -> str:
 
 
 def summary_line(
-  step: int, metrics: Mapping[str, Any], total_steps: int | None = None
+  step: int,
+  metrics: Mapping[str, Any],
+  total_steps: int | None = None,
+  chosen: Mapping[str, str] | None = None,
 ) -> str:
   """A period in one line.
 
@@ -61,9 +67,11 @@ def summary_line(
     step: the step at the period's end.
     metrics: values by name, as the trainer reports them. Those not there are left out.
     total_steps: the run's last step, if known: then the time left is given too.
+    chosen: {name in the line: metric}, what is shown behind the accuracy.
   """
   parts = []
-  for name, sources, form in _COLUMNS:
+  between = [(name, (metric,), '{:.4f}') for name, metric in (chosen or {}).items()]
+  for name, sources, form in (*_QUALITY, *between, *_RATES):
     values = [_plain(metrics[source]) for source in sources if source in metrics]
     if values and values[0] is not None:
       parts.append(f'{name} {form.format(values[0])}')
@@ -84,6 +92,7 @@ class Progress:
     total_steps: int | None = None,
     first_step: int = 0,
     stream: TextIO | None = None,
+    chosen: Mapping[str, str] | None = None,
   ):
     """Prepares the display; nothing appears before the first step.
 
@@ -91,7 +100,9 @@ class Progress:
       total_steps: the run's last step. Without it there is no bar.
       first_step: the step the run starts or resumes at.
       stream: where the bar goes, if it is a terminal; stderr by default.
+      chosen: what lines show behind the accuracy, see `summary_line`.
     """
+    self._chosen = chosen
     self._total, self._first = total_steps, first_step
     self._stream = stream or sys.stderr
     self._bar: tqdm.tqdm | None = None
@@ -132,14 +143,14 @@ class Progress:
     """
     if jax.process_index() != 0:
       return
-    line = summary_line(step, metrics, self._total)
+    line = summary_line(step, metrics, self._total, self._chosen)
     with self._lock:
       if self._bar is None:
         logging.info('%s', line)
         return
       with tqdm.tqdm.external_write_mode(file=self._stream):
         logging.info('%s', line)
-      shown = summary_line(step, metrics).split(' | ')[1:]
+      shown = summary_line(step, metrics, chosen=self._chosen).split(' | ')[1:]
       self._bar.set_postfix_str(' | '.join(shown), refresh=True)
 
   def close(self) -> None:

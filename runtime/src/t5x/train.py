@@ -268,7 +268,9 @@ def train(
     rng=train_key,
   )
   del train_state  # The trainer gives its memory to the next state.
-  trainer.progress = progress.Progress(total_steps, first_step)
+  trainer.progress = progress.Progress(
+    total_steps, first_step, chosen=model.PROGRESS_METRICS
+  )
   metrics = trainer.train_metrics_manager
   summarize_config_fn(model_dir, metrics.summary_writer, first_step)
   metrics.write_scalar('timing/init_or_restore_seconds', restore_seconds, first_step)
@@ -285,7 +287,13 @@ def train(
     if not evaluator.eval_tasks:
       evaluator = None
   evaluations = training_loop.Evaluations(
-    trainer, train_eval_datasets, evaluator, axes, actions, concurrent_metrics
+    trainer,
+    train_eval_datasets,
+    evaluator,
+    axes,
+    actions,
+    concurrent_metrics,
+    model.PROGRESS_METRICS,
   )
   saver = training_loop.Saver(manager, save_cfg, trainer)
   schedule = run_schedule.RunSchedule(

@@ -122,8 +122,10 @@ class Evaluations:
     train_state_axes: Any,
     actions: Mapping[trainer_lib.ActionMode, Sequence[trainer_lib.BaseAction]],
     concurrent: bool,
+    shown: Mapping[str, str] | None = None,
   ):
     self._trainer = trainer
+    self._shown = shown
     self._datasets = train_eval_datasets
     self._evaluator = evaluator
     self._axes = train_state_axes
@@ -152,7 +154,8 @@ class Evaluations:
       {name: eval_lib.batches_of(dataset) for name, dataset in self._datasets.items()}
     )
     for name, values in summaries.items() if multihost.is_host_0() else ():
-      logging.info('%s: %s', name, progress.summary_line(step, values))
+      line = progress.summary_line(step, values, chosen=self._shown)
+      logging.info('%s: %s', name, line)
     self._act(trainer_lib.ActionMode.TRAIN_EVAL, summaries)
 
   def _infer_eval(self, step: int) -> None:
