@@ -26,6 +26,31 @@ def test_gold_set_is_large_and_mixed():
   assert len({''.join(parts) for _, _, parts in cases}) == len(cases)
 
 
+def test_gold_set_has_what_norwegian_makes_hard():
+  texts = {'nb': '', 'nn': ''}
+  for _, language, parts in gold_cases():
+    texts[language] += ''.join(parts) + '\n'
+  for word in 'f.eks. bl.a. dvs. kl. nr. jf. pkt. ca. osv. m.m.'.split():
+    assert word in texts['nb'], word
+  for word in 't.d. m.a. dvs. kl. nr. jf. ca. osb. jamf.'.split():
+    assert word.lower() in texts['nn'].lower(), word
+  for text in texts.values():
+    for pattern in (
+      r'\d\. mai',  # ordinals and dates
+      r'\d+\. \w+ 1\d\d\d',
+      r'[A-Z]\. [A-Z]',  # initials
+      r'\d,\d',  # decimals and times
+      r'\d\.\d',
+      r' ?(…|\.\.\.)',
+      '[«"]',
+      r'§ \d+\. [A-Z]',  # at the head of a paragraph, and referred to
+      r'av § \d\.',
+      r'www\.\w+\.no|@',
+      '\n',
+    ):
+      assert re.search(pattern, text), pattern
+
+
 @pytest.mark.parametrize('phenomenon', sorted({case[0] for case in gold_cases()}))
 def test_gold(phenomenon):
   for found, _, parts in gold_cases():
