@@ -16,7 +16,7 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['HF_HUB_OFFLINE'] = '1'
-# Test files import `fake_hub` by its name.
+# Test files import `fake_hub` and `noise_cases` by their names.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 

@@ -1,5 +1,8 @@
 """Token offsets of sentences, and ids of documents."""
 
+import dataclasses
+
+import noise_cases
 import numpy as np
 import pytest
 
@@ -27,6 +30,29 @@ def test_sentences_begin_at_their_tokens(tokenizer):
     assert starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < ids.size
     pieces = [tokenizer.decode(p) for p in np.split(ids, starts[1:])]
     assert pieces == sentences.split_sentences(text)
+
+
+@pytest.mark.parametrize('mode', noise_cases.MODES)
+def test_p13_the_target_gives_the_text_back(tokenizer, mode):
+  """White space of every kind included, whatever the noise did to the source."""
+  random = np.random.default_rng(13)
+  parts = ['Det', 'er', 'kl. 10', 'på Ås.', 'Ja!', '«Nei»', '…', 'sa', '日本', '😀']
+  spaces = [' ', ' ', ' ', '  ', '\n', '\n\n', '\t', '\u00a0', '']
+  texts = [
+    ''.join(random.choice(parts) + random.choice(spaces) for _ in range(size))
+    for size in random.integers(0, 30, noise_cases.MODES[mode])
+  ]
+  encoded = documents.encode(tokenizer, texts)
+  cases = [(*pair, np.array([i, 1])) for i, pair in enumerate(encoded)]
+  ids = dataclasses.replace(noise_cases.IDS, word_start=np.ones(380, bool))
+  recipe = noise_cases.RECIPES['strong']
+  changed = 0
+  for text, result in zip(
+    texts, noise_cases.corrupted(recipe, cases, mode, ids=ids), strict=True
+  ):
+    assert tokenizer.decode(result.target[1:-1]) == text
+    changed += result.source.tolist() != result.target.tolist()
+  assert changed > 0.9 * len(texts)
 
 
 def test_empty_document(tokenizer):

@@ -83,12 +83,30 @@ def test_packing_loses_and_mixes_nothing(count, window, noised, monkeypatch):
       np.testing.assert_array_equal(got['codes'], example['targets_noised'])
 
 
-def test_p02_padding_carries_no_weight():
-  for pack in (True, False):
-    for row in converted(examples(30), {'inputs': 64, 'targets': 64}, pack):
-      real = row['decoder_target_tokens'] != 0
-      np.testing.assert_array_equal(row['decoder_loss_weights'], real)
-      np.testing.assert_array_equal(row['decoder_targets_noised'] != 0, real)
+@pytest.mark.parametrize('pack', [True, False])
+def test_p02_every_target_counts_and_padding_does_not(pack):
+  seen = 0
+  for row in converted(examples(1500), {'inputs': 64, 'targets': 64}, pack):
+    real = row['decoder_target_tokens'] != 0
+    np.testing.assert_array_equal(row['decoder_loss_weights'], real)
+    np.testing.assert_array_equal(row['decoder_targets_noised'] != 0, real)
+    seen += real.sum()
+  assert seen == sum(len(example['targets']) for example in examples(1500))
+
+
+@pytest.mark.parametrize('pack', [True, False])
+def test_p03_the_decoder_sees_the_start_and_then_the_targets(pack):
+  begun = 0
+  for row in converted(examples(1500), {'inputs': 64, 'targets': 64}, pack):
+    targets = row['decoder_target_tokens']
+    size = np.count_nonzero(targets)
+    assert (targets[:size] != 0).all()  # no padding inside
+    positions = row['decoder_positions'][:size] if pack else np.arange(size)
+    previous = np.concatenate([[0], targets[: size - 1]])
+    want = np.where(positions == 0, 0, previous)
+    np.testing.assert_array_equal(row['decoder_input_tokens'][:size], want)
+    begun += (positions == 0).sum()
+  assert begun == 1500
 
 
 @pytest.mark.parametrize('pack', [True, False])

@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
+import noise_cases
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 from flax.linen import partitioning
 
-from bart_t5x import flash, model, network
+from bart_t5x import features, flash, model, network, noise
 from bart_t5x.hf import mapping
-from t5x import decoding, models
+from t5x import decoding, models, train_state, trainer
 from t5x import partitioning as t5x_partitioning
 
 CONFIG = network.BartConfig(
@@ -199,32 +202,101 @@ def _while_bodies(text):
   )
 
 
-def test_packed_rows_have_the_loss_of_their_examples():
-  """Two examples in one row, or in two: the same sum."""
-  rng = np.random.default_rng(3)
-  examples = [rng.integers(4, 40, n) for n in (6, 4)]
-  alone = {
-    'encoder_input_tokens': np.stack([np.pad(e, (0, 10 - len(e))) for e in examples])
-  }
-  tokens = alone['encoder_input_tokens']
-  alone['decoder_target_tokens'] = tokens
-  alone['decoder_input_tokens'] = np.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-  alone['decoder_loss_weights'] = (tokens != 0).astype(np.int32)
-  row = np.concatenate(examples)[None]
-  starts = np.concatenate([np.arange(len(e)) for e in examples])[None]
-  packed = {
-    'encoder_input_tokens': row,
-    'decoder_target_tokens': row,
-    'decoder_input_tokens': np.where(starts == 0, 0, np.roll(row, 1)),
-    'decoder_loss_weights': np.ones_like(row),
-  }
-  for side in ('encoder', 'decoder'):
-    packed[f'{side}_positions'] = starts
-    packed[f'{side}_segment_ids'] = np.repeat([1, 2], (6, 4))[None]
-  (apart, _), _ = _run(_model(), alone)
-  (together, found), _ = _run(_model(), packed)
+def _noised_examples(count=24):
+  """Denoising examples of 3 to 9 tokens, all of them short of the row's 16 slots."""
+  ids = noise.Ids(
+    bos=1,
+    eos=2,
+    mask=4,
+    ordinary=np.arange(5, 40, dtype=np.int32),
+    word_start=np.ones(40, bool),
+  )
+  recipe = noise.Recipe(random_ratio=0.1)
+  examples = []
+  for tokens, starts, seed in noise_cases.random_cases(count + 3, 3, 9, 40):
+    if 2 < len(tokens) < 10:
+      made = noise.corrupt(tokens, starts, seed, recipe, ids, 16)
+      examples.append((made.source, made.target, made.codes))
+  names = 'inputs', 'targets', 'targets_noised'
+  return [dict(zip(names, example, strict=True)) for example in examples]
+
+
+def _converted(examples, pack):
+  """One batch of all the examples, as the feature converter gives it."""
+  spec = {k: tf.TensorSpec([None], tf.int32) for k in examples[0]}
+  ds = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=spec)
+  rows = features.BartFeatureConverter(pack=pack)(ds, {'inputs': 16, 'targets': 16})
+  rows = list(rows.as_numpy_iterator())
+  return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+
+
+def test_p19_packed_examples_have_the_loss_they_have_unpacked():
+  examples = _noised_examples()
+  packed, unpacked = (_converted(examples, pack) for pack in (True, False))
+  assert len(unpacked['encoder_input_tokens']) == len(examples)
+  assert len(packed['encoder_input_tokens']) < 0.8 * len(examples)
+  assert 'encoder_segment_ids' in packed and 'encoder_segment_ids' not in unpacked
+  (together, found), gradients = _run(_model(), packed)
+  (apart, reference), wanted = _run(_model(), unpacked)
   np.testing.assert_allclose(together, apart, rtol=1e-6)
-  assert found['effective_batch_size/encoder'].compute() == 2
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+    gradients,
+    wanted,
+  )
+  shares = [name for name in found if name.endswith(('loss', 'accuracy'))]
+  assert {*model.BartModel.PROGRESS_METRICS.values(), 'loss', 'accuracy'} <= {*shares}
+  for name in shares:
+    np.testing.assert_allclose(
+      found[name].compute(), reference[name].compute(), rtol=1e-6, err_msg=name
+    )
+  assert found['effective_batch_size/encoder'].compute() == len(examples)
+
+
+@functools.cache
+def _uneven_batch():
+  """Rows of very different lengths, so that means of means would be others."""
+  batch = _batch(rows=32)
+  batch['decoder_loss_weights'][::3] *= np.arange(10) < 1
+  counted = batch['decoder_loss_weights'].sum(1)
+  assert counted.min() == 1 and counted.max() == 10
+  return batch, _run(_model(loss_normalizing_factor=320), batch)
+
+
+@pytest.mark.parametrize(('devices', 'parts'), [(1, 4), (2, 2), (8, 1), (8, 4)])
+def test_p20_devices_and_microbatches_change_neither_loss_nor_gradient(devices, parts):
+  bart = _model(loss_normalizing_factor=320)
+  batch, ((_, wanted_metrics), wanted) = _uneven_batch()
+  mesh = jax.make_mesh(
+    (devices, 1),
+    ('data', 'model'),
+    (jax.sharding.AxisType.Auto,) * 2,
+    devices=jax.devices()[:devices],
+  )
+  by_row = jax.sharding.PartitionSpec('data')
+  # Without dropout, which has a key of its own in each microbatch.
+  steady = types.SimpleNamespace(
+    loss_fn=lambda params, batch, _: bart.loss_fn(params, batch, None)
+  )
+  state = train_state.InferenceState(jnp.zeros([], jnp.int32), _params())
+  with jax.set_mesh(mesh):
+    step = jax.jit(
+      lambda batch: trainer.accumulate_grads_microbatched(
+        steady, state, batch, jax.random.key(0), parts, by_row
+      )[:2],
+      compiler_options={'xla_backend_optimization_level': 0},
+    )
+    rows = jax.device_put(batch, jax.sharding.NamedSharding(mesh, by_row))
+    gradients, found = step(rows)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+    gradients,
+    wanted,
+  )
+  for name in ('loss', 'accuracy', 'hf_compat_loss', 'hf_compat_accuracy'):
+    np.testing.assert_allclose(
+      found[name].compute(), wanted_metrics[name].compute(), rtol=1e-6, err_msg=name
+    )
 
 
 # ---- metrics -----------------------------------------------------------------

@@ -252,6 +252,7 @@ def test_p22_same_as_the_reference(name):
     },
   )
 
+  @noise.do_not_convert
   def corrupt(case):
     return noise.corrupt(case['tokens'], case['starts'], case['seed'], recipe, IDS)
 
@@ -266,7 +267,7 @@ def test_p22_same_as_the_reference(name):
 @pytest.mark.parametrize('name', RECIPES)
 def test_p22_eager_is_the_same_as_in_a_graph(name):
   recipe = RECIPES[name]
-  for tokens, starts, seed in list(texts(30))[::3]:
+  for tokens, starts, seed in texts(60):
     noised = noise.corrupt(
       tf.constant(tokens, tf.int32),
       tf.constant(starts, tf.int32),

@@ -8,6 +8,7 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import noise, preprocessors, vocabularies
+from bart_t5x.features import BartFeatureConverter
 
 
 def oracle_cuts(size, starts, room):
@@ -141,6 +142,76 @@ def test_denoise_is_the_noise_of_each_piece(features):
     assert len(example['inputs']) <= 64 and len(example['targets']) <= 64
 
 
+def own_tokens(count=300):
+  """Documents that share no token: what is of which one can be seen anywhere."""
+  random = np.random.default_rng(6)
+  begin = 10
+  for i in range(count):
+    size = int(random.integers(1, 40))
+    tokens = np.arange(begin, begin + size, dtype=np.int32)
+    begin += size
+    starts = np.unique([0, *random.integers(0, size, size // 6)]).astype(np.int32)
+    yield {
+      'tokens': tokens,
+      'sentence_starts': starts,
+      'example_id': i,
+      'seed': 7,
+      'epoch': 3,
+    }
+
+
+def test_p11_no_span_crosses_a_document_or_a_packing_segment(monkeypatch):
+  """In packed rows each segment has the noise of its own document, and all of it."""
+  made = list(own_tokens())
+  ids = noise.Ids(
+    bos=1,
+    eos=2,
+    mask=4,
+    ordinary=np.arange(5, 10, dtype=np.int32),
+    word_start=np.ones(0, bool),
+  )
+  monkeypatch.setattr(noise.Ids, 'of', lambda vocabulary: ids)
+  feature = seqio.Feature(seqio.PassThroughVocabulary(20_000, eos_id=2))
+  output_features = {'inputs': feature, 'targets': feature}
+  lengths = {'inputs': 64, 'targets': 64}
+
+  def examples(documents):
+    pieces = preprocessors.split_documents(as_dataset(documents), lengths)
+    return preprocessors.denoise(pieces, lengths, output_features, noise.Recipe())
+
+  def key(targets):
+    return int(targets[1])
+
+  alone = {}
+  for document in made[::7]:
+    (example,) = examples([document]).as_numpy_iterator()
+    alone[key(example['targets'])] = example['inputs'].tolist()
+  rows = BartFeatureConverter(pack=True)(examples(made), lengths)
+  at_both_ends, found = 0, set()
+  for row in rows.as_numpy_iterator():
+    for segment in range(1, row['decoder_segment_ids'].max() + 1):
+      source, targets, codes = (
+        row[name][row[f'{name[:7]}_segment_ids'] == segment]
+        for name in (
+          'encoder_input_tokens',
+          'decoder_target_tokens',
+          'decoder_targets_noised',
+        )
+      )
+      assert source[0] == targets[0] == 1 and source[-1] == targets[-1] == 2
+      # Of the document's own tokens all that are not covered, and no other's.
+      copied = targets[1:-1][codes[1:-1] == noise.COPIED]
+      assert sorted(source[source >= 10].tolist()) == copied.tolist()
+      infilled = codes == noise.INFILLED
+      assert infilled.sum() == int(np.ceil(0.3 * (len(targets) - 2) - 1e-9))
+      at_both_ends += infilled[1] and infilled[-2]
+      # What stands before and behind it in the data makes no difference.
+      assert source.tolist() == alone.get(key(targets), source.tolist())
+      found.add(key(targets))
+  assert len(found) == len(made)
+  assert at_both_ends > 10
+
+
 @pytest.mark.parametrize('field', ['seed', 'epoch', 'example_id'])
 def test_p15_other_noise_for_another(features, field):
   lengths = {'inputs': 100, 'targets': 100}
@@ -188,6 +259,10 @@ def test_p18_noise_that_outgrows_the_encoder_refuses_to_start(features):
   lengths = {'inputs': 100, 'targets': 128}
   with pytest.raises(ValueError, match='sources of up to 1[01].* encoder takes 100'):
     denoised(features, [], lengths, noise.Recipe())
+  # Spans may pass by the long words that a text is made of.
+  with pytest.raises(ValueError, match='up to 128 .* encoder takes 127'):
+    lengths = {'inputs': 127, 'targets': 128}
+    denoised(features, [], lengths, noise.Recipe(whole_words=True))
   growing = noise.Recipe(insert_ratio=0.5)
   with pytest.raises(ValueError, match='outgrow|up to'):
     denoised(features, [], {'inputs': 128, 'targets': 128}, growing)

@@ -1,0 +1,122 @@
+"""What the tests of the noise share: recipes, random texts, and two ways to run it."""
+
+import itertools
+
+import numpy as np
+import tensorflow as tf
+
+from bart_t5x import noise
+
+MASK = 4
+VOCABULARY = 500
+IDS = noise.Ids(
+  bos=1,
+  eos=2,
+  mask=MASK,
+  ordinary=np.arange(5, VOCABULARY, dtype=np.int32),
+  word_start=np.arange(VOCABULARY) % 3 > 0,
+)
+# How the noise is run, and over how many random texts: a function called on tensors is
+# slow, one inside tf.data is not.
+MODES = {'eager': 100, 'tf.data': 1000}
+
+NONE = {'permute_ratio': 0.0, 'infill_ratio': 0.0}
+RECIPES = {
+  'paper': noise.Recipe(),
+  'plain': noise.Recipe(permute_ratio=0.0),
+  'default': noise.Recipe(whole_words=True, random_ratio=0.1),
+  'fairseq': noise.Recipe(
+    span_mean=3.5, whole_words=True, overlap=True, random_ratio=0.1
+  ),
+  'hf_compat': noise.Recipe(
+    permute_last=False, insertions=False, overlap=True, merge_adjacent=True
+  ),
+  'strong': noise.Recipe(
+    permute_ratio=0.8,
+    infill_ratio=0.4,
+    whole_words=True,
+    mask_ratio=0.1,
+    delete_ratio=0.1,
+    insert_ratio=0.1,
+    random_ratio=0.3,
+    rotate_probability=0.5,
+  ),
+  'deleting': noise.Recipe(replace_length=0),
+  'a mask a token': noise.Recipe(replace_length=-1),
+}
+
+
+def random_cases(count, seed=5, longest=150, vocabulary=VOCABULARY):
+  """(tokens, sentence starts, seed): all small sizes, then random ones."""
+  random = np.random.default_rng(seed)
+  for i in range(count):
+    size = i if i < 12 else int(random.integers(1, longest))
+    tokens = random.integers(5, vocabulary, size).astype(np.int32)
+    cuts = random.integers(0, size, size // 8) if size else []
+    starts = np.unique([*([0] if size else []), *cuts]).astype(np.int32)
+    yield tokens, starts, random.integers(-(2**63), 2**63 - 1, 2)
+
+
+def repeated(tokens, starts, count, stream=7):
+  """One text under many seeds."""
+  tokens, starts = np.array(tokens, np.int32), np.array(starts, np.int32)
+  return [(tokens, starts, np.array([i, stream])) for i in range(count)]
+
+
+def as_dataset(cases):
+  """The cases as a dataset of the noise's three arguments."""
+  tokens, starts, seeds = zip(*cases, strict=True)
+  rows = {'tokens': tokens, 'starts': starts}
+  sizes = {f'{k}_size': [len(v) for v in row] for k, row in rows.items()}
+  padded = {
+    k: np.array(list(itertools.zip_longest(*row, fillvalue=0)), np.int32).T.reshape(
+      len(row), -1
+    )
+    for k, row in rows.items()
+  }
+  dataset = tf.data.Dataset.from_tensor_slices(
+    {**padded, **sizes, 'seed': np.array(seeds, np.int64)}
+  )
+
+  @noise.do_not_convert
+  def trim(case):
+    tokens, starts = (case[k][: case[f'{k}_size']] for k in rows)
+    return tokens, starts, case['seed']
+
+  return dataset.map(trim)
+
+
+def each(function, cases, mode):
+  """function(tokens, starts, seed) of each case, as NumPy."""
+  if mode == 'tf.data':
+    function = noise.do_not_convert(function)
+    dataset = as_dataset(cases).map(function, num_parallel_calls=tf.data.AUTOTUNE)
+    return list(dataset.as_numpy_iterator())
+  found = []
+  for tokens, starts, seed in cases:
+    result = function(
+      tf.constant(tokens, tf.int32),
+      tf.constant(starts, tf.int32),
+      tf.constant(seed, tf.int64),
+    )
+    found.append(tf.nest.map_structure(lambda x: x.numpy(), result))
+  return found
+
+
+def corrupted(recipe, cases, mode, encoder_length=None, ids=IDS):
+  """What `noise.corrupt` makes of each case."""
+
+  def corrupt(tokens, starts, seed):
+    return noise.corrupt(tokens, starts, seed, recipe, ids, encoder_length)
+
+  return each(corrupt, cases, mode)
+
+
+def words(tokens, starts):
+  """The positions of a text's tokens, a list for each word."""
+  found = []
+  for i, token in enumerate(tokens):
+    if IDS.word_start[token] or i in starts:
+      found.append([])
+    found[-1].append(i)
+  return found
