@@ -8,6 +8,7 @@ are written from the peers' descriptions, in NumPy: fairseq's (one example at a 
 and that of Hugging Face's data collator for BART (a batch at a time, with its loops
 over masked positions). Seconds are CPU seconds of the whole process, pinned to one
 core, so that other programs on the machine matter little; the best of three runs.
+Figures: denoising.md.
 """
 
 import argparse
