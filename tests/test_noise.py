@@ -423,7 +423,7 @@ def test_rotation_happens_with_its_probability(mode):
 def test_token_noise_falls_anywhere(mode, field):
   """Each of ten tokens, or eleven gaps, as often as any other."""
   recipe = noise.Recipe(**{**NONE, field: 0.1})
-  cases = repeated(range(10, 20), [0], MODES[mode])
+  cases = repeated(range(10, 20), [0], 3 * MODES[mode])
   places = collections.Counter()
   for result in corrupted(recipe, cases, mode):
     refs = result.references.tolist()

@@ -187,6 +187,7 @@ def test_p11_no_span_crosses_a_document_or_a_packing_segment(monkeypatch):
     (example,) = examples([document]).as_numpy_iterator()
     alone[key(example['targets'])] = example['inputs'].tolist()
   rows = BartFeatureConverter(pack=True)(examples(made), lengths)
+  own = {int(d['tokens'][0]): d['tokens'].tolist() for d in made}
   at_both_ends, found = 0, set()
   for row in rows.as_numpy_iterator():
     for segment in range(1, row['decoder_segment_ids'].max() + 1):
@@ -199,6 +200,7 @@ def test_p11_no_span_crosses_a_document_or_a_packing_segment(monkeypatch):
         )
       )
       assert source[0] == targets[0] == 1 and source[-1] == targets[-1] == 2
+      assert targets[1:-1].tolist() == own[key(targets)]
       # Of the document's own tokens all that are not covered, and no other's.
       copied = targets[1:-1][codes[1:-1] == noise.COPIED]
       assert sorted(source[source >= 10].tolist()) == copied.tolist()
