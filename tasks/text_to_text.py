@@ -85,15 +85,7 @@ def add_text_to_text_task(
     ValueError: both or neither of `files` and `read` are given, or metrics are given
       without the name of their headline.
   """
-  if (files is None) == (read is None):
-    raise ValueError(
-      f'task {name!r} needs its data from one place: give either files or read'
-    )
-  if metric_fns and headline is None:
-    raise ValueError(
-      f'task {name!r} has metrics of its own: name with headline the one by which its '
-      'best checkpoint is told'
-    )
+  _check_arguments(name, files, read, metric_fns, headline)
   if files is not None:
     paths = dict(files)
     splits = tuple(paths)
@@ -104,18 +96,10 @@ def add_text_to_text_task(
   vocabulary = load_vocabulary(corpus_dir or os.path.join(data_root(), 'no'))
   text = seqio.Feature(vocabulary, add_eos=True)
 
-  def dataset(split: str, shuffle_files: bool = False, seed: int | None = None):
-    del shuffle_files, seed  # One file; seqio shuffles its examples.
-    if split == input_file.SPLIT:
-      return input_file.dataset()
-    return _dataset(f'{name}/{split}', read(split), to_text, labels)
-
   task = seqio.TaskRegistry.add(
     name,
     task_cls=TextTask,
-    source=seqio.FunctionDataSource(
-      dataset_fn=dataset, splits=(*splits, input_file.SPLIT)
-    ),
+    source=_source(name, read, splits, to_text, labels),
     preprocessors=[preprocessors.tokenize_for_bart],
     output_features={'inputs': text, 'targets': text},
     postprocess_fn=postprocess_fn or strip,
@@ -123,6 +107,33 @@ def add_text_to_text_task(
   )
   _HEADLINES[name] = headline or ('macro_f1' if labels else 'chrf')
   return task
+
+
+def _check_arguments(name, files, read, metric_fns, headline) -> None:
+  """Raises a ValueError where arguments of `add_text_to_text_task` contradict."""
+  if (files is None) == (read is None):
+    raise ValueError(
+      f'task {name!r} needs its data from one place: give either files or read'
+    )
+  if metric_fns and headline is None:
+    raise ValueError(
+      f'task {name!r} has metrics of its own: name with headline the one by which its '
+      'best checkpoint is told'
+    )
+
+
+def _source(name, read, splits, to_text, labels) -> seqio.FunctionDataSource:
+  """The splits of `read`, and the file of inputs."""
+
+  def dataset(split: str, shuffle_files: bool = False, seed: int | None = None):
+    del shuffle_files, seed  # One file; seqio shuffles its examples.
+    if split == input_file.SPLIT:
+      return input_file.dataset()
+    return _dataset(f'{name}/{split}', read(split), to_text, labels)
+
+  return seqio.FunctionDataSource(
+    dataset_fn=dataset, splits=(*splits, input_file.SPLIT)
+  )
 
 
 def headline_of(name: str) -> str | None:
