@@ -68,6 +68,23 @@ def test_what_the_model_chose_follows_the_accuracy(log):
   assert 'right at the end 0.2500' in stream.getvalue()
 
 
+@pytest.mark.parametrize(
+  'rate, shown',
+  [
+    (0.01234, '0.0123'),
+    (1.5, '1.5'),
+    (99.94, '99.9'),
+    (99.96, '100'),
+    (123.4, '123'),
+    (54160.2, '54,160'),
+  ],
+)
+def test_rates_have_three_figures_and_no_exponent(rate, shown):
+  names = ('timing/steps_per_second', 'timing/seqs_per_second')
+  line = progress.summary_line(1, dict.fromkeys(names, rate))
+  assert line == f'step 1 | steps/s {shown} | examples/s {shown}'
+
+
 def test_no_bar_without_a_terminal(log):
   stream = io.StringIO()
   shown = progress.Progress(total_steps=10, stream=stream)

@@ -24,18 +24,24 @@ from t5x.summaries import time_when_ready
 # would only hold more batches in memory.
 _STEPS_IN_FLIGHT = 2
 
+
+def _rate(number: float) -> str:
+  """Three figures, or all before the point; no exponent: 0.0123, 78.9, 54,160."""
+  return f'{number:,.0f}' if number >= 99.95 else f'{number:.3g}'
+
+
 # (name in the line, metrics to take it from, format); the first metric there counts.
 # Between the two come those that the model names.
 _QUALITY = (
-  ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'),
-  ('accuracy', ('accuracy',), '{:.4f}'),
+  ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'.format),
+  ('accuracy', ('accuracy',), '{:.4f}'.format),
 )
 _RATES = (
-  ('learning rate', ('learning_rate/current', 'learning_rate'), '{:.3g}'),
-  ('steps/s', ('timing/steps_per_second',), '{:.3g}'),
-  ('examples/s', ('timing/seqs_per_second',), '{:,.4g}'),
-  ('tokens/s', ('timing/target_tokens_per_second',), '{:,.0f}'),
-  ('waiting for data', ('timing/data_wait_share',), '{:.1%}'),
+  ('learning rate', ('learning_rate/current', 'learning_rate'), '{:.3g}'.format),
+  ('steps/s', ('timing/steps_per_second',), _rate),
+  ('examples/s', ('timing/seqs_per_second',), _rate),
+  ('tokens/s', ('timing/target_tokens_per_second',), '{:,.0f}'.format),
+  ('waiting for data', ('timing/data_wait_share',), '{:.1%}'.format),
 )
 _SPEED = 'timing/steps_per_second'
 
@@ -70,11 +76,13 @@ def summary_line(
     chosen: {name in the line: metric}, what is shown behind the accuracy.
   """
   parts = []
-  between = [(name, (metric,), '{:.4f}') for name, metric in (chosen or {}).items()]
+  between = [
+    (name, (metric,), '{:.4f}'.format) for name, metric in (chosen or {}).items()
+  ]
   for name, sources, form in (*_QUALITY, *between, *_RATES):
     values = [_plain(metrics[source]) for source in sources if source in metrics]
     if values and values[0] is not None:
-      parts.append(f'{name} {form.format(values[0])}')
+      parts.append(f'{name} {form(values[0])}')
   at = f'step {step:,}'
   if total_steps is not None:
     at += f' of {total_steps:,}'
