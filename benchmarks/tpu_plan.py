@@ -53,11 +53,23 @@ def _base(name: str, what: str, **fields) -> Variant:
 VARIANTS = (
   Variant('base', 'as the gin file has it', {}),
   _base('scan', 'the same, layers in a loop'),
-  _base('none', 'nothing computed again', remat_policy='none'),
+  Variant(
+    'base_none',
+    'sources of 1024, nothing computed again',
+    {
+      **SCAN,
+      CONFIG + 'remat_policy': 'none',
+      'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024},
+    },
+  ),
   Variant(
     'base_plain_none',
-    'plain attention, nothing computed again, layers written out',
-    {CONFIG + 'attention_impl': 'plain', CONFIG + 'remat_policy': 'none'},
+    'plain attention, sources of 1024, nothing computed again, layers written out',
+    {
+      'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024},
+      CONFIG + 'attention_impl': 'plain',
+      CONFIG + 'remat_policy': 'none',
+    },
   ),
   _base(
     'plain_full',
@@ -74,9 +86,13 @@ VARIANTS = (
     {**SCAN, 'DROPOUT_RATE': 0.0},
   ),
   Variant(
-    'base_896',
-    'sources of 896 for targets of 1024',
-    {**SCAN, 'TASK_FEATURE_LENGTHS': {'inputs': 896, 'targets': 1024}},
+    'base_1024',
+    'sources of 1024 like targets, logits of 64 positions at a time',
+    {
+      **SCAN,
+      'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024},
+      'model.BartModel.loss_chunk_length': 64,
+    },
   ),
   Variant(
     'base_loss_all',

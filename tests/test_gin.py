@@ -241,7 +241,7 @@ def test_base_batch_lengths_and_periods():
   # The constant by which gradients are divided: all target slots of a batch.
   assert gin.query_parameter('%LOSS_NORMALIZING_FACTOR') == 256 * 1024
   assert gin.query_parameter('%TASK_FEATURE_LENGTHS') == {
-    'inputs': 1024,
+    'inputs': 896,
     'targets': 1024,
   }
   with gin.config_scope('train'):
