@@ -120,6 +120,18 @@ def test_a_bar_on_a_terminal(log):
   assert len(stream.getvalue()) == length
 
 
+def test_other_lines_go_above_the_bar(monkeypatch):
+  """The bar's text is wiped first: the line does not begin behind it."""
+  stream = Terminal()
+  monkeypatch.setattr(logging, 'info', lambda form, *args: stream.write(form % args))
+  shown = progress.Progress(total_steps=10, stream=stream)
+  shown.advance()
+  shown.log('evaluated')
+  before, _, _ = stream.getvalue().partition('evaluated')
+  assert before.rpartition('\r')[2] == '' and 'step' in before
+  shown.close()
+
+
 def test_only_the_first_process_shows_anything(monkeypatch, log):
   monkeypatch.setattr(progress.jax, 'process_index', lambda: 1)
   stream = Terminal()

@@ -152,14 +152,20 @@ class Progress:
     if jax.process_index() != 0:
       return
     line = summary_line(step, metrics, self._total, self._chosen)
+    self.log(line)
+    with self._lock:
+      if self._bar is not None:
+        shown = summary_line(step, metrics, chosen=self._chosen).split(' | ')[1:]
+        self._bar.set_postfix_str(' | '.join(shown), refresh=True)
+
+  def log(self, line: str) -> None:
+    """Logs a line above the bar, if there is one."""
     with self._lock:
       if self._bar is None:
         logging.info('%s', line)
         return
       with tqdm.tqdm.external_write_mode(file=self._stream):
         logging.info('%s', line)
-      shown = summary_line(step, metrics, chosen=self._chosen).split(' | ')[1:]
-      self._bar.set_postfix_str(' | '.join(shown), refresh=True)
 
   def close(self) -> None:
     """Takes the bar away."""

@@ -155,7 +155,7 @@ class Evaluations:
     )
     for name, values in summaries.items() if multihost.is_host_0() else ():
       line = progress.summary_line(step, values, chosen=self._shown)
-      logging.info('%s: %s', name, line)
+      trainer.progress.log(f'{name}: {line}')
     self._act(trainer_lib.ActionMode.TRAIN_EVAL, summaries)
 
   def _infer_eval(self, step: int) -> None:
