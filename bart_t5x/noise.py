@@ -386,11 +386,9 @@ def _choose_clean(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
 def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
   """The encoder length that a recipe needs, by trying.
 
-  Of words of one token each as many tokens are covered as there are units to cover; of
-  longer words more. But where a few words make up most of a text (addresses, encoded
-  data), spans that pass them by leave it about as long as it was. So the answer for
-  `whole_words` is at least the length of a text without infilling. (Insertions may
-  still add a token or two to such a text; they are then cut off, and counted.)
+  Units are taken as tokens: of longer words more tokens are covered. The exception is a
+  text that few very long words (addresses, encoded data) make up: spans that pass them
+  by leave it about as long as it was. What of it finds no room is cut off, and counted.
 
   Args:
     recipe: the noise.
@@ -401,12 +399,8 @@ def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
     A length, with `<s>` and `</s>`: the longest seen, or six standard deviations above
     the mean if that is more; about one piece in a hundred million is longer.
   """
-  if recipe.whole_words:
-    by_tokens = dataclasses.replace(recipe, whole_words=False)
-    passed_by = dataclasses.replace(by_tokens, infill_ratio=0)
-    return max(longest_source(r, length, draws) for r in (by_tokens, passed_by))
   recipe = dataclasses.replace(
-    recipe, permute_ratio=0, random_ratio=0, rotate_probability=0
+    recipe, permute_ratio=0, whole_words=False, random_ratio=0, rotate_probability=0
   )
   tokens = tf.ones([max(length - 2, 0)], tf.int32)
   ids = Ids(bos=1, eos=2, mask=4, ordinary=np.zeros(0), word_start=np.zeros(0))

@@ -335,18 +335,21 @@ def test_p18_the_longest_source_is_known_beforehand(name, length):
 
 
 @pytest.mark.parametrize('name', ['default', 'fairseq'])
-def test_p18_spans_may_pass_the_few_words_that_are_most_of_a_text(name):
-  assert noise.longest_source(RECIPES[name], 512) == 512
+def test_p18_long_words_that_spans_pass_by_are_cut_and_counted(name):
   # One word of 400 tokens among 110 of one token each.
   tokens = np.array([7] * 55 + [8] + [9] * 399 + [7] * 55, np.int32)
   begins = np.zeros(VOCABULARY, bool)
   begins[[7, 8]] = True
   ids = dataclasses.replace(IDS, word_start=begins)
   cases = repeated(tokens, [0], 200)
-  results = corrupted(RECIPES[name], cases, 'tf.data', ids=ids)
-  by_tokens = dataclasses.replace(RECIPES[name], whole_words=False)
-  longest = max(len(result.source) for result in results)
-  assert noise.longest_source(by_tokens, 512) < longest <= 512
+  room = noise.longest_source(RECIPES[name], 512)
+  whole, cut = (
+    corrupted(RECIPES[name], cases, 'tf.data', length, ids) for length in (None, room)
+  )
+  assert max(len(result.source) for result in whole) > room
+  for a, b in zip(whole, cut, strict=True):
+    assert b.dropped == max(len(a.source) - room, 0)
+    assert b.source[-1] == 2
 
 
 @in_each_mode

@@ -259,7 +259,7 @@ def test_recipes_in_gin(gin_task, name, recipe):
   gin.parse_config_file(f'gin/noise/{name}.gin')
   assert noise.Recipe() == recipe
   # As each file says.
-  assert noise.longest_source(recipe, 1024) <= (1024 if recipe.whole_words else 896)
+  assert noise.longest_source(recipe, 1024) <= 896
   # Each rate is bound, so that a file is the whole truth about its noise.
   bound = gin.config_str()
   for field in dataclasses.fields(noise.Recipe):
