@@ -186,7 +186,7 @@ def denoise(
     `example_id`, `piece` and `epoch`.
 
   Raises:
-    ValueError: the noise may outgrow the encoder's length.
+    ValueError: the encoder is too short for the noise of ordinary text.
   """
   recipe = noise.Recipe() if recipe is None else recipe
   encoder_length, decoder_length = _lengths(sequence_length)
@@ -223,7 +223,7 @@ def denoise(
 
 
 def _check_room(recipe: noise.Recipe, encoder_length: int, decoder_length: int) -> None:
-  """Refuses noise that may outgrow the encoder, whose tail would be cut silently."""
+  """Refuses noise that outgrows the encoder with ordinary text."""
   longest = noise.longest_source(recipe, decoder_length)
   if longest > encoder_length:
     raise ValueError(

@@ -16,7 +16,8 @@ import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-# What a TPU v3-8 takes at 0.65 s a step of 256 rows of 1024.
+# What a TPU v3-8 takes at 0.65 s a step of 256 rows of 1024, somewhat faster than
+# benchmarks/tpu_plan.md estimates.
 TARGET = 256 * 1024 / 0.65
 TASK = 'benchmark_input_pipeline'
 MARKS = 8

@@ -55,7 +55,7 @@ VARIANTS = (
   _base('scan', 'as the gin file has it, layers in a loop'),
   Variant(
     'base_none',
-    'sources of 1024, nothing computed again',
+    'sources of 1024, nothing computed again, layers in a loop',
     {
       **SCAN,
       CONFIG + 'remat_policy': 'none',
@@ -87,7 +87,7 @@ VARIANTS = (
   ),
   Variant(
     'base_1024',
-    'sources of 1024 like targets, logits of 64 positions at a time',
+    'sources of 1024 like targets, logits of 64 positions at a time, in a loop',
     {
       **SCAN,
       'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024},

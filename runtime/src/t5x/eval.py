@@ -1,8 +1,8 @@
 """Evaluates checkpoints: decodes or scores a split and computes the task's metrics.
 
   python -m t5x.eval --gin_file=MODEL.gin --gin_file=t5x/configs/runs/eval.gin \\
-    --gin.CHECKPOINT_PATH="'/tmp/run/checkpoint_1000'" \\
-    --gin.EVAL_OUTPUT_DIR="'/tmp/evaluation'" --gin.MIXTURE_OR_TASK_NAME="'my_task'"
+    --gin.CHECKPOINT_PATH="'runs/mine/checkpoint_1000'" \\
+    --gin.EVAL_OUTPUT_DIR="'runs/evaluation'" --gin.MIXTURE_OR_TASK_NAME="'my_task'"
 
 With `--gin.utils.RestoreCheckpointConfig.mode="'all'"` and a run's folder as path, all
 its checkpoints are evaluated that have not been yet. Metrics are written to

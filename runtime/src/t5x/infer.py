@@ -1,8 +1,8 @@
 """Predictions or scores for every example of a task, one JSON object a line.
 
   python -m t5x.infer --gin_file=MODEL.gin --gin_file=t5x/configs/runs/infer.gin \\
-    --gin.CHECKPOINT_PATH="'/tmp/run/checkpoint_1000'" \\
-    --gin.INFER_OUTPUT_DIR="'/tmp/predictions'" \\
+    --gin.CHECKPOINT_PATH="'runs/mine/checkpoint_1000'" \\
+    --gin.INFER_OUTPUT_DIR="'runs/predictions'" \\
     --gin.MIXTURE_OR_TASK_NAME="'my_task'" \\
     --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 

@@ -137,7 +137,7 @@ def show_help(description: str) -> NoReturn:
   texts['--gin.NAME=VALUE'] = (
     'Binds a macro or a parameter: --gin.TRAIN_STEPS=1000, '
     '--gin.train.eval_period=100. Strings keep their quotes: '
-    '--gin.MODEL_DIR="\'/tmp/run\'".'
+    '--gin.MODEL_DIR="\'runs/mine\'".'
   )
   texts['-v=1'] = (
     'Also show what the libraries log, and where an error came from (so does '

@@ -1,6 +1,6 @@
 """Any of the scripts under one name: train, eval, infer, precompile.
 
-  python -m t5x.main --run_mode=train --gin_file=... --gin.MODEL_DIR="'/tmp/run'"
+  python -m t5x.main --run_mode=train --gin_file=... --gin.MODEL_DIR="'runs/mine'"
 
 The flags are those of the script. `--dry_run` reads and checks the configuration and
 stops there.

@@ -1,7 +1,7 @@
 """Trains a model on a seqio task or mixture, from scratch or from a checkpoint.
 
   python -m t5x.train --gin_file=MODEL.gin --gin_file=t5x/configs/runs/pretrain.gin \\
-    --gin.MODEL_DIR="'/tmp/run'" --gin.TRAIN_STEPS=1000 \\
+    --gin.MODEL_DIR="'runs/mine'" --gin.TRAIN_STEPS=1000 \\
     --gin.MIXTURE_OR_TASK_NAME="'my_task'" \\
     --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 
