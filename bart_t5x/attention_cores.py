@@ -46,7 +46,8 @@ def automatic(config: BartConfig, queries: int, keys: int) -> str:
 
   Returns:
     1. On a TPU 'flash', or 'chunked' where the shapes are not for it.
-    2. On a GPU 'cudnn' if nothing is dropped and the computation has 16 bits.
+    2. On a GPU 'cudnn' if nothing is dropped, the computation has 16 bits and the
+       shapes are for it.
     3. Else 'plain'.
   """
   platform = placement.device().platform
@@ -54,8 +55,14 @@ def automatic(config: BartConfig, queries: int, keys: int) -> str:
     takes = flash.refusal(config.head_dim, max(queries, keys)) is None
     return 'flash' if takes else 'chunked'
   if platform == 'gpu' and not config.attention_dropout_rate:
-    return 'cudnn' if config.dtype.itemsize == 2 else 'plain'
+    return 'cudnn' if _fits_cudnn(config, queries, keys) else 'plain'
   return 'plain'
+
+
+def _fits_cudnn(config: BartConfig, queries: int, keys: int) -> bool:
+  """Whether JAX hands attention with a mask, trained too, to cuDNN."""
+  heads = config.head_dim % 8 == 0 and config.head_dim <= 128
+  return config.dtype.itemsize == 2 and heads and queries % 2 == keys % 2 == 0
 
 
 def _named(name: str, config: BartConfig) -> Core:

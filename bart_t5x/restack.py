@@ -105,6 +105,10 @@ def restack(checkpoint: pathlib.Path, output_dir: pathlib.Path) -> pathlib.Path:
   shutil.copytree(checkpoint, partial, ignore=_only_the_state(checkpoint))
   checkpoints.write_state(partial, turned)
   partial.rename(output)
+  # From where the run counts TRAIN_STEPS_RELATIVE.
+  first_step = checkpoint.parent / 'first_step.txt'
+  if first_step.exists():
+    shutil.copy2(first_step, output_dir / first_step.name)
   return output
 
 

@@ -41,7 +41,9 @@ def dataset(path: str = '', prompt: str = '') -> tf.data.Dataset:
       '--gin.INPUT_FILE="\'sentences.txt\'"'
     )
   if not os.path.exists(path):
-    raise FileNotFoundError(f'the input file {path!r} (INPUT_FILE) does not exist')
+    raise FileNotFoundError(
+      f'the input file {path!r} (INPUT_FILE) does not exist on a local disk'
+    )
   texts = list(_texts(path))
   kept = [text for text in texts if text.strip()]
   if len(kept) < len(texts):

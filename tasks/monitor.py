@@ -7,6 +7,7 @@ are the forms in which T5X asks for them.
 """
 
 import json
+import math
 import os
 import re
 
@@ -88,7 +89,12 @@ def best_checkpoint(path: str) -> str:
     )
   with tf.io.gfile.GFile(results) as f:
     evaluations = [json.loads(line) for line in f if line.strip()]
-  values = {e['step']: e[metric] for e in evaluations if metric in e}
+  # NaN is no value: it would be neither more nor less than any.
+  values = {
+    e['step']: e[metric]
+    for e in evaluations
+    if metric in e and not math.isnan(e[metric])
+  }
   there = {
     step: folder
     for step in values

@@ -103,7 +103,9 @@ def summary_to_text(record: Record, summaries: str = 'summaries') -> dict[str, s
   """
   found = record.get('summaries', record.get(summaries))
   if found is None:
-    found = [_first_of(record, ('summary', 'target_text'))]
+    found = _first_of(record, ('summary', 'target_text'))
+  if isinstance(found, str):
+    found = [found]
   texts = []
   for one in found:
     texts += one.values() if isinstance(one, Mapping) else [one]

@@ -174,10 +174,14 @@ def _dataset(
     except KeyError as e:
       faults.append(f'record {number} has no {e}, but {sorted(record)}')
       continue
-    except ValueError as e:
+    except (AttributeError, TypeError, ValueError) as e:
+      # A text that is null or a number, say.
       faults.append(f'record {number}: {e}')
       continue
-    if not example['inputs'].strip() or not example['targets'].strip():
+    wrong = {k: type(v).__name__ for k, v in example.items() if not isinstance(v, str)}
+    if wrong:
+      faults.append(f'record {number} has what is no text: {wrong}')
+    elif not example['inputs'].strip() or not example['targets'].strip():
       empty += 1
     elif labels and example['targets'] not in labels:
       faults.append(

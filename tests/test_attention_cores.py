@@ -25,6 +25,7 @@ CONFIG = functools.partial(
     ('gpu', {'dtype': 'bfloat16'}, (8, 8), 'plain'),  # drops attention weights
     ('gpu', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (8, 8), 'cudnn'),
     ('gpu', {'attention_dropout_rate': 0.0}, (8, 8), 'plain'),  # float32
+    ('gpu', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (7, 8), 'plain'),
   ],
 )
 def test_automatic_by_platform(monkeypatch, platform, fields, lengths, wanted):

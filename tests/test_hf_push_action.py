@@ -48,6 +48,12 @@ def test_a_wrong_token_stops_the_run_before_it_begins(server, tmp_path, monkeypa
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_folder_that_is_not_here_is_refused(server):
+  with pytest.raises(ValueError, match="local folders only. Got: model_dir='gs://b/r'"):
+    push_action.PushToHub(REPO, 'gs://b/r')
+  assert not server.requests
+
+
 def test_a_hub_that_is_away_stops_nothing(server, tmp_path, told):
   server.fail['whoami'] = 503
   action = push_action.PushToHub(REPO, str(tmp_path / 'run'))

@@ -36,8 +36,8 @@ def test_the_name_in_tensorboard():
 
 
 def test_a_misspelt_task_is_answered_with_the_nearest():
-  with pytest.raises(ValueError, match="'norne_bn'. Nearest: norne_nb"):
-    monitor.headline('norne_bn')
+  with pytest.raises(ValueError, match="'nornee_nb'. Nearest: norne_nb"):
+    monitor.headline('nornee_nb')
 
 
 def test_a_task_without_metrics_or_headline():
@@ -79,6 +79,14 @@ def test_the_best_checkpoint_that_is_there(run_dir):
   assert monitor.best_checkpoint(str(run_dir)) == str(run_dir / 'checkpoint_20')
   (run_dir / 'checkpoint_30').mkdir()
   assert monitor.best_checkpoint(str(run_dir)) == str(run_dir / 'checkpoint_30')
+
+
+def test_a_checkpoint_without_a_number_is_never_the_best(run_dir):
+  metrics = run_dir / 'inference_eval' / 'norec-metrics.jsonl'
+  rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+  rows[0]['macro_f1'] = float('nan')
+  metrics.write_text('\n'.join(map(json.dumps, rows)))
+  assert monitor.best_checkpoint(str(run_dir)) == str(run_dir / 'checkpoint_20')
 
 
 def test_one_checkpoint_is_taken_as_it_is():

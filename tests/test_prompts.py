@@ -49,6 +49,7 @@ def test_answers_in_both_forms(answers):
       {'article': 'x', 'summaries_nn': [{'summary1': 'a'}, {'summary2': 'b'}]},
       ['a', 'b'],
     ),
+    ({'article': 'x', 'summaries': 'a'}, ['a']),
     ({'document': 'x', 'summary': 'a'}, ['a']),
     ({'text': 'x', 'target_text': 'a'}, ['a']),
   ],

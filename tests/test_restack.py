@@ -115,8 +115,10 @@ def test_what_lies_beside_the_state_is_kept(make_run, tmp_path):
   run = make_run(tmp_path / 'a')
   (run.checkpoint / 'dataset').mkdir()
   (run.checkpoint / 'dataset/position').write_text('7')
+  (run.checkpoint.parent / 'first_step.txt').write_text('3')
   output = restack.restack(run.checkpoint, tmp_path / 'b')
   assert (output / 'dataset/position').read_text() == '7'
+  assert (tmp_path / 'b/first_step.txt').read_text() == '3'
   assert not list((tmp_path / 'b').glob('*.partial'))
 
 

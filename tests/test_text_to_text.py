@@ -121,6 +121,22 @@ def test_all_unknown_labels_are_counted(add):
   assert message.endswith('and 2 more.')
 
 
+@pytest.mark.parametrize(
+  ('text', 'told'), [(7, "no text: {'targets': 'int'}"), (None, 'NoneType')]
+)
+def test_what_is_no_text_is_told_by_record(add, text, told):
+  task = add(
+    [('a', 'ja'), ('b', 'nei')],
+    to_text=lambda row: {
+      'inputs': 'x',
+      'targets': 'y' if row['inputs'] == 'a' else text,
+    },
+  )
+  with pytest.raises(ValueError, match='1 of 2 records cannot be used: record 2') as e:
+    examples(task)
+  assert told in str(e.value)
+
+
 def test_a_missing_column_is_named(add):
   task = add([('a', 'b')], to_text=lambda row: {'inputs': row['tekst']})
   with pytest.raises(ValueError, match="record 1 has no 'tekst', but .*'inputs'"):

@@ -54,7 +54,8 @@ def task_corpus_dir(run: run_config.RunConfig) -> pathlib.Path:
   name = run.macro('MIXTURE_OR_TASK_NAME')
   if name is None:
     raise ValueError('config.gin has no MIXTURE_OR_TASK_NAME: give --corpus_dir')
-  return pathlib.Path(vocabularies.task_vocabulary(name).path)
+  module = run.macro('MIXTURE_OR_TASK_MODULE')
+  return pathlib.Path(vocabularies.task_vocabulary(name, module=module).path)
 
 
 def _recipe(run: run_config.RunConfig) -> dict[str, Any]:

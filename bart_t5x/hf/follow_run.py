@@ -77,7 +77,7 @@ class RunFollower:
     checkpoint = newest_checkpoint(self._model_dir)
     try:
       url = self._push(checkpoint)
-    except (OSError, ValueError) as e:
+    except (ImportError, OSError, ValueError) as e:
       pause = min(self._retry_seconds * 2**self._failures, 600.0)
       self._failures += 1
       self._retry_at = time.monotonic() + pause
@@ -193,6 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   from bart_t5x.hf import hub
 
   args = _parser().parse_args(argv)
+  if not args.model_dir.is_dir():
+    print(f'error: --model_dir={args.model_dir} is no local folder', file=sys.stderr)
+    return 1
   follower = RunFollower(
     args.model_dir, args.push_to_hub, args.private, args.revision, args.corpus_dir
   )

@@ -69,7 +69,14 @@ class PushToHub(trainer.BaseAction):
 
     Raises:
       hub.LoginError: there is no token, or the Hub refuses it.
+      ValueError: model_dir is not on a local disk.
     """
+    if '://' in model_dir:
+      raise ValueError(
+        'PushToHub reads checkpoints from local folders only. Got: model_dir='
+        f'{model_dir!r}. Leave it out, and push a local copy of a checkpoint with '
+        '`python -m bart_t5x.hf.convert export --push_to_hub=…`.'
+      )
     self._follower = None
     self._last_push_seconds = last_push_seconds
     if jax.process_index() != 0:

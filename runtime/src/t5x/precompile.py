@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gin
 import jax
 import numpy as np
 from absl import logging
@@ -155,7 +156,11 @@ def main(argv: Sequence[str]) -> None:
 
   sys.modules['__main__'].train = planner
   with step_plan.devices_in_force(options.topology):
-    launch.configure(planner)()
+    planned = launch.configure(planner)
+    with gin.unlock_config():
+      # An action may act as soon as it is made, and here nothing is trained.
+      gin.bind_parameter('__main__.train.actions', None)
+    planned()
 
 
 if __name__ == '__main__':

@@ -306,7 +306,13 @@ def train(
   )
 
   # ---- Training ----
-  with contextlib.closing(trainer), contextlib.closing(evaluations):
+  with (
+    contextlib.closing(trainer),
+    contextlib.closing(evaluations),
+    contextlib.closing(
+      saver
+    ),  # A checkpoint that was begun becomes whole, come what may.
+  ):
     if run_eval_before_training:
       evaluations.run(first_step)
     if schedule.checkpoint_period:
@@ -323,7 +329,6 @@ def train(
         step = training_loop.train_until_done(
           schedule, first_step, train_iter, trainer, saver, evaluations
         )
-    saver.close()
   multihost.sync('training complete')
   for action in itertools.chain(*actions.values()):
     action.close()
