@@ -221,10 +221,9 @@ def test_module_is_imported(tmp_path, monkeypatch):
     'lambda split, shuffle_files: None, splits=["train"]), output_features={},'
     ' metric_fns=[])\n'
   )
-  with pytest.warns(DeprecationWarning, match='late_tasks'):
-    provider = data.find_provider(
-      config(mixture_or_task_name='late', module='late_tasks')
-    )
+  provider = data.find_provider(
+    config(mixture_or_task_name='late', module='late_tasks')
+  )
   assert provider.name == 'late'
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -142,7 +142,8 @@ def import_module(module: str):
   Raises:
     RuntimeError: the module defines gin configurables after gin was locked.
   """
-  logging.info('Importing module %s for its tasks.', module)
+  if module not in sys.modules:
+    logging.info('Importing module %s for its tasks.', module)
   try:
     importlib.import_module(module)
   except RuntimeError as error:
@@ -181,12 +182,6 @@ def find_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   import seqio
 
   if cfg.module:
-    warnings.warn(
-      'MIXTURE_OR_TASK_MODULE and DatasetConfig.module are deprecated: import '
-      f'{cfg.module} in the gin file.',
-      DeprecationWarning,
-      stacklevel=2,
-    )
     import_module(cfg.module)
   name = cfg.mixture_or_task_name
   if isinstance(name, seqio.DatasetProviderBase):
