@@ -46,15 +46,15 @@ def automatic(config: BartConfig, queries: int, keys: int) -> str:
 
   Returns:
     1. On a TPU 'flash', or 'chunked' where the shapes are not for it.
-    2. On a GPU 'cudnn' if nothing is dropped, the computation has 16 bits and the
-       shapes are for it.
+    2. On an NVIDIA GPU from Ampere on 'cudnn' if nothing is dropped, the computation
+       has 16 bits and the shapes are for it.
     3. Else 'plain'.
   """
-  platform = placement.device().platform
-  if platform == 'tpu':
+  device = placement.device()
+  if device.platform == 'tpu':
     takes = flash.refusal(config.head_dim, max(queries, keys)) is None
     return 'flash' if takes else 'chunked'
-  if platform == 'gpu' and not config.attention_dropout_rate:
+  if cudnn.runs_on(device) and not config.attention_dropout_rate:
     return 'cudnn' if _fits_cudnn(config, queries, keys) else 'plain'
   return 'plain'
 

@@ -41,8 +41,8 @@ class BartConfig:
       'flash', our kernel for TPUs, which never stores scores and drops the same
       weights as 'plain'; 'cudnn', NVIDIA's, in 16 bits only and without dropout on
       weights: it wants attention_dropout_rate = 0, which BART's recipe has at 0.1;
-      'auto', the fastest that changes nothing: 'flash' on TPUs, 'cudnn' on GPUs where
-      it may, else 'plain'.
+      'auto', the fastest that changes nothing: 'flash' on TPUs, 'cudnn' on NVIDIA GPUs
+      from Ampere on where it may, else 'plain'.
     attention_chunk_length: how many queries, for 'chunked'.
 
   Raises:

@@ -10,6 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from bart_t5x import attention, placement
 
+# Ampere: cuDNN's fused attention runs on it and on what came later
+# (https://docs.nvidia.com/deeplearning/cudnn, "Scaled Dot Product Attention").
+OLDEST_CAPABILITY = (8, 0)
+
 
 def cudnn_attention(
   query: Float[Array, 'b q h d'],
@@ -40,7 +44,7 @@ def cudnn_attention(
     implementation: what `jax.nn.dot_product_attention` runs.
 
   Raises:
-    ValueError: without a GPU, for other than 16 bits, and for dropout.
+    ValueError: without such a GPU, for other than 16 bits, and for dropout.
   """
   if implementation == 'cudnn':
     _check(query)
@@ -58,12 +62,22 @@ def cudnn_attention(
   )  # fmt: skip
 
 
+def runs_on(device: placement.Device) -> bool:
+  """Whether cuDNN's attention runs on a device: an NVIDIA GPU, Ampere or later."""
+  return device.platform == 'gpu' and (device.capability or (0, 0)) >= OLDEST_CAPABILITY
+
+
 def _check(query):
-  platform = placement.device().platform
-  if platform != 'gpu':
+  device = placement.device()
+  if not runs_on(device):
+    got = device.platform
+    if got == 'gpu':
+      version = device.capability
+      got = f'{device.kind}, ' + ('{}.{}'.format(*version) if version else 'of none')
     raise ValueError(
-      f"BartConfig.attention_impl = 'cudnn' needs an NVIDIA GPU. Got: {platform}. "
-      "'auto' takes what the platform has; 'plain' and 'chunked' run everywhere."
+      "BartConfig.attention_impl = 'cudnn' needs an NVIDIA GPU of compute capability "
+      f"8.0 or later (Ampere). Got: {got}. 'auto' takes what the platform has; 'plain' "
+      "and 'chunked' run everywhere."
     )
   if query.dtype.itemsize != 2:
     raise ValueError(

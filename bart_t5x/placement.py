@@ -5,6 +5,7 @@ A kernel that the compiler cannot split needs both: it runs on each device's par
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,10 +25,12 @@ class Device(NamedTuple):
   Attributes:
     platform: 'cpu', 'gpu' or 'tpu'.
     kind: the model, 'TPU v3'.
+    capability: CUDA's compute capability, (8, 0) for an A100; None where there is none.
   """
 
   platform: str
   kind: str
+  capability: tuple[int, int] | None = None
 
 
 def mesh() -> Any:
@@ -50,10 +53,24 @@ def device() -> Device:
   if isinstance(found, jax.sharding.AbstractMesh):
     described = found.abstract_device
     if described is not None:
-      return Device(described.platform, described.device_kind)
+      return _described(described.platform, described.device_kind)
     found = None
   first = jax.devices()[0] if found is None else found.devices.flat[0]
-  return Device(first.platform, first.device_kind)
+  return _described(first.platform, first.device_kind)
+
+
+def _described(platform, kind):
+  """The device; its capability, which a mesh's description lacks, by one like it."""
+  if platform != 'gpu':
+    return Device(platform, kind)
+  for like in jax.local_devices():
+    if (like.platform, like.device_kind) == (platform, kind):
+      version = str(getattr(like, 'compute_capability', ''))
+      # AMD's are names: gfx90a.
+      if re.fullmatch(r'\d+\.\d+', version):
+        major, minor = version.split('.')
+        return Device(platform, kind, (int(major), int(minor)))
+  return Device(platform, kind)
 
 
 def _mesh_axes(name, size, found):

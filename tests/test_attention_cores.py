@@ -1,6 +1,7 @@
 """Which attention a config gets, and what each says where it cannot run."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,22 @@ CONFIG = functools.partial(
     ('tpu', {}, (1024, 896), 'flash'),
     ('tpu', {}, (8, 4096), 'chunked'),
     ('tpu', {'emb_dim': 96}, (8, 8), 'chunked'),  # heads of 48
-    ('gpu', {'dtype': 'bfloat16'}, (8, 8), 'plain'),  # drops attention weights
-    ('gpu', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (8, 8), 'cudnn'),
-    ('gpu', {'attention_dropout_rate': 0.0}, (8, 8), 'plain'),  # float32
-    ('gpu', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (7, 8), 'plain'),
+    ('8.0', {'dtype': 'bfloat16'}, (8, 8), 'plain'),  # drops attention weights
+    ('8.0', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (8, 8), 'cudnn'),
+    ('12.0', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (8, 8), 'cudnn'),
+    ('7.5', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (8, 8), 'plain'),
+    ('gfx90a', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (8, 8), 'plain'),
+    ('8.0', {'attention_dropout_rate': 0.0}, (8, 8), 'plain'),  # float32
+    ('8.0', {'dtype': 'bfloat16', 'attention_dropout_rate': 0.0}, (7, 8), 'plain'),
   ],
 )
 def test_automatic_by_platform(monkeypatch, platform, fields, lengths, wanted):
-  monkeypatch.setattr(placement, 'device', lambda: placement.Device(platform, '?'))
+  """The platform, or a GPU's compute capability."""
+  device = types.SimpleNamespace(platform=platform, device_kind='?')
+  if platform not in ('cpu', 'tpu'):
+    device.platform, device.compute_capability = 'gpu', platform
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
   assert attention_cores.automatic(CONFIG(**fields), *lengths) == wanted
 
 

@@ -34,12 +34,24 @@ def test_equals_plain_attention(causal, packed):
 
 def test_refuses_what_it_would_ignore_or_cannot_do(monkeypatch):
   x = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
-  with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU. Got: cpu"):
+  with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU .*Got: cpu"):
     cudnn.cudnn_attention(x, x, x)
-  gpu = cudnn.placement.Device('gpu', 'H100')
+  gpu = cudnn.placement.Device('gpu', 'H100', (9, 0))
   monkeypatch.setattr(cudnn.placement, 'device', lambda: gpu)
   with pytest.raises(ValueError, match='drops no attention weights. Got: .*0.1'):
     cudnn.cudnn_attention(x, x, x, dropout_rate=0.1, dropout_key=jax.random.key(0))
   wide = x.astype(jnp.float32)
   with pytest.raises(ValueError, match='in 16 bits. Got: BartConfig.dtype = float32'):
     cudnn.cudnn_attention(wide, wide, wide)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'capability', 'got'),
+  [('V100', (7, 0), 'V100, 7.0'), ('T4', (7, 5), 'T4, 7.5'), ('MI300', None, 'MI300')],
+)
+def test_refuses_gpus_before_ampere_and_others(monkeypatch, kind, capability, got):
+  gpu = cudnn.placement.Device('gpu', kind, capability)
+  monkeypatch.setattr(cudnn.placement, 'device', lambda: gpu)
+  x = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
+  with pytest.raises(ValueError, match=rf'8\.0 or later \(Ampere\)\. Got: {got}'):
+    cudnn.cudnn_attention(x, x, x)
