@@ -8,15 +8,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 RUNTIME = ROOT / 'runtime' / 'src' / 't5x'
 
-# The runtime's levels, lowest first. A module imports from its own level or
-# from a lower one, and nobody imports the facade `utils`.
+# The runtime's levels, lowest first ('planning.report' is t5x/planning/report.py). A
+# module imports from its own level or from a lower one, and nobody imports the facade
+# `utils`.
 LEVELS = (
   {
-    'config_utils', 'gin_bindings', 'gin_utils', 'hlo_costs', 'hlo_loops', 'hlo_text',
-    'jaxpr_costs',
-    'lazy_arrays', 'learning_rate', 'losses', 'metrics', 'multihost', 'params_axes',
-    'preemption', 'quiet', 'run_schedule', 'run_setup', 'save_schedule', 'state_utils',
-    'topologies',
+    'config_utils', 'gin_bindings', 'gin_utils', 'lazy_arrays', 'learning_rate',
+    'losses', 'metrics', 'multihost', 'params_axes', 'planning.hlo_costs',
+    'planning.hlo_loops', 'planning.hlo_text', 'planning.jaxpr_costs',
+    'planning.topologies', 'preemption', 'quiet', 'run_schedule', 'run_setup',
+    'save_schedule', 'state_utils',
   },
   {'adafactor', 'factor_rules', 'optimizer_base', 'optimizers', 'train_state'},
   {'mesh', 'partitioning', 'sharding'},
@@ -27,17 +28,16 @@ LEVELS = (
     'model_metrics', 'models', 'sampling', 'task_vocabularies',
   },
   {
-    'abstract_steps', 'actions', 'base_trainer', 'checkpoint_configs',
-    'checkpoint_manager', 'checkpoint_retention', 'checkpoint_writing',
-    'checkpoints', 'dataset_checkpoint', 'fast_imports', 'feeding',
-    'health', 'inference', 'launch', 'legacy_checkpointing', 'progress', 'restore',
-    'step_costs', 'summaries', 'train_step', 'trainer', 'trainer_types',
+    'actions', 'base_trainer', 'checkpoint_configs', 'checkpoint_manager',
+    'checkpoint_retention', 'checkpoint_writing', 'checkpoints', 'dataset_checkpoint',
+    'fast_imports', 'feeding', 'health', 'inference', 'launch', 'legacy_checkpointing',
+    'planning.abstract_steps', 'planning.step_costs', 'progress', 'restore',
+    'summaries', 'train_step', 'trainer', 'trainer_types',
   },
   {
     'eval', 'infer', 'interactive_data', 'interactive_metrics', 'interactive_model',
-    'interactive_state', 'main', 'plan_report', 'precompile',
-    'step_plan', 'tfexample_task',
-    'train', 'training_loop', 'utils',
+    'interactive_state', 'main', 'planning.planner', 'planning.report', 'precompile',
+    'tfexample_task', 'train', 'training_loop', 'utils',
   },
 )  # fmt: skip
 
@@ -104,22 +104,43 @@ def imports(path):
   return names
 
 
+# A name for each module of the runtime: 'train', 'planning.report'.
+MODULES = {
+  '.'.join(path.relative_to(RUNTIME).with_suffix('').parts): path
+  for path in sorted(RUNTIME.rglob('*.py'))
+  if path.stem != '__init__'
+}
+
+
 def runtime_imports(path):
-  names = {name.split('.')[1] for name in imports(path) if name.startswith('t5x.')}
-  # __version__ and the like are no modules.
-  return {name for name in names - {path.stem} if (RUNTIME / f'{name}.py').exists()}
+  """Names of the runtime's modules that a file imports, or takes something from."""
+  names = set()
+  for dotted in imports(path):
+    parts = dotted.split('.')
+    if parts[0] == 't5x':
+      names |= {'.'.join(parts[1:end]) for end in range(2, len(parts) + 1)}
+  return names & MODULES.keys()
 
 
-@pytest.mark.parametrize(
-  'path', sorted(RUNTIME.glob('*.py')), ids=lambda path: path.stem
-)
-def test_runtime_imports_run_downwards(path):
-  if path.stem == '__init__':
-    return
-  level = [i for i, names in enumerate(LEVELS) if path.stem in names]
-  assert level, f'{path.stem} has no level: add it to LEVELS'
+@pytest.mark.parametrize('name', MODULES)
+def test_runtime_imports_run_downwards(name):
+  level = [i for i, names in enumerate(LEVELS) if name in names]
+  assert level, f'{name} has no level: add it to LEVELS'
   allowed = set().union(*LEVELS[: level[0] + 1])
-  assert runtime_imports(path) <= allowed - {'utils'}
+  assert runtime_imports(MODULES[name]) - {name} <= allowed - {'utils'}
+
+
+def test_levels_name_modules_that_are_there():
+  assert set().union(*LEVELS) == MODULES.keys()
+  assert sum(map(len, LEVELS)) == len(MODULES)
+
+
+def test_packages_hold_no_code_of_their_own():
+  """Importing a module of a package must not load the rest of it."""
+  for path in RUNTIME.rglob('__init__.py'):
+    assert not imports(path), f'{path} imports'
+  for folder in {path.parent for path in MODULES.values()}:
+    assert (folder / '__init__.py').exists(), f'{folder} would not be packaged'
 
 
 def test_runtime_knows_nothing_of_the_model():
@@ -144,7 +165,7 @@ def test_only_the_model_and_the_bridge_know_t5x():
 
 def test_the_low_levels_import_no_tensorflow():
   for name in LEVELS[0] | LEVELS[1]:
-    path = RUNTIME / f'{name}.py'
+    path = MODULES[name]
     heavy = {n for n in imports(path) if n.split('.')[0] in ('tensorflow', 'seqio')}
     assert not heavy, f'{path} imports {heavy}'
 

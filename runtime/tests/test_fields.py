@@ -370,7 +370,7 @@ def names():
   """Names of all tests here, without `test_`."""
   return {
     node.name.removeprefix('test_')
-    for path in HERE.glob('test_*.py')
+    for path in HERE.rglob('test_*.py')
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef)
   }

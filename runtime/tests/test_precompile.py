@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from t5x import data, partitioning, precompile, topologies
+from t5x import data, partitioning, precompile
+from t5x.planning import topologies
 
 HERE = pathlib.Path(__file__).parent
 

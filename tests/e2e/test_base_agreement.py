@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bart_t5x import flash
-from t5x import abstract_steps
+from t5x.planning import abstract_steps
 from t5x.train import train as train_script
 
 pytestmark = pytest.mark.slow

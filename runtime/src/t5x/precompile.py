@@ -16,7 +16,8 @@ if __name__ == '__main__':
   import os
   import sys
 
-  from t5x import launch, topologies
+  from t5x import launch
+  from t5x.planning import topologies
 
   # Before JAX is imported, which reading the flags may do.
   topologies.set_environment(topologies.named_in(sys.argv), os.environ)
@@ -34,16 +35,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from t5x import (
-  data,
-  data_iterators,
-  models,
-  partitioning,
-  restore,
-  step_plan,
-  task_vocabularies,
-)
+from t5x import data, data_iterators, models, partitioning, restore, task_vocabularies
 from t5x import trainer as trainer_lib
+from t5x.planning import planner
 from t5x.train import train
 
 __all__ = ['precompile', 'train']
@@ -140,13 +134,13 @@ def main(argv: Sequence[str]) -> None:
   del argv
   options = launch.FLAGS
 
-  # Gin binds `train` in `__main__`, so it finds the planner under that name, and the
-  # planner takes what `train` takes.
+  # Gin binds `train` in `__main__`, so it finds `plan` under that name, and `plan`
+  # takes what `train` takes.
   @functools.wraps(train)
-  def planner(*args: Any, **kwargs: Any) -> None:
+  def plan(*args: Any, **kwargs: Any) -> None:
     bound = inspect.signature(train).bind(*args, **kwargs)
     bound.apply_defaults()
-    step_plan.show(
+    planner.show(
       bound.arguments,
       options.topology,
       kind=options.step,
@@ -154,9 +148,9 @@ def main(argv: Sequence[str]) -> None:
       json_path=options.json,
     )
 
-  sys.modules['__main__'].train = planner
-  with step_plan.devices_in_force(options.topology):
-    planned = launch.configure(planner)
+  sys.modules['__main__'].train = plan
+  with planner.devices_in_force(options.topology):
+    planned = launch.configure(plan)
     with gin.unlock_config():
       # An action may act as soon as it is made, and here nothing is trained.
       gin.bind_parameter('__main__.train.actions', None)

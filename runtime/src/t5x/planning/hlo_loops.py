@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from t5x.hlo_text import Computation, Instruction, Module
+from t5x.planning.hlo_text import Computation, Instruction, Module
 
 _TRANSPARENT = frozenset(
   {'copy', 'bitcast', 'convert', 'reshape', 'optimization-barrier'}

@@ -6,7 +6,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
-from t5x import jaxpr_costs
+from t5x.planning import jaxpr_costs
 
 
 def test_products_in_loops_branches_and_functions():

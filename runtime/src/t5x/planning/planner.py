@@ -8,8 +8,9 @@ from typing import Any
 
 from absl import logging
 
-from t5x import abstract_steps, mesh, plan_report, step_costs, topologies
-from t5x.step_costs import DoesNotFitError
+from t5x import mesh
+from t5x.planning import abstract_steps, report, step_costs, topologies
+from t5x.planning.step_costs import DoesNotFitError
 
 # Compilations that `find_batch` is worth: each may take minutes.
 _MOST_TRIES = 10
@@ -62,7 +63,7 @@ class Planner:
     steps = arguments.get('relative_steps') or arguments.get('total_steps')
     self._steps = steps if kind == 'train' else None
 
-  def plan(self, batch_size: int | None = None) -> plan_report.Plan:
+  def plan(self, batch_size: int | None = None) -> report.Plan:
     """Compiles the step.
 
     Args:
@@ -77,7 +78,7 @@ class Planner:
       'Compiling the %s step of %d rows for %s.', self._kind, size, self._name
     )
     costs = step_costs.measure(step, self._topology)
-    return plan_report.Plan(
+    return report.Plan(
       self._name,
       self._topology,
       self._kind,
@@ -87,7 +88,7 @@ class Planner:
       costs,
     )
 
-  def largest(self) -> plan_report.Plan:
+  def largest(self) -> report.Plan:
     """The plan of the largest batch that fits, to 3 % or one row a device.
 
     Raises:
@@ -108,7 +109,7 @@ class Planner:
         tried[size] = max(refused.needed, available + 1)
       fits = 'fits' if tried[size] <= available else 'does not fit'
       logging.info('%d rows: %s (%.2f GiB).', size, fits, tried[size] / topologies.GIB)
-      size = plan_report.next_batch(tried, available, unit)
+      size = report.next_batch(tried, available, unit)
     if best is None:
       raise error
     return best
@@ -120,7 +121,7 @@ def show(
   kind: str = 'train',
   find_batch: bool = False,
   json_path: str | None = None,
-) -> plan_report.Plan:
+) -> report.Plan:
   """Plans a step, prints the plan and writes its figures down.
 
   Args:
@@ -137,8 +138,8 @@ def show(
   try:
     plan = planner.largest() if find_batch else planner.plan()
   except DoesNotFitError as error:
-    raise ValueError(plan_report.refusal(error)) from error
-  print(plan_report.table(plan), flush=True)
+    raise ValueError(report.refusal(error)) from error
+  print(report.table(plan), flush=True)
   if json_path:
-    plan_report.write_json(plan, json_path)
+    report.write_json(plan, json_path)
   return plan

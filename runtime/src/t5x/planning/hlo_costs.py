@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from t5x import hlo_loops
-from t5x.hlo_text import Computation, Instruction, Module, Shape
+from t5x.planning import hlo_loops
+from t5x.planning.hlo_text import Computation, Instruction, Module, Shape
 
 # Instructions that move nothing and compute nothing.
 _FREE = frozenset({

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from t5x import abstract_steps, data, feeding, restore
+from t5x import data, feeding, restore
+from t5x.planning import abstract_steps
 
 
 def run_of(arguments):

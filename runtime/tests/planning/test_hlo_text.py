@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t5x import hlo_text
+from t5x.planning import hlo_text
 
 MODULE = """HloModule jit_f, is_scheduled=true
 

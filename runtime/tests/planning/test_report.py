@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from t5x import jaxpr_costs, plan_report, step_costs, topologies
+from t5x.planning import jaxpr_costs, report, step_costs, topologies
 
 GIB = topologies.GIB
 
@@ -28,12 +28,12 @@ def plan():
     kernels=[(jaxpr_costs.Kernel('flash', 96, 1e12, 1e12, 1e9), 0.25, 'memory')],
   )
   topology = topologies.find('v3-8')
-  return plan_report.Plan('v3-8', topology, 'train', 256, 262144, 9000, costs)
+  return report.Plan('v3-8', topology, 'train', 256, 262144, 9000, costs)
 
 
 def test_numbers(plan, tmp_path):
   path = tmp_path / 'plan.json'
-  plan_report.write_json(plan, path)
+  report.write_json(plan, path)
   found = json.loads(path.read_text())
   assert found['hbm_gib'] == 7.5
   assert found['hbm_available_gib'] == pytest.approx(15.48)
@@ -52,7 +52,7 @@ def test_numbers(plan, tmp_path):
 
 
 def test_the_table_calls_estimates_so(plan):
-  text = plan_report.table(plan)
+  text = report.table(plan)
   for part in ('7.50 GiB of 15.48 GiB', '0.8 s', '50.0%', '2.00 hours, estimate'):
     assert part in text, text
   assert 'Kernel flash: 12 calls, 0.25 s, bound by memory.' in text
@@ -66,7 +66,7 @@ def test_a_refusal_says_how_much_what_and_what_to_change():
     jaxpr_costs.LargeArray((256, 1024, 3072), 'bfloat16', 12, 'mlp/wi/dot_general'),
   ]
   error = step_costs.DoesNotFitError(40 * GIB, 15 * GIB, arrays, parts=8)
-  text = plan_report.refusal(error)
+  text = report.refusal(error)
   assert '25.00 GiB too much' in text
   assert '1.50 GiB x 36  float32[256,12,1024,1024]' in text
   for word in ('remat', 'num_microbatches', 'BATCH_SIZE', 'attention scores'):
@@ -97,7 +97,7 @@ def test_the_search_ends_at_the_largest_batch(
   while size is not None:
     assert size % unit == 0 and size > 0 and size not in tried
     tried[size] = needed(size)
-    size = plan_report.next_batch(tried, available, unit)
+    size = report.next_batch(tried, available, unit)
   fits = [s for s, n in tried.items() if n <= available]
   sizes = range(unit, 20_000, unit)
   largest = max((s for s in sizes if needed(s) <= available), default=0)

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x import topologies
+from t5x.planning import topologies
 
 needs_compiler = pytest.mark.skipif(
   not topologies.has_compiler(), reason='libtpu is not installed'

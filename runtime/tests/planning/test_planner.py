@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tiny
 
-from t5x import step_costs, step_plan, topologies
+from t5x.planning import planner, step_costs, topologies
 
 GIB = topologies.GIB
 
@@ -47,14 +47,14 @@ def memory_of_rows(monkeypatch):
 
 
 def test_the_runs_own_batch(arguments, memory_of_rows, capsys):
-  plan = step_plan.show(arguments, 'cpu:8')
+  plan = planner.show(arguments, 'cpu:8')
   assert memory_of_rows == [('train', 8)]
   assert (plan.batch_size, plan.steps) == (8, 500)
   assert '8 rows, 64 targets' in capsys.readouterr().out
 
 
 def test_the_largest_batch(arguments, memory_of_rows):
-  plan = step_plan.Planner(arguments, 'cpu:8').largest()
+  plan = planner.Planner(arguments, 'cpu:8').largest()
   # 16 GiB hold 150 rows, and eight devices take multiples of eight.
   assert plan.batch_size == 144
   assert len(memory_of_rows) <= 5
@@ -65,19 +65,19 @@ def test_nothing_fits(arguments, memory_of_rows, monkeypatch):
   small = dataclasses.replace(cpu, chip=dataclasses.replace(cpu.chip, hbm_bytes=GIB))
   monkeypatch.setattr(topologies, 'find', lambda name: small)
   with pytest.raises(ValueError, match='0.80 GiB too much') as caught:
-    step_plan.show(arguments, 'cpu:8', find_batch=True)
+    planner.show(arguments, 'cpu:8', find_batch=True)
   assert 'What to change' in str(caught.value)
 
 
 def test_evaluation_takes_its_own_batches(arguments, memory_of_rows):
-  step_plan.Planner(arguments, 'cpu:8', 'eval').plan()
+  planner.Planner(arguments, 'cpu:8', 'eval').plan()
   own = tiny.dataset_config('validation', batch_size=16)
   changed = {**arguments, 'train_eval_dataset_cfg': own}
-  step_plan.Planner(changed, 'cpu:8', 'eval').plan()
+  planner.Planner(changed, 'cpu:8', 'eval').plan()
   assert memory_of_rows == [('eval', 8), ('eval', 16)]
 
 
 def test_no_topology():
   with pytest.raises(ValueError, match='--topology=v2-8'):
-    with step_plan.devices_in_force(None):
+    with planner.devices_in_force(None):
       pass

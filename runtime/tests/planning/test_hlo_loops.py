@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t5x import hlo_loops, hlo_text
+from t5x.planning import hlo_loops, hlo_text
 
 
 def trips(text):

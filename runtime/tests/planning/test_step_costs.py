@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t5x import abstract_steps, step_costs, topologies
+from t5x.planning import abstract_steps, step_costs, topologies
 
 CPUS = topologies.find('cpu:8')
 

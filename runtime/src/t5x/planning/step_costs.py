@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x import abstract_steps, hlo_costs, hlo_text, jaxpr_costs
-from t5x.topologies import GIB, Chip, Topology
+from t5x.planning import abstract_steps, hlo_costs, hlo_text, jaxpr_costs
+from t5x.planning.topologies import GIB, Chip, Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from t5x.step_costs import DoesNotFitError, StepCosts
-from t5x.topologies import GIB, Topology
+from t5x.planning.step_costs import DoesNotFitError, StepCosts
+from t5x.planning.topologies import GIB, Topology
 
 # What to do about the largest buffers, by words in the names of what makes them.
 _REMEDIES = (
