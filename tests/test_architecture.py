@@ -13,24 +13,30 @@ RUNTIME = ROOT / 'runtime' / 'src' / 't5x'
 # `utils`.
 LEVELS = (
   {
-    'config_utils', 'gin_bindings', 'gin_utils', 'lazy_arrays', 'learning_rate',
-    'losses', 'metrics', 'multihost', 'params_axes', 'planning.hlo_costs',
-    'planning.hlo_loops', 'planning.hlo_text', 'planning.jaxpr_costs',
-    'planning.topologies', 'preemption', 'quiet', 'run_schedule', 'run_setup',
-    'save_schedule', 'state_utils',
-  },
-  {'adafactor', 'factor_rules', 'optimizer_base', 'optimizers', 'train_state'},
-  {'mesh', 'partitioning', 'sharding'},
-  {
-    'base_model', 'beams', 'best_metrics', 'checkpoint_formats', 'checkpoint_importer',
-    'checkpoint_reading', 'checkpoint_utils', 'checkpoints_utils', 'data',
-    'data_iterators', 'decoder_only', 'decoding', 'infer_writer', 'model_info',
-    'model_metrics', 'models', 'sampling', 'task_vocabularies',
+    'checkpointing.lazy_arrays', 'checkpointing.save_schedule', 'config_utils',
+    'gin_bindings', 'gin_utils', 'learning_rate', 'losses', 'metrics', 'multihost',
+    'params_axes', 'planning.hlo_costs', 'planning.hlo_loops', 'planning.hlo_text',
+    'planning.jaxpr_costs', 'planning.topologies', 'preemption', 'quiet',
+    'run_schedule', 'run_setup', 'state_utils',
   },
   {
-    'actions', 'base_trainer', 'checkpoint_configs', 'checkpoint_manager',
-    'checkpoint_retention', 'checkpoint_writing', 'checkpoints', 'dataset_checkpoint',
-    'fast_imports', 'feeding', 'health', 'inference', 'launch', 'legacy_checkpointing',
+    'adafactor', 'factor_rules', 'optimizer_base', 'optimizers', 'train_state',
+  },
+  {
+    'mesh', 'partitioning', 'sharding',
+  },
+  {
+    'base_model', 'beams', 'checkpoint_importer', 'checkpoint_utils',
+    'checkpointing.best_metrics', 'checkpointing.old_layout', 'checkpointing.reading',
+    'checkpoints_utils', 'data', 'data_iterators', 'decoder_only', 'decoding',
+    'infer_writer', 'model_info', 'model_metrics', 'models', 'sampling',
+    'task_vocabularies',
+  },
+  {
+    'actions', 'base_trainer', 'checkpointing.configs',
+    'checkpointing.dataset_position', 'checkpointing.manager',
+    'checkpointing.old_interface', 'checkpointing.retention', 'checkpointing.writing',
+    'checkpoints', 'fast_imports', 'feeding', 'health', 'inference', 'launch',
     'planning.abstract_steps', 'planning.step_costs', 'progress', 'restore',
     'summaries', 'train_step', 'trainer', 'trainer_types',
   },

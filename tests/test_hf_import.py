@@ -316,7 +316,8 @@ def test_a_revision_of_a_folder_is_refused(model, tmp_path, capsys):
 @pytest.mark.parametrize('optimizer', [False, True])
 def test_the_runtime_restores_it(run, model, tmp_path, optimizer):
   """As infer and eval do, and as fine-tuning does, whose optimizer starts fresh."""
-  from t5x import checkpoint_configs, optimizers, partitioning, restore
+  from t5x import optimizers, partitioning, restore
+  from t5x.checkpointing import configs
 
   params = imported(model, tmp_path / 'in')
   config = export_module.bart_config(run_config.read(tmp_path / 'in/config.gin'))
@@ -335,7 +336,7 @@ def test_the_runtime_restores_it(run, model, tmp_path, optimizer):
   )
   state = initializer.from_checkpoint(
     [
-      checkpoint_configs.RestoreCheckpointConfig(
+      configs.RestoreCheckpointConfig(
         path=str(tmp_path / 'in/checkpoint_0'), mode='specific', strict=False
       )
     ],

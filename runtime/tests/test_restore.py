@@ -23,12 +23,8 @@ from saved_states import (
   write_previous_layout,
 )
 
-from t5x import (
-  checkpoint_manager,
-  checkpoints,
-  checkpoints_utils,
-  restore,
-)
+from t5x import checkpoints, checkpoints_utils, restore
+from t5x.checkpointing import manager as checkpoint_manager
 
 
 def test_from_scratch_is_sharded_and_reproducible():

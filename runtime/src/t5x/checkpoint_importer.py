@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x.lazy_arrays import LazyArray, LazyAwaitableArray, LazyThreadPoolArray
+from t5x.checkpointing.lazy_arrays import (
+  LazyArray,
+  LazyAwaitableArray,
+  LazyThreadPoolArray,
+)
 
 __all__ = [
   'CheckpointTranslator',

@@ -1,8 +1,8 @@
 """Checkpoints: T5X's names for what reads and writes them.
 
-The work is done in `checkpoint_manager` (Orbax), `checkpoint_reading` and
-`dataset_checkpoint`; here are the older interface, `Checkpointer`, on top of the
-same layout, and the names that gin files and scripts look for in this module.
+The work is done in the package `checkpointing`; here are the older interface,
+`Checkpointer`, on top of the same layout, and the names that gin files and scripts look
+for in this module.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +13,23 @@ import jax
 import numpy as np
 
 from t5x import checkpoints_utils
-from t5x.best_metrics import populate_metrics_for_steps
-from t5x.checkpoint_formats import find_checkpoint, load_t5x_checkpoint
-from t5x.checkpoint_manager import CheckpointSaveError, OrbaxCheckpointManagerInterface
-from t5x.checkpoint_reading import DamagedCheckpointError
+from t5x.checkpointing.best_metrics import populate_metrics_for_steps
+from t5x.checkpointing.dataset_position import (
+  DataPositionError,
+  DatasetArgs,
+  DatasetCheckpointHandler,
+)
+from t5x.checkpointing.lazy_arrays import (
+  LazyArray,
+  LazyAwaitableArray,
+  LazyThreadPoolArray,
+)
+from t5x.checkpointing.manager import (
+  CheckpointSaveError,
+  OrbaxCheckpointManagerInterface,
+)
+from t5x.checkpointing.old_layout import find_checkpoint, load_t5x_checkpoint
+from t5x.checkpointing.reading import DamagedCheckpointError
 from t5x.checkpoints_utils import (
   all_dataset_checkpoint_steps,
   all_steps,
@@ -25,12 +38,6 @@ from t5x.checkpoints_utils import (
   get_step_from_checkpoint_dir,
   latest_step,
 )
-from t5x.dataset_checkpoint import (
-  DataPositionError,
-  DatasetArgs,
-  DatasetCheckpointHandler,
-)
-from t5x.lazy_arrays import LazyArray, LazyAwaitableArray, LazyThreadPoolArray
 
 __all__ = [
   'CheckpointManagerConstructor',

@@ -1,7 +1,7 @@
 """Train states from scratch or from checkpoints, on the mesh.
 
 Also the names under which T5X's users know this: the configurations live in
-`checkpoint_configs`, the list of variables in `model_info`.
+`checkpointing.configs`, the list of variables in `model_info`.
 """
 
 import os
@@ -17,7 +17,7 @@ from flax.core import scope as flax_scope
 from jax.experimental import multihost_utils
 
 from t5x import checkpoints, checkpoints_utils, state_utils, train_state
-from t5x.checkpoint_configs import (
+from t5x.checkpointing.configs import (
   AssignmentMap,
   CheckpointConfig,
   RestoreCheckpointConfig,
@@ -25,7 +25,7 @@ from t5x.checkpoint_configs import (
   get_fallback_state,
   get_first_valid_restore_config_and_paths,
 )
-from t5x.legacy_checkpointing import LegacyCheckpointer, LegacyCheckpointManager
+from t5x.checkpointing.old_interface import LegacyCheckpointer, LegacyCheckpointManager
 from t5x.model_info import log_model_info
 
 __all__ = [

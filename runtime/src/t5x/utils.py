@@ -7,12 +7,16 @@ from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from t5x import multihost
-from t5x.checkpoint_configs import (
+from t5x.checkpointing.configs import (
   CheckpointConfig,
   RestoreCheckpointConfig,
   SaveCheckpointConfig,
   get_fallback_state,
   get_first_valid_restore_config_and_paths,
+)
+from t5x.checkpointing.save_schedule import (
+  find_first_checkpoint_step,
+  find_next_checkpoint_step,
 )
 from t5x.checkpoints import get_local_data
 from t5x.data import (
@@ -51,7 +55,6 @@ from t5x.restore import (
   restore,
 )
 from t5x.run_setup import set_hardware_rng_ops
-from t5x.save_schedule import find_first_checkpoint_step, find_next_checkpoint_step
 from t5x.state_utils import flatten_dict_string_keys
 from t5x.task_vocabularies import (
   get_vocabulary,

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x import checkpoint_reading
-from t5x.lazy_arrays import LazyArray
+from t5x.checkpointing import reading
+from t5x.checkpointing.lazy_arrays import LazyArray
 
 
 class CheckpointSaveError(Exception):
@@ -78,7 +78,7 @@ def dtype_on_disk(name: str, leaf: Any, save_dtype: Any) -> np.dtype:
     save_dtype: what parameters are cast to; None leaves them.
   """
   dtype = leaf.dtype if hasattr(leaf, 'dtype') else np.result_type(leaf)
-  if save_dtype and checkpoint_reading.is_cast(name, dtype):
+  if save_dtype and reading.is_cast(name, dtype):
     return np.dtype(save_dtype)
   return np.dtype(dtype)
 
@@ -126,7 +126,7 @@ def parameter_infos(train_state: Any, partitioner: Any) -> dict[str, Any]:
   Returns:
     Nested dict of `ParameterInfo`.
   """
-  axes = checkpoint_reading.Destination(
+  axes = reading.Destination(
     {}, partitioner.get_mesh_axes(train_state).state_dict(), partitioner.mesh
   )
   return map_named(

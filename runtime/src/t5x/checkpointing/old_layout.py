@@ -22,9 +22,10 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from t5x import checkpoint_reading, checkpoints_utils, state_utils
-from t5x.checkpoint_reading import DamagedCheckpointError
-from t5x.lazy_arrays import LazyAwaitableArray
+from t5x import checkpoints_utils, state_utils
+from t5x.checkpointing import reading
+from t5x.checkpointing.lazy_arrays import LazyAwaitableArray
+from t5x.checkpointing.reading import DamagedCheckpointError
 
 INDEX_FILE = 'checkpoint'
 # Version 2 kept bfloat16 as uint16; version 1 and plain Flax files (0) had other trees.
@@ -220,11 +221,11 @@ def read_all(
 
 def read_state(
   folder: epath.PathLike,
-  destination: checkpoint_reading.Destination,
+  destination: reading.Destination,
   transformations: Sequence[Callable[..., Any]] = (),
   fallback_state: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """As `checkpoint_reading.read_state`, for this layout.
+  """As `reading.read_state`, for this layout.
 
   Args:
     folder: `checkpoint_<step>`.
@@ -248,9 +249,7 @@ def read_state(
   if fallback_state is not None:
     fallback_state = state_utils.flatten_state_dict(fallback_state)
   wanted = destination.arrays()
-  chosen = checkpoint_reading.choose(
-    os.fspath(folder), available, wanted, fallback_state
-  )
+  chosen = reading.choose(os.fspath(folder), available, wanted, fallback_state)
 
   def read(name, leaf):
     return leaf.read(destination.sharding(name), destination.cast(name, leaf.dtype))
@@ -261,7 +260,7 @@ def read_state(
     else destination.place(name, value)
     for name, value in read_all(chosen, read).items()
   }
-  return checkpoint_reading.assemble(destination, values)
+  return reading.assemble(destination, values)
 
 
 def find_checkpoint(path: epath.PathLike, step: int | None = None) -> epath.PathLike:

@@ -5,7 +5,7 @@ import struct
 import pytest
 from tensorboard.compat.proto import event_pb2, summary_pb2
 
-from t5x import best_metrics
+from t5x.checkpointing import best_metrics
 
 
 def write(folder, tag, values):

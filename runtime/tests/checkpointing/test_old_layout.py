@@ -9,9 +9,9 @@ import pytest
 import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x import checkpoint_formats
-from t5x.checkpoint_reading import DamagedCheckpointError, Destination
-from t5x.lazy_arrays import LazyAwaitableArray
+from t5x.checkpointing import old_layout
+from t5x.checkpointing.lazy_arrays import LazyAwaitableArray
+from t5x.checkpointing.reading import DamagedCheckpointError, Destination
 
 STATE = {
   'state': {
@@ -71,14 +71,14 @@ def test_reads_what_t5x_wrote_wherever_it_was_written(tmp_path, driver, old_path
   write(tmp_path / 'checkpoint_7', driver=driver, old_paths=old_paths)
   # Paths are relative: the folder may have been moved.
   moved = (tmp_path / 'checkpoint_7').rename(tmp_path / 'checkpoint_8')
-  assert checkpoint_formats.is_previous_layout(moved)
-  assert_equal(checkpoint_formats.load_t5x_checkpoint(str(moved)), STATE)
+  assert old_layout.is_previous_layout(moved)
+  assert_equal(old_layout.load_t5x_checkpoint(str(moved)), STATE)
 
 
 def test_finds_the_index(tmp_path):
   for step in (5, 10):
     write(tmp_path / f'checkpoint_{step}')
-  find = checkpoint_formats.find_checkpoint
+  find = old_layout.find_checkpoint
   newest = str(tmp_path / 'checkpoint_10' / 'checkpoint')
   assert find(tmp_path) == newest
   assert find(tmp_path, 5) == str(tmp_path / 'checkpoint_5' / 'checkpoint')
@@ -93,7 +93,7 @@ def test_finds_the_index(tmp_path):
 def test_describes_without_reading(tmp_path):
   write(tmp_path / 'checkpoint_7')
   (tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0').unlink()
-  tree = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
+  tree = old_layout.saved_tree(tmp_path / 'checkpoint_7')
   kernel = tree['target']['enc']['kernel']
   assert (kernel.shape, kernel.dtype, kernel.name) == (
     (4, 8),
@@ -105,9 +105,7 @@ def test_describes_without_reading(tmp_path):
 
 def test_casts_parameters_only(tmp_path):
   write(tmp_path / 'checkpoint_7')
-  state = checkpoint_formats.load_t5x_checkpoint(
-    str(tmp_path), restore_dtype=jnp.bfloat16
-  )
+  state = old_layout.load_t5x_checkpoint(str(tmp_path), restore_dtype=jnp.bfloat16)
   assert state['target']['enc']['kernel'].dtype == jnp.bfloat16
   assert state['target']['bias'].dtype == jnp.bfloat16
   kept = state['state']['param_states']['enc']['kernel']['v_row']
@@ -116,7 +114,7 @@ def test_casts_parameters_only(tmp_path):
 
 def test_each_device_reads_its_part(tmp_path):
   write(tmp_path / 'checkpoint_7')
-  kernel = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
+  kernel = old_layout.saved_tree(tmp_path / 'checkpoint_7')
   kernel = kernel['target']['enc']['kernel']
   mesh = jax.make_mesh((2, 4), ('data', 'model'))
   for spec in (
@@ -131,7 +129,7 @@ def test_each_device_reads_its_part(tmp_path):
 
 def test_reading_many(tmp_path):
   write(tmp_path / 'checkpoint_7')
-  tree = checkpoint_formats.saved_tree(tmp_path / 'checkpoint_7')
+  tree = old_layout.saved_tree(tmp_path / 'checkpoint_7')
   flat = flax.traverse_util.flatten_dict(tree, sep='/')
   seen = []
 
@@ -139,7 +137,7 @@ def test_reading_many(tmp_path):
     seen.append(name)
     return leaf.read()
 
-  got = checkpoint_formats.read_all(flat, read)
+  got = old_layout.read_all(flat, read)
   assert set(seen) == set(flat) - IN_INDEX
   assert_equal(flax.traverse_util.unflatten_dict(got, sep='/'), STATE)
 
@@ -154,7 +152,7 @@ def destination(state=STATE, **kwargs):
 def test_a_train_state_is_laid_on_the_mesh(tmp_path):
   write(tmp_path / 'checkpoint_7')
   wanted = destination(dtype=jnp.bfloat16)
-  state = checkpoint_formats.read_state(tmp_path / 'checkpoint_7', wanted)
+  state = old_layout.read_state(tmp_path / 'checkpoint_7', wanted)
   assert_equal(state, STATE)
   kernel = state['target']['enc']['kernel']
   assert kernel.sharding == NamedSharding(wanted.mesh, PartitionSpec(None, 'model'))
@@ -173,7 +171,7 @@ def test_a_train_state_of_other_names_and_more_parts(tmp_path):
     assert set(wanted['target']) == {'encoder', 'new'}
     return {**saved, 'target': {'encoder': saved['target']['enc']}}
 
-  read = checkpoint_formats.read_state
+  read = old_layout.read_state
   with pytest.raises(ValueError, match='lacks 1 of 5 arrays: target/new'):
     read(tmp_path / 'checkpoint_7', destination(other), [rename])
   got = read(tmp_path / 'checkpoint_7', destination(other), [rename], other)
@@ -190,7 +188,7 @@ def test_transformations(tmp_path):
     assert wanted == {}
     return {'target': {'encoder': saved['target']['enc']}}
 
-  load = checkpoint_formats.load_t5x_checkpoint
+  load = old_layout.load_t5x_checkpoint
   state = load(str(tmp_path), state_transformation_fns=[rename])
   assert set(state) == {'target'}
   np.testing.assert_array_equal(
@@ -201,7 +199,7 @@ def test_transformations(tmp_path):
 
 def test_lazy_parameters(tmp_path):
   write(tmp_path / 'checkpoint_7')
-  state = checkpoint_formats.load_t5x_checkpoint(
+  state = old_layout.load_t5x_checkpoint(
     str(tmp_path), restore_dtype=jnp.bfloat16, lazy_parameters=True
   )
   kernel = state['target']['enc']['kernel']
@@ -216,12 +214,12 @@ def test_lazy_parameters(tmp_path):
 def test_states_of_no_optimizer_are_kept_as_none(tmp_path):
   state = {'state': {'param_states': {'a': None}}, 'target': {'a': np.ones(3)}}
   write(tmp_path / 'checkpoint_1', state)
-  got = checkpoint_formats.load_t5x_checkpoint(str(tmp_path))
+  got = old_layout.load_t5x_checkpoint(str(tmp_path))
   assert got['state']['param_states'] == {'a': None}
 
 
 def test_refusals(tmp_path):
-  saved = checkpoint_formats.saved_tree
+  saved = old_layout.saved_tree
   with pytest.raises(ValueError, match='not there'):
     saved(tmp_path)
   write(tmp_path / 'checkpoint_1', version=1)
@@ -236,8 +234,8 @@ def test_refusals(tmp_path):
   index.write_text('model_checkpoint_path: "model.ckpt-0"')
   with pytest.raises(DamagedCheckpointError, match='no index'):
     saved(index)
-  assert not checkpoint_formats.is_previous_layout(index.parent)
-  assert not checkpoint_formats.is_previous_layout(tmp_path)
+  assert not old_layout.is_previous_layout(index.parent)
+  assert not old_layout.is_previous_layout(tmp_path)
 
   write(tmp_path / 'checkpoint_3', {'target': {'a': np.ones(3, np.uint16)}})
   with pytest.raises(ValueError, match='uint16'):
@@ -250,7 +248,7 @@ def test_damaged_arrays_are_named(tmp_path):
   kernel = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0'
   kernel.write_bytes(b'nonsense')
   with pytest.raises(DamagedCheckpointError, match="'target/enc/kernel' cannot"):
-    checkpoint_formats.load_t5x_checkpoint(str(tmp_path))
+    old_layout.load_t5x_checkpoint(str(tmp_path))
   metadata.unlink()
   with pytest.raises(DamagedCheckpointError, match='missing or damaged'):
-    checkpoint_formats.load_t5x_checkpoint(str(tmp_path))
+    old_layout.load_t5x_checkpoint(str(tmp_path))

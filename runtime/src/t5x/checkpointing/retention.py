@@ -3,7 +3,8 @@
 import dataclasses
 import os
 
-from t5x import best_metrics, checkpoint_utils, checkpoints_utils, save_schedule
+from t5x import checkpoint_utils, checkpoints_utils
+from t5x.checkpointing import best_metrics, save_schedule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,21 +18,19 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x import (
-  checkpoint_formats,
-  checkpoint_importer,
-  checkpoint_reading,
-  checkpoint_retention,
-  checkpoint_utils,
-  checkpoint_writing,
-  checkpoints_utils,
-  dataset_checkpoint,
+from t5x import checkpoint_importer, checkpoint_utils, checkpoints_utils
+from t5x.checkpointing import (
+  dataset_position,
+  old_layout,
+  reading,
+  retention,
   save_schedule,
+  writing,
 )
-from t5x.checkpoint_writing import CheckpointSaveError, mend
-from t5x.lazy_arrays import LazyArray
+from t5x.checkpointing.lazy_arrays import LazyArray
+from t5x.checkpointing.writing import CheckpointSaveError, mend
 
-STATE_ITEM = checkpoint_reading.STATE_ITEM
+STATE_ITEM = reading.STATE_ITEM
 DATASET_ITEM = 'dataset'
 # Seconds after which a host gives up waiting for the others to finish a save.
 _SAVE_TIMEOUT = 600
@@ -94,7 +92,7 @@ class OrbaxCheckpointManagerInterface:
         written to.
     """
     save_schedule.check_save_settings(period, keep, checkpoint_steps)
-    self._retention = checkpoint_retention.RetentionRules(
+    self._retention = retention.RetentionRules(
       keep,
       force_keep_period,
       keep_dataset_checkpoints,
@@ -114,7 +112,7 @@ class OrbaxCheckpointManagerInterface:
     self._period = period
     self._checkpoint_steps = tuple(checkpoint_steps or ())
     layout = partitioner.get_data_layout()
-    self._dataset_handler = dataset_checkpoint.DatasetCheckpointHandler(
+    self._dataset_handler = dataset_position.DatasetCheckpointHandler(
       f'{checkpoints_utils.DATASET_FILE_PREFIX}-'
       f'{layout.shard_id:03}-of-{layout.num_shards:03}',
       layout.is_first_host_in_replica_set,
@@ -211,26 +209,26 @@ class OrbaxCheckpointManagerInterface:
     if step in self.all_steps():
       logging.info('%s exists and is not written again.', folder)
       return False
-    state_dict = checkpoint_writing.map_named(
-      lambda _, x: checkpoint_writing.savable(x), train_state.state_dict()
+    state_dict = writing.map_named(
+      lambda _, x: writing.savable(x), train_state.state_dict()
     )
-    infos = checkpoint_writing.parameter_infos(train_state, self._partitioner)
+    infos = writing.parameter_infos(train_state, self._partitioner)
     for transform in state_transformation_fns:
       state_dict, infos = transform(state_dict, infos)
-    checkpoint_writing.check_space(self._directory, state_dict, self._save_dtype)
-    save_args = checkpoint_writing.map_named(
+    writing.check_space(self._directory, state_dict, self._save_dtype)
+    save_args = writing.map_named(
       lambda name, x: ocp.SaveArgs(
-        dtype=checkpoint_writing.dtype_on_disk(name, x, self._save_dtype)
+        dtype=writing.dtype_on_disk(name, x, self._save_dtype)
       ),
       state_dict,
     )
     items = {STATE_ITEM: ocp.args.PyTreeSave(state_dict, save_args=save_args)}
     if self._dataset_iterator is not None:
-      items[DATASET_ITEM] = dataset_checkpoint.DatasetArgs(self._dataset_iterator)
+      items[DATASET_ITEM] = dataset_position.DatasetArgs(self._dataset_iterator)
     try:
       # Whatever has this name is not whole, or all_steps would have listed it.
       self._checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
-    except dataset_checkpoint.DataPositionError:
+    except dataset_position.DataPositionError:
       self._discard(folder)
       raise
     except Exception as error:
@@ -263,7 +261,7 @@ class OrbaxCheckpointManagerInterface:
       raise self._failure(folder, error) from error
     if jax.process_index() == 0:
       try:
-        checkpoint_retention.remove_old_checkpoints(self._directory, self._retention)
+        retention.remove_old_checkpoints(self._directory, self._retention)
       except OSError as error:
         # The new checkpoint is whole; the next save tries again.
         logging.warning('Old checkpoints could not be removed: %s', error)
@@ -319,7 +317,7 @@ class OrbaxCheckpointManagerInterface:
       raise ValueError(f'Give a step or a path to restore, not both ({step}, {path}).')
     if path is not None:
       folder = checkpoints_utils.absolute(path)
-      if folder.name == checkpoint_formats.INDEX_FILE and folder.is_file():
+      if folder.name == old_layout.INDEX_FILE and folder.is_file():
         folder = folder.parent
     else:
       step = checkpoints_utils.latest_step(self._directory) if step is None else step
@@ -364,13 +362,13 @@ class OrbaxCheckpointManagerInterface:
       raise ValueError('lazy_parameters=True, but Orbax reads arrays at once.')
     folder = self._folder_to_restore(step, path)
     if (folder / STATE_ITEM).is_dir():
-      reader, position = checkpoint_reading, folder / DATASET_ITEM
-    elif (folder / checkpoint_formats.INDEX_FILE).exists():
-      reader, position = checkpoint_formats, folder
+      reader, position = reading, folder / DATASET_ITEM
+    elif (folder / old_layout.INDEX_FILE).exists():
+      reader, position = old_layout, folder
     else:
-      raise checkpoint_reading.DamagedCheckpointError(
+      raise reading.DamagedCheckpointError(
         f"'{folder}' has neither a folder '{STATE_ITEM}' nor a file "
-        f"'{checkpoint_formats.INDEX_FILE}': it is no checkpoint of T5X, or damaged."
+        f"'{old_layout.INDEX_FILE}': it is no checkpoint of T5X, or damaged."
       )
     state_dict = reader.read_state(
       folder, self._destination(), state_transformation_fns, fallback_state
@@ -379,8 +377,8 @@ class OrbaxCheckpointManagerInterface:
       self._restore_position(position)
     return self._train_state.restore_state(state_dict)
 
-  def _destination(self) -> checkpoint_reading.Destination:
-    return checkpoint_reading.Destination(
+  def _destination(self) -> reading.Destination:
+    return reading.Destination(
       self._train_state.state_dict(),
       self._partitioner.get_mesh_axes(self._train_state).state_dict(),
       self._partitioner.mesh,
@@ -390,12 +388,12 @@ class OrbaxCheckpointManagerInterface:
   def _restore_position(self, folder: epath.Path):
     try:
       self._dataset_handler.restore(
-        folder, dataset_checkpoint.DatasetArgs(self._dataset_iterator)
+        folder, dataset_position.DatasetArgs(self._dataset_iterator)
       )
-    except dataset_checkpoint.DataPositionError:
+    except dataset_position.DataPositionError:
       raise
     except Exception as error:
-      raise checkpoint_reading.DamagedCheckpointError(
+      raise reading.DamagedCheckpointError(
         f"'{folder}' is unreadable: {error}"
       ) from error
 
@@ -419,6 +417,4 @@ class OrbaxCheckpointManagerInterface:
     tree = checkpoint_importer.restore_from_t5_checkpoint(
       destination.state_dict, path_or_dir, strict=strict, translator=translator
     )
-    return self._train_state.restore_state(
-      checkpoint_writing.map_named(destination.place, tree)
-    )
+    return self._train_state.restore_state(writing.map_named(destination.place, tree))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-from t5x.lazy_arrays import LazyAwaitableArray, LazyThreadPoolArray
+from t5x.checkpointing.lazy_arrays import LazyAwaitableArray, LazyThreadPoolArray
 
 
 def test_nothing_is_read_before_it_is_asked_for():

@@ -6,7 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from t5x import checkpoint_configs, checkpoints_utils
+from t5x import checkpoints_utils
+from t5x.checkpointing import configs
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,8 +82,8 @@ class LegacyCheckpointManager:
   def __init__(
     self,
     *,
-    save_cfg: checkpoint_configs.SaveCheckpointConfig | None,
-    restore_cfg: checkpoint_configs.RestoreCheckpointConfig | None,
+    save_cfg: configs.SaveCheckpointConfig | None,
+    restore_cfg: configs.RestoreCheckpointConfig | None,
     train_state_shape: Any,
     partitioner: Any,
     ds_iter: Any = None,
@@ -155,7 +156,7 @@ class LegacyCheckpointManager:
   def restore(
     self,
     paths: Sequence[str],
-    restore_cfg: checkpoint_configs.RestoreCheckpointConfig | None = None,
+    restore_cfg: configs.RestoreCheckpointConfig | None = None,
     fallback_state: Mapping[str, Any] | None = None,
   ) -> Any:
     """Restores checkpoints.

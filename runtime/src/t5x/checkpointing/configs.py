@@ -9,7 +9,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from t5x import checkpoints, checkpoints_utils, save_schedule, state_utils
+from t5x import checkpoints, checkpoints_utils, state_utils
+from t5x.checkpointing import save_schedule
 
 _RESTORE_MODES = ('specific', 'latest', 'all')
 

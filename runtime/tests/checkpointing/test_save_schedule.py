@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from t5x import save_schedule
+from t5x.checkpointing import save_schedule
 
 
 @pytest.mark.parametrize(

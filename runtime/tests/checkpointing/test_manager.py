@@ -1,6 +1,7 @@
 """Writing checkpoints: in the background, kept by rules, whole or not at all."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -20,12 +21,11 @@ from one_array import (
   state_at,
 )
 
-from t5x import (
-  checkpoint_writing,
-  checkpoints,
-  checkpoints_utils,
-  dataset_checkpoint,
-)
+from t5x import checkpoints, checkpoints_utils
+from t5x.checkpointing import dataset_position, writing
+
+# Where a child process finds what these tests share.
+TESTS = str(pathlib.Path(__file__).parent.parent)
 
 # -- Saving ---------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ def test_a_read_only_folder_fails_at_once(tmp_path):
 def test_too_little_space_is_told_beforehand(tmp_path, monkeypatch):
   made = manager(tmp_path)
   monkeypatch.setattr(
-    checkpoint_writing.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100)
+    writing.shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=100)
   )
   with pytest.raises(checkpoints.CheckpointSaveError, match='keep'):
     made.save(state_at(1))
@@ -220,7 +220,7 @@ def child(code, folder):
     [
       sys.executable,
       '-c',
-      code.format(tests=os.path.dirname(__file__), folder=str(folder)),
+      code.format(tests=TESTS, folder=str(folder)),
     ],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -325,14 +325,14 @@ def test_another_number_of_shards_is_told(tmp_path):
   save_all(tmp_path, [1], dataset_iterator=Counter().as_clu())
   two = manager(tmp_path, partitioner(0, 2), dataset_iterator=Counter().as_clu())
   with pytest.raises(
-    dataset_checkpoint.DataPositionError, match='train_ds-000-of-001.*as many'
+    dataset_position.DataPositionError, match='train_ds-000-of-001.*as many'
   ):
     two.restore()
 
 
 def test_a_checkpoint_without_position_is_told(tmp_path):
   save_all(tmp_path, [1])
-  with pytest.raises(dataset_checkpoint.DataPositionError, match='save_dataset'):
+  with pytest.raises(dataset_position.DataPositionError, match='save_dataset'):
     manager(tmp_path, dataset_iterator=Counter().as_clu()).restore()
 
 
@@ -348,6 +348,6 @@ def test_an_unsaveable_position_leaves_nothing(tmp_path):
       return iterator
 
   made = manager(tmp_path, dataset_iterator=Stateful().as_clu())
-  with pytest.raises(dataset_checkpoint.DataPositionError, match='PyFunc.*Cache'):
+  with pytest.raises(dataset_position.DataPositionError, match='PyFunc.*Cache'):
     made.save(state_at(1))
   assert not any(tmp_path.iterdir())
