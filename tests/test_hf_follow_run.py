@@ -68,6 +68,30 @@ def test_a_failure_is_tried_again_after_a_pause(server, run, capsys):
   assert not following.pending() and 'model.safetensors' in pushed(server)
 
 
+def test_it_gives_up_with_the_last_try_and_does_not_wait_once_more(
+  tmp_path, capsys, monkeypatch
+):
+  (tmp_path / 'checkpoint_7/state').mkdir(parents=True)  # cannot be exported
+  following = follow_run.RunFollower(tmp_path, REPO)
+  slept = []
+  monkeypatch.setattr(follow_run, '_wait', lambda seconds, watch_stdin: True)
+  monkeypatch.setattr(follow_run.time, 'sleep', slept.append)
+  assert follow_run.follow(following, 5.0, True, last_tries=3) == 1
+  assert slept == [5.0, 10.0]
+  told = capsys.readouterr().out
+  assert told.count('was not pushed') == 3 and 'Next try' not in told
+  assert 'Given up' in told.splitlines()[-1]
+
+
+def test_the_card_has_the_command_with_all_that_was_asked_for(server, run):
+  follower(run, private=True, revision='steg').step()
+  card = server.repos[REPO]['branches']['steg']['README.md'].decode()
+  assert (
+    f'follow_run --model_dir={run.model_dir} --push_to_hub={REPO} --revision=steg '
+    f'--corpus_dir={run.corpus} --private' in card
+  )
+
+
 def test_a_damaged_checkpoint_is_told_and_the_next_one_pushed(server, run, capsys):
   (run.model_dir / 'checkpoint_7/state').mkdir(parents=True)
   following = follower(run, retry_seconds=0)

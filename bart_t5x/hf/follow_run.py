@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import select
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class RunFollower:
     """Pushes the newest checkpoint if that is due.
 
     Args:
-      now: do not wait for the pause after a failure to end.
+      now: do not wait for the pause after a failure to end, and name no next try.
     """
     if not self.pending() or not (now or time.monotonic() >= self._retry_at):
       return
@@ -81,7 +82,8 @@ class RunFollower:
       pause = min(self._retry_seconds * 2**self._failures, 600.0)
       self._failures += 1
       self._retry_at = time.monotonic() + pause
-      _say(f'{checkpoint.name} was not pushed: {e} Next try in {pause:.0f} s.')
+      following = '' if now else f' Next try in {pause:.0f} s.'
+      _say(f'{checkpoint.name} was not pushed: {e}{following}')
     else:
       self._failures, self._last_pushed = 0, checkpoint
       _say(f'{checkpoint.name} pushed to {url}')
@@ -90,14 +92,10 @@ class RunFollower:
     from bart_t5x.hf import export, hub  # late: they import TensorFlow
 
     folder = self._model_dir / EXPORT_FOLDER
-    command = (
-      f'python -m bart_t5x.hf.follow_run --model_dir={self._model_dir} '
-      f'--push_to_hub={self._repo_id}'
-    )
     export.export(
       checkpoint,
       folder,
-      command,
+      self._command(),
       corpus_dir=self._corpus_dir,
       overwrite=True,
       model_name=self._repo_id,
@@ -110,6 +108,18 @@ class RunFollower:
       self._revision,
       logs=self._model_dir,
     )
+
+  def _command(self) -> str:
+    """What does the same by hand, for the model card."""
+    options = {
+      'model_dir': self._model_dir,
+      'push_to_hub': self._repo_id,
+      'revision': self._revision,
+      'corpus_dir': self._corpus_dir,
+    }
+    words = [f'--{name}={value}' for name, value in options.items() if value]
+    words += ['--private'] if self._private else []
+    return shlex.join(['python', '-m', 'bart_t5x.hf.follow_run', *words])
 
 
 def _say(message: str) -> None:
@@ -142,10 +152,11 @@ def follow(
   while not _wait(poll_seconds, watch_stdin):
     follower.step()
   for attempt in range(last_tries):
+    if attempt:
+      time.sleep(poll_seconds * 2 ** (attempt - 1))
     follower.step(now=True)
     if not follower.pending():
       return 0
-    time.sleep(poll_seconds * 2**attempt)
   _say('Given up. `python -m bart_t5x.hf.convert export --push_to_hub=…` pushes it.')
   return 1
 

@@ -253,6 +253,14 @@ def test_evaluation_covers_tasks_with_the_split_and_the_mixture():
   ]
 
 
+def test_evaluation_tells_the_rows_of_its_batches(caplog):
+  cfg = config(mixture_or_task_name='numbers_low', split='validation')
+  caplog.set_level('INFO', logger='absl')
+  evaluation(cfg, num_shards=2)
+  rows = cfg.batch_size // 2
+  assert f"'numbers_low' (validation): {rows} rows a batch on this host" in caplog.text
+
+
 def test_evaluation_repeats_short_data_and_stops():
   cfg = config(mixture_or_task_name='numbers_high', shuffle=False, pack=False)
   got = list(evaluation(cfg, eval_steps=5)['numbers_high'].as_numpy_iterator())

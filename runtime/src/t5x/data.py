@@ -312,12 +312,30 @@ def get_dataset(
   import seqio
 
   check_dataset_config(cfg, num_shards, feature_converter_cls)
+  seed = _seed(cfg)
+  _log_reading(cfg, num_shards, seed)
   return get_dataset_inner(
     cfg,
     seqio.ShardInfo(index=shard_id, num_shards=num_shards),
     feature_converter_cls,
-    _shared_random_seed() if cfg.seed is None else cfg.seed,
+    seed,
     num_epochs,
+  )
+
+
+def _seed(cfg: DatasetConfig) -> int:
+  return _shared_random_seed() if cfg.seed is None else cfg.seed
+
+
+def _log_reading(cfg: DatasetConfig, num_shards: int, seed: int):
+  rows = cfg.batch_size // num_shards
+  logging.info(
+    "Reading '%s' (%s): %d %s a batch on this host, seed %d.",
+    find_provider(cfg).name,
+    cfg.split,
+    rows,
+    'row' if rows == 1 else 'rows',
+    seed,
   )
 
 
@@ -350,14 +368,6 @@ def get_dataset_inner(
     multihost_utils.assert_equal(
       np.asarray(seed), f'Hosts disagree on the data seed; this one has {seed}.'
     )
-  per_shard = cfg.batch_size // shard_info.num_shards
-  logging.info(
-    "Reading '%s' (%s): %d rows a batch on this host, seed %s.",
-    provider.name,
-    cfg.split,
-    per_shard,
-    seed,
-  )
   try:
     return seqio.get_dataset(
       mixture_or_task_name=provider,
@@ -373,7 +383,7 @@ def get_dataset_inner(
       use_cached=cfg.use_cached,
       seed=seed,
       trim_output_features=cfg.trim_output_features,
-      batch_size=per_shard,
+      batch_size=cfg.batch_size // shard_info.num_shards,
     )
   except KeyError as error:
     message = _missing_length(error, cfg, provider)
@@ -464,12 +474,18 @@ def _eval_batches(
   feature_converter_cls: Callable[..., seqio.FeatureConverter],
 ) -> tf.data.Dataset:
   """This host's share of `eval_steps` batches of one task or mixture."""
-  rows = get_dataset(
-    # One row at a time: rows are dealt to the hosts below.
-    dataclasses.replace(cfg, batch_size=1),
-    shard_id=0,
-    num_shards=1,
-    feature_converter_cls=feature_converter_cls,
+  import seqio
+
+  # One row at a time: rows are dealt to the hosts below.
+  one_row = dataclasses.replace(cfg, batch_size=1)
+  check_dataset_config(one_row, 1, feature_converter_cls)
+  seed = _seed(cfg)
+  _log_reading(cfg, shard_info.num_shards, seed)
+  rows = get_dataset_inner(
+    one_row,
+    seqio.ShardInfo(index=0, num_shards=1),
+    feature_converter_cls,
+    seed,
     # Finite, or a task whose examples are all filtered out would spin forever.
     num_epochs=eval_steps * cfg.batch_size,
   )

@@ -180,7 +180,9 @@ def _mesh_by_size(devices: Sequence[JaxDevice], num_partitions: int) -> Mesh:
 def _named_mesh(devices: np.ndarray, axis_names: Sequence[str]) -> Mesh:
   made = Mesh(devices, tuple(axis_names))
   shape = ', '.join(f'{name} {size}' for name, size in made.shape.items())
-  logging.info('Mesh of %d %s devices: %s.', made.size, devices.flat[0].platform, shape)
+  noun = 'device' if made.size == 1 else 'devices'
+  platform = devices.flat[0].platform
+  logging.info('Mesh of %d %s %s: %s.', made.size, platform, noun, shape)
   return made
 
 
