@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bart_t5x import command_line
 from bart_t5x.hf import checkpoints
 
 _NUMBERED = re.compile('layers_([0-9]+)')
@@ -121,6 +122,7 @@ def _only_the_state(checkpoint):
 
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit status."""
+  command_line.quiet_libraries()
   parser = argparse.ArgumentParser(
     prog='python -m bart_t5x.restack',
     description='Turns a checkpoint of layers written out into one of scanned layers, '

@@ -10,6 +10,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from bart_t5x import command_line
+
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
@@ -113,6 +115,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; bad input is one message on stderr and the exit status 1."""
+  command_line.quiet_libraries()
   argv = list(sys.argv[1:] if argv is None else argv)
   args = _parser().parse_args(argv)
   try:

@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from bart_t5x import command_line
+
 # The last export lies here, in the run's folder.
 EXPORT_FOLDER = 'hub_export'
 
@@ -203,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   from bart_t5x.hf import hub
 
+  command_line.quiet_libraries()
   args = _parser().parse_args(argv)
   if not args.model_dir.is_dir():
     print(f'error: --model_dir={args.model_dir} is no local folder', file=sys.stderr)

@@ -32,7 +32,6 @@ def _start_follower(arguments: list[str], log_file: pathlib.Path) -> subprocess.
         **os.environ,
         'JAX_PLATFORMS': 'cpu',  # The accelerator is the run's.
         'HF_HUB_DISABLE_PROGRESS_BARS': '1',
-        'TF_CPP_MIN_LOG_LEVEL': '3',
       },
       # Ctrl-C is for the run; the follower ends when the run has ended.
       start_new_session=True,

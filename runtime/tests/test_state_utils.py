@@ -31,6 +31,22 @@ def test_intersect_and_merge():
   assert mine == {'a': 1, 'b': {'c': 2, 'd': 3}}
 
 
+def test_few_names_are_listed_and_many_counted(caplog):
+  state_utils.intersect_state({'target': {'a': 1, 'b': {'c': 2}}}, {})
+  assert caplog.messages == [
+    'Not restored, not in the checkpoint: target/a, target/b/c'
+  ]
+  caplog.clear()
+  moments = {f'layer_{i}': {'mu': 0, 'nu': 0} for i in range(5)}
+  state_utils.intersect_state(
+    {'state': {'param_states': moments, 'step': 0}, 'target': {'a': 1}}, {'target': 0}
+  )
+  assert caplog.messages[-1] == (
+    'Not restored, not in the checkpoint: 10 in state/param_states, 1 in state/step, '
+    '1 in target/a (-v=1 lists them)'
+  )
+
+
 def assign(saved, wanted, rules, **kwargs):
   return state_utils.apply_assignment_map(saved, wanted, rules, **kwargs)
 

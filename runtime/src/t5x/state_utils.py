@@ -4,6 +4,7 @@ A state dict nests string keys; its leaves are arrays or, in an index of the pre
 checkpoint layout, TensorStore specifications (dicts too, which are not taken apart).
 """
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,9 +53,16 @@ def get_name_tree(
 
 
 def _report(what: str, names: Sequence[str]) -> None:
-  """Logs many names as one line: a checkpoint may lack hundreds."""
+  """Logs a few names, or of hundreds (an optimizer's) how many lie where."""
+  if len(names) <= 8:
+    told = ', '.join(sorted(names))
+  else:
+    folders = collections.Counter('/'.join(name.split('/')[:2]) for name in names)
+    told = ', '.join(f'{n} in {folder}' for folder, n in sorted(folders.items()))
+    told += ' (-v=1 lists them)'
+    logging.debug('%s: %s', what, ', '.join(sorted(names)))
   if names:
-    logging.warning('%s (%d): %s', what, len(names), ', '.join(sorted(names)))
+    logging.warning('%s: %s', what, told)
 
 
 def intersect_state(
