@@ -16,8 +16,8 @@ LEVELS = (
     'checkpointing.lazy_arrays', 'checkpointing.save_schedule', 'config_utils',
     'gin_bindings', 'gin_utils', 'learning_rate', 'losses', 'metrics', 'multihost',
     'params_axes', 'planning.hlo_costs', 'planning.hlo_loops', 'planning.hlo_text',
-    'planning.jaxpr_costs', 'planning.topologies', 'preemption', 'quiet',
-    'run_schedule', 'run_setup', 'state_utils',
+    'planning.jaxpr_costs', 'planning.topologies', 'quiet', 'run_setup',
+    'state_utils', 'training.preemption', 'training.run_schedule',
   },
   {
     'adafactor', 'factor_rules', 'optimizer_base', 'optimizers', 'train_state',
@@ -33,17 +33,18 @@ LEVELS = (
     'task_vocabularies',
   },
   {
-    'actions', 'base_trainer', 'checkpointing.configs',
-    'checkpointing.dataset_position', 'checkpointing.manager',
-    'checkpointing.old_interface', 'checkpointing.retention', 'checkpointing.writing',
-    'checkpoints', 'fast_imports', 'feeding', 'health', 'inference', 'launch',
-    'planning.abstract_steps', 'planning.step_costs', 'progress', 'restore',
-    'summaries', 'train_step', 'trainer', 'trainer_types',
+    'checkpointing.configs', 'checkpointing.dataset_position',
+    'checkpointing.manager', 'checkpointing.old_interface', 'checkpointing.retention',
+    'checkpointing.writing', 'checkpoints', 'fast_imports', 'inference', 'launch',
+    'planning.abstract_steps', 'planning.step_costs', 'restore', 'trainer',
+    'training.actions', 'training.base_trainer', 'training.feeding',
+    'training.health', 'training.progress', 'training.summaries',
+    'training.train_step', 'training.trainer_types',
   },
   {
     'eval', 'infer', 'interactive_data', 'interactive_metrics', 'interactive_model',
     'interactive_state', 'main', 'planning.planner', 'planning.report', 'precompile',
-    'tfexample_task', 'train', 'training_loop', 'utils',
+    'tfexample_task', 'train', 'training.loop', 'utils',
   },
 )  # fmt: skip
 

@@ -11,7 +11,8 @@ import pytest
 from flax.linen import partitioning as flax_partitioning
 
 from t5x import metrics as metrics_lib
-from t5x import optimizers, partitioning, train_state, train_step, trainer
+from t5x import optimizers, partitioning, train_state, trainer
+from t5x.training import train_step
 
 ROWS, WIDTH = 16, 4
 

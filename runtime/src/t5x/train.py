@@ -35,17 +35,15 @@ from t5x import (
   models,
   multihost,
   partitioning,
-  progress,
   restore,
-  run_schedule,
   run_setup,
   task_vocabularies,
-  training_loop,
 )
 from t5x import eval as eval_lib
 from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
-from t5x.training_loop import TRAIN_METRIC_KEY, run_actions
+from t5x.training import loop, progress, run_schedule
+from t5x.training.loop import TRAIN_METRIC_KEY, run_actions
 
 __all__ = ['TRAIN_METRIC_KEY', 'run_actions', 'train']
 
@@ -172,7 +170,7 @@ def train(
   """
   # ---- Arguments ----
   run_setup.open_folder('model_dir', model_dir)
-  actions = training_loop.named_actions(actions, concurrent_metrics)
+  actions = loop.named_actions(actions, concurrent_metrics)
   save_cfg = checkpoint_cfg.save
   init_key, train_key = run_setup.random_keys(random_seed, use_hardware_rng)
 
@@ -286,7 +284,7 @@ def train(
     )
     if not evaluator.eval_tasks:
       evaluator = None
-  evaluations = training_loop.Evaluations(
+  evaluations = loop.Evaluations(
     trainer,
     train_eval_datasets,
     evaluator,
@@ -295,7 +293,7 @@ def train(
     concurrent_metrics,
     model.PROGRESS_METRICS,
   )
-  saver = training_loop.Saver(manager, save_cfg, trainer)
+  saver = loop.Saver(manager, save_cfg, trainer)
   schedule = run_schedule.RunSchedule(
     total_steps=total_steps,
     stats_period=stats_period,
@@ -325,8 +323,8 @@ def train(
       warm_up = train_iter.peek_async()
       trainer.compile_train(data_iterators.get_zeros_batch_like_dataset(train_iter))
       warm_up.result()
-      with training_loop.garbage_collected_by_hand(bool(gc_period)):
-        step = training_loop.train_until_done(
+      with loop.garbage_collected_by_hand(bool(gc_period)):
+        step = loop.train_until_done(
           schedule, first_step, train_iter, trainer, saver, evaluations
         )
   multihost.sync('training complete')

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from t5x import partitioning
 from t5x import train_state as train_state_lib
-from t5x.actions import (
+from t5x.training.actions import (
   ActionMapType,
   ActionMode,
   BaseAction,
   EarlyStoppingAction,
   TerminateOnNanAction,
 )
-from t5x.base_trainer import BaseTrainer, PreemptionError
-from t5x.health import NonFiniteLossError
-from t5x.summaries import MetricsManager
-from t5x.train_step import (
+from t5x.training.base_trainer import BaseTrainer, PreemptionError
+from t5x.training.health import NonFiniteLossError
+from t5x.training.summaries import MetricsManager
+from t5x.training.train_step import (
   WeightMetricsComputer,
   accumulate_grads_microbatched,
   apply_grads,
@@ -31,7 +31,7 @@ from t5x.train_step import (
   merge_metrics,
   train_with_lr,
 )
-from t5x.trainer_types import (
+from t5x.training.trainer_types import (
   ArrayMapFuture,
   BaseTrainerConstructor,
   BatchSpec,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from t5x import data, feeding, restore
+from t5x import data, restore
 from t5x.planning import abstract_steps
+from t5x.training import feeding
 
 
 def run_of(arguments):

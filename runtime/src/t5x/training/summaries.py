@@ -14,7 +14,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from t5x import metrics as metrics_lib
-from t5x.trainer_types import MetricMapType, MetricValueMapFuture, MetricValueMapType
+from t5x.training.trainer_types import (
+  MetricMapType,
+  MetricValueMapFuture,
+  MetricValueMapType,
+)
 
 if TYPE_CHECKING:
   from clu import metric_writers

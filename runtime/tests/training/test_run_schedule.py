@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from t5x import run_schedule
+from t5x.training import run_schedule
 
 
 def brute_force(schedule, first):

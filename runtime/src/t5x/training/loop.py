@@ -14,18 +14,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from t5x import (
-  checkpoints,
-  data_iterators,
-  multihost,
-  preemption,
-  progress,
-  restore,
-  run_schedule,
-)
+from t5x import checkpoints, data_iterators, multihost, restore
 from t5x import eval as eval_lib
 from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
+from t5x.training import preemption, progress, run_schedule
 
 # Under this name actions find the training metrics among those of tasks.
 TRAIN_METRIC_KEY = 'train'

@@ -4,7 +4,8 @@ import clu.values
 import numpy as np
 import pytest
 
-from t5x import actions, trainer
+from t5x import trainer
+from t5x.training import actions
 
 
 def run_all(action, values):

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from t5x import preemption
+from t5x.training import preemption
 
 
 def test_sigterm_asks_the_run_to_stop():

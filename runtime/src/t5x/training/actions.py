@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from t5x import train_state as train_state_lib
-from t5x.trainer_types import MetricValueMapType
+from t5x.training.trainer_types import MetricValueMapType
 
 MetricsByTask = Mapping[str, MetricValueMapType]
 

@@ -15,7 +15,7 @@ from t5x import train_state as train_state_lib
 
 if TYPE_CHECKING:
   from t5x import models
-  from t5x.base_trainer import BaseTrainer
+  from t5x.training.base_trainer import BaseTrainer
 
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 BatchType = Mapping[str, np.ndarray | jax.Array]

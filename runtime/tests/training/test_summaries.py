@@ -12,7 +12,7 @@ import pytest
 from event_files import read_events
 
 from t5x import metrics as metrics_lib
-from t5x import summaries
+from t5x.training import summaries
 
 
 @flax.struct.dataclass

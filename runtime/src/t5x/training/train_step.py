@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from t5x import metrics as metrics_lib
 from t5x import partitioning
 from t5x import train_state as train_state_lib
-from t5x.trainer_types import (
+from t5x.training.trainer_types import (
   BatchType,
   FlaxMutables,
   MetricMapType,

@@ -8,7 +8,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import PyTree
 
-from t5x.trainer_types import BatchType, MetricMapType
+from t5x.training.trainer_types import BatchType, MetricMapType
 
 # A loss may be fine while its gradients are not: the next loss would tell, and the
 # batch at fault would be gone.

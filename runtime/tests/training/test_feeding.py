@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from t5x import feeding, partitioning
+from t5x import partitioning
+from t5x.training import feeding
 
-SCRIPT = pathlib.Path(__file__).with_name('two_process_training.py')
+SCRIPT = pathlib.Path(__file__).parents[1] / 'two_process_training.py'
 
 
 def test_a_batch_lies_over_the_data_axis():

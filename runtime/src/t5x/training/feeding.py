@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x import partitioning
-from t5x.trainer_types import BatchType
+from t5x.training.trainer_types import BatchType
 
 
 def _check_rows(

@@ -18,7 +18,7 @@ import tqdm
 from absl import logging
 from jaxtyping import PyTree
 
-from t5x.summaries import time_when_ready
+from t5x.training.summaries import time_when_ready
 
 # Steps handed to the devices and not done. One runs while the next waits its turn: more
 # would only hold more batches in memory.

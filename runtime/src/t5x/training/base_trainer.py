@@ -20,13 +20,13 @@ import numpy as np
 
 from t5x import metrics as metrics_lib
 from t5x import partitioning
-from t5x import progress as progress_lib
 from t5x import train_state as train_state_lib
-from t5x.feeding import in_step_with_other_hosts, put_on_devices
-from t5x.health import HealthGuard, NonFiniteLossError
-from t5x.summaries import MetricsManager
-from t5x.train_step import merge_metrics
-from t5x.trainer_types import (
+from t5x.training import progress as progress_lib
+from t5x.training.feeding import in_step_with_other_hosts, put_on_devices
+from t5x.training.health import HealthGuard, NonFiniteLossError
+from t5x.training.summaries import MetricsManager
+from t5x.training.train_step import merge_metrics
+from t5x.training.trainer_types import (
   ArrayMapFuture,
   BatchType,
   MetricMapType,

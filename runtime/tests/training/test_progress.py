@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from absl import logging
 
-from t5x import progress
+from t5x.training import progress
 
 METRICS = {
   'loss': clu.values.Scalar(812.0),
