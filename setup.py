@@ -42,6 +42,6 @@ setuptools.setup(
     'hf': ['datasets>=4.0', 'pyarrow>=18'],
     'beam': ['apache-beam[tfrecord]>=2.77'],
     'tpu': ['jax[tpu]'],
-    'finetune': ['rouge-score', 'scikit-learn', 'seqeval'],
+    'finetune': ['rouge-score', 'scikit-learn'],
   },
 )

@@ -4,9 +4,34 @@ import collections
 import importlib
 import string
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sacrebleu
+
+
+def _needs(module: str, package: str) -> Callable[[Callable], Callable]:
+  """Marks a metric as one that needs a library of its own, which others do without."""
+
+  def mark(metric_fn):
+    metric_fn.needs = (module, package)
+    return metric_fn
+
+  return mark
+
+
+def check_libraries(metric_fns: Sequence[Callable]) -> None:
+  """Finds out before a run, not after its first steps, what its metrics lack.
+
+  Args:
+    metric_fns: of a task; of this module, or of anywhere.
+
+  Raises:
+    ImportError: a library that one of them needs is not installed.
+  """
+  for metric_fn in metric_fns:
+    needs = getattr(getattr(metric_fn, 'func', metric_fn), 'needs', None)
+    if needs:
+      _library(*needs)
 
 
 def reconstruction(
@@ -34,6 +59,7 @@ def reconstruction(
   }
 
 
+@_needs('sklearn.metrics', 'scikit-learn')
 def classification(
   targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str] = ()
 ) -> dict[str, float]:
@@ -56,7 +82,7 @@ def classification(
     ImportError: scikit-learn is not installed.
     ValueError: there is nothing to compare, or a target is no label.
   """
-  sklearn_metrics = _library('sklearn.metrics', 'scikit-learn')
+  sklearn_metrics = _library(*classification.needs)
   _check_pairs(targets, predictions)
   labels = sorted(labels or set(targets))
   unknown = sorted(set(targets) - set(labels))
@@ -184,6 +210,7 @@ def translation(targets: Sequence[str], predictions: Sequence[str]) -> dict[str,
   }
 
 
+@_needs('rouge_score.rouge_scorer', 'rouge-score')
 def summarisation(
   targets: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
@@ -206,7 +233,7 @@ def summarisation(
     ImportError: rouge-score is not installed.
     ValueError: there is nothing to compare, or a text has no summary.
   """
-  rouge_scorer = _library('rouge_score.rouge_scorer', 'rouge-score')
+  rouge_scorer = _library(*summarisation.needs)
   _check_pairs(targets, predictions)
   scorer = rouge_scorer.RougeScorer(['rougeL', 'rougeLsum'])
 
@@ -227,7 +254,6 @@ def summarisation(
 
 
 def _library(module: str, package: str) -> types.ModuleType:
-  """A module that only these scores need, so that others do without it."""
   try:
     return importlib.import_module(module)
   except ImportError as e:

@@ -15,6 +15,7 @@ import gin
 import seqio
 import tensorflow as tf
 
+from bart_t5x import metrics
 from bart_t5x.vocabularies import find_task
 from tasks import text_to_text
 
@@ -59,8 +60,17 @@ def headline(
 
 
 def tensorboard_name() -> str:
-  """The headline as the checkpoint manager looks for it in a run's folder."""
+  """The headline as the checkpoint manager looks for it in a run's folder.
+
+  Asked for when a run starts, so it also sees to it that the run will not end at its
+  first evaluation for want of a library.
+
+  Raises:
+    ImportError: a metric of the task needs a library that is not installed.
+    ValueError: see `headline`.
+  """
   task, metric = headline()
+  metrics.check_libraries(find_task(task).metric_fns)
   return f'inference_eval/{task}/eval/{metric}'
 
 

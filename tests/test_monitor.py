@@ -1,6 +1,7 @@
 """The metric that is followed, and the best checkpoint by it."""
 
 import json
+import sys
 
 import gin
 import pytest
@@ -33,6 +34,22 @@ def test_headlines(task, metric, expected):
 def test_the_name_in_tensorboard():
   gin.bind_parameter('tasks.monitor.headline.task', 'norquad')
   assert monitor.tensorboard_name() == 'inference_eval/norquad/eval/f1'
+
+
+@pytest.mark.parametrize(
+  ('task', 'module', 'package'),
+  [
+    ('norec', 'sklearn.metrics', 'scikit-learn'),
+    ('norsumm_nb', 'rouge_score.rouge_scorer', 'rouge-score'),
+  ],
+)
+def test_a_metric_without_its_library_is_told_at_the_start(
+  task, module, package, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, module, None)
+  gin.bind_parameter('tasks.monitor.headline.task', task)
+  with pytest.raises(ImportError, match=f'need {package}: pip install'):
+    monitor.tensorboard_name()
 
 
 def test_a_misspelt_task_is_answered_with_the_nearest():
