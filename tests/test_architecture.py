@@ -16,7 +16,8 @@ LEVELS = (
     'checkpointing.lazy_arrays', 'checkpointing.save_schedule', 'config_utils',
     'gin_bindings', 'gin_utils', 'learning_rate', 'losses', 'metrics', 'multihost',
     'params_axes', 'planning.hlo_costs', 'planning.hlo_loops', 'planning.hlo_text',
-    'planning.jaxpr_costs', 'planning.topologies', 'quiet', 'run_setup',
+    'planning.jaxpr_costs', 'planning.live_arrays', 'planning.topologies', 'quiet',
+    'run_setup',
     'state_utils', 'training.preemption', 'training.run_schedule',
   },
   {
@@ -43,7 +44,8 @@ LEVELS = (
   },
   {
     'eval', 'infer', 'interactive_data', 'interactive_metrics', 'interactive_model',
-    'interactive_state', 'main', 'planning.planner', 'planning.report', 'precompile',
+    'interactive_state', 'main', 'planning.planner', 'planning.refusal',
+    'planning.report', 'precompile',
     'tfexample_task', 'train', 'training.loop', 'utils',
   },
 )  # fmt: skip

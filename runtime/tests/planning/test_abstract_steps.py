@@ -1,13 +1,14 @@
 """Steps without data: their shapes and programs are those of a run."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from t5x import data, restore
+from t5x import data, partitioning, restore
 from t5x.planning import abstract_steps
 from t5x.training import feeding
 
@@ -100,3 +101,24 @@ def test_the_decode_step_runs(arguments):
   assert predictions.shape == (rows, tiny.LENGTHS['targets'])
   assert 'scores' in aux
   assert step.longest_loop == tiny.LENGTHS['targets']
+
+
+def test_what_arrays_take_on_a_device(arguments):
+  """By two partitions of the model: halves where the rules say so; rows else."""
+  split = partitioning.PjitPartitioner(num_partitions=2)
+  step = run_of({**arguments, 'partitioner': split}).step('train')
+  width = tiny.Network().width
+  assert step.bytes_on_device((tiny.VOCABULARY_SIZE, width), np.float32) == (
+    tiny.VOCABULARY_SIZE * width * 4 / 2
+  )
+  # Four parts of the batch.
+  assert step.bytes_on_device((8, 100), np.float32) == 8 * 100 * 4 / 4
+
+
+def test_microbatches(arguments):
+  cut = functools.partial(arguments['trainer_cls'], num_microbatches=2)
+  run = run_of({**arguments, 'trainer_cls': cut})
+  cfg = dataclasses.replace(arguments['train_dataset_cfg'], batch_size=16)
+  assert run.step('train', cfg).microbatches == 2
+  assert run.step('eval', cfg).microbatches == 1
+  assert run_of(arguments).step('train').microbatches == 1

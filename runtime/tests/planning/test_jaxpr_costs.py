@@ -99,32 +99,6 @@ def test_kernels(dtype, precision, passes):
   assert jaxpr_costs.matmul_flops(f, x, w) == 5 * 6 * 2 * 16 * 64 * 64
 
 
-def test_the_largest_arrays_leave_out_what_takes_no_room():
-  def f(x, indices):
-    return x[indices].sum() + jax.random.uniform(jax.random.key(0))
-
-  gradient = jax.grad(f, argnums=(0, 1), allow_int=True)
-  jaxpr = jax.make_jaxpr(gradient)(jnp.ones((4, 8)), jnp.zeros(3, 'int32')).jaxpr
-  assert jaxpr_costs.largest_arrays(jaxpr)[0].bytes == 4 * 4 * 8
-
-
-def test_the_largest_arrays():
-  def f(x):
-    with jax.named_scope('outer'):
-      big = jnp.einsum('bi,bj->bij', x, x)
-      return jax.checkpoint(lambda y: jnp.sin(y).sum())(big)
-
-  first, *others = jaxpr_costs.largest_arrays(jax.make_jaxpr(f)(jnp.ones((4, 8))).jaxpr)
-  assert (first.dtype, first.shape, first.bytes) == (
-    'float32',
-    (4, 8, 8),
-    4 * 4 * 8 * 8,
-  )
-  assert first.count == 2  # the product and its sine
-  assert first.where.startswith('outer')
-  assert all(other.bytes <= first.bytes for other in others)
-
-
 def test_branches_of_a_kernel_count_in_the_cells_where_they_run():
   def kernel(x, w, out):
     here = pl.program_id(1)

@@ -1,6 +1,7 @@
 """Plans of a run's steps, and the largest batch, with costs made up."""
 
 import dataclasses
+import functools
 
 import pytest
 import tiny
@@ -58,6 +59,14 @@ def test_the_largest_batch(arguments, memory_of_rows):
   # 16 GiB hold 150 rows, and eight devices take multiples of eight.
   assert plan.batch_size == 144
   assert len(memory_of_rows) <= 5
+
+
+def test_the_largest_batch_divides_by_its_microbatches(arguments, memory_of_rows):
+  cut = functools.partial(arguments['trainer_cls'], num_microbatches=5)
+  own = tiny.dataset_config('train', batch_size=40)
+  changed = {**arguments, 'trainer_cls': cut, 'train_dataset_cfg': own}
+  assert planner.Planner(changed, 'cpu:8').largest().batch_size == 120
+  assert all(rows % 40 == 0 for _, rows in memory_of_rows)
 
 
 def test_nothing_fits(arguments, memory_of_rows, monkeypatch):

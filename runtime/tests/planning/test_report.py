@@ -60,20 +60,6 @@ def test_the_table_calls_estimates_so(plan):
   assert text.splitlines()[-1].endswith('but the time of compiling is an estimate.')
 
 
-def test_a_refusal_says_how_much_what_and_what_to_change():
-  arrays = [
-    jaxpr_costs.LargeArray((256, 12, 1024, 1024), 'float32', 36, 'layers_0/attend/dot'),
-    jaxpr_costs.LargeArray((256, 1024, 3072), 'bfloat16', 12, 'mlp/wi/dot_general'),
-  ]
-  error = step_costs.DoesNotFitError(40 * GIB, 15 * GIB, arrays, parts=8)
-  text = report.refusal(error)
-  assert '25.00 GiB too much' in text
-  assert '1.50 GiB x 36  float32[256,12,1024,1024]' in text
-  for word in ('remat', 'num_microbatches', 'BATCH_SIZE', 'attention scores'):
-    assert word in text
-  assert 'logits' not in text
-
-
 @pytest.mark.parametrize(
   ('per_row', 'fixed', 'available', 'start', 'unit'),
   [

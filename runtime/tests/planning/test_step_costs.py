@@ -61,8 +61,8 @@ def test_what_does_not_fit_says_by_how_much():
   with pytest.raises(step_costs.DoesNotFitError) as caught:
     step_costs.measure(step(f, (1024,)), small)
   assert caught.value.needed > 2**22
-  assert caught.value.largest[0].shape == (1024, 1024)
-  assert caught.value.parts == 8
+  largest = caught.value.held[0]
+  assert (largest.shape, largest.bytes) == ((1024, 1024), 1024 * 1024 * 4 / 8)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ need be there.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from t5x import (
   partitioning,
   restore,
   run_setup,
+  sharding,
 )
 from t5x import trainer as trainer_lib
 
@@ -48,6 +50,8 @@ class AbstractStep:
     passes: forward passes that the step is worth: a backward one counts as two.
     parts: what the batch is split into.
     longest_loop: trips of loops whose length depends on data, at most.
+    microbatches: parts that a batch is computed in; its rows divide by them.
+    state_parts: what arrays of the state are split into, by shape.
   """
 
   kind: str
@@ -59,10 +63,17 @@ class AbstractStep:
   passes: int
   parts: int
   longest_loop: int = 1
+  microbatches: int = 1
+  state_parts: Mapping[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
 
   def trace(self) -> jax.stages.Traced:
     """The step, traced: a jaxpr over all devices, which can be lowered."""
     return self.function.trace(*self.arguments)
+
+  def bytes_on_device(self, shape: tuple[int, ...], dtype: Any) -> float:
+    """What an array takes on a device: split like the state's of its shape, or rows."""
+    size = math.prod(shape) * jax.numpy.dtype(dtype).itemsize
+    return size / self.state_parts.get(shape, self.parts)
 
 
 def batch_spec(
@@ -158,7 +169,19 @@ class Run:
     state = initializer.global_train_state_shape
     axes = initializer.train_state_axes
     make = self._decode_step if kind == 'decode' else self._trainer_step
-    return make(kind, state, axes, batch)
+    step = make(kind, state, axes, batch)
+    return dataclasses.replace(step, state_parts=self._state_parts(state, axes))
+
+  def _state_parts(self, state, axes) -> dict[tuple[int, ...], int]:
+    """The optimizer's arrays have the shapes of the parameters that they belong to."""
+    sizes, found = self._partitioner.mesh.shape, {}
+
+    def add(spec, leaf):
+      names = jax.tree.leaves(tuple(spec or ()))
+      found[leaf.shape] = math.prod(sizes[name] for name in names)
+
+    jax.tree.map(add, axes.params, state.params, is_leaf=sharding.is_spec)
+    return found
 
   def _trainer_step(self, kind, state, axes, batch) -> AbstractStep:
     trainer = self._trainer_cls(
@@ -187,6 +210,7 @@ class Run:
       (forward, (state.params, batch)),
       3 if training else 1,
       self._partitioner.data_mesh_size,
+      microbatches=getattr(trainer, '_num_microbatches', None) or 1 if training else 1,
     )
 
   def _decode_step(self, kind, state, axes, batch) -> AbstractStep:

@@ -76,48 +76,6 @@ def matmul_flops(function: Callable[..., Any], *arguments: Any) -> float:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class LargeArray:
-  """Arrays of one size that a function makes on its way.
-
-  Attributes:
-    shape: over all devices.
-    dtype: of the elements.
-    count: how many are made.
-    where: the name of the place that makes the first.
-  """
-
-  shape: tuple[int, ...]
-  dtype: str
-  count: int
-  where: str
-
-  @property
-  def bytes(self) -> int:
-    """Of one, over all devices."""
-    return math.prod(self.shape) * jax.numpy.dtype(self.dtype).itemsize
-
-
-def largest_arrays(jaxpr: Any, count: int = 8) -> list[LargeArray]:
-  """What a traced function makes, by falling size: that which fills a device's memory.
-
-  Args:
-    jaxpr: of the function.
-    count: how many sizes.
-  """
-  found: dict[Any, LargeArray] = {}
-  for equation, _ in _equations(jaxpr, into_kernels=False):
-    for variable in equation.outvars:
-      shape, dtype = variable.aval.shape, variable.aval.dtype
-      if not jax.numpy.issubdtype(dtype, np.number):
-        continue  # Random keys, and gradients of integers, which take no room.
-      dtype = str(dtype)
-      where = f'{equation.source_info.name_stack}/{equation.primitive.name}'.lstrip('/')
-      before = found.get((shape, dtype), LargeArray(shape, dtype, 0, where))
-      found[shape, dtype] = dataclasses.replace(before, count=before.count + 1)
-  return sorted(found.values(), key=lambda a: -a.bytes)[:count]
-
-
 def kernels(jaxpr: Any) -> list[Kernel]:
   """The Pallas calls of a traced function, equal ones together."""
   found: dict[Any, Kernel] = {}
@@ -153,7 +111,7 @@ def _equations(
       ]
       yield from max(bodies, key=_matmuls)
       continue
-    inner = list(_bodies(params))
+    inner = list(inner_jaxprs(params))
     if not inner:
       yield equation, times
     for body in inner:
@@ -174,7 +132,7 @@ def _grid_size(grid_mapping: Any) -> int:
   return math.prod(sizes)
 
 
-def _bodies(params: Any) -> Iterator[Any]:
+def inner_jaxprs(params: Any) -> Iterator[Any]:
   """The jaxprs among an equation's parameters that run with it."""
   for key, value in params.items():
     # Rules of differentiation and the condition of a loop are not counted.
@@ -268,7 +226,7 @@ class _Cells:
         yield from self._branch(equation, values, runs)
         continue
       count = runs * (params['length'] if name == 'scan' else 1)
-      bodies = list(_bodies(params))
+      bodies = list(inner_jaxprs(params))
       for body in bodies:
         same = len(body.invars) == len(values) and name != 'scan'
         bound = _bound(body, values) if same else {}

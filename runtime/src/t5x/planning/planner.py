@@ -9,7 +9,7 @@ from typing import Any
 from absl import logging
 
 from t5x import mesh
-from t5x.planning import abstract_steps, report, step_costs, topologies
+from t5x.planning import abstract_steps, refusal, report, step_costs, topologies
 from t5x.planning.step_costs import DoesNotFitError
 
 # Compilations that `find_batch` is worth: each may take minutes.
@@ -59,7 +59,6 @@ class Planner:
     self._kind = kind
     # A run without such batches is asked about those of training.
     self._cfg = arguments.get(_BATCHES[kind]) or arguments['train_dataset_cfg']
-    self._partitioner = arguments['partitioner']
     steps = arguments.get('relative_steps') or arguments.get('total_steps')
     self._steps = steps if kind == 'train' else None
 
@@ -74,6 +73,7 @@ class Planner:
     """
     size = batch_size or self._cfg.batch_size
     step = self._run.step(self._kind, dataclasses.replace(self._cfg, batch_size=size))
+    self._unit = step.parts * step.microbatches
     logging.info(
       'Compiling the %s step of %d rows for %s.', self._kind, size, self._name
     )
@@ -94,7 +94,6 @@ class Planner:
     Raises:
       DoesNotFitError: not even one row a device fits.
     """
-    unit = self._partitioner.data_mesh_size
     available = self._topology.chip.hbm_bytes
     tried, best, error = {}, None, None
     size = self._cfg.batch_size
@@ -109,7 +108,7 @@ class Planner:
         tried[size] = max(refused.needed, available + 1)
       fits = 'fits' if tried[size] <= available else 'does not fit'
       logging.info('%d rows: %s (%.2f GiB).', size, fits, tried[size] / topologies.GIB)
-      size = report.next_batch(tried, available, unit)
+      size = report.next_batch(tried, available, self._unit)
     if best is None:
       raise error
     return best
@@ -138,7 +137,7 @@ def show(
   try:
     plan = planner.largest() if find_batch else planner.plan()
   except DoesNotFitError as error:
-    raise ValueError(report.refusal(error)) from error
+    raise ValueError(refusal.text(error, kind)) from error
   print(report.table(plan), flush=True)
   if json_path:
     report.write_json(plan, json_path)

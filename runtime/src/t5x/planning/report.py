@@ -8,32 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from t5x.planning.step_costs import DoesNotFitError, StepCosts
+from t5x.planning.step_costs import StepCosts
 from t5x.planning.topologies import GIB, Topology
-
-# What to do about the largest buffers, by words in the names of what makes them.
-_REMEDIES = (
-  (
-    ('attention', 'attend', 'softmax', 'bhqk'),
-    'attention scores: choose an implementation that does not hold them all (chunked, '
-    'or a kernel of the platform), or let the backward pass compute them again (a '
-    'remat policy)',
-  ),
-  (
-    ('logits', 'loss', 'project', 'vocab', '->...v'),
-    'logits: take the loss of fewer positions at a time (a loss chunk length)',
-  ),
-  (
-    ('mlp', 'feed_forward', 'dense', 'wi', 'wo'),
-    "activations: let the backward pass compute a layer's again (a remat policy)",
-  ),
-)
-_ALWAYS = (
-  'activations of all kinds: trainer.Trainer.num_microbatches = 2 halves them',
-  'a smaller BATCH_SIZE; --find_batch finds the largest',
-  'parameters and optimizer state: more devices a copy of the model '
-  '(partitioning.PjitPartitioner.num_partitions)',
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +107,8 @@ def write_json(plan: Plan, path: str | os.PathLike[str]) -> None:
   epath.Path(path).write_text(json.dumps(as_numbers(plan), indent=2) + '\n')
 
 
-def _size(number: float) -> str:
+def size_text(number: float) -> str:
+  """A number of bytes for the screen."""
   return (
     f'{number / GIB:.2f} GiB' if number >= GIB / 10 else f'{number / 2**20:.1f} MiB'
   )
@@ -147,10 +124,10 @@ def table(plan: Plan) -> str:
   rows = [
     ('topology', f'{plan.name}: {plan.topology.devices} x {chip.kind}'),
     ('step', f'{plan.kind}, {plan.batch_size} rows, {plan.target_tokens} targets'),
-    ('HBM a device', f'{_size(memory.total)} of {_size(chip.hbm_bytes)}'),
-    ('  arguments', _size(memory.arguments)),
-    ('  temporaries', _size(memory.temporaries + memory.outputs)),
-    ('  code', _size(memory.code)),
+    ('HBM a device', f'{size_text(memory.total)} of {size_text(chip.hbm_bytes)}'),
+    ('  arguments', size_text(memory.arguments)),
+    ('  temporaries', size_text(memory.temporaries + memory.outputs)),
+    ('  code', size_text(memory.code)),
     ('FLOPs a device', f'{costs.flops / 1e12:.4g} T'),
     ('  of them useful', f'{costs.useful_flops / 1e12:.4g} T' if plan.mfu else '-'),
     ('bytes moved a device', f'{costs.bytes_accessed / 1e9:.4g} GB'),
@@ -186,23 +163,6 @@ def table(plan: Plan) -> str:
   lines.append(
     'Nothing was run: every figure but the time of compiling is an estimate.'
   )
-  return '\n'.join(lines)
-
-
-def refusal(error: DoesNotFitError) -> str:
-  """What does not fit, what is largest and what to change."""
-  lines = [str(error)]
-  if error.largest:
-    lines.append('The largest arrays, a device if split like the batch:')
-    lines += [
-      f'  {_size(a.bytes / error.parts):>10} x {a.count:<3} {a.dtype}'
-      f'[{",".join(map(str, a.shape))}] over all, in {a.where}'
-      for a in error.largest
-    ]
-  names = ' '.join(a.where for a in error.largest).lower()
-  fitting = [text for words, text in _REMEDIES if any(word in names for word in words)]
-  lines.append('What to change:')
-  lines += [f'  - {text}' for text in (*fitting, *_ALWAYS)]
   return '\n'.join(lines)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5x.planning import abstract_steps, hlo_costs, hlo_text, jaxpr_costs
+from t5x.planning import abstract_steps, hlo_costs, hlo_text, jaxpr_costs, live_arrays
 from t5x.planning.topologies import GIB, Chip, Topology
 
 
@@ -89,24 +89,24 @@ class DoesNotFitError(ValueError):
   Attributes:
     needed: bytes, at least; infinite if the compiler does not say.
     available: bytes.
-    largest: arrays of the step, over all devices.
-    parts: what the batch is split into: a device has that part of what is a row's.
+    held: arrays that are there at the same time, by falling size.
   """
 
   def __init__(
     self,
     needed: float,
     available: float,
-    largest: Sequence[jaxpr_costs.LargeArray] = (),
-    parts: int = 1,
+    held: Sequence[live_arrays.LargeArray] = (),
   ):
-    super().__init__(
-      f'The step needs {needed / GIB:.2f} GiB a device or more, and '
-      f'{available / GIB:.2f} GiB are there: {(needed - available) / GIB:.2f} GiB too '
-      'much.'
-    )
-    self.needed, self.available = needed, available
-    self.largest, self.parts = largest, parts
+    message = f'A device has {available / GIB:.2f} GiB, which is not enough.'
+    if math.isfinite(needed):
+      message = (
+        f'The step needs {needed / GIB:.2f} GiB a device or more, and '
+        f'{available / GIB:.2f} GiB are there: '
+        f'{(needed - available) / GIB:.2f} GiB too much.'
+      )
+    super().__init__(message)
+    self.needed, self.available, self.held = needed, available, held
 
 
 def _parse_size(text: str) -> float:
@@ -144,8 +144,8 @@ def measure(step: abstract_steps.AbstractStep, topology: Topology) -> StepCosts:
   traced = step.trace()
 
   def refuse(needed: float) -> DoesNotFitError:
-    largest = jaxpr_costs.largest_arrays(traced.jaxpr)
-    return DoesNotFitError(needed, available, largest, step.parts)
+    held = live_arrays.fullest_moment(traced.jaxpr.jaxpr, step.bytes_on_device)
+    return DoesNotFitError(needed, available, held)
 
   try:
     compiled = traced.lower().compile()
