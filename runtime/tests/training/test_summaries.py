@@ -97,6 +97,22 @@ def test_the_clock_waits_for_the_devices():
   manager.close()
 
 
+def test_the_clock_does_not_count_what_came_before(monkeypatch):
+  done = time.perf_counter() + 0.3
+
+  def compute(tree):
+    time.sleep(max(0.0, done - time.perf_counter()))
+    return time.perf_counter()
+
+  monkeypatch.setattr(summaries, '_is_ready', lambda tree: tree != 'state')
+  monkeypatch.setattr(summaries, 'time_when_ready', compute)
+  manager = summaries.MetricsManager('train')
+  manager.start_duration_timer(block_on='state')
+  future = manager.write_metrics_summary({'s': metrics_lib.Time()}, 1, 1)
+  assert float(future.result()['s'].value) < 0.2
+  manager.close()
+
+
 def test_summaries_come_in_order_and_do_not_overlap():
   manager = summaries.MetricsManager('train')
   begun = time.perf_counter()
@@ -110,11 +126,44 @@ def test_summaries_come_in_order_and_do_not_overlap():
   manager.close()
 
 
+def test_short_stretches_are_timed_from_end_to_end():
+  """However late the clock's thread comes to it: the steps' time is not lost."""
+  manager = summaries.MetricsManager('train')
+  ready = jnp.zeros(3)
+  manager._clock.submit(time.sleep, 0.2)
+  futures, begun = [], time.perf_counter()
+  for step in range(20):
+    manager.start_duration_timer(block_on=ready)
+    futures.append(manager.write_metrics_summary({'s': metrics_lib.Time()}, step, 1))
+  seconds = [float(future.result()['s'].value) for future in futures]
+  passed = time.perf_counter() - begun
+  # The first is counted from the call, the others from the end of the one before.
+  assert seconds[0] > 0.15
+  assert 0.15 < sum(seconds) <= passed
+  manager.close()
+
+
+def test_a_stretch_after_a_pause_is_timed_from_its_call():
+  manager = summaries.MetricsManager('train')
+  for _ in range(2):
+    manager.start_duration_timer(block_on=jnp.zeros(3))
+    future = manager.write_metrics_summary({'s': metrics_lib.Time()}, 1, 1)
+    assert float(future.result()['s'].value) < 0.2
+    time.sleep(0.3)
+  manager.close()
+
+
 def test_donated_arrays_count_as_computed():
   x = jnp.zeros(3)
   before = time.perf_counter()
   x.delete()
   assert summaries.time_when_ready({'x': x}) >= before
+
+
+def test_what_is_ready():
+  x, gone = jnp.zeros(3), jnp.zeros(3)
+  gone.delete()
+  assert summaries._is_ready({'x': jax.block_until_ready(x), 'gone': gone, 'n': 3})
 
 
 def test_a_clock_that_was_not_started():

@@ -161,10 +161,9 @@ class Evaluations:
     )
 
   def after_training(self, summary: Any) -> None:
-    """Runs the actions on training metrics."""
-    if not self._concurrent:
-      metrics = {TRAIN_METRIC_KEY: summary.result()}
-      self._act(trainer_lib.ActionMode.TRAIN, metrics)
+    """Runs the actions on training metrics, if there are any: they wait for these."""
+    if self._actions.get(trainer_lib.ActionMode.TRAIN):
+      self._act(trainer_lib.ActionMode.TRAIN, {TRAIN_METRIC_KEY: summary.result()})
 
   def _act(self, mode: trainer_lib.ActionMode, metrics: Mapping[str, Any]) -> None:
     if self._actions.get(mode):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import math
 import os
 import threading
 import time
@@ -46,6 +47,18 @@ def time_when_ready(tree: PyTree) -> float:
     if not donated and not any(leaf.is_deleted() for leaf in leaves):
       raise
   return time.perf_counter()
+
+
+def _is_ready(tree: PyTree) -> bool:
+  """Whether all arrays of a tree are computed, or donated, which counts as that."""
+  try:
+    return all(
+      leaf.is_deleted() or leaf.is_ready()
+      for leaf in jax.tree.leaves(tree)
+      if isinstance(leaf, jax.Array)
+    )
+  except RuntimeError:  # Given away between the two questions.
+    return True
 
 
 @contextlib.contextmanager
@@ -100,6 +113,7 @@ class MetricsManager:
     self._clock = concurrent.futures.ThreadPoolExecutor(1, f'clock of {name}')
     self._summaries = concurrent.futures.ThreadPoolExecutor(1, f'summaries of {name}')
     self._started: concurrent.futures.Future[float] | None = None
+    self._last_time = -math.inf  # Of the clock's thread.
     self._unseen: list[concurrent.futures.Future] = []
 
   def _open_writer(self) -> 'metric_writers.MetricWriter':
@@ -140,7 +154,21 @@ class MetricsManager:
 
   def start_duration_timer(self, block_on: PyTree = ()) -> None:
     """Starts the clock once `block_on` is computed; does not wait for that."""
-    self._started = self._clock.submit(time_when_ready, block_on)
+    self._started = self._clock.submit(self._start, time.perf_counter(), block_on)
+
+  def _start(self, called: float, block_on: PyTree) -> float:
+    """The time from which steps count; runs on the clock's thread.
+
+    That thread may come to it when the first steps are done already. What is computed
+    by then was so at the call, or became so at the end of the stretch before.
+    """
+    if _is_ready(block_on):
+      return max(called, self._last_time)
+    return self._take_time(block_on)
+
+  def _take_time(self, tree: PyTree) -> float:
+    self._last_time = time_when_ready(tree)
+    return self._last_time
 
   def write_metrics_summary(
     self, metrics: MetricMapType, step: Any, num_steps: int
@@ -165,7 +193,7 @@ class MetricsManager:
       raise ValueError('Call start_duration_timer before write_metrics_summary.')
     step, started, self._started = _host_step(step), self._started, None
     # Handed over here: the clock's thread takes times in the order of the calls.
-    ended = self._clock.submit(time_when_ready, metrics)
+    ended = self._clock.submit(self._take_time, metrics)
 
     def summarize() -> MetricValueMapType:
       duration = ended.result() - started.result()
