@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import jax
@@ -176,6 +177,30 @@ def test_a_failing_write_is_told_once_and_leaves_nothing(tmp_path, monkeypatch):
   assert_restores(tmp_path, 2)
 
 
+def test_a_failed_save_is_removed_when_nobody_writes_to_it(tmp_path, monkeypatch):
+  made = manager(tmp_path)
+  folder = tmp_path / 'checkpoint_1.orbax-checkpoint-tmp'
+
+  def write_late():
+    time.sleep(0.5)
+    folder.mkdir(exist_ok=True)
+    (folder / 'late').write_text('')
+
+  def no_space(directory):
+    writer.start()
+    raise OSError(28, 'No space left on device', str(directory))
+
+  writer = threading.Thread(target=write_late)
+  monkeypatch.setattr(made._checkpointer.handler, 'finalize', no_space)
+  made.save(state_at(1))
+  late = types.SimpleNamespace(result=lambda timeout: writer.join(timeout))
+  made._writes._pending = [*made._writes._pending, late]
+  with pytest.raises(checkpoints.CheckpointSaveError):
+    made.wait_until_finished()
+  writer.join()
+  assert not any(tmp_path.iterdir())
+
+
 def test_the_next_save_tells_of_the_failure(tmp_path, monkeypatch):
   made = manager(tmp_path)
 
@@ -198,7 +223,8 @@ made.save(t.state_at(1)); made.wait_until_finished()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-  made.save(t.state_at(2, size=4096)); made.wait_until_finished()
+  # The limit is a file's: each device's part is over it, in however many files.
+  made.save(t.state_at(2, size=2**18)); made.wait_until_finished()
 except t.checkpoints.CheckpointSaveError as error:
   print('TOLD', error)
 """

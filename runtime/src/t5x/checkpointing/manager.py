@@ -6,7 +6,9 @@ killed at any instant leaves only whole checkpoints under their names.
 """
 
 import concurrent.futures
+import contextlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +36,10 @@ STATE_ITEM = reading.STATE_ITEM
 DATASET_ITEM = 'dataset'
 # Seconds after which a host gives up waiting for the others to finish a save.
 _SAVE_TIMEOUT = 600
+# How long, in seconds, a failed save must be gone before it counts as removed, and
+# how long to try.
+_QUIET_SECONDS = 0.5
+_DISCARD_TIMEOUT = 10
 # What a damaged checkpoint is renamed to, before its name.
 _DAMAGED_PREFIX = 'damaged_'
 
@@ -166,12 +172,11 @@ class OrbaxCheckpointManagerInterface:
           f"Checkpoints cannot be written to '{self._directory}': {error}. "
           f'{mend(error)}.'
         ) from error
+    state_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
+    self._writes = writing.BackgroundWrites(state_handler)
     self._checkpointer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(
-        **{
-          STATE_ITEM: ocp.PyTreeCheckpointHandler(use_ocdbt=True),
-          DATASET_ITEM: self._dataset_handler,
-        }
+        **{STATE_ITEM: state_handler, DATASET_ITEM: self._dataset_handler}
       ),
       timeout_secs=_SAVE_TIMEOUT,
     )
@@ -237,11 +242,24 @@ class OrbaxCheckpointManagerInterface:
     return True
 
   def _discard(self, folder: epath.Path):
-    """Removes what a failed save has written so far."""
-    if jax.process_index() == 0:
+    """Removes what a failed save has written, when nothing more is written to it."""
+    self._writes.wait()
+    with contextlib.suppress(Exception):
+      # Now for the checkpoint's metadata: the failure came before this wait.
+      self._checkpointer.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    # TensorStore does not tell when the writes beside a failed one have ended, and
+    # makes their folders anew: look until none comes back.
+    begun = seen = time.monotonic()
+    while (now := time.monotonic()) - seen < _QUIET_SECONDS:
+      late = now - begun > _DISCARD_TIMEOUT
       for leftover in checkpoint_utils.leftovers(self._directory):
         if folder.name + '.' in leftover.name:
-          leftover.rmtree()
+          seen = seen if late else now
+          with contextlib.suppress(*([] if late else [OSError])):
+            leftover.rmtree()
+      time.sleep(0.05)
 
   def _failure(self, folder: epath.Path, error: Exception) -> CheckpointSaveError:
     try:

@@ -1,18 +1,23 @@
 """What goes into a checkpoint: arrays as Orbax takes them, cast, and room for them."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from t5x.checkpointing import reading
 from t5x.checkpointing.lazy_arrays import LazyArray
+
+# Seconds to wait for the writes of a save that has failed.
+_WRITE_TIMEOUT = 60
 
 
 class CheckpointSaveError(Exception):
@@ -48,6 +53,32 @@ def map_named(
   if isinstance(tree, Mapping):
     return {k: map_named(function, child, (*name, k)) for k, child in tree.items()}
   return None if tree is None else function('/'.join(name), tree)
+
+
+class BackgroundWrites:
+  """What a handler still writes of a save, while another may have failed."""
+
+  def __init__(self, handler: ocp.AsyncCheckpointHandler):
+    """Takes note of each save of the handler from now on.
+
+    Args:
+      handler: of an item; its `async_save` is wrapped. On the instance, as Orbax finds
+        handlers by their class and writes its name into the checkpoint.
+    """
+    self._pending: Sequence[Any] = ()
+    begin = handler.async_save
+
+    async def async_save(*args: Any, **kwargs: Any) -> Sequence[Any]:
+      self._pending = await begin(*args, **kwargs) or ()
+      return self._pending
+
+    handler.async_save = async_save
+
+  def wait(self) -> None:
+    """Waits until all writes of the last save have ended, well or badly."""
+    for write in self._pending:
+      with contextlib.suppress(Exception):
+        write.result(timeout=_WRITE_TIMEOUT)
 
 
 def mend(error: BaseException) -> str:
