@@ -31,7 +31,8 @@ class BartModel(models.EncoderDecoderModel):
   """A `network.Transformer` with its vocabularies, loss, metrics and decoding."""
 
   FEATURE_CONVERTER_CLS = features.BartFeatureConverter
-  # What the runtime's progress line shows behind loss and accuracy of all targets.
+  # What the runtime's progress bar, its evaluations and its last line show behind loss
+  # and accuracy of all targets.
   PROGRESS_METRICS = {
     'infilled': 'infilled_accuracy',
     'copied': 'copied_accuracy',

@@ -90,8 +90,8 @@ class BaseModel(abc.ABC):
 
   Attributes:
     FEATURE_CONVERTER_CLS: makes model features of task features.
-    PROGRESS_METRICS: which of the model's metrics the line of a period shows beside
-      loss and accuracy: {name in the line: metric}.
+    PROGRESS_METRICS: which of the model's metrics the progress bar, evaluations and the
+      line of the last step show beside loss and accuracy: {name there: metric}.
     optimizer_def: definition of the optimizer.
   """
 

@@ -37,35 +37,69 @@ def log(monkeypatch):
 
 
 def test_the_line_of_a_period():
-  assert progress.summary_line(400, METRICS, total_steps=8000) == (
-    'step 400 of 8,000 | loss 2.3457 | accuracy 0.5000 | learning rate 0.0003 | '
-    'steps/s 2 | examples/s 64 | tokens/s 65,536 | waiting for data 3.1% | '
-    '1:03:20 left'
+  assert progress.period_line(400, METRICS, total_steps=8000) == (
+    'step 400 of 8,000 | loss 2.3457 | accuracy 0.5000 | tokens/s 65,536 | '
+    '1:03:20 left | data wait 3%'
   )
 
 
+def test_the_line_of_a_period_fits_a_terminal():
+  metrics = {
+    **METRICS,
+    'timing/target_tokens_per_second': 123_456,
+    'timing/steps_per_second': 2.0,
+    'timing/data_wait_share': 1.0,
+    'loss_per_nonpadding_target_token': 12.0,
+    'infilled_accuracy': 0.5,
+  }
+  line = progress.period_line(100_000, metrics, total_steps=1_000_000)
+  assert len('00:00:00 ' + line) <= 120
+
+
 def test_what_is_not_there_is_left_out():
-  assert progress.summary_line(4, {'loss': 1.5}) == 'step 4 | loss 1.5000'
+  assert progress.period_line(4, {'loss': 1.5}) == 'step 4 | loss 1.5000'
   text = {'accuracy': clu.values.Text('x')}
-  assert progress.summary_line(4, text, 4) == 'step 4 of 4'
+  assert progress.period_line(4, text, 4) == 'step 4 of 4'
   # Without a speed, or at the end, nothing is said of the time left.
-  assert 'left' not in progress.summary_line(8, METRICS, 8)
-  assert 'left' not in progress.summary_line(4, {'timing/steps_per_second': 0.0}, 8)
+  assert 'left' not in progress.period_line(8, METRICS, 8)
+  assert 'left' not in progress.period_line(4, {'timing/steps_per_second': 0.0}, 8)
+  # Models that count no tokens.
+  steps = {'timing/steps_per_second': 2.0}
+  assert progress.period_line(4, steps, 8) == 'step 4 of 8 | steps/s 2 | 0:00:02 left'
 
 
-def test_what_the_model_chose_follows_the_accuracy(log):
-  chosen = {'right at the end': 'end_accuracy', 'absent': 'nothing'}
-  metrics = {**METRICS, 'end_accuracy': clu.values.Scalar(0.25)}
-  line = progress.summary_line(400, metrics, chosen=chosen)
-  assert '| accuracy 0.5000 | right at the end 0.2500 | learning rate' in line
-  assert 'absent' not in line
+CHOSEN = {f'right at place {i}': f'accuracy_{i}' for i in range(5)} | {'absent': 'no'}
+MANY = METRICS | {f'accuracy_{i}': clu.values.Scalar(i / 8) for i in range(5)}
+
+
+def test_the_last_line_shows_all_in_lines_that_fit():
+  assert progress.last_report(8000, MANY, CHOSEN).splitlines() == [
+    'step 8,000 of 8,000 | loss 2.3457 | accuracy 0.5000 | right at place 0 0.0000 | '
+    'right at place 1 0.1250',
+    '         right at place 2 0.2500 | right at place 3 0.3750 | right at place 4 '
+    '0.5000 | learning rate 0.0003 | steps/s 2',
+    '         examples/s 64 | tokens/s 65,536 | data wait 3%',
+  ]
+
+
+def test_an_evaluation_shows_the_quality():
+  text = progress.evaluation_report('denoising', 3, MANY, CHOSEN)
+  assert text.startswith('denoising: step 3 | loss 2.3457 | accuracy 0.5000 | right')
+  assert 'right at place 4 0.5000' in text and 'absent' not in text
+  assert 'steps/s' not in text
+  assert all(len(line) <= 120 for line in ('00:00:00 ' + text).splitlines())
+
+
+def test_the_model_chooses_what_the_bar_and_the_last_line_show(log):
   stream = Terminal()
-  shown = progress.Progress(total_steps=500, stream=stream, chosen=chosen)
+  shown = progress.Progress(total_steps=500, stream=stream, chosen=CHOSEN)
   shown.advance()
-  shown.report(400, metrics)
+  shown.report(400, MANY)
+  assert log == [progress.period_line(400, MANY, 500)]
+  assert 'right at place 0 0.0000' in stream.getvalue()
+  shown.report(500, MANY)
+  assert log[1:] == [progress.last_report(500, MANY, CHOSEN)]
   shown.close()
-  assert 'right at the end 0.2500' in log[0]
-  assert 'right at the end 0.2500' in stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -81,8 +115,8 @@ def test_what_the_model_chose_follows_the_accuracy(log):
 )
 def test_rates_have_three_figures_and_no_exponent(rate, shown):
   names = ('timing/steps_per_second', 'timing/seqs_per_second')
-  line = progress.summary_line(1, dict.fromkeys(names, rate))
-  assert line == f'step 1 | steps/s {shown} | examples/s {shown}'
+  line = progress.last_report(1, dict.fromkeys(names, rate))
+  assert line == f'step 1 of 1 | steps/s {shown} | examples/s {shown}'
 
 
 def test_no_bar_without_a_terminal(log):

@@ -147,8 +147,7 @@ class Evaluations:
       {name: eval_lib.batches_of(dataset) for name, dataset in self._datasets.items()}
     )
     for name, values in summaries.items() if multihost.is_host_0() else ():
-      line = progress.summary_line(step, values, chosen=self._shown)
-      trainer.progress.log(f'{name}: {line}')
+      trainer.progress.log(progress.evaluation_report(name, step, values, self._shown))
     self._act(trainer_lib.ActionMode.TRAIN_EVAL, summaries)
 
   def _infer_eval(self, step: int) -> None:

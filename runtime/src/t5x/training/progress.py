@@ -9,7 +9,7 @@ import concurrent.futures
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import clu.values
@@ -31,19 +31,23 @@ def _rate(number: float) -> str:
 
 
 # (name in the line, metrics to take it from, format); the first metric there counts.
-# Between the two come those that the model names.
+# Behind the quality come the metrics that the model names.
 _QUALITY = (
   ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'.format),
   ('accuracy', ('accuracy',), '{:.4f}'.format),
 )
-_RATES = (
+_TOKENS = ('tokens/s', ('timing/target_tokens_per_second',), '{:,.0f}'.format)
+_STEPS = ('steps/s', ('timing/steps_per_second',), _rate)
+_DATA_WAIT = ('data wait', ('timing/data_wait_share',), '{:.0%}'.format)
+_FURTHER = (
   ('learning rate', ('learning_rate/current', 'learning_rate'), '{:.3g}'.format),
-  ('steps/s', ('timing/steps_per_second',), _rate),
+  _STEPS,
   ('examples/s', ('timing/seqs_per_second',), _rate),
-  ('tokens/s', ('timing/target_tokens_per_second',), '{:,.0f}'.format),
-  ('waiting for data', ('timing/data_wait_share',), '{:.1%}'.format),
 )
 _SPEED = 'timing/steps_per_second'
+# What an ordinary terminal leaves behind the time of day.
+_INDENT = len('00:00:00 ')
+_WIDTH = 120 - _INDENT
 
 
 def _plain(value: Any) -> float | None:
@@ -61,35 +65,94 @@ def _clock(seconds: float) -> str:
   return f'{hours}:{minutes:02}:{seconds:02}'
 
 
-def summary_line(
-  step: int,
-  metrics: Mapping[str, Any],
-  total_steps: int | None = None,
-  chosen: Mapping[str, str] | None = None,
+def _shown(items: Iterable[tuple], metrics: Mapping[str, Any]) -> list[str]:
+  """`name value` for each of the items that is there."""
+  parts = []
+  for name, sources, form in items:
+    values = [_plain(metrics[source]) for source in sources if source in metrics]
+    if values and values[0] is not None:
+      parts.append(f'{name} {form(values[0])}')
+  return parts
+
+
+def _quality(metrics: Mapping[str, Any], chosen: Mapping[str, str] | None) -> list[str]:
+  further = (
+    (name, (metric,), '{:.4f}'.format) for name, metric in (chosen or {}).items()
+  )
+  return _shown((*_QUALITY, *further), metrics)
+
+
+def _position(step: int, total_steps: int | None) -> str:
+  return f'step {step:,}' + ('' if total_steps is None else f' of {total_steps:,}')
+
+
+def _time_left(
+  step: int, metrics: Mapping[str, Any], total_steps: int | None
+) -> list[str]:
+  speed = _plain(metrics.get(_SPEED))
+  if not speed or total_steps is None or total_steps <= step:
+    return []
+  return [f'{_clock((total_steps - step) / speed)} left']
+
+
+def _wrapped(parts: Sequence[str]) -> str:
+  """Parts in a line, or in as many as an ordinary terminal needs."""
+  lines = [parts[0]]
+  for part in parts[1:]:
+    longer = f'{lines[-1]} | {part}'
+    if len(longer) <= _WIDTH:
+      lines[-1] = longer
+    else:
+      lines.append(part)
+  return ('\n' + ' ' * _INDENT).join(lines)
+
+
+def period_line(
+  step: int, metrics: Mapping[str, Any], total_steps: int | None = None
 ) -> str:
-  """A period in one line.
+  """A period in one line: how well, how fast, how long still.
 
   Args:
     step: the step at the period's end.
     metrics: values by name, as the trainer reports them. Those not there are left out.
     total_steps: the run's last step, if known: then the time left is given too.
+  """
+  speed = _shown([_TOKENS], metrics) or _shown([_STEPS], metrics)
+  left = _time_left(step, metrics, total_steps)
+  waiting = _shown([_DATA_WAIT], metrics)
+  at = _position(step, total_steps)
+  return ' | '.join([at, *_quality(metrics, None), *speed, *left, *waiting])
+
+
+def last_report(
+  step: int, metrics: Mapping[str, Any], chosen: Mapping[str, str] | None = None
+) -> str:
+  """All that is shown of a run's last period, in as many lines as it takes.
+
+  Args:
+    step: the last step.
+    metrics: values by name, as the trainer reports them. Those not there are left out.
     chosen: {name in the line: metric}, what is shown behind the accuracy.
   """
-  parts = []
-  between = [
-    (name, (metric,), '{:.4f}'.format) for name, metric in (chosen or {}).items()
-  ]
-  for name, sources, form in (*_QUALITY, *between, *_RATES):
-    values = [_plain(metrics[source]) for source in sources if source in metrics]
-    if values and values[0] is not None:
-      parts.append(f'{name} {form(values[0])}')
-  at = f'step {step:,}'
-  if total_steps is not None:
-    at += f' of {total_steps:,}'
-    speed = _plain(metrics.get(_SPEED))
-    if speed and total_steps > step:
-      parts.append(f'{_clock((total_steps - step) / speed)} left')
-  return ' | '.join([at, *parts])
+  speed = _shown([*_FURTHER, _TOKENS, _DATA_WAIT], metrics)
+  return _wrapped([_position(step, step), *_quality(metrics, chosen), *speed])
+
+
+def evaluation_report(
+  name: str,
+  step: int,
+  metrics: Mapping[str, Any],
+  chosen: Mapping[str, str] | None = None,
+) -> str:
+  """How well a model does on an evaluation dataset.
+
+  Args:
+    name: the dataset.
+    step: the model's step.
+    metrics: values by name. Those not there are left out.
+    chosen: {name in the line: metric}, what is shown behind the accuracy.
+  """
+  return _wrapped([f'{name}: step {step:,}', *_quality(metrics, chosen)])
 
 
 class Progress:
@@ -108,7 +171,7 @@ class Progress:
       total_steps: the run's last step. Without it there is no bar.
       first_step: the step the run starts or resumes at.
       stream: where the bar goes, if it is a terminal; stderr by default.
-      chosen: what lines show behind the accuracy, see `summary_line`.
+      chosen: {name: metric}, what the bar and the last line show behind the accuracy.
     """
     self._chosen = chosen
     self._total, self._first = total_steps, first_step
@@ -143,7 +206,9 @@ class Progress:
         self._bar.update(steps)
 
   def report(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Logs the line of a period, above the bar, which then bears its figures too.
+    """Logs the line of a period above the bar, which then shows the quality in full.
+
+    The run's last step is reported in full.
 
     Args:
       step: the step at the period's end.
@@ -151,11 +216,13 @@ class Progress:
     """
     if jax.process_index() != 0:
       return
-    line = summary_line(step, metrics, self._total, self._chosen)
-    self.log(line)
+    if step == self._total:
+      self.log(last_report(step, metrics, self._chosen))
+    else:
+      self.log(period_line(step, metrics, self._total))
     with self._lock:
       if self._bar is not None:
-        shown = summary_line(step, metrics, chosen=self._chosen).split(' | ')[1:]
+        shown = _quality(metrics, self._chosen)
         self._bar.set_postfix_str(' | '.join(shown), refresh=True)
 
   def log(self, line: str) -> None:
