@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int
 
-from bart_t5x import attention_cores, dropout, layers
+from bart_t5x import attention_cores, dropout, flash, layers
 from bart_t5x.config import BartConfig
 
 
@@ -145,7 +145,7 @@ def run_layers(layer, count, config, mode, x, *shared):
   policies = {
     'dots': jax.checkpoint_policies.save_from_both_policies(
       jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-      jax.checkpoint_policies.save_only_these_names(layers.ATTENDED),
+      jax.checkpoint_policies.save_only_these_names(layers.ATTENDED, flash.LOG_SUMS),
     ),
     'full': None,
   }

@@ -18,9 +18,11 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
@@ -34,6 +36,10 @@ MAX_LENGTH = 1024
 
 # Chips whose matrix units take bfloat16 only by way of float32.
 _FLOAT32_KINDS = ('TPU v2', 'TPU v3')
+
+# What the backward pass needs of the forward one, by the name that recomputation knows
+# it by: four bytes for each query and head.
+LOG_SUMS = 'attention_log_sums'
 
 # A segment of its own for what is added at the end of rows; -1 is never visible.
 _FILL_SEGMENT = -1
@@ -154,66 +160,120 @@ def _from_lanes(x, like):
 
 _ACTIVATION = ('batch', None, 'heads', None)
 _SEGMENTS = ('batch', None)
+_SUMS = ('batch', 'heads', None)
 
 
-def _call(kernel, outputs, settings, activations, segments, seeds, starts):
-  """Runs a kernel for each row and each block of heads.
+class _Blocks(NamedTuple):
+  """What one program of a kernel sees of the arrays.
+
+  Attributes:
+    size: queries.
+    keys: keys, all of a row's.
+    lanes: heads side by side, all their widths together.
+    group: how many heads.
+  """
+
+  size: int
+  keys: int
+  lanes: int
+  group: int
+
+  def of_queries(self):
+    """Of activations [b, q, h · d]."""
+    shape = None, self.size, self.lanes
+    return pl.BlockSpec(shape, lambda row, head, part: (row, part, head))
+
+  def of_keys(self):
+    """Of activations [b, k, h · d]."""
+    shape = None, self.keys, self.lanes
+    return pl.BlockSpec(shape, lambda row, head, _: (row, 0, head))
+
+  def of_sums(self):
+    """Of an array [b, blocks of heads, heads of a block, q]."""
+    shape = None, None, self.group, self.size
+    return pl.BlockSpec(shape, lambda row, head, part: (row, head, 0, part))
+
+  def work(self, backward, widened):
+    """Shapes of what a program works in, see `flash_kernels`."""
+    weights, mixed = (self.keys, self.size), (self.size, self.lanes)
+    keys = [(self.keys, self.lanes)] * 2
+    own = [*keys, mixed, weights, weights] if backward else [weights, mixed]
+    return own + keys if widened else own
+
+
+def _call(settings, activations, segments, seeds, starts, log_sums=None):
+  """Runs a kernel for each row and each block of heads: forward, or with sums backward.
 
   Args:
-    kernel: `kernels.forward_kernel` or `kernels.backward_kernel`.
-    outputs: which activations the results are shaped like.
     settings: its constants.
     activations: this device's part of arrays [b, l, h, d].
     segments: of the queries and of the keys.
     seeds: two uint32.
     starts: the first row and head of this part.
+    log_sums: what the forward kernel gave.
 
   Returns:
-    Arrays like the activations named in outputs.
+    Forward what is mixed and log_sums [b, h, q]; backward three gradients.
   """
   laid = [_to_lanes(x) for x in activations]
-  batch, filled, width = laid[0].shape
-  settings = settings._replace(group=_heads_a_block(*activations[0].shape[2:]))
-  lanes = settings.group * settings.head_dim
+  (batch, filled, width), (heads, head_dim) = laid[0].shape, activations[0].shape[2:]
+  settings = settings._replace(group=_heads_a_block(heads, head_dim))
   queries, keys = (_filled(s, 1, _rounded(s.shape[1]), _FILL_SEGMENT) for s in segments)
-  row_seed = jax.lax.bitcast_convert_type(seeds[:1], jnp.int32)
-  scalars = jnp.concatenate([row_seed, starts])
-  # The same for every row, head and query: not worked out again in each program.
-  key_bits = dropout.column_bits(jnp.arange(keys.shape[1], dtype=jnp.uint32), seeds[1])
-
+  lanes = settings.group * head_dim
   size = kernels.query_block(filled)
-
-  def whole(x):
-    return pl.BlockSpec((None, x.shape[1], lanes), lambda row, head, _: (row, 0, head))
-
-  def some(x):
-    del x
-    return pl.BlockSpec((None, size, lanes), lambda row, head, part: (row, part, head))
-
-  by_query = [some, whole, whole, some][: len(laid)]
-  results = [laid[index] for index in outputs]
+  blocks = _Blocks(size, keys.shape[1], lanes, settings.group)
+  of_heads = batch, width // lanes, settings.group, filled
+  ours, theirs = blocks.of_queries(), blocks.of_keys()
+  if log_sums is None:
+    kernel, in_specs, extra = kernels.forward_kernel, [ours, theirs, theirs], []
+    results = [laid[0], jax.ShapeDtypeStruct(of_heads, jnp.float32)]
+    out_specs = [ours, blocks.of_sums()]
+  else:
+    kernel, in_specs = kernels.backward_kernel, [ours, theirs, theirs, ours]
+    in_specs.append(blocks.of_sums())
+    sums = _filled(log_sums, 1, width // head_dim, kernels.UNSEEN)
+    extra = [_filled(sums, 2, filled, kernels.UNSEEN).reshape(of_heads)]
+    results, out_specs = laid[:3], [ours, theirs, theirs]
   out = pl.pallas_call(
     functools.partial(kernel, settings),
     grid=(batch, width // lanes, filled // size),
-    in_specs=[
-      pl.BlockSpec(memory_space=pltpu.SMEM),
-      pl.BlockSpec((None, 1, size), lambda row, _, part: (row, 0, part)),
-      pl.BlockSpec((None, keys.shape[1], 1), lambda row, *_: (row, 0, 0)),
-      pl.BlockSpec((keys.shape[1], 1), lambda *_: (0, 0)),
-      *(spec(x) for spec, x in zip(by_query, laid, strict=True)),
-    ],
-    out_specs=[by_query[index](x) for index, x in zip(outputs, results, strict=True)],
+    in_specs=[*_shared_specs(blocks), *in_specs],
+    out_specs=out_specs,
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
-    # Sums over the queries, in float32: the gradients of keys and values.
-    scratch_shapes=[pltpu.VMEM((x.shape[1], lanes), jnp.float32) for x in results[1:]],
+    scratch_shapes=[
+      pltpu.VMEM(shape, jnp.float32)
+      for shape in blocks.work(log_sums is not None, settings.widened)
+    ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
     ),
     cost_estimate=_cost(laid, results, settings),
     interpret=settings.interpret,
     name=f'flash_attention_{kernel.__name__}',
-  )(scalars, queries[:, None], keys[:, :, None], key_bits[:, None], *laid)
-  return [_from_lanes(x, activations[i]) for x, i in zip(out, outputs, strict=True)]
+  )(*_shared(queries, keys, seeds, starts), *laid, *extra)
+  if log_sums is None:
+    sums = out[1].reshape(batch, -1, filled)[:, :heads, : activations[0].shape[1]]
+    return [_from_lanes(out[0], activations[0]), sums]
+  return [_from_lanes(x, like) for x, like in zip(out, activations[:3], strict=True)]
+
+
+def _shared(queries, keys, seeds, starts):
+  """Arguments of both kernels: scalars, segments, the keys' bits."""
+  row_seed = jax.lax.bitcast_convert_type(seeds[:1], jnp.int32)
+  scalars = jnp.concatenate([row_seed, starts])
+  # The same for every row, head and query: not worked out again in each program.
+  key_bits = dropout.column_bits(jnp.arange(keys.shape[1], dtype=jnp.uint32), seeds[1])
+  return scalars, queries[:, None], keys[:, :, None], key_bits[:, None]
+
+
+def _shared_specs(blocks):
+  """Blocks of `_shared`."""
+  return [
+    pl.BlockSpec(memory_space=pltpu.SMEM),
+    pl.BlockSpec((None, 1, blocks.size), lambda row, _, part: (row, 0, part)),
+    pl.BlockSpec((None, blocks.keys, 1), lambda row, *_: (row, 0, 0)),
+    pl.BlockSpec((blocks.keys, 1), lambda *_: (0, 0)),
+  ]
 
 
 def _cost(inputs, results, settings):
@@ -222,7 +282,7 @@ def _cost(inputs, results, settings):
   heads = batch * width // settings.head_dim
   block = kernels.query_block(queries)
   scores = heads * block * sum(kernels.key_limits(queries, keys, settings.causal))
-  products = 2 if len(results) == 1 else 5  # forward, backward
+  products = 2 if len(inputs) == 3 else 5  # forward, backward
   return pl.CostEstimate(
     flops=2 * scores * max(kernels.LANES, settings.head_dim) * products,
     transcendentals=scores,
@@ -241,29 +301,27 @@ def _sizes(query):
 
 def _forward(settings, query, key, value, query_segments, key_segments, seeds):
   def part(starts, query, key, value, query_segments, key_segments, seeds):
-    return _call(
-        kernels.forward_kernel, (0,), settings, (query, key, value),
-        (query_segments, key_segments), seeds, starts,
-    )[0]  # fmt: skip
+    segments = query_segments, key_segments
+    return _call(settings, (query, key, value), segments, seeds, starts)
 
   names = (_ACTIVATION,) * 3 + (_SEGMENTS,) * 2 + ((None,),)
-  run = placement.split(part, names, _ACTIVATION, _sizes(query), ('batch', 'heads'))
+  outputs = [_ACTIVATION, _SUMS]
+  run = placement.split(part, names, outputs, _sizes(query), ('batch', 'heads'))
   arrays = query, key, value, query_segments, key_segments, seeds
-  return run(*arrays), arrays
+  mixed, log_sums = run(*arrays)
+  return mixed, (*arrays, checkpoint_name(log_sums, LOG_SUMS))
 
 
 def _backward(settings, residuals, by_mixed):
-  def part(starts, queries, keys, seeds, *activations):
-    return _call(
-        kernels.backward_kernel, (0, 1, 2), settings, activations, (queries, keys),
-        seeds, starts,
-    )  # fmt: skip
+  def part(starts, queries, keys, seeds, log_sums, *activations):
+    return _call(settings, activations, (queries, keys), seeds, starts, log_sums)
 
-  query, key, value, query_segments, key_segments, seeds = residuals
-  names = (_SEGMENTS,) * 2 + ((None,),) + (_ACTIVATION,) * 4
+  query, key, value, query_segments, key_segments, seeds, log_sums = residuals
+  names = (_SEGMENTS,) * 2 + ((None,), _SUMS) + (_ACTIVATION,) * 4
   outputs = [_ACTIVATION] * 3
   run = placement.split(part, names, outputs, _sizes(query), ('batch', 'heads'))
-  gradients = run(query_segments, key_segments, seeds, query, key, value, by_mixed)
+  activations = query, key, value, by_mixed
+  gradients = run(query_segments, key_segments, seeds, log_sums, *activations)
   return *gradients, None, None, None
 
 

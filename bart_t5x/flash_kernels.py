@@ -6,6 +6,12 @@ one factor of a product, which costs nothing: a product takes 128 lanes anyway.
 
 Scores lie as [key, query]: sums over keys then run down the sublanes, and what each
 query has one of is a dense row.
+
+Both kernels work on some keys at a time, so that most of what happens to a score
+happens in registers, and store what a second pass over the keys needs. Three things
+cost more than they seem to on a v3, by its machine code: turning float32 into bfloat16
+and back, which its products do by themselves; a mask that is used twice; and arrays of
+whole rows, whose every element is stored and loaded for each operation.
 """
 
 import functools
@@ -20,8 +26,16 @@ from bart_t5x import attention, dropout
 LANES = 128
 
 # Queries of one program: [1024, 256] scores in float32 are 1 MB of the 16 MB that a
-# core of a v3 works in, and the backward kernel holds about six such arrays.
+# core of a v3 works in, and the backward kernel holds two such arrays and four of half
+# that size.
 QUERY_BLOCK = 256
+
+# Keys whose scores are worked on at a time. By the machine code for v3, 256 take a
+# quarter longer, and all 1024 at once save 3 % for twice the code.
+KEY_BLOCK = 512
+
+# Stands for the log of the sum of a query that sees no key: all its weights are then 0.
+UNSEEN = 1e30
 
 
 class Settings(NamedTuple):
@@ -63,6 +77,12 @@ def key_limits(queries: int, keys: int, causal: bool) -> list[int]:
   ]
 
 
+def key_block(keys: int) -> int:
+  """Keys of one turn of a loop: an even part of them, in rows that fill registers."""
+  parts = -(-keys // KEY_BLOCK)
+  return keys // parts if keys % (16 * parts) == 0 else keys
+
+
 def _for_own_block(body, queries, keys, causal):
   """Runs body(first query, keys seen) for this program's block of queries.
 
@@ -77,14 +97,33 @@ def _for_own_block(body, queries, keys, causal):
     pl.when(here == index)(functools.partial(body, index * size, limit))
 
 
+def _for_key_blocks(body, limit, start):
+  """Folds body(rows of keys, carry) over the blocks of the keys seen.
+
+  A loop, not code for each block: within a block the compiler keeps scores in registers
+  where it would store and load them again, and it overlaps products with the rest.
+  """
+  size = key_block(limit)
+  if size == limit:
+    return body(pl.ds(0, size), start)
+
+  def step(index, carry):
+    return body(pl.ds(pl.multiple_of(index * size, size), size), carry)
+
+  return jax.lax.fori_loop(0, limit // size, step, start)
+
+
 def _product(left, right, contracted, settings):
   """A matrix product summed in float32, over the given axis of each."""
-  if settings.widened:
-    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
   dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
   return jax.lax.dot_general(
     left, right, dimensions, preferred_element_type=jnp.float32
   )
+
+
+def _factor(x, dtype, settings):
+  """x as a factor of a product; one that takes float32 rounds by itself."""
+  return x.astype(jnp.float32 if settings.widened else dtype)
 
 
 def _own_lanes(head, settings):
@@ -94,22 +133,28 @@ def _own_lanes(head, settings):
   return lane // settings.head_dim == head
 
 
-def _visible(query_segments, key_segments, first, limit, causal):
-  """[key, query]: which scores count."""
-  mask = key_segments[:limit, :] == query_segments[...]
-  if causal:
-    queries = first + jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)
-    mask &= jax.lax.broadcasted_iota(jnp.int32, mask.shape, 0) <= queries
-  return mask
+def _scores(settings, query_segments, key_segments, keys, asked, *, rows, first):
+  """[key, query] scores of some keys; those that do not count are HIDDEN_SCORE."""
+  scores = _product(keys, asked, (1, 1), settings)
+  mask = key_segments[rows, :] == query_segments[...]
+  if settings.causal:
+    queries = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    place = rows.start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    mask &= place <= queries
+  return jnp.where(mask, scores, attention.HIDDEN_SCORE)
 
 
-def _weights(key, query, mask, settings):
-  """[key, query] weights of one head, and [1, query]: whether any key is visible."""
-  hidden = attention.HIDDEN_SCORE
-  scores = jnp.where(mask, _product(key, query, (1, 1), settings), hidden)
-  top = jnp.max(scores, axis=0, keepdims=True)
-  exps = jnp.exp(scores - top)
-  return exps * (1 / jnp.sum(exps, axis=0, keepdims=True)), top > hidden
+def _widened(key, value, wide):
+  """Keys and values as products take them, made so once for all blocks of queries."""
+  if not wide:
+    return key, value
+
+  @pl.when(pl.program_id(2) == 0)
+  def widen():
+    for narrow, copy in zip((key, value), wide, strict=True):
+      copy[...] = narrow[...].astype(jnp.float32)
+
+  return wide
 
 
 def _first_row(scalars, settings):
@@ -118,23 +163,28 @@ def _first_row(scalars, settings):
   return row * settings.heads + scalars[2] + pl.program_id(1) * settings.group
 
 
-def _dropper(scalars, key_bits, row, first, shape, settings):
-  """A function that drops weights [key, query] as `dropout.dropout` would."""
+def _dropper(scalars, key_bits, row, first, size, settings):
+  """A function of rows of keys; it gives what drops as `dropout.dropout` would."""
   rate = settings.dropout_rate
   if not rate:
-    return lambda weights: weights
+    return lambda rows: lambda weights: weights
   seed = jax.lax.bitcast_convert_type(scalars[0], jnp.uint32)
-  rows = row * settings.queries + first
-  rows = rows + jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
-  row_bits = dropout.row_bits(rows.astype(jnp.uint32), seed)
-  bits = dropout.joined_bits(row_bits, key_bits[: shape[0], :])
-  kept = bits >= jnp.uint32(dropout.threshold(rate))
-  return lambda weights: jnp.where(kept, weights * (1 / (1 - rate)), 0)
+  numbers = row * settings.queries + first
+  numbers = numbers + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+  row_bits = dropout.row_bits(numbers.astype(jnp.uint32), seed)
+
+  def of_keys(rows):
+    bits = dropout.joined_bits(row_bits, key_bits[rows, :])
+    kept = bits >= jnp.uint32(dropout.threshold(rate))
+    return lambda weights: jnp.where(kept, weights, 0)
+
+  return of_keys
 
 
 def forward_kernel(
-  settings, scalars, query_segments, key_segments, key_bits, query, key, value, out
-):
+  settings, scalars, query_segments, key_segments, key_bits, query, key, value, out,
+  log_sums, scores, mixed, *wide
+):  # fmt: skip
   """Mixes values for one block of queries.
 
   Args:
@@ -147,23 +197,47 @@ def forward_kernel(
     key: [keys, lanes].
     value: [keys, lanes].
     out: [queries, lanes], written.
+    log_sums: [heads of the block, queries], written: log of the sum of exp(score);
+      UNSEEN where a query sees no key.
+    scores: [keys, queries] in float32, for working in.
+    mixed: [queries, lanes] in float32, for working in.
+    *wide: where products take float32, two arrays [keys, lanes] of it.
   """
-  first_row = _first_row(scalars, settings)
+  first_row, size = _first_row(scalars, settings), query.shape[0]
+  key, value = _widened(key, value, wide)
+  score = functools.partial(_scores, settings, query_segments, key_segments)
 
   def block(first, limit):
-    mask = _visible(query_segments, key_segments, first, limit, settings.causal)
-    mixed = jnp.zeros(query.shape, jnp.float32)
+    result = jnp.zeros(query.shape, jnp.float32)
     for head in range(settings.group):
-      drop = _dropper(scalars, key_bits, first_row + head, first, mask.shape, settings)
+      drop = _dropper(scalars, key_bits, first_row + head, first, size, settings)
       own = _own_lanes(head, settings)
-      asked = jnp.where(own, query[...], 0)
-      weights, _ = _weights(key[:limit, :], asked, mask, settings)
-      weights = drop(weights).astype(value.dtype)
-      head_mixed = _product(weights, value[:limit, :], (0, 0), settings)
-      mixed = jnp.where(own, head_mixed, mixed)
-    out[...] = mixed.astype(out.dtype)
+      asked = jnp.where(own, _factor(query[...], query.dtype, settings), 0)
 
-  queries = query.shape[0] * pl.num_programs(2)
+      def look(rows, top, asked=asked):
+        found = score(key[rows, :], asked, rows=rows, first=first)
+        scores[rows, :] = found
+        return jnp.maximum(top, jnp.max(found, axis=0, keepdims=True))
+
+      least = jnp.full((1, size), attention.HIDDEN_SCORE, jnp.float32)
+      top = _for_key_blocks(look, limit, least)
+      mixed[...] = jnp.zeros_like(mixed)
+
+      def mix(rows, total, top=top, drop=drop):
+        exps = jnp.exp(scores[rows, :] - top)
+        dropped = _factor(drop(rows)(exps), value.dtype, settings)
+        mixed[...] += _product(dropped, value[rows, :], (0, 0), settings)
+        return total + jnp.sum(exps, axis=0, keepdims=True)
+
+      total = _for_key_blocks(mix, limit, jnp.zeros((1, size), jnp.float32))
+      scale = 1 / (total * (1 - settings.dropout_rate))
+      log_sum = jnp.where(top > attention.HIDDEN_SCORE, top + jnp.log(total), UNSEEN)
+      log_sums[head : head + 1, :] = log_sum
+      by_query = jnp.broadcast_to(scale, (query.shape[1], size)).T
+      result = jnp.where(own, mixed[...] * by_query, result)
+    out[...] = result.astype(out.dtype)
+
+  queries = size * pl.num_programs(2)
   _for_own_block(block, queries, key.shape[0], settings.causal)
 
 
@@ -176,44 +250,72 @@ def backward_kernel(settings, scalars, query_segments, key_segments, key_bits, *
     query_segments: [1, queries].
     key_segments: [keys, 1].
     key_bits: [keys, 1].
-    *refs: query, key, value; gradients of the mixed values [queries, lanes]; the
-      three gradients, written; sums [keys, lanes] in float32 for the last two.
+    *refs: query, key, value; gradients of the mixed values [queries, lanes]; log_sums
+      as the forward kernel wrote them; the three gradients, written; in float32, for
+      working in: sums [keys, lanes] for the last two and [queries, lanes] for the
+      first, two arrays [keys, queries], and as in `forward_kernel`.
   """
-  query, key, value, by_mixed, by_query, by_key, by_value, *sums = refs
-  key_sums, value_sums = sums
-  first_row = _first_row(scalars, settings)
+  query, key, value, by_mixed, log_sums, by_query, by_key, by_value, *work = refs
+  key_sums, value_sums, query_sum, weights, by_weights, *wide = work
+  key, value = _widened(key, value, wide)
+  first_row, size = _first_row(scalars, settings), query.shape[0]
+  scale = 1 / (1 - settings.dropout_rate)  # of gradients, not of each weight
+  score = functools.partial(_scores, settings, query_segments, key_segments)
+  _start_sums(key_sums, value_sums)
+
+  def block(first, limit):
+    result = jnp.zeros(query.shape, jnp.float32)
+    for head in range(settings.group):
+      drop = _dropper(scalars, key_bits, first_row + head, first, size, settings)
+      own = _own_lanes(head, settings)
+      asked = jnp.where(own, _factor(query[...], query.dtype, settings), 0)
+      wanted = jnp.where(own, _factor(by_mixed[...], query.dtype, settings), 0)
+      log_sum = log_sums[head : head + 1, :]
+
+      def weigh(rows, inner, asked=asked, wanted=wanted, drop=drop, log_sum=log_sum):
+        found = score(key[rows, :], asked, rows=rows, first=first)
+        own_weights = jnp.exp(found - log_sum)
+        dropped = drop(rows)(own_weights)
+        weighted = dropped * _product(value[rows, :], wanted, (1, 1), settings)
+        dropped = _factor(dropped, query.dtype, settings)
+        value_sums[rows, :] += _product(dropped, wanted, (1, 0), settings)
+        weights[rows, :], by_weights[rows, :] = own_weights, weighted
+        # From the weights, not from what they mixed, as flash attention usually has
+        # it: rounded to bfloat16, that more than doubles the gradients' error.
+        return inner + jnp.sum(weighted, axis=0, keepdims=True)
+
+      inner = _for_key_blocks(weigh, limit, jnp.zeros((1, size), jnp.float32))
+      query_sum[...] = jnp.zeros_like(query_sum)
+
+      def back(rows, carry, asked=asked, inner=inner):
+        exact = by_weights[rows, :] - weights[rows, :] * inner
+        by_scores = _factor(exact, query.dtype, settings)
+        key_sums[rows, :] += _product(by_scores, asked, (1, 0), settings)
+        query_sum[...] += _product(by_scores, key[rows, :], (0, 0), settings)
+        return carry
+
+      _for_key_blocks(back, limit, 0)
+      result = jnp.where(own, query_sum[...], result)
+    by_query[...] = (result * scale).astype(by_query.dtype)
+
+  queries = size * pl.num_programs(2)
+  _for_own_block(block, queries, key.shape[0], settings.causal)
+  _end_sums((by_key, by_value), (key_sums, value_sums), scale)
+
+
+def _start_sums(*sums):
+  """Sets sums over all blocks of queries to zero before the first."""
 
   @pl.when(pl.program_id(2) == 0)
   def start():
-    key_sums[...] = jnp.zeros_like(key_sums)
-    value_sums[...] = jnp.zeros_like(value_sums)
+    for one in sums:
+      one[...] = jnp.zeros_like(one)
 
-  def block(first, limit):
-    mask = _visible(query_segments, key_segments, first, limit, settings.causal)
-    query_sum = jnp.zeros(query.shape, jnp.float32)
-    for head in range(settings.group):
-      drop = _dropper(scalars, key_bits, first_row + head, first, mask.shape, settings)
-      own = _own_lanes(head, settings)
-      asked = jnp.where(own, query[...], 0)
-      wanted = jnp.where(own, by_mixed[...], 0)
-      weights, any_seen = _weights(key[:limit, :], asked, mask, settings)
-      by_weights = drop(_product(value[:limit, :], wanted, (1, 1), settings))
-      dropped = drop(weights).astype(query.dtype)
-      value_sums[:limit, :] += _product(dropped, wanted, (1, 0), settings)
-      # From the weights, not from what they mixed, as flash attention usually has
-      # it: rounded to bfloat16, that more than doubles the gradients' error.
-      inner = jnp.sum(weights * by_weights, axis=0, keepdims=True)
-      by_scores = jnp.where(any_seen, weights, 0) * (by_weights - inner)
-      by_scores = by_scores.astype(query.dtype)
-      key_sums[:limit, :] += _product(by_scores, asked, (1, 0), settings)
-      by_asked = _product(by_scores, key[:limit, :], (0, 0), settings)
-      query_sum = jnp.where(own, by_asked, query_sum)
-    by_query[...] = query_sum.astype(by_query.dtype)
 
-  queries = query.shape[0] * pl.num_programs(2)
-  _for_own_block(block, queries, key.shape[0], settings.causal)
+def _end_sums(outputs, sums, scale):
+  """Writes sums over all blocks of queries after the last."""
 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
   def end():
-    by_key[...] = key_sums[...].astype(by_key.dtype)
-    by_value[...] = value_sums[...].astype(by_value.dtype)
+    for out, one in zip(outputs, sums, strict=True):
+      out[...] = (one[...] * scale).astype(out.dtype)

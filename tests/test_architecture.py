@@ -55,7 +55,7 @@ LEVELS = (
 ALLOWED = {
   'bart_t5x.attention': {'dropout'},
   'bart_t5x.attention_cores': {'attention', 'config', 'cudnn', 'flash', 'placement'},
-  'bart_t5x.blocks': {'attention_cores', 'config', 'dropout', 'layers'},
+  'bart_t5x.blocks': {'attention_cores', 'config', 'dropout', 'flash', 'layers'},
   'bart_t5x.command_line': set(),
   'bart_t5x.config': set(),
   'bart_t5x.cudnn': {'attention', 'placement'},

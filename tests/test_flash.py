@@ -1,5 +1,7 @@
 """The TPU kernel, interpreted, against plain attention; and compiled by libtpu."""
 
+import collections
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 from flax.linen import partitioning
 
-from bart_t5x import attention, flash
+from bart_t5x import attention, flash, flash_kernels, network
+from t5x.planning import jaxpr_costs
 
 RULES = [('batch', 'data'), ('heads', 'model')]
 
@@ -50,12 +53,14 @@ def _assert_equal(ours, theirs, tolerance):
 
 
 # Shapes: one block of queries or several; lanes shared by heads, filled by one, or
-# left over; lengths that fill blocks and that do not.
+# left over; lengths that fill blocks and that do not; keys in one turn or in two.
 CASES = [
   ((2, 16, 16, 3, 4), False, 0.0, False),
   ((2, 17, 23, 3, 4), False, 0.3, True),
   ((1, 300, 300, 3, 64), True, 0.3, True),
   ((1, 140, 260, 1, 128), False, 0.1, True),
+  ((1, 130, 600, 2, 64), False, 0.1, True),
+  ((1, 600, 600, 2, 64), True, 0.1, True),
 ]
 
 
@@ -70,7 +75,18 @@ def test_equals_plain_attention_with_its_dropout(shape, causal, rate, packed):
   _assert_equal(ours, theirs, 1e-5)
 
 
-def test_bfloat16_is_as_near_to_float32_as_plain_attention_is():
+@pytest.mark.parametrize(
+  ('keys', 'turn'),
+  [(8, 8), (128, 128), (384, 384), (512, 512), (640, 320), (896, 448), (1024, 512)],
+)
+def test_turns_are_even_parts_of_the_keys(keys, turn):
+  assert flash_kernels.key_block(keys) == turn
+
+
+@pytest.mark.parametrize('widened', [False, True])
+def test_bfloat16_is_as_near_to_float32_as_plain_attention_is(monkeypatch, widened):
+  """Products of bfloat16, and of float32 as a v3 takes them."""
+  monkeypatch.setattr(flash, '_FLOAT32_KINDS', ('cpu',) if widened else ())
   arrays = _arrays(1, 128, 128, 2, 64)
   low = [x.astype(jnp.bfloat16) for x in arrays]
   exact = _run(attention.plain_attention, *(x.astype(jnp.float32) for x in low))
@@ -98,6 +114,36 @@ def test_each_device_draws_its_part_of_the_dropout(axes):
     arrays = [jax.device_put(x, jax.NamedSharding(mesh, placed)) for x in arrays]
     ours = _run(flash.flash_attention, *arrays, **options)
   _assert_equal(ours, plain, 1e-5)
+
+
+@pytest.mark.parametrize(('policy', 'calls'), [('dots', 1), ('full', 2)])
+def test_recomputation_runs_the_kernel_again_only_where_all_is(policy, calls):
+  """What the backward kernel needs of the forward one is kept by `dots`."""
+  config = network.BartConfig(
+      vocab_size=40, emb_dim=128, num_heads=2, num_encoder_layers=1,
+      num_decoder_layers=1, mlp_dim=16, max_positions=16, attention_impl='flash',
+      remat_policy=policy,
+  )  # fmt: skip
+  model = network.Transformer(config)
+  tokens = jnp.ones((1, 16), jnp.int32)
+
+  def loss(params):
+    return model.apply({'params': params}, *[tokens] * 3, enable_dropout=False).sum()
+
+  plain = network.Transformer(dataclasses.replace(config, attention_impl='plain'))
+  shapes = jax.eval_shape(
+    lambda: plain.init(jax.random.key(0), *[tokens] * 3, enable_dropout=False)
+  )
+  mesh = jax.make_mesh((1, 1), ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2)
+  with flash.interpreted(), jax.set_mesh(mesh), partitioning.axis_rules(RULES):
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(shapes['params']).jaxpr
+  counts = collections.Counter()
+  for kernel in jaxpr_costs.kernels(jaxpr):
+    counts[kernel.name] += kernel.calls
+  assert counts == {
+    'flash_attention_forward_kernel': 3 * calls,
+    'flash_attention_backward_kernel': 3,
+  }
 
 
 def test_refuses_another_platform_and_shapes_it_does_not_take():
