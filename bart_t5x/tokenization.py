@@ -184,39 +184,41 @@ def _check_specials(find, swap: bool, name: str) -> int:
 
 
 class ByteLevelTokenizer(Tokenizer):
-  """Byte-level BPE from the bytes of a `tokenizer.json`."""
+  """Byte-level BPE from the bytes of a `tokenizer.json`.
+
+  Attributes:
+    backend: the `tokenizers.Tokenizer` that does the work.
+  """
 
   def __init__(self, content: bytes, name: str = BYTE_LEVEL_FILE):
     import tokenizers
 
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(content.decode('utf-8'))
+      self.backend = tokenizers.Tokenizer.from_str(content.decode('utf-8'))
     except Exception as e:  # tokenizers raises nothing narrower
       raise ValueError(f'{name} is no tokenizer of `tokenizers`: {e}') from e
-    if not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
+    if not isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel):
       raise ValueError(
         f'{name} is no byte-level BPE, the only kind of tokenizer.json that works '
         'here. Of a SentencePiece tokenizer, use the model that it was made of '
         f'({SENTENCEPIECE_FILE}).'
       )
-    self.mask_id = _check_specials(self._tokenizer.token_to_id, True, name)
-    self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+    self.mask_id = _check_specials(self.backend.token_to_id, True, name)
+    self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
     settings = json.loads(content)
     prefixed = '"add_prefix_space": true' in json.dumps(settings.get('pre_tokenizer'))
     self.lossless = settings.get('normalizer') is None and not prefixed
     # Specials in running text are text, and nothing is added, cut or filled up.
-    self._tokenizer.encode_special_tokens = True
-    self._tokenizer.no_padding()
-    self._tokenizer.no_truncation()
+    self.backend.encode_special_tokens = True
+    self.backend.no_padding()
+    self.backend.no_truncation()
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     # The batched call uses every core and pays for it where texts are few.
     if len(texts) == 1:
-      encodings = [self._tokenizer.encode(texts[0], add_special_tokens=False)]
+      encodings = [self.backend.encode(texts[0], add_special_tokens=False)]
     else:
-      encodings = self._tokenizer.encode_batch_fast(
-        list(texts), add_special_tokens=False
-      )
+      encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
     # Text never yields ids 0 and 1, so there is nothing to swap.
     return [e.ids for e in encodings]
 
@@ -225,10 +227,10 @@ class ByteLevelTokenizer(Tokenizer):
     return 'bytelevel'
 
   def piece(self, token_id: int) -> str:
-    return self._tokenizer.id_to_token(_swapped([token_id])[0])
+    return self.backend.id_to_token(_swapped([token_id])[0])
 
   def _decode_run(self, ids: list[int]) -> str:
-    return self._tokenizer.decode(ids, skip_special_tokens=False)
+    return self.backend.decode(ids, skip_special_tokens=False)
 
   def _starts_with_space(self, token_id: int) -> bool:
     # Byte-level alphabets spell space, newline, return and tab like this.

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import seqio
@@ -19,7 +19,7 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 from jaxtyping import Bool
 
-from bart_t5x import tokenization
+from bart_t5x import byte_bpe, tokenization
 from bart_t5x.tokenization import (
   BOS_ID,
   EOS_ID,
@@ -143,26 +143,41 @@ class BartVocabulary(seqio.Vocabulary):
   def _decode(self, ids: Sequence[int]) -> str:
     return self.tokenizer.decode(ids)
 
-  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    """int32 [n] of a scalar string.
+  @byte_bpe.do_not_convert
+  def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
+    """int32 [n] of a scalar string; of strings [k], ragged int32 [k, (n)].
 
-    Byte-level BPE runs in Python here (`tf.numpy_function`), which makes a `tf.data`
-    iterator impossible to save: tasks that tokenize on the fly with it resume at an
-    epoch's start. SentencePiece runs in the graph and has no such limit.
+    Tokenizes in the graph, so that a `tf.data` iterator can be saved. The exceptions
+    are the byte-level tokenizers that `byte_bpe.build_tables` names, with a normalizer
+    for example: those run in Python, and a run that tokenizes with one on the fly can
+    only begin its data anew when it is resumed.
     """
+    if s.shape.rank != 1:
+      return self._encode_tf(tf.reshape(s, [1])).values
+    plain = self._graph_encoder()
+    if plain is None:
+      return self._encode_in_python(s)
+    if not self.templates:
+      return plain(s)
+    parts = tf.strings.split(s, tokenization.MASK)
+    # What str.rstrip strips, before each mask.
+    space = r'[\s\v\x1c-\x1f\x{85}\p{Z}]+$'
+    stripped = tf.strings.regex_replace(parts.values, space, '')
+    last = tf.repeat(parts.row_limits(), parts.row_lengths()) - 1
+    is_last = tf.range(tf.size(parts.values, tf.int64)) == last
+    rows = plain(tf.where(is_last, parts.values, stripped))
+    return _join_rows(parts.with_values(rows), [self.tokenizer.mask_id])
+
+  def _graph_encoder(self) -> Callable[[tf.Tensor], tf.RaggedTensor] | None:
+    """A function of strings [k] to ids [k, (n)] of the text; None if there is none."""
     if isinstance(self.tokenizer, tokenization.SentencePieceTokenizer):
-      return self._encode_in_graph(s)
+      return self._encode_pieces
+    tables = _byte_bpe_tables(self.tokenizer)
+    if tables is None:
+      return None
+    return functools.partial(byte_bpe.encode, tables=tables)
 
-    def encode(text) -> np.ndarray:
-      # bytes in a graph, an array that holds them when run eagerly
-      text = np.asarray(text, object).item().decode('utf-8')
-      return np.asarray(self._encode(text), np.int32)
-
-    ids = tf.numpy_function(encode, [s], tf.int32)
-    ids.set_shape([None])
-    return ids
-
-  def _encode_in_graph(self, s: tf.Tensor) -> tf.Tensor:
+  def _encode_pieces(self, texts: tf.Tensor) -> tf.RaggedTensor:
     tokenizer = self.tokenizer
     model = tf_text.SentencepieceTokenizer(model=self._read())
 
@@ -172,20 +187,22 @@ class BartVocabulary(seqio.Vocabulary):
         return rows.with_values(known(ids))
       return rows.with_values(tf.where(ids < tokenizer.vocab_size, ids, UNK_ID))
 
-    def plain(text):  # [n] strings -> [n, tokens]
-      if not tokenizer.lossless:
-        return known(model.tokenize(text))
-      parts = tf.strings.split(text, tokenization.SPACE_PIECE)
-      return _join_rows(known(model.tokenize(parts)), tokenizer.space_bytes)
+    if not tokenizer.lossless:
+      return known(model.tokenize(texts))
+    parts = tf.strings.split(texts, tokenization.SPACE_PIECE)
+    return _join_rows(known(model.tokenize(parts)), tokenizer.space_bytes)
 
-    if not self.templates:
-      return plain(s[tf.newaxis]).values
-    parts = tf.strings.split(s, tokenization.MASK)
-    # What str.rstrip strips.
-    space = r'[\s\v\x1c-\x1f\x{85}\p{Z}]+$'
-    stripped = tf.strings.regex_replace(parts[:-1], space, '')
-    rows = plain(tf.concat([stripped, parts[-1:]], 0))
-    return _join_rows(rows[tf.newaxis], [tokenizer.mask_id]).values
+  def _encode_in_python(self, texts: tf.Tensor) -> tf.RaggedTensor:
+    def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+      rows = [self._encode(text.decode('utf-8')) for text in texts]
+      flat = np.array([i for row in rows for i in row], np.int32)
+      return flat, np.array([len(row) for row in rows], np.int64)
+
+    flat, lengths = tf.numpy_function(encode, [texts], [tf.int32, tf.int64])
+    flat.set_shape([None])
+    return tf.RaggedTensor.from_row_lengths(
+      flat, tf.ensure_shape(lengths, texts.shape), validate=False
+    )
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
     """Strings of ids [..., n] (a leading axis or more stays); runs in Python."""
@@ -228,6 +245,13 @@ def _word_start_table(tokenizer: tokenization.Tokenizer) -> np.ndarray:
   table = tokenizer.word_start_table()
   table.setflags(write=False)
   return table
+
+
+@functools.lru_cache(maxsize=8)
+def _byte_bpe_tables(
+  tokenizer: tokenization.ByteLevelTokenizer,
+) -> byte_bpe.Tables | None:
+  return byte_bpe.build_tables(tokenizer.backend)
 
 
 def _join_rows(rows: tf.RaggedTensor, separator: list[int]) -> tf.RaggedTensor:

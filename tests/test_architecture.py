@@ -56,6 +56,7 @@ ALLOWED = {
   'bart_t5x.attention': {'dropout'},
   'bart_t5x.attention_cores': {'attention', 'config', 'cudnn', 'flash', 'placement'},
   'bart_t5x.blocks': {'attention_cores', 'config', 'dropout', 'flash', 'layers'},
+  'bart_t5x.byte_bpe': set(),
   'bart_t5x.command_line': set(),
   'bart_t5x.config': set(),
   'bart_t5x.cudnn': {'attention', 'placement'},
@@ -87,7 +88,7 @@ ALLOWED = {
   'bart_t5x.sources': {'noise'},
   'bart_t5x.spans': set(),
   'bart_t5x.tokenization': set(),
-  'bart_t5x.vocabularies': {'tokenization'},
+  'bart_t5x.vocabularies': {'byte_bpe', 'tokenization'},
 }
 
 # Linear mains: long, but read from top to bottom.

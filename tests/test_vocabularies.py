@@ -86,8 +86,18 @@ def test_inside_tf_data(corpus_dir):
   ]
 
 
-def test_sentencepiece_in_the_graph_can_be_saved(folders, tmp_path):
-  vocabulary = vocabularies.load_vocabulary(folders / 'unigram')
+@pytest.mark.parametrize('templates', [False, True])
+def test_some_texts_at_once(corpus_dir, templates):
+  vocabulary = vocabularies.load_vocabulary(corpus_dir, templates)
+  texts = [*TEMPLATES, *ODD, *TEXTS[:3]]
+  rows = vocabulary.encode_tf(tf.constant(texts))
+  assert rows.dtype == tf.int32
+  assert rows.to_list() == [vocabulary.encode(text) for text in texts]
+  assert vocabulary.encode_tf(tf.constant(['', ''])).to_list() == [[], []]
+
+
+def test_where_it_stands_can_be_saved(corpus_dir, tmp_path):
+  vocabulary = vocabularies.load_vocabulary(corpus_dir)
   dataset = tf.data.Dataset.from_tensor_slices(TEXTS).map(vocabulary.encode_tf)
   iterator = iter(dataset)
   next(iterator)

@@ -86,6 +86,19 @@ def scalars(folder, tag='loss'):
   }
 
 
+def saved_state(checkpoint):
+  """Parameters, optimizer state and step of a checkpoint, as NumPy arrays."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  reader = ocp.PyTreeCheckpointer()
+  tree = reader.metadata(checkpoint / 'state').item_metadata.tree
+  plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  return reader.restore(
+    checkpoint / 'state', args=ocp.args.PyTreeRestore(item=tree, restore_args=plain)
+  )
+
+
 TRAIN_FILES = ('gin/bart_mini_no.gin', 'gin/models/tiny.gin')
 
 
@@ -242,5 +255,6 @@ def helpers():
     gin_flags=gin_flags,
     tiny_training=tiny_training,
     scalars=scalars,
+    saved_state=saved_state,
     made_up_norwegian=made_up_norwegian,
   )

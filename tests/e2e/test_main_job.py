@@ -7,7 +7,6 @@ import struct
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -41,16 +40,6 @@ def whole(train, tmp_path_factory):
 def held_out(helpers):
   """{step: value} of a run's metric on held-out documents."""
   return lambda run, tag='loss': helpers.scalars(run / 'training_eval' / TASK, tag)
-
-
-def saved_state(checkpoint):
-  """Parameters, optimizer state and step of a checkpoint, as NumPy arrays."""
-  reader = ocp.PyTreeCheckpointer()
-  tree = reader.metadata(checkpoint / 'state').item_metadata.tree
-  plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-  return reader.restore(
-    checkpoint / 'state', args=ocp.args.PyTreeRestore(item=tree, restore_args=plain)
-  )
 
 
 def call(helpers, data_root, module, *args):
@@ -99,7 +88,7 @@ def test_train_leaves_its_files_and_learns(whole, held_out, helpers):
 
 
 def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
-  train, whole, held_out, tmp_path
+  train, whole, held_out, helpers, tmp_path
 ):
   """Killed after its first checkpoint, then asked to stop in mid-period."""
   run = tmp_path / 'run'
@@ -125,7 +114,7 @@ def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
   assert re.search(rf'Going on from \S*checkpoint_{second} ', outcome.text)
   assert held_out(run)[STEPS] == held_out(whole)[STEPS]
   name = f'checkpoint_{STEPS}'
-  ours, theirs = saved_state(run / name), saved_state(whole / name)
+  ours, theirs = (helpers.saved_state(folder / name) for folder in (run, whole))
   assert set(theirs) == {'state', 'target'}
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

@@ -1,0 +1,396 @@
+"""Byte-level BPE as TensorFlow operations: the ids that `tokenizers` gives, exactly.
+
+`tokenizers` is a library for Python, and a Python function inside `tf.data` takes one
+core at most and keeps an iterator from being saved. Here its work is done in the graph,
+for many texts at once:
+
+    text    -> words   GPT-2's pattern, from the kinds of neighbouring characters
+    words   -> ids     most words are a token of the vocabulary and are looked up
+    others  -> ids     merged pair by pair, all words side by side (arXiv 1508.07909)
+
+Nothing here guesses what `tokenizers` does: which characters are letters, and which
+words are tokens, is what it answers when asked. All tables are constants, so there is
+nothing to initialise and nothing that an iterator could not save.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+# See `noise`: keeps AutoGraph from looking through what it need not.
+do_not_convert = tf.autograph.experimental.do_not_convert
+
+# Kinds of characters; `_EDGE` is what lies before and behind a text.
+_EDGE, _LETTER, _NUMBER, _OTHER, _BLANK, _SPACE = range(6)
+_PROBES = {_LETTER: 'a', _NUMBER: '1', _OTHER: '-'}
+# Unicode has neither letters, numbers nor white space from here on.
+_KNOWN_CODE_POINTS = 0x40000
+_PAGE = 256
+_SURROGATES = range(0xD800, 0xE000)
+
+# What the contractions of the pattern have behind the apostrophe.
+_SHORT_CONTRACTIONS = 'stmd'
+_LONG_CONTRACTIONS = ('re', 've', 'll')
+
+_NO_RANK = np.iinfo(np.int32).max
+_NO_PAIR = np.iinfo(np.int64).max
+_HASHES = 2**62
+
+
+class Tables(NamedTuple):
+  """A tokenizer as tensors; the last row of the sorted ones stands for "not found".
+
+  Attributes:
+    kinds: uint8 [code points], the kind of each character.
+    byte_ids: int32 [256], the token of each byte.
+    pairs: int64 [merges + 1], sorted: left id x `base` + right id.
+    ranks: int32 [merges + 1], of each pair: the lowest is merged first.
+    products: int32 [merges + 1], by rank: what a pair becomes.
+    single: bool [merges + 1], by rank: whether its product may have a pair of lower
+      rank, so that no second merge of the rank may follow at once. None for nowhere,
+      as in every vocabulary that was trained in one go.
+    hashes: int64 [words + 1], sorted, of the words that are one token.
+    words: string [words + 1].
+    word_ids: int32 [words + 1].
+    base: more than any id.
+    prefix: whether a text gets a space before it.
+    split: whether a text is split into words at all.
+  """
+
+  kinds: tf.Tensor
+  byte_ids: tf.Tensor
+  pairs: tf.Tensor
+  ranks: tf.Tensor
+  products: tf.Tensor
+  single: tf.Tensor | None
+  hashes: tf.Tensor
+  words: tf.Tensor
+  word_ids: tf.Tensor
+  base: int
+  prefix: bool
+  split: bool
+
+
+# ---- tables ------------------------------------------------------------------
+
+
+def build_tables(tokenizer) -> Tables | None:
+  """The tables of a tokenizer; takes about a second for 50,000 tokens.
+
+  Args:
+    tokenizer: a `tokenizers.Tokenizer` that takes special tokens in text for text.
+
+  Returns:
+    The tables; None for a tokenizer that `encode` cannot follow exactly: one with a
+    normalizer, with a pre-tokenizer other than a single ByteLevel, with added tokens
+    that are not special, with a BPE that draws at random, marks the parts of words or
+    lacks bytes.
+  """
+  settings = json.loads(tokenizer.to_str())
+  model, splitter = settings['model'], settings['pre_tokenizer'] or {}
+  if not _can_follow(settings, model, splitter):
+    return None
+  words, word_ids = _whole_words(tokenizer.model, model['vocab'])
+  with tf.init_scope(), tf.device('CPU'):
+    hashes = tf.strings.to_hash_bucket_fast(words, _HASHES).numpy()
+    order = np.argsort(hashes)
+    if (np.diff(hashes[order]) == 0).any():
+      return None  # never seen, but then a word might not be found
+    return Tables(
+      kinds=tf.constant(character_kinds()),
+      byte_ids=tf.constant(
+        [model['vocab'][c] for c in _byte_characters()], dtype=tf.int32
+      ),
+      hashes=_constant(hashes[order], _HASHES, tf.int64),
+      words=_constant(words[order], b'', tf.string),
+      word_ids=_constant(word_ids[order], 0, tf.int32),
+      prefix=splitter['add_prefix_space'],
+      split=splitter['use_regex'],
+      **_merges(model['vocab'], model['merges']),
+    )
+
+
+def _can_follow(settings: Mapping, model: Mapping, splitter: Mapping) -> bool:
+  return (
+    settings['normalizer'] is None
+    and splitter.get('type') == 'ByteLevel'
+    and all(token['special'] for token in settings['added_tokens'])
+    and model['type'] == 'BPE'
+    and not model['dropout']
+    and not model['continuing_subword_prefix']
+    and not model['end_of_word_suffix']
+    and all(character in model['vocab'] for character in _byte_characters())
+  )
+
+
+def _constant(rows, behind, dtype: tf.DType) -> tf.Tensor:
+  return tf.constant([*rows, behind], dtype)
+
+
+@functools.cache
+def _byte_characters() -> tuple[str, ...]:
+  """How GPT-2's alphabet spells each of the 256 bytes."""
+  printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printed]
+  codes = dict(zip(printed, printed, strict=True))
+  codes |= {byte: 256 + i for i, byte in enumerate(others)}
+  return tuple(chr(codes[byte]) for byte in range(256))
+
+
+@functools.cache
+def character_kinds() -> np.ndarray:
+  """The kind of each code point for the pre-tokenizer, which is asked: uint8 [n]."""
+  from tokenizers import pre_tokenizers
+
+  split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+
+  def kind_of(character: str) -> int:
+    # Two of a kind stay together; blanks are of no probe's kind.
+    found = [k for k, probe in _PROBES.items() if len(split(probe + character)) == 1]
+    return found[0] if found else _BLANK
+
+  kinds = np.zeros(_KNOWN_CODE_POINTS, np.uint8)
+  for code in range(_PAGE):
+    kinds[code] = kind_of(chr(code))
+  kinds[ord(' ')] = _SPACE
+  for first in range(_PAGE, _KNOWN_CODE_POINTS, _PAGE):
+    if first not in _SURROGATES:
+      # Without spaces and apostrophes a piece holds one kind only.
+      page = ''.join(map(chr, range(first, first + _PAGE)))
+      for _, (begin, end) in split(page):
+        kinds[first + begin : first + end] = kind_of(page[begin])
+  return kinds
+
+
+def _whole_words(model, vocab: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+  """Words that become one token, as bytes [n], and their ids [n]."""
+  byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+  words, ids = [], []
+  for token in vocab:
+    if token and all(character in byte_of for character in token):
+      found = model.tokenize(token)
+      if len(found) == 1:
+        words.append(bytes(byte_of[character] for character in token))
+        ids.append(found[0].id)
+  return np.array(words, object), np.array(ids)
+
+
+def _merges(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
+  """`pairs`, `ranks`, `products`, `single` and `base`."""
+  base = max(vocab.values()) + 1
+  left = np.array([vocab[a] for a, _ in merges], np.int64)
+  right = np.array([vocab[b] for _, b in merges], np.int64)
+  products = np.array([vocab[a + b] for a, b in merges], np.int64)
+  ranks = np.arange(len(merges))
+  pairs = left * base + right
+  order = np.argsort(pairs)
+  first_use = np.full(base, _NO_RANK)
+  for part in (left, right):
+    np.minimum.at(first_use, part, ranks)
+  single = first_use[products] < ranks
+  return {
+    'base': base,
+    'pairs': _constant(pairs[order], _NO_PAIR, tf.int64),
+    'ranks': _constant(order, _NO_RANK, tf.int32),
+    'products': _constant(products, 0, tf.int32),
+    'single': _constant(single, False, tf.bool) if single.any() else None,
+  }
+
+
+# ---- text to ids -------------------------------------------------------------
+
+
+@do_not_convert
+def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
+  """Tokenizes texts; special tokens in them are text like any other.
+
+  Args:
+    texts: string [n], UTF-8.
+    tables: of the tokenizer.
+
+  Returns:
+    int32 [n, (tokens)].
+
+  Raises:
+    tf.errors.InvalidArgumentError: a text is not UTF-8.
+  """
+  if tables.prefix:
+    bare = ~tf.strings.regex_full_match(texts, r'(?s)( .*)?')
+    texts = tf.where(bare, tf.strings.join([' ', texts]), texts)
+  decoded = tf.strings.unicode_decode(texts, 'UTF-8', errors='strict')
+  codes, splits = decoded.values, decoded.row_splits
+  # Characters lie behind each other, and so do bytes: where each begins, and the end.
+  longer = [tf.cast(codes >= bound, tf.int64) for bound in (0x80, 0x800, 0x10000)]
+  edges = _with_zero(tf.cumsum(1 + tf.add_n(longer)))
+
+  starts = _marks(splits, tf.size(codes))
+  if tables.split:
+    starts = word_starts(codes, starts, tables.kinds)
+  firsts = tf.where(starts[: tf.size(codes)])[:, 0]
+  words = tf.RaggedTensor.from_row_starts(codes, firsts, validate=False)
+  words = tf.strings.unicode_encode(words, 'UTF-8', errors='strict')
+  row = tf.searchsorted(tables.hashes, tf.strings.to_hash_bucket_fast(words, _HASHES))
+  known = tf.gather(tables.words, row) == words
+
+  places = tf.gather(edges, firsts)
+  ids = _kept(tf.gather(tables.word_ids, row), known)
+  other_places, other_ids = _merged(_kept(words, ~known), _kept(places, ~known), tables)
+  places = tf.concat([_kept(places, known), other_places], 0)
+  ids = tf.concat([ids, other_ids], 0)
+
+  # Each token at the place of its first byte; then the places between go.
+  tokens = tf.tensor_scatter_nd_update(
+    tf.fill([edges[-1]], -1), places[:, tf.newaxis], ids
+  )
+  is_token = tokens >= 0
+  before = _with_zero(tf.cumsum(tf.cast(is_token, tf.int64)))
+  return tf.RaggedTensor.from_row_splits(
+    _kept(tokens, is_token),
+    tf.gather(before, tf.gather(edges, splits)),
+    validate=False,
+  )
+
+
+def _with_zero(sums: tf.Tensor) -> tf.Tensor:
+  return tf.concat([tf.zeros([1], sums.dtype), sums], 0)
+
+
+def _kept(rows: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+  """`tf.boolean_mask` of a vector, in two operations."""
+  return tf.gather(rows, tf.where(mask)[:, 0])
+
+
+def _marks(places: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+  """Bool [size + 3], true at places [n] up to `size`."""
+  ones = tf.ones_like(places, tf.int32)
+  return tf.scatter_nd(places[:, tf.newaxis], ones, [size + 3]) > 0
+
+
+def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tensor:
+  r"""Where the words of GPT-2's pattern begin.
+
+      's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+  A word begins where the kind changes, and with it goes a space before it. Of a run of
+  white space the last character stands alone if something follows. The contractions
+  count where an apostrophe begins a word.
+
+  Args:
+    codes: int32 [n], code points of texts that lie behind each other.
+    edges: bool [n + 3], where a text begins, and the end of the last.
+    kinds: of `Tables`.
+
+  Returns:
+    bool [n + 3], of which the first n are the answer.
+  """
+  n = tf.size(codes)
+  kind = tf.gather(kinds, tf.minimum(codes, _KNOWN_CODE_POINTS - 1))
+  edge = tf.constant([_EDGE], tf.uint8)
+  before = tf.where(edges[:n], edge, tf.concat([edge, kind[:-1]], 0))
+  behind = tf.where(edges[1 : n + 1], edge, tf.concat([kind[1:], edge], 0))
+  starts = tf.where(
+    kind >= _BLANK,
+    (before < _BLANK) | ((behind < _BLANK) & (behind != _EDGE)),
+    (before != kind) & (before != _SPACE),
+  )
+
+  # The two characters behind each apostrophe, 0 for those of the next text.
+  at = tf.where((codes == ord("'")) & starts)[:, 0]
+  padded = tf.concat([codes, [0, 0]], 0)
+  one = tf.where(tf.gather(edges, at + 1), 0, tf.gather(padded, at + 1))
+  two = tf.where(tf.gather(edges, at + 2), 0, tf.gather(padded, at + 2))
+  short = functools.reduce(
+    tf.logical_or, [one == ord(letter) for letter in _SHORT_CONTRACTIONS]
+  )
+  long = functools.reduce(
+    tf.logical_or, [(one == ord(a)) & (two == ord(b)) for a, b in _LONG_CONTRACTIONS]
+  )
+  inside = _kept(at, short | long) + 1
+  after = tf.concat([_kept(at, short) + 2, _kept(at, long) + 3], 0)
+  return tf.tensor_scatter_nd_update(
+    tf.concat([starts, tf.zeros([3], tf.bool)], 0),
+    tf.concat([inside, after], 0)[:, tf.newaxis],
+    tf.concat([tf.zeros_like(inside, tf.bool), tf.ones_like(after, tf.bool)], 0),
+  )
+
+
+def _merged(
+  words: tf.Tensor, places: tf.Tensor, tables: Tables
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Merges the bytes of words until no pair is left that has a rank.
+
+  Args:
+    words: string [n].
+    places: int64 [n], of their first bytes.
+    tables: of the tokenizer.
+
+  Returns:
+    Of all tokens the place of the first byte, int64 [m], and the id, int32 [m].
+  """
+  data = tf.io.decode_raw(tf.strings.reduce_join(words), tf.uint8)
+  lengths = tf.strings.length(words)
+  word = tf.repeat(tf.range(tf.size(words)), lengths)
+  offsets = places - tf.cumsum(tf.cast(lengths, tf.int64), exclusive=True)
+  places = tf.range(tf.size(data, tf.int64)) + tf.repeat(offsets, lengths)
+  ids = tf.gather(tables.byte_ids, tf.cast(data, tf.int32))
+  every = tf.range(tf.size(ids))
+  state = (places, word, ids, _ranks(every, word, ids, tables))
+  places, _, ids, _ = tf.while_loop(
+    lambda places, word, ids, ranks: tf.reduce_min(ranks) < _NO_RANK,
+    lambda *state: _merge_once(*state, tables),
+    state,
+    shape_invariants=(tf.TensorShape([None]),) * 4,
+  )
+  return places, ids
+
+
+def _ranks(at: tf.Tensor, word: tf.Tensor, ids: tf.Tensor, tables: Tables) -> tf.Tensor:
+  """Ranks of the pairs that begin at positions `at`; `_NO_RANK` where there is none."""
+  second = tf.minimum(at + 1, tf.size(ids, at.dtype) - 1)
+  left, right = (tf.cast(tf.gather(ids, i), tf.int64) for i in (at, second))
+  pair = left * tables.base + right
+  row = tf.searchsorted(tables.pairs, pair)
+  found = (
+    (tf.gather(tables.pairs, row) == pair)
+    & (tf.gather(word, at) == tf.gather(word, second))
+    & (at < second)
+  )
+  return tf.where(found, tf.gather(tables.ranks, row), _NO_RANK)
+
+
+def _merge_once(places, word, ids, ranks, tables: Tables):
+  """Merges each word's pair of the lowest rank wherever the word has it.
+
+  As one after the other from the left: of three equal tokens the first two.
+  """
+  lowest = tf.math.segment_min(ranks, word)
+  lowest = tf.where(lowest < _NO_RANK, lowest, -1)  # a word that is done
+  at = tf.where(ranks == tf.gather(lowest, word))[:, 0]
+  if tables.single is not None:
+    of = tf.gather(word, at)
+    is_first = tf.concat([[True], of[1:] != of[:-1]], 0)
+    single = tf.gather(tables.single, tf.gather(ranks, at))
+    at = _kept(at, is_first | ~single)
+  # Pairs that overlap are runs of positions without a gap: every other one of them.
+  begins = tf.concat([[True], at[1:] - at[:-1] > 1], 0)
+  run = tf.cumsum(tf.cast(begins, tf.int32)) - 1
+  at = _kept(at, (at - tf.gather(_kept(at, begins), run)) % 2 == 0)
+
+  product = tf.gather(tables.products, tf.gather(ranks, at))
+  ids = tf.tensor_scatter_nd_update(ids, at[:, tf.newaxis], product)
+  stays = tf.tensor_scatter_nd_update(
+    tf.ones_like(ids, tf.bool), at[:, tf.newaxis] + 1, tf.zeros_like(at, tf.bool)
+  )
+  kept = tf.where(stays)[:, 0]
+  places, word, ids, ranks = (tf.gather(x, kept) for x in (places, word, ids, ranks))
+  # Each merge moved what is behind it; only pairs with a product in them are new.
+  at -= tf.range(tf.size(at, tf.int64))
+  changed = tf.concat([tf.maximum(at - 1, 0), at], 0)
+  ranks = tf.tensor_scatter_nd_update(
+    ranks, changed[:, tf.newaxis], _ranks(changed, word, ids, tables)
+  )
+  return places, word, ids, ranks

@@ -1,0 +1,75 @@
+"""A fine-tuning run that was stopped ends as one that was not, bit for bit."""
+
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS, PERIOD = 400, 100
+
+
+@pytest.fixture(scope='module')
+def train(helpers, data_root):
+  """Starts `python -m t5x.train` with gin/finetune.gin on a tiny model in a folder.
+
+  60 pairs of a sentence and itself with other endings: 7.5 batches an epoch.
+  """
+  folder = data_root / 'finetune' / 'nb_nn'
+  folder.mkdir(parents=True)
+  sentences = [text.partition(': ')[2][:80] for text in helpers.made_up_norwegian(64)]
+  pairs = [f'{text}\t{text.replace("en", "a")}' for text in sentences]
+  for split, rows in (('train', pairs[:60]), ('validation', pairs[60:])):
+    (folder / f'{split}.tsv').write_text('\n'.join(['nb\tnn', *rows]) + '\n')
+
+  def start(model_dir):
+    bindings = helpers.tiny_training(
+      model_dir,
+      MIXTURE_OR_TASK_NAME='nb_nn_mini',
+      INITIAL_CHECKPOINT_PATH=[],
+      TRAIN_STEPS_RELATIVE=STEPS,
+      EVAL_PERIOD=PERIOD,
+      EVAL_STEPS=1,
+      NUM_BEAMS=1,
+      PATIENCE=9,
+    )
+    for name in [n for n in bindings if n == 'TRAIN_STEPS' or '.eval_' in n]:
+      del bindings[name]
+    files = ('gin/finetune.gin', 'gin/models/tiny.gin')
+    return helpers.Process(data_root, 't5x.train', *helpers.gin_flags(files, bindings))
+
+  return start
+
+
+def test_stopped_and_started_again(train, helpers, tmp_path):
+  whole, run = tmp_path / 'whole', tmp_path / 'run'
+  outcome = train(whole).end()
+  assert outcome.code == 0, outcome.text
+
+  # Killed after its first checkpoint, then asked to stop in mid-period.
+  killed = train(run)
+  killed.wait_for(lambda _: (run / f'checkpoint_{PERIOD}').exists())
+  killed.send(signal.SIGKILL)
+  assert killed.end().code == -signal.SIGKILL
+  stopped = train(run)
+  stopped.wait_for(lambda text: f'step {PERIOD + 20} of {STEPS}' in text)
+  stopped.send(signal.SIGTERM)
+  outcome = stopped.end()
+  assert outcome.code == 0, outcome.text
+  assert re.search(rf'Going on from \S*checkpoint_{PERIOD} ', outcome.text)
+  second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
+  assert PERIOD + 20 <= second < STEPS
+
+  outcome = train(run).end()
+  assert outcome.code == 0, outcome.text
+  assert re.search(rf'Going on from \S*checkpoint_{second} ', outcome.text)
+  assert (
+    helpers.scalars(run / 'train')[STEPS] == helpers.scalars(whole / 'train')[STEPS]
+  )
+  folders = [folder / f'checkpoint_{STEPS}' for folder in (run, whole)]
+  ours, theirs = map(helpers.saved_state, folders)
+  assert set(theirs) == {'state', 'target'}
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
