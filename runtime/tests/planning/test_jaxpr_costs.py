@@ -132,3 +132,19 @@ def test_branches_of_a_kernel_count_in_the_cells_where_they_run():
   assert found.flops == 4 * (1 + 2 + 3) * 2 * 8 * 128 * 128
   # In the last cell of each row a product of floats, and one of integers.
   assert found.vector_operations == 4 * (8 * 128) * (1 + 22)
+
+
+def test_kernels_whose_results_nobody_needs_do_not_count():
+  @jax.jit
+  def double(x):
+    def kernel(x, out):
+      out[...] = x[...] * 2
+
+    return pl.pallas_call(kernel, out_shape=x, name='double')(x)
+
+  def f(x):
+    unused = double(double(x))
+    return double(x), unused.shape[0]
+
+  (only,) = jaxpr_costs.kernels(jax.make_jaxpr(f)(jnp.ones((8, 128))).jaxpr)
+  assert only.calls == 1

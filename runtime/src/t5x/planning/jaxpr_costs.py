@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # Elements in one register of a TPU's vector unit, [sublanes, lanes].
 _SUBLANES, _LANES = 8, 128
@@ -77,9 +78,15 @@ def matmul_flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def kernels(jaxpr: Any) -> list[Kernel]:
-  """The Pallas calls of a traced function, equal ones together."""
+  """The Pallas calls of a traced function, equal ones together.
+
+  Those whose results nobody needs are left out, as a compiler does: the pass that gives
+  a decoder's cache its shapes, and the last layer of a prompt's.
+  """
+  inner = getattr(jaxpr, 'jaxpr', jaxpr)
+  needed, _ = partial_eval.dce_jaxpr(inner, [True] * len(inner.outvars))
   found: dict[Any, Kernel] = {}
-  for equation, times in _equations(jaxpr, into_kernels=False):
+  for equation, times in _equations(needed, into_kernels=False):
     if equation.primitive.name == 'pallas_call':
       kernel = _kernel(equation)
       key = dataclasses.replace(kernel, calls=0)
@@ -203,7 +210,7 @@ class _Cells:
   def __init__(self, grid: Sequence[int]):
     self._grid = tuple(grid)
     # [axis, cell]
-    self._indices = np.indices(self._grid).reshape(len(self._grid), -1)
+    self._indices = np.indices(self._grid).reshape(len(self._grid), math.prod(grid))
 
   def equations(self, jaxpr: Any) -> Iterator[tuple[Any, float]]:
     """(equation, how often it runs in all cells together)."""

@@ -115,7 +115,9 @@ def size_text(number: float) -> str:
 
 
 def _seconds(value: float | None) -> str:
-  return 'not known' if value is None else f'{value:.4g} s'
+  if value is None:
+    return 'not known'
+  return f'{value:.4g} s' if value >= 1e-6 or not value else 'less than a microsecond'
 
 
 def table(plan: Plan) -> str:
