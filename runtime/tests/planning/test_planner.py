@@ -61,6 +61,15 @@ def test_the_largest_batch(arguments, memory_of_rows):
   assert len(memory_of_rows) <= 5
 
 
+def test_the_screen_says_what_was_found(arguments, memory_of_rows, capsys):
+  planner.show(arguments, 'cpu:8', find_batch=True)
+  shown = capsys.readouterr().out
+  assert 'step                      train, 144 rows' in shown
+  last = shown.splitlines()[-1]
+  assert 'fits: 144 rows, 18 a device; 152 do not (16.20 GiB).' in last
+  assert f'Sizes compiled: {len(memory_of_rows)}.' in last
+
+
 def test_the_largest_batch_divides_by_its_microbatches(arguments, memory_of_rows):
   cut = functools.partial(arguments['trainer_cls'], num_microbatches=5)
   own = tiny.dataset_config('train', batch_size=40)

@@ -89,3 +89,11 @@ def test_the_search_ends_at_the_largest_batch(
   largest = max((s for s in sizes if needed(s) <= available), default=0)
   assert max(fits, default=0) >= 0.97 * largest - unit
   assert len(tried) <= 12
+
+
+def test_a_search_whose_end_is_not_known():
+  assert 'fits: 64 rows, 8 a device. Sizes compiled: 1.' in report.found_batch(
+    {64: 5}, 9, 8
+  )
+  text = report.found_batch({64: 5, 72: math.inf}, 9, 8)
+  assert 'a device; 72 do not. Sizes compiled: 2.' in text

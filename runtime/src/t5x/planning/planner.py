@@ -41,7 +41,12 @@ def devices_in_force(name: str | None) -> Iterator[None]:
 
 
 class Planner:
-  """Plans steps of one run on one topology."""
+  """Plans steps of one run on one topology.
+
+  Attributes:
+    parts: what a batch is split into over the devices.
+    tried: by `largest`: bytes needed by batch size.
+  """
 
   def __init__(self, arguments: Mapping[str, Any], topology: str, kind: str = 'train'):
     """Takes what `train` takes.
@@ -61,6 +66,7 @@ class Planner:
     self._cfg = arguments.get(_BATCHES[kind]) or arguments['train_dataset_cfg']
     steps = arguments.get('relative_steps') or arguments.get('total_steps')
     self._steps = steps if kind == 'train' else None
+    self.tried: dict[int, float] = {}
 
   def plan(self, batch_size: int | None = None) -> report.Plan:
     """Compiles the step.
@@ -73,7 +79,7 @@ class Planner:
     """
     size = batch_size or self._cfg.batch_size
     step = self._run.step(self._kind, dataclasses.replace(self._cfg, batch_size=size))
-    self._unit = step.parts * step.microbatches
+    self.parts, self._unit = step.parts, step.parts * step.microbatches
     logging.info(
       'Compiling the %s step of %d rows for %s.', self._kind, size, self._name
     )
@@ -95,7 +101,7 @@ class Planner:
       DoesNotFitError: not even one row a device fits.
     """
     available = self._topology.chip.hbm_bytes
-    tried, best, error = {}, None, None
+    tried, best, error = self.tried, None, None
     size = self._cfg.batch_size
     while size is not None and len(tried) < _MOST_TRIES:
       try:
@@ -139,6 +145,9 @@ def show(
   except DoesNotFitError as error:
     raise ValueError(refusal.text(error, kind)) from error
   print(report.table(plan), flush=True)
+  if find_batch:
+    available = plan.topology.chip.hbm_bytes
+    print(report.found_batch(planner.tried, available, planner.parts), flush=True)
   if json_path:
     report.write_json(plan, json_path)
   return plan

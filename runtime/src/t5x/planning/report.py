@@ -168,6 +168,27 @@ def table(plan: Plan) -> str:
   return '\n'.join(lines)
 
 
+def found_batch(tried: dict[int, float], available: float, parts: int) -> str:
+  """What the search for a batch found.
+
+  Args:
+    tried: bytes needed by batch size, at least one of which fits.
+    available: bytes there are.
+    parts: what the batch is split into.
+  """
+  best = max(size for size, needed in tried.items() if needed <= available)
+  more = min((size for size in tried if size > best), default=None)
+  text = f'The largest batch found that fits: {best} rows, {best // parts} a device'
+  if more is not None:
+    text += f'; {more} do not'
+    if math.isfinite(tried[more]):
+      text += f' ({size_text(tried[more])})'
+  return (
+    f'{text}. Sizes compiled: {len(tried)}. What follows from the batch has to '
+    'follow: the number of steps, and constants like LOSS_NORMALIZING_FACTOR.'
+  )
+
+
 def next_batch(tried: dict[int, float], available: float, unit: int) -> int | None:
   """The batch size to try next, on the way to the largest that fits.
 
