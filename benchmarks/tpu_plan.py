@@ -24,6 +24,7 @@ TABLE = ROOT / 'benchmarks' / 'tpu_plan.md'
 CONFIG = 'network.BartConfig.'
 # Layers as a loop, which is much quicker to compile.
 SCAN = {CONFIG + 'scan_layers': True}
+LONG_SOURCES = {'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +48,22 @@ class Variant:
 
 def _base(name: str, what: str, **fields) -> Variant:
   bindings = {CONFIG + field: value for field, value in fields.items()}
-  return Variant(f'base_{name}', what, {**SCAN, **bindings})
+  return Variant(f'base_{name}', f'{what}, in a loop', {**SCAN, **bindings})
 
 
 VARIANTS = (
   Variant('base', 'as the gin file has it', {}),
-  _base('scan', 'as the gin file has it, layers in a loop'),
+  _base('scan', 'as the gin file has it'),
   Variant(
     'base_none',
-    'sources of 1024, nothing computed again, layers in a loop',
-    {
-      **SCAN,
-      CONFIG + 'remat_policy': 'none',
-      'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024},
-    },
+    'sources of 1024, nothing computed again, in a loop',
+    {**SCAN, **LONG_SOURCES, CONFIG + 'remat_policy': 'none'},
   ),
   Variant(
     'base_plain_none',
-    'plain attention, sources of 1024, nothing computed again, layers written out',
+    'plain attention, sources of 1024, nothing computed again',
     {
-      'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024},
+      **LONG_SOURCES,
       CONFIG + 'attention_impl': 'plain',
       CONFIG + 'remat_policy': 'none',
     },
@@ -82,38 +79,47 @@ VARIANTS = (
   _base('full', 'whole layers computed again', remat_policy='full'),
   Variant(
     'base_dropout_0',
-    'no dropout (another recipe)',
+    'no dropout (another recipe), in a loop',
     {**SCAN, 'DROPOUT_RATE': 0.0},
   ),
   Variant(
     'base_1024',
     'sources of 1024 like targets, logits of 64 positions at a time, in a loop',
-    {
-      **SCAN,
-      'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024},
-      'model.BartModel.loss_chunk_length': 64,
-    },
+    {**SCAN, **LONG_SOURCES, 'model.BartModel.loss_chunk_length': 64},
   ),
   Variant(
     'base_loss_all',
-    'all logits at once',
+    'all logits at once, in a loop',
     {**SCAN, 'model.BartModel.loss_chunk_length': None},
   ),
   Variant(
     'base_loss_128',
-    'logits of 128 positions at a time',
+    'logits of 128 positions at a time, in a loop',
     {**SCAN, 'model.BartModel.loss_chunk_length': 128},
   ),
   Variant(
     'base_microbatches_2',
-    'in two microbatches',
+    'in two microbatches, in a loop',
     {**SCAN, 'trainer.Trainer.num_microbatches': 2},
   ),
   _base('vocabulary', 'vocabulary not padded', vocab_multiple_of=1),
+  Variant('base_out_1024', 'sources of 1024', LONG_SOURCES),
+  Variant(
+    'base_out_plain_dots', 'plain attention', {CONFIG + 'attention_impl': 'plain'}
+  ),
+  Variant('base_448', '448 rows, the most that fit', {'BATCH_SIZE': 448}),
+  *(
+    Variant(
+      f'base_mesh_{8 // parts}x{parts}',
+      f'mesh of {8 // parts} x {parts}, in a loop',
+      {**SCAN, 'partitioning.PjitPartitioner.num_partitions': parts},
+    )
+    for parts in (2, 4, 8)
+  ),
   Variant('large', 'as the gin file has it', {}, 'gin/bart_large_no.gin'),
   Variant(
     'large_scan',
-    'as the gin file has it, layers in a loop',
+    'as the gin file has it, in a loop',
     SCAN,
     'gin/bart_large_no.gin',
   ),
@@ -130,7 +136,7 @@ VARIANTS = (
     'gin/bart_large_no.gin',
   ),
   *(
-    Variant(f'base_scan_{name}', f'on {name}', SCAN, topology=name)
+    Variant(f'base_scan_{name}', f'on {name}, in a loop', SCAN, topology=name)
     for name in ('v4-8', 'v5e-8', 'v5p-8', 'v6e-8')
   ),
 )
