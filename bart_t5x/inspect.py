@@ -52,7 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     default=1000,
     help='examples of which the table is made (default: 1000)',
   )
-  add('--inputs_length', type=int, default=1024, help='default: 1024')
+  add(
+    '--inputs_length',
+    type=int,
+    default=1024,
+    help='default: 1024. Noise shortens long texts, but may lengthen short ones: '
+    'targets under some 50 tokens need inputs longer than they are',
+  )
   add('--targets_length', type=int, default=1024, help='default: 1024')
   add(
     '--use_cached',
@@ -180,6 +186,8 @@ def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
     stands = vocabulary.decode(new) if new else 'nothing'
     what = repr(text(missing)) if missing else 'nothing: an insertion'
     lines.append(f'  span    {paint("mask", stands)} for {what}')
+  if example['in_tokens']:
+    lines.append('  units   tokens, for spans of words left the source too long')
   if example['dropped']:
     lines.append(f'  cut off {example["dropped"]} source tokens')
   return lines
@@ -318,7 +326,12 @@ def noise_lines(examples: Sequence[Mapping], recipe) -> list[str]:
     f'{1 - masks / max(new, 1):.2%}',
     f'random_ratio {recipe.random_ratio:.0%}',
   )
-  add('tokens cut off', f'{sum(int(e["dropped"]) for e in examples):,}')
+  if recipe.whole_words:
+    by_tokens = sum(bool(e['in_tokens']) for e in examples)
+    add('spans of tokens, not words', f'{by_tokens:,}', 'examples with too long words')
+  dropped = [int(e['dropped']) for e in examples]
+  cut = sum(count > 0 for count in dropped)
+  add('source tokens cut off', f'{sum(dropped):,}', f'of {cut:,} examples')
   return [*lines, '', *histogram_lines(lengths, recipe.span_mean)]
 
 

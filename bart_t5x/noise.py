@@ -57,7 +57,9 @@ class Recipe:
     insertions: whether a span of length 0 inserts a mask. Otherwise it does nothing.
     replace_length: what a span becomes: 1 one mask, 0 nothing, -1 one mask a token.
       An insertion is one mask in any case.
-    whole_words: whether a unit is a word, not a token.
+    whole_words: whether a unit is a word, not a token. Where a few very long words make
+      up a text, spans that pass them by can leave a source longer than the encoder;
+      such a text gets spans of tokens instead (see `corrupt`).
     overlap: whether spans may overlap, as in fairseq. They then cover less than
       `infill_ratio`, and a span that begins inside another leaves no mask.
     merge_adjacent: whether spans that touch leave one mask together. Only with
@@ -118,6 +120,8 @@ class Noised(NamedTuple):
       `INFILLED`, and `END` for the `</s>`.
     references: int32 [m - 2], of the source's interior.
     dropped: int32 scalar, interior elements of the source that found no room.
+    in_tokens: bool scalar, whether spans are of tokens although the recipe says words,
+      for those left a source that was too long.
   """
 
   source: tf.Tensor
@@ -125,6 +129,7 @@ class Noised(NamedTuple):
   codes: tf.Tensor
   references: tf.Tensor
   dropped: tf.Tensor
+  in_tokens: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +181,41 @@ def corrupt(
     seed: int64 [2].
     recipe: what to do.
     ids: of the vocabulary.
-    encoder_length: the most tokens that the source may have; None for any number.
-      What has no room is left out before the `</s>` and counted in `dropped`.
+    encoder_length: the most tokens that the source may have; None for any number. Of
+      a recipe with `whole_words`, a text whose source would be longer gets its noise
+      with tokens for units, from the same seed: `longest_source` bounds that. What
+      still has no room is left out before the `</s>` and counted in `dropped`.
 
   Returns:
     The source, the target, and how they hang together.
   """
+  refs = _noised(tokens, sentence_starts, seed, recipe, ids)
+  in_tokens = tf.constant(False)
+  dropped = tf.zeros([], tf.int32)
+  if encoder_length is not None:
+    room = encoder_length - 2
+    if recipe.whole_words and recipe.infill_ratio:
+      in_tokens = tf.size(refs) > room
+      by_tokens = dataclasses.replace(recipe, whole_words=False)
+      refs = spans.replace_if(
+        in_tokens,
+        refs,
+        lambda *piece: _noised(*piece, by_tokens, ids),
+        (tokens, sentence_starts, seed),
+      )
+    dropped = tf.maximum(tf.size(refs) - room, 0)
+    refs = refs[:room]
+  return _assemble(tokens, refs, ids, dropped, in_tokens)
+
+
+def _noised(
+  tokens: tf.Tensor,
+  sentence_starts: tf.Tensor,
+  seed: tf.Tensor,
+  recipe: Recipe,
+  ids: Ids,
+) -> tf.Tensor:
+  """References behind all of a recipe's transformations, int32 [m], however many."""
   refs = permuted(tf.size(tokens), sentence_starts, seed, recipe)
   if recipe.infill_ratio:
     starts = _word_starts(tokens, sentence_starts, refs, ids, recipe)
@@ -209,11 +243,7 @@ def corrupt(
     )
   if recipe.rotate_probability:
     refs = rotate(refs, _stream(seed, _ROTATE), recipe.rotate_probability)
-  dropped = tf.zeros([], tf.int32)
-  if encoder_length is not None:
-    dropped = tf.maximum(tf.size(refs) - (encoder_length - 2), 0)
-    refs = refs[: encoder_length - 2]
-  return _assemble(tokens, refs, ids, dropped)
+  return refs
 
 
 def permuted(
@@ -238,18 +268,23 @@ def span_lengths(
   seed: tf.Tensor,
   recipe: Recipe,
   ids: Ids,
+  encoder_length: int | None = None,
 ) -> tf.Tensor:
   """The lengths that `corrupt` draws for the same arguments, for statistics.
 
   Returns:
-    int32 [k], in units; 0 is an insertion. Empty without infilling.
+    int32 [k], in units: words with `whole_words` where `corrupt` does not say
+    `in_tokens`, else tokens; 0 is an insertion. Empty without infilling.
   """
   if not recipe.infill_ratio:
     return tf.zeros([0], tf.int32)
-  size = tf.size(tokens)
-  starts = _word_starts(tokens, sentence_starts, tf.range(1, size + 1), ids, recipe)
+  units = tf.size(tokens)
+  starts = _word_starts(tokens, sentence_starts, tf.range(1, units + 1), ids, recipe)
+  if starts is not None:
+    noised = corrupt(tokens, sentence_starts, seed, recipe, ids, encoder_length)
+    units = tf.where(noised.in_tokens, units, tf.size(starts))
   edges, _ = spans.draw_spans(
-    size if starts is None else tf.size(starts),
+    units,
     _stream(seed, _INFILL),
     recipe.infill_ratio,
     recipe.span_mean,
@@ -259,7 +294,11 @@ def span_lengths(
 
 
 def _assemble(
-  tokens: tf.Tensor, refs: tf.Tensor, ids: Ids, dropped: tf.Tensor
+  tokens: tf.Tensor,
+  refs: tf.Tensor,
+  ids: Ids,
+  dropped: tf.Tensor,
+  in_tokens: tf.Tensor,
 ) -> Noised:
   target = tf.concat([[ids.bos], tokens, [ids.eos]], 0)
   # A new token's reference is no position: it stands for any, here that of `<s>`.
@@ -268,9 +307,9 @@ def _assemble(
   # Each position is in the source once or not at all. Those of new tokens, which are
   # negative, do not count.
   copies = sums_at(refs - 1, tf.ones_like(refs), tf.size(tokens))
-  codes = INFILLED + copies * (COPIED - INFILLED)
+  codes = INFILLED - copies  # COPIED where there is one
   codes = tf.concat([[COPIED], codes, [END]], 0)
-  return Noised(source, target, codes, refs, dropped)
+  return Noised(source, target, codes, refs, dropped, in_tokens)
 
 
 # Sentence permutation.
@@ -324,9 +363,12 @@ def _word_starts(
   if not recipe.whole_words:
     return None
   # The first word of a text has no space before it.
-  firsts = sums_at(sentence_starts, tf.ones_like(sentence_starts), tf.size(tokens))
-  begins = tf.gather(tf.constant(ids.word_start), tokens) | (firsts > 0)
-  return tf.cast(tf.where(tf.gather(begins, refs - 1))[:, 0], tf.int32)
+  begins = tf.tensor_scatter_nd_update(
+    tf.gather(tf.constant(ids.word_start), tokens),
+    tf.expand_dims(sentence_starts, 1),
+    sentence_starts >= 0,  # all true
+  )
+  return tf.cast(spans.places(tf.gather(begins, refs - 1)), tf.int32)
 
 
 # Token by token.
@@ -358,9 +400,10 @@ def randomize_masks(
   """Turns each mask, with probability `ratio`, into a random ordinary token."""
   places = tf.where(refs == -mask)
   uniform = tf.reshape(uniform_draws(2 * tf.size(places), seed), [2, -1])
-  index = tf.cast(uniform[1] * len(ordinary), tf.int32)
-  drawn = tf.gather(tf.constant(ordinary, tf.int32), index)
-  values = tf.where(uniform[0] < ratio, -drawn, -mask)
+  whether, which = tf.unstack(uniform)
+  index = tf.cast(which * len(ordinary), tf.int32)
+  drawn = tf.gather(tf.constant(-ordinary, tf.int32), index)
+  values = tf.where(whether < ratio, drawn, -mask)
   return tf.tensor_scatter_nd_update(refs, places, values)
 
 
@@ -386,9 +429,8 @@ def _choose_clean(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
 def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
   """The encoder length that a recipe needs, by trying.
 
-  Units are taken as tokens: of longer words more tokens are covered. The exception is a
-  text that few very long words (addresses, encoded data) make up: spans that pass them
-  by leave it about as long as it was. What of it finds no room is cut off, and counted.
+  Units are taken as tokens. Spans of words mostly cover more; a text of which they
+  cover so little that it would not fit is given spans of tokens by `corrupt`.
 
   Args:
     recipe: the noise.

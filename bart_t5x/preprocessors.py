@@ -182,7 +182,8 @@ def denoise(
     recipe: the noise; None for `noise.Recipe()` with what gin binds to it when the
       dataset is built.
     trace: whether examples also tell how they came about, for people to look at:
-      `references` and `permuted` (see `noise`), `span_lengths`, `sentence_starts`.
+      `references`, `permuted`, `span_lengths` and `in_tokens` (see `noise`), and
+      `sentence_starts`.
 
   Returns:
     A dataset with `inputs` int32 [m], `targets` int32 [n + 2], `targets_noised` int32
@@ -190,7 +191,7 @@ def denoise(
     `example_id`, `piece` and `epoch`.
 
   Raises:
-    ValueError: the encoder is too short for the noise of ordinary text.
+    ValueError: the encoder is too short for the noise.
   """
   recipe = noise.Recipe() if recipe is None else recipe
   encoder_length, decoder_length = _lengths(sequence_length)
@@ -199,7 +200,7 @@ def denoise(
 
   @do_not_convert
   def corrupt(piece):
-    noised = noise.corrupt(
+    arguments = (
       piece['tokens'],
       piece['sentence_starts'],
       piece_seed(piece),
@@ -207,6 +208,7 @@ def denoise(
       ids,
       encoder_length,
     )
+    noised = noise.corrupt(*arguments)
     example = {
       'inputs': noised.source,
       'targets': noised.target,
@@ -215,19 +217,20 @@ def denoise(
       **{k: piece[k] for k in ('example_id', 'piece', EPOCH)},
     }
     if trace:
-      tokens, starts = piece['tokens'], piece['sentence_starts']
-      seed = piece_seed(piece)
+      starts = piece['sentence_starts']
+      size = tf.size(piece['tokens'])
       example['references'] = noised.references
-      example['permuted'] = noise.permuted(tf.size(tokens), starts, seed, recipe)
+      example['in_tokens'] = noised.in_tokens
+      example['permuted'] = noise.permuted(size, starts, arguments[2], recipe)
       example['sentence_starts'] = starts
-      example['span_lengths'] = noise.span_lengths(tokens, starts, seed, recipe, ids)
+      example['span_lengths'] = noise.span_lengths(*arguments)
     return example
 
   return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _check_room(recipe: noise.Recipe, encoder_length: int, decoder_length: int) -> None:
-  """Refuses noise that outgrows the encoder with ordinary text."""
+  """Refuses noise that outgrows the encoder."""
   longest = noise.longest_source(recipe, decoder_length)
   if longest > encoder_length:
     raise ValueError(

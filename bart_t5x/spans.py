@@ -7,6 +7,7 @@ give the same draws to a reference implementation.
 """
 
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -42,7 +43,7 @@ def infill(
   edges, draws = draw_spans(units, seed, ratio, mean, insertions)
   bounds = None
   if unit_starts is not None:
-    bounds = tf.concat([unit_starts, size[tf.newaxis]], 0)
+    bounds = tf.concat([unit_starts, tf.shape(refs)], 0)
   if not overlap:
     gaps = span_gaps(draws, units - edges[-1])
     begins, ends = gaps + edges[:-1], gaps + edges[1:]
@@ -76,10 +77,11 @@ def draw_spans(
   """
   budget = ceil_share(ratio, units)
   uniform = tf.reshape(uniform_draws(2 * _most_draws(budget, mean), seed), [2, -1])
-  edges = span_edges(uniform[0], budget, mean)
+  for_lengths, for_places = tf.unstack(uniform)
+  edges = span_edges(for_lengths, budget, mean)
   if not insertions:
     edges = tf.concat([[0], select(edges[1:], edges[1:] > edges[:-1])], 0)
-  return edges, uniform[1, : tf.size(edges) - 1]
+  return edges, tf.slice(for_places, [0], tf.shape(edges) - 1)
 
 
 def span_edges(uniform: tf.Tensor, budget: tf.Tensor, mean: float) -> tf.Tensor:
@@ -97,8 +99,8 @@ def span_edges(uniform: tf.Tensor, budget: tf.Tensor, mean: float) -> tf.Tensor:
   """
   lengths = tf.raw_ops.Bucketize(input=uniform, boundaries=_poisson_cdf(mean))
   before = tf.cumsum(lengths, exclusive=True)
-  count = tf.math.count_nonzero(before < budget, dtype=tf.int32)
-  return tf.concat([before[:count], budget[tf.newaxis]], 0)
+  needed = tf.reduce_sum(tf.cast(before < budget, tf.int32), keepdims=True)
+  return tf.concat([tf.slice(before, [0], needed), tf.expand_dims(budget, 0)], 0)
 
 
 def span_gaps(uniform: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
@@ -126,7 +128,7 @@ def replace_spans(
   mask: int,
 ) -> tf.Tensor:
   """Replaces disjoint sorted spans [begins, ends); empty ones are insertions."""
-  size, lengths = tf.size(refs), ends - begins
+  lengths = ends - begins
   most = 1
   if replace_length == 1:
     masks = tf.ones_like(lengths)
@@ -138,17 +140,12 @@ def replace_spans(
   # Masks lie ready behind the text. Then the result is stretches of the two by turns:
   # what is kept before a span, and its masks; at last what is kept behind all spans.
   ready = tf.concat([refs, tf.fill([most], -mask)], 0)
-  kept_begins = tf.concat([[0], ends], 0)
-  kept_ends = tf.concat([begins, [size]], 0)
-  mask_begins = tf.zeros_like(kept_begins) + size
-  mask_ends = tf.concat([masks, [0]], 0) + size
-  return tf.gather(
-    ready,
-    joined_ranges(
-      tf.reshape(tf.stack([kept_begins, mask_begins], 1), [-1]),
-      tf.reshape(tf.stack([kept_ends, mask_ends], 1), [-1]),
-    ),
-  )
+  size = tf.shape(refs)
+  behind = tf.zeros_like(ends) + size
+  range_begins = tf.concat([[0], tf.reshape(tf.stack([behind, ends], 1), [-1])], 0)
+  range_ends = tf.stack([begins, behind + masks], 1)
+  range_ends = tf.concat([tf.reshape(range_ends, [-1]), size], 0)
+  return tf.gather(ready, joined_ranges(range_begins, range_ends))
 
 
 def _replace_overlapping(
@@ -195,12 +192,49 @@ def joined_ranges(begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
 
 def select(values: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
   """The values for which `chosen` holds: `tf.boolean_mask` in fewer operations."""
-  return tf.gather(values, tf.where(chosen)[:, 0])
+  return tf.gather(values, places(chosen))
+
+
+def places(chosen: tf.Tensor) -> tf.Tensor:
+  """Where `chosen` [n] holds, int64 [k]. (A reshape copies nothing, a slice does.)"""
+  return tf.reshape(tf.where(chosen), [-1])
 
 
 def sums_at(places: tf.Tensor, values: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
   """A vector of `size` zeros with values added at places; negative places are none."""
   return tf.math.unsorted_segment_sum(values, places, size)
+
+
+def replace_if(
+  condition: tf.Tensor,
+  values: tf.Tensor,
+  function: Callable[..., tf.Tensor],
+  arguments: tuple[tf.Tensor, ...],
+) -> tf.Tensor:
+  """`function(*arguments)` where the condition holds, else the values, int32 [n].
+
+  For what is rare: `tf.cond` would be dissolved in the graph around it, and then each
+  operation there, run or not, has its part in the control flow (a seventh of the
+  noise's time). The raw op calls a function, or does not.
+  """
+  if tf.executing_eagerly():
+    return tf.cond(condition, lambda: function(*arguments), lambda: values)
+  inputs = [values, *arguments]
+  signature = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
+
+  def branch(python_function):
+    traced = tf.function(python_function, autograph=False)
+    return traced.get_concrete_function(*signature)
+
+  (result,) = tf.raw_ops.StatelessIf(
+    cond=condition,
+    input=inputs,
+    Tout=[values.dtype],
+    then_branch=branch(lambda kept, *others: [function(*others)]),
+    else_branch=branch(lambda kept, *others: [kept]),
+    output_shapes=[[None]],
+  )
+  return result
 
 
 # Draws.

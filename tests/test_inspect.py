@@ -1,12 +1,14 @@
 """What `python -m bart_t5x.inspect` says of tasks."""
 
+import re
+
 import gin
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
-from bart_t5x import inspect, noise, preprocessors, vocabularies
+from bart_t5x import inspect, noise, prepare, preprocessors, vocabularies
 from tasks import pretrain
 
 
@@ -132,6 +134,49 @@ def test_bad_input_is_one_line(capsys, task, args, message):
   assert code == 2
   assert err.startswith('inspect: ') and message in err
   assert 'Traceback' not in err
+
+
+def row(out, label):
+  """The number in the table's row of that name."""
+  (line,) = [line for line in out.splitlines() if line.startswith(label)]
+  return int(line.removeprefix(label).split()[0].replace(',', ''))
+
+
+@pytest.fixture
+def addresses(corpus_dir, tmp_path):
+  """A task over texts of which one word is most."""
+  random = np.random.default_rng(8)
+  texts = tmp_path / 'texts.txt'
+  with open(texts, 'w') as f:
+    for _ in range(60):
+      address = ''.join(random.choice(list('bcdfghjklm0123456789'), 160))
+      f.write(f'Og {"snø på " * 9}https://{address} {"og sjø " * 9}.\n')
+  output = str(tmp_path / 'prepared')
+  args = ['--source=text', f'--input={texts}', f'--output_dir={output}']
+  args += [f'--tokenizer_file={corpus_dir}', '--min_validation_documents=1']
+  assert prepare.main([*args, '--num_workers=1']) == 0
+  pretrain.add_denoising_task('inspect_test_addresses', output)
+  yield 'inspect_test_addresses'
+  seqio.TaskRegistry.remove('inspect_test_addresses')
+
+
+def test_texts_whose_words_are_too_long_are_told(capsys, addresses):
+  args = ['--num_examples=100', '--num_rows=0', '--targets_length=210']
+  args += ['--inputs_length=186']
+  _, out, _ = inspected(capsys, *args, task=addresses)
+  told = out.count('  units   tokens: ')
+  assert row(out, 'spans of tokens, not words') == told
+  assert 5 < told < out.count('document ')
+  assert row(out, 'source tokens cut off') == 0
+
+
+def test_what_is_cut_off_is_told(capsys, monkeypatch):
+  monkeypatch.setattr(preprocessors, '_check_room', lambda *lengths: None)
+  args = ('--num_examples=100', '--num_rows=0', '--inputs_length=30')
+  _, out, _ = inspected(capsys, *args)
+  cut = [int(n) for n in re.findall(r'cut off (\d+) source tokens', out)]
+  assert row(out, 'source tokens cut off') == sum(cut) > 0
+  assert f'(of {len(cut)} examples)' in out
 
 
 def test_spans_are_found_again():

@@ -91,7 +91,7 @@ def test_p05_what_is_no_mask_is_a_subsequence(mode):
 
 @in_each_mode
 def test_codes_tell_what_can_be_copied(mode):
-  for _, (source, target, codes, refs, _) in all_noised(mode):
+  for _, (source, target, codes, refs, *_) in all_noised(mode):
     assert codes.shape == target.shape
     copied = np.flatnonzero(codes[1:-1] == noise.COPIED) + 1
     assert sorted(refs[refs > 0].tolist()) == copied.tolist()
@@ -334,22 +334,30 @@ def test_p18_the_longest_source_is_known_beforehand(name, length):
   assert max(lengths) <= longest < max(lengths) + 0.02 * length + 4
 
 
+@in_each_mode
 @pytest.mark.parametrize('name', ['default', 'fairseq'])
-def test_p18_long_words_that_spans_pass_by_are_cut_and_counted(name):
+def test_p18_long_words_that_spans_pass_by_do_not_outgrow_the_encoder(mode, name):
   # One word of 400 tokens among 110 of one token each.
   tokens = np.array([7] * 55 + [8] + [9] * 399 + [7] * 55, np.int32)
   begins = np.zeros(VOCABULARY, bool)
   begins[[7, 8]] = True
   ids = dataclasses.replace(IDS, word_start=begins)
-  cases = repeated(tokens, [0], 200)
-  room = noise.longest_source(RECIPES[name], 512)
-  whole, cut = (
-    corrupted(RECIPES[name], cases, 'tf.data', length, ids) for length in (None, room)
-  )
-  assert max(len(result.source) for result in whole) > room
-  for a, b in zip(whole, cut, strict=True):
-    assert b.dropped == max(len(a.source) - room, 0)
-    assert b.source[-1] == 2
+  cases = repeated(tokens, [0], MODES[mode] // 2)
+  recipe = RECIPES[name]
+  room = noise.longest_source(recipe, 512)
+  finer = dataclasses.replace(recipe, whole_words=False)
+  by_words, by_tokens = (corrupted(r, cases, mode, ids=ids) for r in (recipe, finer))
+  made = corrupted(recipe, cases, mode, room, ids)
+  drawn = each(lambda *c: noise.span_lengths(*c, recipe, ids, room), cases, mode)
+  for result, words_, tokens_, lengths in zip(
+    made, by_words, by_tokens, drawn, strict=True
+  ):
+    assert len(result.source) <= room and result.dropped == 0
+    assert result.in_tokens == (len(words_.source) > room)
+    want = tokens_ if result.in_tokens else words_
+    np.testing.assert_array_equal(result.source, want.source)
+    assert lengths.sum() == share(0.3, 510 if result.in_tokens else 111)
+  assert 0 < sum(result.in_tokens for result in made) < len(made)
 
 
 @in_each_mode

@@ -5,6 +5,7 @@ elements and walks over them. What it shares with the implementation are the uni
 random numbers and in which order they are used.
 """
 
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
@@ -206,20 +207,36 @@ class Reference:
         begin = int(where * np.float32(len(self.elements)))
         self.elements = self.elements[begin:] + self.elements[:begin]
 
-  def corrupt(self):
+  def noised(self):
+    """The elements behind all transformations."""
     if self.recipe.permute_ratio:
       self.permute()
     if self.recipe.infill_ratio:
       self.infill()
     self.finish()
-    source = [self.tokens[e - 1] if e > 0 else -e for e in self.elements]
-    codes = [1 if i in self.elements else 2 for i in range(1, len(self.tokens) + 1)]
-    return {
-      'source': [1, *source, 2],
-      'target': [1, *self.tokens, 2],
-      'codes': [1, *codes, 3],
-      'references': self.elements,
-    }
+    return self.elements
+
+
+def wanted(tokens, starts, seed, recipe, encoder_length=None):
+  """What `noise.corrupt` should return, field by field."""
+  room = math.inf if encoder_length is None else encoder_length - 2
+  elements = Reference(tokens, starts, seed, recipe).noised()
+  in_tokens = recipe.whole_words and len(elements) > room
+  if in_tokens:
+    finer = dataclasses.replace(recipe, whole_words=False)
+    elements = Reference(tokens, starts, seed, finer).noised()
+  dropped = max(len(elements) - room, 0)
+  elements = elements[: len(elements) - dropped]
+  source = [tokens[e - 1] if e > 0 else -e for e in elements]
+  codes = [1 if i in elements else 2 for i in range(1, len(tokens) + 1)]
+  return {
+    'source': [1, *source, 2],
+    'target': [1, *tokens, 2],
+    'codes': [1, *codes, 3],
+    'references': elements,
+    'dropped': dropped,
+    'in_tokens': in_tokens,
+  }
 
 
 def texts(count):
@@ -233,48 +250,75 @@ def texts(count):
     yield tokens.tolist(), starts.astype(int).tolist(), (int(random.integers(2**62)), i)
 
 
-@pytest.mark.parametrize('name', RECIPES)
-def test_p22_same_as_the_reference(name):
-  recipe = RECIPES[name]
-  cases = list(texts(160))
+def long_words(count):
+  """Texts of about 100 tokens of which one to three words are most."""
+  random = np.random.default_rng(12)
+  ordinary = np.arange(5, VOCABULARY)
+  begins, inside = ordinary[WORD_START[5:]], ordinary[~WORD_START[5:]]
+  for i in range(count):
+    sizes = random.choice([1, 1, 2], 20)
+    sizes[random.integers(0, 20, 3)] = random.integers(10, 35, 3)
+    words = [[random.choice(begins), *random.choice(inside, n - 1)] for n in sizes]
+    tokens = [token for word in words for token in word]
+    starts = np.unique([0, *random.integers(0, len(tokens), 4)])
+    yield list(map(int, tokens)), starts.tolist(), (int(random.integers(2**62)), i)
 
-  def generate():
+
+def corrupted(cases, recipe, encoder_length, eager):
+  """What the implementation makes of the cases, eagerly or inside `tf.data`."""
+  if eager:
     for tokens, starts, seed in cases:
-      yield {'tokens': tokens, 'starts': starts, 'seed': seed}
-
+      noised = noise.corrupt(
+        tf.constant(tokens, tf.int32),
+        tf.constant(starts, tf.int32),
+        tf.constant(seed, tf.int64),
+        recipe,
+        IDS,
+        encoder_length,
+      )
+      yield tf.nest.map_structure(lambda tensor: tensor.numpy(), noised)
+    return
   vector = tf.TensorSpec([None], tf.int32)
   dataset = tf.data.Dataset.from_generator(
-    generate,
-    output_signature={
-      'tokens': vector,
-      'starts': vector,
-      'seed': tf.TensorSpec([2], tf.int64),
-    },
+    lambda: iter(cases), output_signature=(vector, vector, tf.TensorSpec([2], tf.int64))
   )
 
   @noise.do_not_convert
-  def corrupt(case):
-    return noise.corrupt(case['tokens'], case['starts'], case['seed'], recipe, IDS)
+  def corrupt(tokens, starts, seed):
+    return noise.corrupt(tokens, starts, seed, recipe, IDS, encoder_length)
 
-  dataset = dataset.map(corrupt)
-  for case, noised in zip(cases, dataset.as_numpy_iterator(), strict=True):
-    want = Reference(*case, recipe).corrupt()
+  yield from dataset.map(corrupt).as_numpy_iterator()
+
+
+def check(cases, recipe, eager, encoder_length=None):
+  """Compares with the reference; yields what it makes of each case."""
+  found = corrupted(cases, recipe, encoder_length, eager)
+  for case, noised in zip(cases, found, strict=True):
+    want = wanted(*case, recipe, encoder_length)
+    assert set(want) == set(noised._fields)
     for field, values in want.items():
       assert getattr(noised, field).tolist() == values, (field, case)
-    assert noised.dropped == 0
+    yield want
 
 
+in_each_mode = pytest.mark.parametrize('eager', [True, False])
+
+
+@in_each_mode
 @pytest.mark.parametrize('name', RECIPES)
-def test_p22_eager_is_the_same_as_in_a_graph(name):
-  recipe = RECIPES[name]
-  for tokens, starts, seed in texts(60):
-    noised = noise.corrupt(
-      tf.constant(tokens, tf.int32),
-      tf.constant(starts, tf.int32),
-      tf.constant(seed, tf.int64),
-      recipe,
-      IDS,
-    )
-    want = Reference(tokens, starts, seed, recipe).corrupt()
-    assert noised.source.numpy().tolist() == want['source']
-    assert noised.codes.numpy().tolist() == want['codes']
+def test_p22_same_as_the_reference(name, eager):
+  cases = list(texts(60 if eager else 160))
+  assert not any(want['dropped'] for want in check(cases, RECIPES[name], eager))
+
+
+@in_each_mode
+@pytest.mark.parametrize('name', ['default', 'fairseq', 'everything', 'paper'])
+def test_p22_long_words_in_a_short_encoder(name, eager):
+  """Texts that fit by words, by tokens only, and not at all."""
+  cases = list(long_words(40 if eager else 160))
+  made = list(check(cases, RECIPES[name], eager, encoder_length=74))
+  kinds = {(want['in_tokens'], want['dropped'] > 0) for want in made}
+  if name == 'paper':  # tokens from the first
+    assert kinds == {(False, False), (False, True)}
+  else:
+    assert kinds == {(False, False), (True, False), (True, True)}
