@@ -216,17 +216,20 @@ def denoise(
       'dropped': noised.dropped,
       **{k: piece[k] for k in ('example_id', 'piece', EPOCH)},
     }
-    if trace:
-      starts = piece['sentence_starts']
-      size = tf.size(piece['tokens'])
-      example['references'] = noised.references
-      example['in_tokens'] = noised.in_tokens
-      example['permuted'] = noise.permuted(size, starts, arguments[2], recipe)
-      example['sentence_starts'] = starts
-      example['span_lengths'] = noise.span_lengths(*arguments)
-    return example
+    return {**example, **_trace(noised, *arguments)} if trace else example
 
   return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _trace(noised: noise.Noised, tokens, starts, seed, recipe, *others) -> dict:
+  """How an example came about, of what `noise.corrupt` was given and has made."""
+  return {
+    'references': noised.references,
+    'in_tokens': noised.in_tokens,
+    'permuted': noise.permuted(tf.size(tokens), starts, seed, recipe),
+    'sentence_starts': starts,
+    'span_lengths': noise.span_lengths(tokens, starts, seed, recipe, *others),
+  }
 
 
 def _check_room(recipe: noise.Recipe, encoder_length: int, decoder_length: int) -> None:

@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import seqio
@@ -194,6 +195,28 @@ def _check_sizes(files: Sequence[str], sizes: Sequence[int] | None) -> None:
       )
 
 
+def check_records(files: Sequence[str]) -> None:
+  """Reads TFRecord files to their ends.
+
+  For when reading them in a pipeline has failed: TensorFlow does not say which file is
+  damaged.
+
+  Raises:
+    ValueError: one of them is damaged; says which.
+  """
+  for file in files:
+    try:
+      for _ in tf.data.TFRecordDataset(file):
+        pass
+    except tf.errors.DataLossError as e:
+      place = re.search(r'record at \d+', str(e))
+      raise ValueError(
+        f'{file!r} is damaged{place and f" (the {place.group()})" or ""}: it was '
+        'changed since it was written. Copy it again, or prepare the corpus again with '
+        '--overwrite.'
+      ) from e
+
+
 def _random_order(size: tf.Tensor, seed: int | tf.Tensor) -> tf.Tensor:
   """The numbers below `size` in an order that depends on the seed alone."""
   pair = tf.stack([tf.cast(seed, tf.int64), 0])
@@ -284,7 +307,7 @@ class EpochTask(seqio.Task):
     num_epochs: int | None,
   ) -> tf.data.Dataset:
     """Batches of stamped documents; arguments as for `get_dataset`."""
-    source = self._source_of(split, use_cached)
+    source = self.source_of(split, use_cached)
     # Outside of the graph: a missing corpus is reported as it is.
     source.list_shards(split)
     training = split == TRAIN
@@ -345,7 +368,12 @@ class EpochTask(seqio.Task):
     changed.__dict__ = plain.__dict__
     return changed
 
-  def _source_of(self, split: str, use_cached: bool):
+  def source_of(self, split: str, use_cached: bool) -> seqio.DataSource:
+    """The corpus, or what `seqio_cache_tasks` made of the source.
+
+    Raises:
+      ValueError: the task must be cached or cannot be.
+    """
     if not use_cached:
       if self.requires_caching:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What `python -m bart_t5x.inspect` says of tasks."""
 
 import re
+import shutil
 
 import gin
 import numpy as np
@@ -177,6 +178,24 @@ def test_what_is_cut_off_is_told(capsys, monkeypatch):
   cut = [int(n) for n in re.findall(r'cut off (\d+) source tokens', out)]
   assert row(out, 'source tokens cut off') == sum(cut) > 0
   assert f'(of {len(cut)} examples)' in out
+
+
+@pytest.mark.parametrize('damage', ['changed', 'cut off'])
+def test_a_damaged_shard_is_named(capsys, corpus_dir, tmp_path, damage):
+  folder = tmp_path / 'prepared'
+  shutil.copytree(corpus_dir, folder)
+  path = folder / 'train-00001-of-00004.tfrecord'
+  content = bytearray(path.read_bytes())
+  content[100] ^= 1
+  path.write_bytes(content if damage == 'changed' else content[:-7])
+  name = 'inspect_test_damaged'
+  pretrain.add_denoising_task(name, str(folder))
+  try:
+    code, _, err = inspected(capsys, '--num_summed=10000', task=name)
+  finally:
+    seqio.TaskRegistry.remove(name)
+  assert code == 2 and err.count('\n') == 1
+  assert str(path) in err and 'Copy it again, or prepare the corpus again' in err
 
 
 def test_spans_are_found_again():

@@ -139,17 +139,30 @@ def test_resumes_at_the_next_batch(tmp_path, taken):
   assert_differ(expected, take(iterator(dataset(seed=6)), 6))
 
 
-def test_damaged_data_is_explained(tmp_path):
-  path = str(tmp_path / 'data.tfrecord')
-  with tf.io.TFRecordWriter(path) as writer:
-    for _ in range(BATCH):
-      writer.write(b'a record')
-  content = bytearray((tmp_path / 'data.tfrecord').read_bytes())
+@pytest.mark.parametrize('damage', ['changed', 'cut off'])
+def test_a_damaged_file_is_named(tmp_path, damage):
+  paths = [tmp_path / f'{i}.tfrecord' for i in range(3)]
+  for path in paths:
+    with tf.io.TFRecordWriter(str(path)) as writer:
+      for _ in range(BATCH):
+        writer.write(b'a record')
+  content = bytearray(paths[1].read_bytes())
   content[14] ^= 1
-  (tmp_path / 'data.tfrecord').write_bytes(content)
-  ds = tf.data.TFRecordDataset(path).map(lambda r: {'targets': tf.strings.length(r)})
-  with pytest.raises(OSError, match='training data is damaged.*copy it again'):
-    next(iterator(ds.batch(BATCH, drop_remainder=True)))
+  paths[1].write_bytes(content if damage == 'changed' else content[:-3])
+
+  def read(path):
+    return tf.data.TFRecordDataset(path)
+
+  # The files are read inside of functions, as by a task with epochs.
+  ds = tf.data.Dataset.range(2).flat_map(
+    lambda epoch: tf.data.Dataset.from_tensor_slices(list(map(str, paths))).interleave(
+      read, cycle_length=2
+    )
+  )
+  ds = ds.map(lambda record: {'targets': tf.strings.length(record)})
+  pattern = 'damaged: (corrupted|truncated) record.* in .*/1.tfrecord.*copy it again'
+  with pytest.raises(OSError, match=pattern):
+    take(iterator(ds.batch(BATCH, drop_remainder=True)), 3)
 
 
 def test_saving_does_not_disturb(tmp_path):

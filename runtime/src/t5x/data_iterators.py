@@ -63,6 +63,61 @@ def shard_batch(batch: Any, partitioner: Any, global_shapes: Any) -> Any:
   return jax.tree.map(place, batch, global_shapes)
 
 
+# What TensorFlow says of a TFRecord file; not of which.
+_DAMAGE = re.compile(r'(?:corrupted|truncated) record at \d+')
+
+
+def _damage(error: Exception) -> str:
+  """What a DataLossError says without the names of operations around it."""
+  said = _DAMAGE.search(str(error))
+  return said.group() if said else str(error).splitlines()[0]
+
+
+def _strings_in(dataset: tf.data.Dataset) -> list[str]:
+  """The constant strings in a dataset's graph and its functions, each once."""
+  import tensorflow as tf
+
+  graph = tf.raw_ops.DatasetToGraphV2(
+    input_dataset=tf.data.experimental.to_variant(dataset),
+    external_state_policy=1,  # ignore: nothing will run it
+  )
+  graph = tf.compat.v1.GraphDef.FromString(graph.numpy())
+  nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+  found = [
+    value.decode('utf-8', 'replace')
+    for node in nodes
+    if node.op == 'Const' and node.attr['dtype'].type == tf.string.as_datatype_enum
+    for value in tf.make_ndarray(node.attr['value'].tensor).ravel()
+  ]
+  return list(dict.fromkeys(found))
+
+
+def damaged_file(dataset: tf.data.Dataset, error: Exception) -> str | None:
+  """Which file a dataset failed to read.
+
+  Args:
+    dataset: reads TFRecord files.
+    error: the DataLossError that it raised.
+
+  Returns:
+    The first of the files named in its graph that fails in the same way, read alone;
+    None where none does.
+  """
+  import tensorflow as tf
+
+  for path in _strings_in(dataset):
+    try:
+      if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
+        for _ in tf.data.TFRecordDataset(path):
+          pass
+    except tf.errors.DataLossError as alone:
+      if _damage(alone) == _damage(error):
+        return path
+    except tf.errors.OpError:  # no path after all, or one that cannot be read
+      continue
+  return None
+
+
 class ShardedDatasetIterator(DatasetIterator):
   """Turns the local batches of an iterator into global arrays."""
 
@@ -77,6 +132,8 @@ class ShardedDatasetIterator(DatasetIterator):
     self._iterator = iterator
     self._partitioner = partitioner
     self._global_shapes = global_shapes
+    # What the iterator goes through, where that is known; to name a damaged file.
+    self.dataset: tf.data.Dataset | None = None
 
   def __next__(self):
     try:
@@ -84,9 +141,11 @@ class ShardedDatasetIterator(DatasetIterator):
     except Exception as error:
       if type(error).__name__ != 'DataLossError':  # naming it would import TensorFlow
         raise
+      path = damaged_file(self.dataset, error) if self.dataset is not None else None
+      place = path or 'one of its files'
       raise OSError(
-        f'The training data is damaged: {str(error).splitlines()[0]}. A file was '
-        'changed or cut off since it was written: copy it again, or make it again.'
+        f'The training data is damaged: {_damage(error)}, in {place}. It was changed '
+        'or cut off since it was written: copy it again, or make it again.'
       ) from error
     return shard_batch(batch, self._partitioner, self._global_shapes)
 
@@ -291,7 +350,9 @@ def prepare_train_iter(
   restore_cfg = checkpoint_cfg.restore if checkpoint_cfg else None
   saves = bool(save_cfg and save_cfg.save_dataset)
   restores = bool(restore_cfg and restore_cfg.restore_dataset)
+  dataset = None
   if isinstance(train_iter, tf.data.Dataset):
+    dataset = train_iter
     if saves:
       check_position_can_be_saved(train_iter, task_name)
     if not (saves or restores):
@@ -310,11 +371,11 @@ def prepare_train_iter(
         f'shards of data and a batch size of {data_layout.batch_size} ask for '
         f'{data_layout.batch_size // data_layout.num_shards}.'
       )
-  global_shapes = {
-    name: (data_layout.batch_size, *spec.shape[1:])
-    for name, spec in train_iter.element_spec.items()
-  }
+  rows = data_layout.batch_size
+  specs = train_iter.element_spec.items()
+  global_shapes = {name: (rows, *spec.shape[1:]) for name, spec in specs}
   sharded = ShardedDatasetIterator(train_iter, partitioner, global_shapes)
+  sharded.dataset = dataset
   return ResumableIterator(sharded, saves_position=saves)
 
 
