@@ -399,8 +399,7 @@ def randomize_masks(
 ) -> tf.Tensor:
   """Turns each mask, with probability `ratio`, into a random ordinary token."""
   places = tf.where(refs == -mask)
-  uniform = tf.reshape(uniform_draws(2 * tf.size(places), seed), [2, -1])
-  whether, which = tf.unstack(uniform)
+  whether, which = spans.uniform_pairs(tf.size(places), seed)
   index = tf.cast(which * len(ordinary), tf.int32)
   drawn = tf.gather(tf.constant(-ordinary, tf.int32), index)
   values = tf.where(whether < ratio, drawn, -mask)

@@ -45,7 +45,7 @@ def infill(
   if unit_starts is not None:
     bounds = tf.concat([unit_starts, tf.shape(refs)], 0)
   if not overlap:
-    gaps = span_gaps(draws, units - edges[-1])
+    gaps = span_gaps(draws, units - ceil_share(ratio, units))
     begins, ends = gaps + edges[:-1], gaps + edges[1:]
     if bounds is not None:
       begins, ends = tf.gather(bounds, begins), tf.gather(bounds, ends)
@@ -76,8 +76,7 @@ def draw_spans(
     places of spans that do not overlap.
   """
   budget = ceil_share(ratio, units)
-  uniform = tf.reshape(uniform_draws(2 * _most_draws(budget, mean), seed), [2, -1])
-  for_lengths, for_places = tf.unstack(uniform)
+  for_lengths, for_places = uniform_pairs(_most_draws(budget, mean), seed)
   edges = span_edges(for_lengths, budget, mean)
   if not insertions:
     edges = tf.concat([[0], select(edges[1:], edges[1:] > edges[:-1])], 0)
@@ -244,6 +243,15 @@ def uniform_draws(count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
   """float32 [count] in [0, 1). The raw op: a quarter of the public one's cost."""
   return tf.raw_ops.StatelessRandomUniform(
     shape=tf.reshape(count, [1]), seed=seed, dtype=tf.float32
+  )
+
+
+def uniform_pairs(count: tf.Tensor, seed: tf.Tensor) -> list[tf.Tensor]:
+  """Two vectors, the halves of `uniform_draws(2 * count, seed)`."""
+  return tf.unstack(
+    tf.raw_ops.StatelessRandomUniform(
+      shape=tf.stack([2, count]), seed=seed, dtype=tf.float32
+    )
   )
 
 

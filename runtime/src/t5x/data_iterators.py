@@ -350,9 +350,8 @@ def prepare_train_iter(
   restore_cfg = checkpoint_cfg.restore if checkpoint_cfg else None
   saves = bool(save_cfg and save_cfg.save_dataset)
   restores = bool(restore_cfg and restore_cfg.restore_dataset)
-  dataset = None
-  if isinstance(train_iter, tf.data.Dataset):
-    dataset = train_iter
+  dataset = train_iter if isinstance(train_iter, tf.data.Dataset) else None
+  if dataset is not None:
     if saves:
       check_position_can_be_saved(train_iter, task_name)
     if not (saves or restores):
