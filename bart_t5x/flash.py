@@ -11,7 +11,7 @@ indices alone, so both passes and both implementations draw the same. Heads lie 
 by side in the lanes, as the projections give them: no copy turns them round, and
 nothing is padded in memory. What a program computes is in `flash_kernels`.
 
-Not run on a TPU: compiled for v3 and v5e by libtpu, run in Pallas' interpreter.
+Not run on a TPU: compiled for v2 to v6e by libtpu, run in Pallas' interpreter.
 """
 
 import contextlib
