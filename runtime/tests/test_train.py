@@ -203,6 +203,49 @@ def test_actions_after_train_eval_run(tmp_path):
   assert step == 5
 
 
+class _Witness(trainer.BaseAction):
+  """Notes the values of a metric, those from before its own time as well."""
+
+  def __init__(self, task, metric):
+    self.name, self.values, self.recalled = (task, metric), [], None
+
+  def recall(self, recorded):
+    self.recalled = recorded(*self.name)
+
+  def run(self, train_state, metrics_by_task):
+    task, metric = self.name
+    value = metrics_by_task[task][metric]
+    self.values.append(float(np.float32(getattr(value, 'value', value))))
+    return False
+
+
+def test_actions_recall_what_the_run_wrote_before_it_was_stopped(tmp_path):
+  def go_on(total_steps):
+    witnesses = {
+      'TRAIN': _Witness('train', 'loss'),
+      'TRAIN_EVAL': _Witness('tiny_copy', 'loss'),
+      'INFER_EVAL': _Witness('tiny_copy', 'mean_score'),
+    }
+    run(
+      tmp_path,
+      total_steps=total_steps,
+      train_eval_dataset_cfg=tiny.dataset_config('validation'),
+      infer_eval_dataset_cfg=tiny.dataset_config('validation', pack=False),
+      concurrent_metrics=False,
+      actions={mode: [witness] for mode, witness in witnesses.items()},
+    )
+    return witnesses.values()
+
+  first, second = go_on(5), go_on(10)
+  for before, after in zip(first, second, strict=True):
+    assert before.recalled == [] and before.values
+    assert after.recalled == before.values and after.values
+  # A run that went further than its last checkpoint takes that back.
+  (tmp_path / 'checkpoint_10').rename(tmp_path / 'lost')
+  for before, after in zip(first, go_on(10), strict=True):
+    assert after.recalled == before.values
+
+
 @pytest.mark.parametrize(
   'actions, message',
   [({'TRIAN': []}, "Got: 'TRIAN'"), ({'TRAIN': []}, 'concurrent_metrics = False')],

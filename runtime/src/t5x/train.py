@@ -284,6 +284,7 @@ def train(
     )
     if not evaluator.eval_tasks:
       evaluator = None
+  loop.recall_values(actions, model_dir, first_step)
   evaluations = loop.Evaluations(
     trainer,
     train_eval_datasets,

@@ -43,6 +43,15 @@ def test_early_stopping(mode, values, atol, rtol, stops):
   assert verdicts == [*[False] * (len(values) - 1), stops]
 
 
+@pytest.mark.parametrize('before', range(4))
+def test_early_stopping_goes_on_where_it_stopped(before):
+  values = [0.1, 0.7, 0.7, 0.7]  # 0.7 is another number in single precision
+  action = actions.EarlyStoppingAction(('task', 'metric'), 'max', patience=3)
+  recorded = {('task', 'metric'): np.float32(values[:before]).tolist()}
+  action.recall(lambda *name: recorded[name])
+  assert run_all(action, values[before:]) == [False] * (3 - before) + [True]
+
+
 @pytest.mark.parametrize('kind', [clu.values.Scalar, float, np.float32])
 def test_kinds_of_numbers(kind):
   action = actions.EarlyStoppingAction(('task', 'metric'), 'min', patience=2)

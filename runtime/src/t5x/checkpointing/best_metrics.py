@@ -40,27 +40,38 @@ def _scalars(folder: epath.Path, tag: str) -> dict[int, float]:
   return values
 
 
-def populate_metrics_for_steps(
-  checkpoints_dir: str, metric_name: str, steps: Iterable[int]
-) -> Mapping[int, float]:
-  """Reads a metric back.
+def recorded(model_dir: str, metric_name: str) -> dict[int, float]:
+  """All values of a metric that a run wrote.
 
   Args:
-    checkpoints_dir: a model's folder; metrics are in its subfolders.
+    model_dir: a model's folder; metrics are in its subfolders.
     metric_name: `<subfolder>/<tag>`, for instance 'train/accuracy' or
       'inference_eval/my_task/eval/bleu'; either part may contain slashes, and the
       longest subfolder that exists is taken.
-    steps: the steps wanted.
 
   Returns:
-    step -> value, for those of the steps that have one.
+    step -> value, in single precision; empty where there is none.
   """
   parts = metric_name.split('/')
-  wanted = set(steps)
   for cut in range(len(parts) - 1, 0, -1):
-    folder = epath.Path(checkpoints_dir).joinpath(*parts[:cut])
+    folder = epath.Path(model_dir).joinpath(*parts[:cut])
     if folder.is_dir():
       found = _scalars(folder, '/'.join(parts[cut:]))
       if found:
-        return {step: value for step, value in found.items() if step in wanted}
+        return found
   return {}
+
+
+def populate_metrics_for_steps(
+  checkpoints_dir: str, metric_name: str, steps: Iterable[int]
+) -> Mapping[int, float]:
+  """Reads a metric back: step -> value, for those of the steps that have one.
+
+  Args:
+    checkpoints_dir: a model's folder.
+    metric_name: see `recorded`.
+    steps: the steps wanted.
+  """
+  wanted = set(steps)
+  found = recorded(checkpoints_dir, metric_name)
+  return {step: value for step, value in found.items() if step in wanted}

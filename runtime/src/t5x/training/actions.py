@@ -6,7 +6,7 @@ Reached as names of `trainer`.
 import abc
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import clu.values
 import numpy as np
@@ -42,6 +42,16 @@ class BaseAction(abc.ABC):
 
     Returns:
       Whether training should end.
+    """
+
+  def recall(self, recorded: Callable[[str, str], Sequence[float]]) -> None:
+    """Called when training begins, so that a run that goes on decides as if in one go.
+
+    On process 0 only, as `run`. T5X has no such call.
+
+    Args:
+      recorded: from task and metric to the values, in single precision, that the run
+        has seen up to now, in their order.
     """
 
   def close(self) -> None:
@@ -123,6 +133,12 @@ class EarlyStoppingAction(BaseAction):
   def _better(self, before: float, after: float) -> bool:
     # Written so that NaN is never better.
     return self._sign * (before - after) > self._atol + self._rtol * abs(before)
+
+  def recall(self, recorded: Callable[[str, str], Sequence[float]]) -> None:
+    """See `BaseAction.recall`."""
+    # As NumPy's numbers: what is compared with them is then rounded as they were.
+    values = recorded(self._task, self._metric)
+    self._recent = [np.float32(value) for value in values][-self._patience :]
 
   def run(
     self, train_state: train_state_lib.TrainState, metrics_by_task: MetricsByTask

@@ -5,6 +5,7 @@ run ends. What stops it between two stops is a request from outside (`preemption
 """
 
 import contextlib
+import functools
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from t5x import checkpoints, data_iterators, multihost, restore
 from t5x import eval as eval_lib
 from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
+from t5x.checkpointing import best_metrics
 from t5x.training import preemption, progress, run_schedule
 
 # Under this name actions find the training metrics among those of tasks.
@@ -55,6 +57,35 @@ def run_actions(
     ]
     stop = any(verdicts)
   return bool(multihost.broadcast(np.asarray(stop)))
+
+
+def recall_values(
+  actions: Mapping[trainer_lib.ActionMode, Sequence[trainer_lib.BaseAction]],
+  model_dir: str,
+  step: int,
+) -> None:
+  """Lets the actions of a run that goes on know what they would have seen.
+
+  Args:
+    actions: all actions by mode.
+    model_dir: in which the run wrote its metrics.
+    step: at which it goes on; what it wrote behind that is taken back.
+  """
+  names = {
+    trainer_lib.ActionMode.TRAIN: '{task}/{metric}',
+    trainer_lib.ActionMode.TRAIN_EVAL: 'training_eval/{task}/{metric}',
+    trainer_lib.ActionMode.INFER_EVAL: 'inference_eval/{task}/eval/{metric}',
+  }
+
+  def recorded(mode, task, metric):
+    name = names[mode].format(task=task, metric=metric)
+    found = best_metrics.recorded(model_dir, name)
+    return [found[at] for at in sorted(found) if at <= step]
+
+  if jax.process_index() == 0:
+    for mode, chosen in actions.items():
+      for action in chosen:
+        action.recall(functools.partial(recorded, mode))
 
 
 def named_actions(
