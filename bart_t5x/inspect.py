@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bart_t5x import command_line
+from bart_t5x import command_line, inspect_table
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _DEFAULT_GIN = os.path.join(_ROOT, 'gin', 'denoising.gin')
@@ -422,8 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise UsageError(f'Unknown arguments: {" ".join(rest)}. See --help.')
     run(args, bindings)
   except (ValueError, FileNotFoundError) as e:
-    print(f'inspect: {e}', file=sys.stderr)
-    return 2
+    return command_line.fail(e)
   return 0
 
 

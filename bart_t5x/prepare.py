@@ -20,7 +20,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 # Light imports only: --help answers at once, and workers start fast.
-from bart_t5x import corpora, output_folder, tokenization, tokenizer_training
+from bart_t5x import (
+  command_line,
+  corpora,
+  output_folder,
+  tokenization,
+  tokenizer_training,
+)
 
 # Of the arguments with which a tokenizer is trained. 50,265 is the vocabulary of
 # facebook/bart-base and -large.
@@ -316,16 +322,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     _check(args, parser)
     prepare(args)
-  except (ValueError, output_folder.Occupied) as e:
-    code, reason = 2, e
+  except (ValueError, OSError, RuntimeError, output_folder.Occupied) as e:
+    return command_line.fail(e)
   except KeyboardInterrupt:
-    code, reason = 130, 'interrupted; nothing was left behind'
-  except (OSError, RuntimeError) as e:
-    code, reason = 1, e
-  else:
-    return 0
-  print(f'prepare: {reason}', file=sys.stderr)
-  return code
+    command_line.fail('interrupted; nothing was left behind')
+    return 130
+  return 0
 
 
 if __name__ == '__main__':

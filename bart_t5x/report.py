@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from bart_t5x import command_line
+
 if TYPE_CHECKING:
   from tensorboard.compat.proto import event_pb2
 
@@ -154,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print('\nwhat it puts for <mask>, as it comes')
       print('\n'.join(prediction_lines(args.predictions)))
   except FileNotFoundError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 1
+    return command_line.fail(e)
   return 0
 
 

@@ -141,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     output = restack(args.checkpoint, args.output_dir)
   except (OSError, ValueError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 1
+    return command_line.fail(e)
   kind = 'True' if is_stacked(checkpoints.read_state(output)) else 'False'
   print(f'{output}: for network.BartConfig.scan_layers = {kind}')
   return 0

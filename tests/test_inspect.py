@@ -132,8 +132,8 @@ def test_colour_is_for_terminals_and_never_against_no_color(monkeypatch):
 )
 def test_bad_input_is_one_line(capsys, task, args, message):
   code, _, err = inspected(capsys, *args, task=task)
-  assert code == 2
-  assert err.startswith('inspect: ') and message in err
+  assert code == 1
+  assert err.startswith('error: ') and message in err
   assert 'Traceback' not in err
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_named(capsys, corpus_dir, tmp_path, damage):
     code, _, err = inspected(capsys, '--num_summed=10000', task=name)
   finally:
     seqio.TaskRegistry.remove(name)
-  assert code == 2 and err.count('\n') == 1
+  assert code == 1 and err.count('\n') == 1
   assert str(path) in err and 'Copy it again, or prepare the corpus again' in err
 
 

@@ -69,11 +69,11 @@ def test_other_arguments_need_another_folder(text_file, tmp_path, capsys):
   out = tmp_path / 'out'
   assert prepare.main(arguments(text_file, out)) == 0
   before = files(out)
-  assert prepare.main(arguments(text_file, out, '--tokenizer_bytes=9999')) == 2
+  assert prepare.main(arguments(text_file, out, '--tokenizer_bytes=9999')) == 1
   assert '--overwrite' in capsys.readouterr().err
   assert files(out) == before
   text_file.write_text(text_file.read_text() + 'En linje til.\n')
-  assert prepare.main(arguments(text_file, out)) == 2
+  assert prepare.main(arguments(text_file, out)) == 1
   assert 'changed since' in capsys.readouterr().err
   assert prepare.main(arguments(text_file, out, '--overwrite')) == 0
   assert files(out) != before
@@ -81,7 +81,7 @@ def test_other_arguments_need_another_folder(text_file, tmp_path, capsys):
 
 def one_line(capsys):
   error = capsys.readouterr().err.strip().splitlines()
-  assert error[-1].startswith('prepare: ')
+  assert error[-1].startswith('error: ')
   assert not any('Traceback' in line for line in error)
   return error[-1]
 
@@ -107,7 +107,7 @@ def test_bad_arguments(text_file, tmp_path, capsys, more, message):
   args = arguments(text_file, out, *more)
   if more[0].startswith('--input'):
     args = [a for a in args if a == more[0] or not a.startswith('--input')]
-  assert prepare.main(args) == 2
+  assert prepare.main(args) == 1
   line = one_line(capsys)
   assert re.search(message, line), line
   assert not out.exists()
@@ -122,7 +122,7 @@ def test_bad_arguments(text_file, tmp_path, capsys, more, message):
   ],
 )
 def test_arguments_that_lack(tmp_path, capsys, args, message):
-  assert prepare.main([*args, f'--output_dir={tmp_path / "out"}']) == 2
+  assert prepare.main([*args, f'--output_dir={tmp_path / "out"}']) == 1
   assert message in one_line(capsys)
 
 
@@ -139,7 +139,7 @@ def test_bad_text(text_file, tmp_path, capsys, content, message):
   text_file.write_bytes(content)
   out = tmp_path / 'out'
   out.mkdir()
-  assert prepare.main(arguments(text_file, out)) == 2
+  assert prepare.main(arguments(text_file, out)) == 1
   assert message in one_line(capsys)
   assert files(out) == {}
 
@@ -147,7 +147,7 @@ def test_bad_text(text_file, tmp_path, capsys, content, message):
 def test_an_output_folder_that_cannot_be_written(text_file, capsys):
   assert prepare.main(arguments(text_file, text_file / 'out')) == 1
   assert 'Cannot write to --output_dir' in one_line(capsys)
-  assert prepare.main(arguments(text_file, text_file)) == 2
+  assert prepare.main(arguments(text_file, text_file)) == 1
   assert 'is a file' in one_line(capsys)
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk(text_file, tmp_path):
     env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
   )
   assert run.returncode == 1, run.stderr
-  assert run.stderr.splitlines()[-1].startswith(f"prepare: Cannot write to '{out}'")
+  assert run.stderr.splitlines()[-1].startswith(f"error: Cannot write to '{out}'")
   assert not out.exists()
 
 
@@ -204,7 +204,7 @@ def test_interrupted(text_file, tmp_path):
   _, error = process.communicate(timeout=60)
   assert process.returncode == 130, error
   assert error.strip().splitlines()[-1] == (
-    'prepare: interrupted; nothing was left behind'
+    'error: interrupted; nothing was left behind'
   )
   assert not out.exists()
 
@@ -234,7 +234,7 @@ def test_a_second_corpus_with_the_tokenizer_of_the_first(
   capsys.readouterr()
   assert prepare.main(args) == 0
   assert 'Reusing' in capsys.readouterr().out
-  assert prepare.main([*args[:3], '--vocab_size=300', '--num_workers=1']) == 2
+  assert prepare.main([*args[:3], '--vocab_size=300', '--num_workers=1']) == 1
   assert 'holds a corpus made with other arguments' in capsys.readouterr().err
 
 
@@ -257,7 +257,7 @@ def test_bad_tokenizer_files(text_file, tmp_path, capsys, content, more, message
     path.write_bytes(content)
   out = tmp_path / 'out'
   args = ['--source=text', f'--input={text_file}', f'--output_dir={out}']
-  assert prepare.main([*args, f'--tokenizer_file={path}', *more]) == 2
+  assert prepare.main([*args, f'--tokenizer_file={path}', *more]) == 1
   error = capsys.readouterr().err
   assert message in error and error.count('\n') == 1
   assert not out.exists()

@@ -124,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
       _import(args)
   except (OSError, ValueError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 1
+    return command_line.fail(e)
   return 0
 
 

@@ -208,16 +208,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   command_line.quiet_libraries()
   args = _parser().parse_args(argv)
   if not args.model_dir.is_dir():
-    print(f'error: --model_dir={args.model_dir} is no local folder', file=sys.stderr)
-    return 1
+    return command_line.fail(f'--model_dir={args.model_dir} is no local folder')
   follower = RunFollower(
     args.model_dir, args.push_to_hub, args.private, args.revision, args.corpus_dir
   )
   try:
     hub.check_login(args.push_to_hub)
   except hub.LoginError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 1
+    return command_line.fail(e)
   except hub.HubError as e:
     _say(f'{e} Pushes will be tried all the same.')
   try:

@@ -59,7 +59,7 @@ class Outcome:
     """One message, which holds the parts, no traceback, and a failure."""
     assert self.code != 0, self.text
     assert 'Traceback' not in self.text
-    marks = sum(self.text.count(mark) for mark in ('ERROR: ', 'error: ', 'prepare: '))
+    marks = sum(self.text.count(mark) for mark in ('ERROR: ', 'error: '))
     assert marks == 1, self.text
     for part in parts:
       assert part in self.text, f'{part!r} is not in:\n{self.text}'

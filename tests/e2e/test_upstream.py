@@ -245,6 +245,8 @@ def test_finetune(call, trained, folder):
       'finetune',
       MODEL_DIR=str(runs[trains]),
       INITIAL_CHECKPOINT_PATH=str(trained[wrote] / f'checkpoint_{STEPS}'),
+      # T5X would go on in the data of the checkpoint's run: see gin/finetune.gin.
+      SAVE_DATASET=trains == OURS,
     )
   places = ['train', 'training_eval/words', 'inference_eval/words']
   assert_same_numbers(runs[THEIRS], runs[OURS], places, STEPS + 4)
