@@ -186,7 +186,7 @@ def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
     what = repr(text(missing)) if missing else 'nothing: an insertion'
     lines.append(f'  span    {paint("mask", stands)} for {what}')
   if example['in_tokens']:
-    lines.append('  units   tokens, for spans of words left the source too long')
+    lines.append('  units   tokens: spans of words would have left the source too long')
   if example['dropped']:
     lines.append(f'  cut off {example["dropped"]} source tokens')
   return lines
