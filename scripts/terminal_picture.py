@@ -1,25 +1,33 @@
-"""Makes a picture (SVG) of what a command writes, colours included.
+"""Makes a picture (SVG) of what a command shows in a terminal, colours included.
 
     python -m bart_t5x.inspect --task=norwegian_denoising_mini --color=always |
-        python scripts/terminal_picture.py docs/noise.svg 'python -m bart_t5x.inspect'
+        python scripts/terminal_picture.py FILE.svg TITLE
 
-The picture in the README is made like this.
+reads it from stdin. Pictures in README.md are made with it.
 """
 
+import argparse
 import io
+import re
 import sys
 
-from rich.console import Console
+from rich.console import CONSOLE_SVG_FORMAT, Console
 from rich.text import Text
 
 WIDTH = 110  # columns
+# Without the fonts that rich would have the reader fetch from elsewhere.
+SVG_FORMAT = re.sub(r'@font-face \{\{.*?\}\}', '', CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
-def main(path: str, title: str) -> None:
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('file')
+  parser.add_argument('title')
+  args = parser.parse_args()
   console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
   console.print(Text.from_ansi(sys.stdin.read().rstrip('\n')))
-  console.save_svg(path, title=title)
+  console.save_svg(args.file, title=args.title, code_format=SVG_FORMAT)
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main()
