@@ -219,11 +219,17 @@ def _sizes(batch: Mapping[str, tf.Tensor], keys: Sequence[str], cap: int) -> tf.
   longest = tf.shape(batch[keys[0]])[1]
   checks = [
     tf.debugging.assert_less_equal(
-      longest, cap, f'an example is longer than its row of length {cap}: {keys[0]}'
+      longest,
+      cap,
+      f"an example's {keys[0]} are longer than TASK_FEATURE_LENGTHS[{keys[0]!r}] = "
+      f'{cap}: the task has to cut them, or the rows must be longer',
     )
   ]
   for key, size in zip(keys[1:], sizes[1:], strict=True):
-    message = f'{key} and {keys[0]} of an example differ in length'
+    message = (
+      f'{key} and {keys[0]} of an example differ in length; the task must give one '
+      f'of {key} for each of {keys[0]}'
+    )
     checks.append(tf.debugging.assert_equal(size, sizes[0], message))
   with tf.control_dependencies([check for check in checks if check is not None]):
     return tf.identity(sizes[0])

@@ -362,7 +362,7 @@ def _word_starts(
   """Where words begin in the (permuted) text; None if units are tokens."""
   if not recipe.whole_words:
     return None
-  # The first word of a text has no space before it.
+  # A sentence begins a word, with or without a space before it.
   begins = tf.tensor_scatter_nd_update(
     tf.gather(tf.constant(ids.word_start), tokens),
     tf.expand_dims(sentence_starts, 1),

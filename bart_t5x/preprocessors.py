@@ -97,10 +97,10 @@ def split_documents(
   room = _lengths(sequence_length)[1] - 2
 
   @do_not_convert
-  def split(documents):
-    tokens = documents['tokens'].with_row_splits_dtype(tf.int32)
+  def split(batch):
+    tokens = batch['tokens'].with_row_splits_dtype(tf.int32)
     bounds = tokens.row_splits
-    starts = _flat_starts(documents['sentence_starts'], bounds)
+    starts = _flat_starts(batch['sentence_starts'], bounds)
     cuts = cut_points(bounds, starts, room)
     document = tf.searchsorted(bounds, cuts[:-1], side='right') - 1
     first_piece = tf.searchsorted(cuts, tf.gather(bounds, document))
@@ -112,7 +112,7 @@ def split_documents(
       'tokens': _rows(tokens.flat_values, cuts),
       'sentence_starts': _rows(starts, splits),
       'piece': tf.cast(piece, tf.int64),
-      **{k: tf.gather(documents[k], document) for k in ('example_id', SEED, EPOCH)},
+      **{k: tf.gather(batch[k], document) for k in ('example_id', SEED, EPOCH)},
     }
 
   return dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE).unbatch()

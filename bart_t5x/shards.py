@@ -157,4 +157,5 @@ class ShardWriter:
 
 
 def shard_names(split: str, num_shards: int) -> list[str]:
+  """The names of a split's files, in the order of their numbers."""
   return [f'{split}-{i:05d}-of-{num_shards:05d}.tfrecord' for i in range(num_shards)]

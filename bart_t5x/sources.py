@@ -80,11 +80,18 @@ class CorpusSource(seqio.DataSource):
 
     Raises:
       FileNotFoundError: there is no corpus, or `prepare` has not finished it.
+      ValueError: the file is damaged.
     """
     path = os.path.join(self.corpus_dir, CORPUS_FILE)
     if tf.io.gfile.exists(path):
       with tf.io.gfile.GFile(path) as f:
-        return json.load(f)
+        try:
+          return json.load(f)
+        except ValueError as e:
+          raise ValueError(
+            f'{path!r} is damaged ({e}). Copy it again, or prepare the corpus again '
+            'with --overwrite.'
+          ) from e
     begun = tf.io.gfile.exists(self.corpus_dir) and tf.io.gfile.listdir(self.corpus_dir)
     state = 'is not complete (no corpus.json)' if begun else 'does not exist'
     raise FileNotFoundError(

@@ -29,7 +29,7 @@ def real_sources(corpus_dir: str, recipe: noise.Recipe, length: int, pieces: int
   ids = noise.Ids.of(load_vocabulary(corpus_dir))
   documents = CorpusSource(corpus_dir).get_dataset(shuffle=False)
   stamp = {k: tf.constant(0, tf.int64) for k in (SEED, EPOCH)}
-  documents = documents.map(lambda document: {**document, **stamp})
+  documents = documents.map(lambda document: {**document, **stamp}).ragged_batch(64)
   lengths = {'inputs': length, 'targets': length}
   cut = preprocessors.split_documents(documents, lengths).take(pieces)
 

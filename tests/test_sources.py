@@ -71,6 +71,15 @@ def test_half_a_corpus_is_none(corpus_dir, tmp_path):
     CorpusSource(str(copy)).get_dataset()
 
 
+def test_a_damaged_description_is_named(corpus_dir, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(corpus_dir, copy)
+  text = (copy / 'corpus.json').read_text()
+  (copy / 'corpus.json').write_text(text[:-9])
+  with pytest.raises(ValueError, match='copy/corpus.json.*damaged.*--overwrite'):
+    CorpusSource(str(copy)).get_dataset()
+
+
 def test_lost_shards_are_noticed(corpus_dir, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(corpus_dir, copy)
@@ -143,6 +152,25 @@ def test_epochs_come_in_different_orders(task):
   first = [i for i, _, epoch in seen if epoch == 0]
   second = [i for i, _, epoch in seen if epoch == 1]
   assert sorted(first) == sorted(second) and first != second
+
+
+def test_p17_later_epochs_resume_in_their_order(task, tmp_path, monkeypatch):
+  # Buffers so small that most of what follows has not been read at the checkpoint.
+  monkeypatch.setattr(sources, '_SHUFFLED_DOCUMENTS', 16)
+  monkeypatch.setattr(sources, '_DOCUMENTS_A_BATCH', 4)
+
+  def begin():
+    return iter(task.get_dataset(None, shuffle=True, seed=11, num_epochs=5))
+
+  iterator = begin()
+  for _ in range(100):
+    next(iterator)
+  path = tf.train.Checkpoint(iterator=iterator).write(str(tmp_path / 'state'))
+  want = [e['targets'].numpy().tolist() for e in iterator]
+  resumed = begin()
+  tf.train.Checkpoint(iterator=resumed).read(path)
+  assert [e['targets'].numpy().tolist() for e in resumed] == want
+  assert len(want) == 5 * 280 - 100
 
 
 def test_evaluation_has_no_epochs_and_one_seed(task):

@@ -154,7 +154,8 @@ def assert_same(a, b):
 @pytest.mark.parametrize('provider', ['task', 'mixture'])
 @pytest.mark.parametrize('at', [1, 37, 200])
 def test_p17_resumes_at_any_batch(provider, at, request, tmp_path):
-  # About 90 batches an epoch: the last place is in the third one.
+  # About 240 batches an epoch: behind the last place the next one begins. (How later
+  # epochs are read, behind all buffers: test_sources.)
   provider = request.getfixturevalue(provider)
   iterator = iter(batches(provider))
   for _ in range(at):
