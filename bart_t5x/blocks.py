@@ -101,7 +101,7 @@ class DecoderLayer(_Layer):
     segments: Int[Array, 'b l'] | None,
     query_segments: Int[Array, 'b l'],
     key_segments: Int[Array, 'b k'],
-    prefill_lengths: Int[Array, 'b'] | None,
+    prefill_lengths: Int[Array, ' b'] | None,
   ) -> tuple[Float[Array, 'b l d'], None]:
     """Returns the new hidden states, and None for the scan's sake.
 

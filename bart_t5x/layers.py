@@ -133,7 +133,7 @@ class TokenEmbedder(nn.Module):
     return jnp.take(self.embedding.astype(self.dtype), ids, axis=0)
 
 
-def per_row(index: Int[Array, '...'], rows: int) -> Int[Array, 'rows']:
+def per_row(index: Int[Array, '...'], rows: int) -> Int[Array, ' rows']:
   """One index a row from an index of one for all, a row, or a group of rows.
 
   A decoder counts steps in one scalar; after a prompt in one number a row; and
@@ -239,7 +239,7 @@ class Attention(nn.Module):
     key_input: Float[Array, 'b k d'],
     query_segments: Int[Array, 'b q'] | None = None,
     key_segments: Int[Array, 'b k'] | None = None,
-    prefill_lengths: Int[Array, 'b'] | None = None,
+    prefill_lengths: Int[Array, ' b'] | None = None,
   ) -> Float[Array, 'b q d']:
     """Lets every query position gather from the key positions it may see.
 

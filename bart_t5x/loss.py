@@ -104,7 +104,7 @@ def token_losses(
 def masked_logits(
   hidden: Float[Array, '... d'],
   table: Float[Array, 'v d'],
-  bias: Float[Array, 'v'],
+  bias: Float[Array, ' v'],
   vocab_size: int,
 ) -> Float[Array, '... v']:
   """Logits in float32 at least, padded columns `PADDED_LOGIT`."""
@@ -198,7 +198,7 @@ def chunked_loss(
   settings: LossSettings,
   hidden: Float[Array, 'b l d'],
   table: Float[Array, 'v d'],
-  bias: Float[Array, 'v'],
+  bias: Float[Array, ' v'],
   targets: Int[Array, 'b l'],
   weights: Float[Array, 'b l'],
 ) -> tuple[Float[Array, ''], TokenLosses]:

@@ -97,7 +97,7 @@ class Decoder(_Stack):
     segments: Int[Array, 'b l'] | None,
     encoded: Float[Array, 'b k d'],
     key_segments: Int[Array, 'b k'],
-    prefill_lengths: Int[Array, 'b'] | None,
+    prefill_lengths: Int[Array, ' b'] | None,
     mode: blocks.Mode,
   ) -> Float[Array, 'b l d']:
     """Decodes; see `Transformer.decode` for the arguments."""
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     decode: bool = False,
     prefill: bool = False,
-    prefill_lengths: Int[Array, 'b'] | None = None,
+    prefill_lengths: Int[Array, ' b'] | None = None,
   ) -> Float[Array, 'b l d']:
     """`decode` without its last step: the states that `project` makes logits of."""
     _check_packing('decoder', decoder_segment_ids, decoder_positions)
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
     logits = loss.masked_logits(hidden, table, bias, self.config.vocab_size)
     return layers.constrain(logits, ('batch', 'length', 'vocab'))
 
-  def output_weights(self) -> tuple[Float[Array, 'v d'], Float[Array, 'v']]:
+  def output_weights(self) -> tuple[Float[Array, 'v d'], Float[Array, ' v']]:
     """What `project` uses: the token table and the constant bias.
 
     The bias is a buffer, not a weight, in every BART checkpoint: never trained.
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
     decode: bool = False,
     max_decode_length: int | None = None,
     prefill: bool = False,
-    prefill_lengths: Int[Array, 'b'] | None = None,
+    prefill_lengths: Int[Array, ' b'] | None = None,
   ) -> Float[Array, 'b l v']:
     """Decodes: all positions at once, or one with the cache, or a prompt into it.
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @jax.vmap
 def remove_prefix(
-  sequence: Int[Array, 'length'], prefix_length: Int[Array, '']
-) -> Int[Array, 'length']:
+  sequence: Int[Array, ' length'], prefix_length: Int[Array, '']
+) -> Int[Array, ' length']:
   """Drops the first tokens of every row and pads with 0 at the end.
 
   Args:
@@ -193,7 +193,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     params: PyTree,
     inputs: Int[Array, 'batch length'],
     causal_attention_mask: Int[Array, 'batch length'],
-  ) -> tuple[PyTree, Int[Array, 'batch']]:
+  ) -> tuple[PyTree, Int[Array, ' batch']]:
     """Creates the cache and fills it from the inputs.
 
     All inputs but the last are stored. The last one is fed again in the first

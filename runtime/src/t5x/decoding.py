@@ -133,7 +133,7 @@ def beam_init(
   cache: Mapping[str, Any],
   offset: int = 0,
   live_seqs: Int[Array, 'batch beam max_decode_len'] | None = None,
-  initial_index: Int[Array, 'batch'] | None = None,
+  initial_index: Int[Array, ' batch'] | None = None,
 ) -> BeamState:
   """The state before the first step: one live beam an example, none closed.
 
@@ -367,7 +367,7 @@ def beam_search(
   min_log_prob: float = NEG_INF_VALUE,
   decode_rng: jax.Array | None = None,
   cache_offset: int = 0,
-  initial_index: Int[Array, 'batch'] | None = None,
+  initial_index: Int[Array, ' batch'] | None = None,
 ) -> tuple[
   Int[Array, 'batch num_decodes max_decode_len'], Float[Array, 'batch num_decodes']
 ]:

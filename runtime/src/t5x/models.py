@@ -240,7 +240,7 @@ class EncoderDecoderModel(BaseTransformerModel):
     encoder_input_tokens: Int[Array, 'batch input_length'],
     decoder_input_tokens: Int[Array, 'batch length'],
     prefill_decoder_prompt: bool = False,
-  ) -> tuple[PyTree, Int[Array, 'batch'] | None]:
+  ) -> tuple[PyTree, Int[Array, ' batch'] | None]:
     """Creates the decoder's cache.
 
     Args:
@@ -347,7 +347,7 @@ class EncoderDecoderModel(BaseTransformerModel):
     encoder_input_tokens: Int[Array, 'batch input_length'],
     prompt: Int[Array, 'batch length'],
     num_decodes: int,
-  ) -> tuple[TokensIdsToLogitsCallable, PyTree, Int[Array, 'batch'] | None]:
+  ) -> tuple[TokensIdsToLogitsCallable, PyTree, Int[Array, ' batch'] | None]:
     """Encodes the inputs; returns the decoder, its cache and where it begins."""
     encoded_inputs = self.module.apply(
       {'params': params},
@@ -400,7 +400,7 @@ class EncoderDecoderModel(BaseTransformerModel):
     return base_model.score_targets(self, params, batch, return_intermediates)
 
 
-def _with_position(cache: PyTree, position: Int[Array, 'batch']) -> PyTree:
+def _with_position(cache: PyTree, position: Int[Array, ' batch']) -> PyTree:
   """The cache with the decoder's position embedder, if any, set to `position`."""
   decoder = cache.get('decoder', {})
   if 'position_embedder' not in decoder:

@@ -200,7 +200,7 @@ class _Sampler:
 
   def _draw(
     self, key: jax.Array, logits: Float[Array, 'rows vocabulary']
-  ) -> tuple[Int[Array, 'rows'], Float[Array, 'rows']]:
+  ) -> tuple[Int[Array, ' rows'], Float[Array, ' rows']]:
     """Draws one token a row; returns it and its log probability."""
     options = self.options
     heated = self.temperature > MIN_TEMPERATURE
@@ -275,8 +275,8 @@ class _Sampler:
 
 
 def _log_prob_of(
-  token: Int[Array, 'rows'], logits: Float[Array, 'rows vocabulary']
-) -> Float[Array, 'rows']:
+  token: Int[Array, ' rows'], logits: Float[Array, 'rows vocabulary']
+) -> Float[Array, ' rows']:
   log_probs = jax.nn.log_softmax(logits)
   return jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
 
@@ -303,7 +303,7 @@ def _checked_steps(
 
 def _last_positions(
   prompts: Int[Array, 'rows length'], steps: int | Int[Array, ''] | None
-) -> Int[Array, 'rows']:
+) -> Int[Array, ' rows']:
   """Position of the last token each row may get."""
   rows, length = prompts.shape
   if steps is None:
@@ -337,7 +337,7 @@ def temperature_sample(
   topk: int = 1,
   topp: float = 0.0,
   cache_offset: int = 0,
-  initial_index: Int[Array, 'batch'] | None = None,
+  initial_index: Int[Array, ' batch'] | None = None,
   max_decode_steps: int | Int[Array, ''] | None = None,
   max_decode_steps_hard_limit: int | None = None,
   rescale_log_probs: bool = True,
@@ -386,7 +386,7 @@ def temperature_sample(
 def _sample(
   inputs: Int[Array, 'batch length'],
   cache: Any,
-  initial_index: Int[Array, 'batch'] | None,
+  initial_index: Int[Array, ' batch'] | None,
   decode_rng: jax.Array | None,
   num_decodes: int,
   steps: int | jax.Array | None,
@@ -424,8 +424,8 @@ def _sample(
 def _first_state(
   inputs: Int[Array, 'rows length'],
   cache: Mapping[str, Any],
-  initial_index: Int[Array, 'rows'] | None,
-  last: Int[Array, 'rows'],
+  initial_index: Int[Array, ' rows'] | None,
+  last: Int[Array, ' rows'],
   decode_rng: jax.Array | None,
 ) -> SamplingLoopState:
   """The state before the first step."""
