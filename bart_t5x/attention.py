@@ -53,7 +53,7 @@ def visible(
 def plain_attention(
   query: Float[Array, 'b q h d'],
   key: Float[Array, 'b k h d'],
-  value: Float[Array, 'b k h d'],
+  value: Float[Array, 'b k h e'],
   query_segments: Int[Array, 'b q'] | None = None,
   key_segments: Int[Array, 'b k'] | None = None,
   *,
@@ -61,7 +61,7 @@ def plain_attention(
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
   first_query: Int[Array, ''] | int = 0,
-) -> Float[Array, 'b q h d']:
+) -> Float[Array, 'b q h e']:
   """Softmax attention with all scores at once (Vaswani et al. 2017, 3.2.1).
 
   Queries come scaled already. Scores and softmax are computed in float32 at
@@ -96,7 +96,7 @@ def plain_attention(
 def chunked_attention(
   query: Float[Array, 'b q h d'],
   key: Float[Array, 'b k h d'],
-  value: Float[Array, 'b k h d'],
+  value: Float[Array, 'b k h e'],
   query_segments: Int[Array, 'b q'] | None = None,
   key_segments: Int[Array, 'b k'] | None = None,
   *,
@@ -104,7 +104,7 @@ def chunked_attention(
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
   chunk_length: int,
-) -> Float[Array, 'b q h d']:
+) -> Float[Array, 'b q h e']:
   """The same for `chunk_length` queries at a time, in either pass.
 
   Scores exist for one chunk only: the backward pass computes them again (Rabe and

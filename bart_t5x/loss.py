@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.linen import partitioning
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 # Replaces the logits of rows that pad the vocabulary; finite, so 0 * it is 0.
 PADDED_LOGIT = -1e9
@@ -200,7 +200,7 @@ def chunked_loss(
   table: Float[Array, 'v d'],
   bias: Float[Array, ' v'],
   targets: Int[Array, 'b l'],
-  weights: Float[Array, 'b l'],
+  weights: Num[Array, 'b l'],
 ) -> tuple[Float[Array, ''], TokenLosses]:
   """Σ weight · (cross-entropy + z-loss) over targets, and the losses of each.
 

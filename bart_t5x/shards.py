@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 # The Castagnoli polynomial, its bits reversed.
 _POLYNOMIAL = 0x82F63B78
@@ -69,7 +69,7 @@ def record(content: bytes) -> bytes:
   return length + _masked_crc(length) + content + _masked_crc(content)
 
 
-def _varints(values: Int[np.ndarray, ' n']) -> bytes:
+def _varints(values: Integer[np.ndarray, ' n']) -> bytes:
   """Protocol-buffer varints of non-negative integers, one after the other."""
   values = np.asarray(values, np.uint64)
   largest = int(values.max()) if values.size else 0

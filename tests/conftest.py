@@ -19,6 +19,17 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 # Test files import `fake_hub` and `noise_cases` by their names.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import array_types  # noqa: E402 - found through the path above.
+
+# Before anything imports them.
+array_types.install(
+  f'bart_t5x.{name}'
+  for name in (
+    'attention', 'attention_cores', 'blocks', 'cudnn', 'dropout', 'flash', 'hf.mapping',
+    'infill_metrics', 'layers', 'loss', 'model', 'network', 'shards',
+  )
+)  # fmt: skip
+
 
 @pytest.fixture(scope='session')
 def corpus_dir(tmp_path_factory):

@@ -350,8 +350,9 @@ def axes_used(bart, monkeypatch):
     for name in ('encoder_input', 'decoder_input', 'decoder_target')
   }
   shapes = {name: array.shape for name, array in batch.items()}
+  types = dict.fromkeys(shapes, jnp.int32)
   variables = jax.eval_shape(
-    lambda: bart.get_initial_variables(jax.random.key(0), shapes)
+    lambda: bart.get_initial_variables(jax.random.key(0), shapes, types)
   )
   for metadata in jax.tree.leaves(
     variables['params_axes'],

@@ -491,10 +491,10 @@ def test_a_chunk_of_nothing_is_refused():
 
 
 def test_initial_variables_from_the_shapes_of_a_packed_batch():
-  shapes = {name: (2, 8) for name in _batch()}
-  for side in ('encoder', 'decoder'):
-    shapes |= {f'{side}_positions': (2, 8), f'{side}_segment_ids': (2, 8)}
+  packed = ('positions', 'segment_ids')
+  names = [*_batch(), *(f'{s}_{f}' for s in ('encoder', 'decoder') for f in packed)]
+  given = dict.fromkeys(names, (2, 8)), dict.fromkeys(names, jnp.int32)
   variables = jax.eval_shape(
-    lambda: _model().get_initial_variables(jax.random.key(0), shapes)
+    lambda: _model().get_initial_variables(jax.random.key(0), *given)
   )
   assert set(variables) == {'params', 'params_axes'}

@@ -16,6 +16,19 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 
 # For what tests share: tiny.py.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+# For array_types.py, behind the rest: names here come first.
+sys.path.append(str(pathlib.Path(__file__).parents[2] / 'tests'))
+
+import array_types  # noqa: E402 - found through the path above.
+
+# Before anything imports them.
+array_types.install(
+  f't5x.{name}'
+  for name in (
+    'base_model', 'beams', 'decoder_only', 'decoding', 'learning_rate', 'losses',
+    'metrics', 'model_metrics', 'models', 'sampling',
+  )
+)  # fmt: skip
 
 
 @pytest.fixture(scope='session')

@@ -27,7 +27,7 @@ def test_options_get_defaults_and_are_not_edited():
 
 
 def test_the_best_decode_is_the_last():
-  decodes, scores = np.arange(24).reshape(2, 3, 4), np.arange(6).reshape(2, 3)
+  decodes, scores = np.arange(24).reshape(2, 3, 4), np.arange(6.0).reshape(2, 3)
   every, aux = base_model.select_decodes(decodes, scores, True)
   assert every is decodes and aux['scores'] is scores
   best, aux = base_model.select_decodes(decodes, scores, False)

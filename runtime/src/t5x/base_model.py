@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import core as flax_core
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Num, PyTree
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
 from t5x import decoding, losses, model_metrics
 from t5x.metrics import MetricsMap
@@ -243,7 +243,8 @@ class BaseTransformerModel(BaseModel):
     mask: Num[Array, 'batch length'] | None,
     loss: Float[Array, ''],
     z_loss: Float[Array, ''] | None = None,
-    segment_ids: Mapping[str, Num[Array, 'batch length']] | None = None,
+    segment_ids: Mapping[str, Num[Array, 'batch _'] | Bool[Array, 'batch _']]
+    | None = None,
   ) -> MetricsMap:
     """Metrics of a training or evaluation step."""
     return model_metrics.compute_base_metrics(

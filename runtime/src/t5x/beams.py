@@ -298,7 +298,7 @@ def top_k_two_stage(
   """
   batch, samples = x.shape
   if batch > 8 or samples <= 8 * _LANES * k:
-    return lax.top_k(x, k)
+    return tuple(lax.top_k(x, k))
   piece = -(-samples // _LANES)
   padding = ((0, 0), (0, piece * _LANES - samples))
   pieces = jnp.pad(x, padding, constant_values=-np.inf).reshape(batch, _LANES, piece)

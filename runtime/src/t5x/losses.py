@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 
 def _log_normalizer(logits: Float[Array, '*b c']) -> Float[Array, '*b']:
@@ -149,11 +149,11 @@ def _smoothing_entropy(classes: int, smoothing: float) -> Float[Array, ''] | flo
 def compute_weighted_cross_entropy(
   logits: Float[Array, '*b c'],
   targets: Int[Array, '*b'],
-  weights: Float[Array, '*b'] | None = None,
+  weights: Num[Array, '*b'] | None = None,
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
   loss_normalizing_factor: float | None = None,
-) -> tuple[Float[Array, ''], Float[Array, ''], Float[Array, ''] | int]:
+) -> tuple[Float[Array, ''], Float[Array, ''], Num[Array, ''] | int]:
   """Sums the loss over a batch.
 
   Args:
@@ -224,7 +224,7 @@ def convert_special_loss_normalizing_factor_to_enum(
 
 
 def _sum_by_segment(
-  weights: Float[Array, 'b l'], segment_ids: Int[Array, 'b l']
+  weights: Num[Array, 'b l'], segment_ids: Int[Array, 'b l']
 ) -> Float[Array, 'b l']:
   """Gives each position the summed weight of its segment in its row; padding 0."""
   # A packed row numbers its segments from 1, so at most to l; 0 is padding.
@@ -239,7 +239,7 @@ def _sum_by_segment(
 def get_loss_normalizing_factor_and_weights(
   loss_normalizing_factor: float | int | str | SpecialLossNormalizingFactor | None,
   batch: Mapping[str, Array],
-) -> tuple[Float[Array, ''] | float | None, Float[Array, 'b l'] | None]:
+) -> tuple[Num[Array, ''] | int | float | None, Num[Array, 'b l'] | None]:
   """Turns the configured divisor into a number and the weights that go with it.
 
   Args:

@@ -70,7 +70,8 @@ def compute_base_metrics(
   mask: Num[Array, 'batch length'] | None,
   loss: Float[Array, ''],
   z_loss: Float[Array, ''] | None = None,
-  segment_ids: Mapping[str, Num[Array, 'batch length']] | None = None,
+  segment_ids: Mapping[str, Num[Array, 'batch _'] | Bool[Array, 'batch _']]
+  | None = None,
 ) -> MetricsMap:
   """Metrics of one step, to be merged over microbatches and steps.
 

@@ -253,12 +253,16 @@ class OrbaxCheckpointManagerInterface:
     # makes their folders anew: look until none comes back.
     begun = seen = time.monotonic()
     while (now := time.monotonic()) - seen < _QUIET_SECONDS:
-      late = now - begun > _DISCARD_TIMEOUT
       for leftover in checkpoint_utils.leftovers(self._directory):
         if folder.name + '.' in leftover.name:
-          seen = seen if late else now
-          with contextlib.suppress(*([] if late else [OSError])):
+          seen = now
+          try:
             leftover.rmtree()
+          except OSError:  # Not empty any more, or gone already.
+            if now - begun > _DISCARD_TIMEOUT:
+              raise
+      if now - begun > 2 * _DISCARD_TIMEOUT:
+        raise OSError('something writes to it still')
       time.sleep(0.05)
 
   def _failure(self, folder: epath.Path, error: Exception) -> CheckpointSaveError:

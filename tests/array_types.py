@@ -1,0 +1,63 @@
+"""Checks shapes and dtypes at run time, as the signatures of array functions give them.
+
+Other annotations are not looked at. Where a signature says `Array`, tests may hand over
+NumPy's arrays too, as JAX takes both.
+"""
+
+import collections.abc
+import functools
+import operator
+import types
+import typing
+
+import jax
+import jaxtyping
+from beartype import beartype
+
+# Containers whose parts are looked at; of anything else only arrays and plain types.
+_CONTAINERS = (tuple, list, dict, collections.abc.Mapping, collections.abc.Sequence)
+_PLAIN = (int, float, bool, str, type(None), Ellipsis)
+
+
+def install(modules) -> None:
+  """Checks calls within tests of all functions in modules imported from now on.
+
+  Args:
+    modules: their names; those within a package are checked too.
+  """
+  jaxtyping.install_import_hook(list(modules), 'array_types.check')
+
+
+def check(function):
+  """The function, with shapes and dtypes checked at each call.
+
+  `inspect.unwrap` gives it back as it was, for tests of what it says to wrong shapes.
+  """
+  hints = getattr(function, '__annotations__', {})
+  function.__annotations__ = {
+    name: _arrays_of(hint) for name, hint in hints.items() if _has_arrays(hint)
+  }
+  return beartype(function) if function.__annotations__ else function
+
+
+def _is_array(hint) -> bool:
+  return isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+
+
+def _has_arrays(hint) -> bool:
+  return _is_array(hint) or any(map(_has_arrays, typing.get_args(hint)))
+
+
+def _arrays_of(hint):
+  """The hint with `Any` for what is neither an array nor plain."""
+  if _is_array(hint):
+    if hint.array_type is jax.Array:
+      hint.array_type = typing.Any
+    return hint
+  parts = tuple(map(_arrays_of, typing.get_args(hint)))
+  origin = typing.get_origin(hint)
+  if origin in (typing.Union, types.UnionType):
+    return functools.reduce(operator.or_, parts)
+  if origin in _CONTAINERS:
+    return origin[parts]
+  return hint if hint in _PLAIN else typing.Any
