@@ -73,7 +73,8 @@ def _check(query):
     got = device.platform
     if got == 'gpu':
       version = device.capability
-      got = f'{device.kind}, ' + ('{}.{}'.format(*version) if version else 'of none')
+      version = '{}.{}'.format(*version) if version else 'no compute capability'
+      got = f'{device.kind} ({version})'
     raise ValueError(
       "BartConfig.attention_impl = 'cudnn' needs an NVIDIA GPU of compute capability "
       f"8.0 or later (Ampere). Got: {got}. 'auto' takes what the platform has; 'plain' "

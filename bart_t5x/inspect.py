@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     type=int,
     default=1024,
     help='default: 1024. Noise shortens long texts, but may lengthen short ones: '
-    'targets under some 50 tokens need inputs longer than they are',
+    'targets under some 60 tokens need inputs longer than they are',
   )
   add('--targets_length', type=int, default=1024, help='default: 1024')
   add(
@@ -336,12 +336,12 @@ def _read(dataset, tasks: Sequence, args: argparse.Namespace) -> list[Mapping]:
 
   try:
     return list(dataset.as_numpy_iterator())
-  except tf.errors.DataLossError:
+  except tf.errors.DataLossError as e:
     for task in tasks:
       if isinstance(task, sources.EpochTask):
         source = task.source_of(args.split, args.use_cached)
         sources.check_records(source.list_shards(args.split))
-    raise
+    raise OSError(f'a file of the task is damaged: {e.message}') from e
 
 
 def _traced(task) -> tuple[Any, Any]:
@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(bindings) < len(rest):
       raise UsageError(f'Unknown arguments: {" ".join(rest)}. See --help.')
     run(args, bindings)
-  except (ValueError, FileNotFoundError) as e:
+  except (ValueError, OSError, ImportError) as e:
     return command_line.fail(e)
   return 0
 

@@ -254,6 +254,7 @@ def summarisation(
 
 
 def _library(module: str, package: str) -> types.ModuleType:
+  """The module; an ImportError that says how to install its package."""
   try:
     return importlib.import_module(module)
   except ImportError as e:

@@ -54,8 +54,8 @@ Run again with the same arguments, it is used as it is. The tasks norwegian_deno
 and norwegian_denoising_mini read data/no and data/mini (or those folders below
 BART_T5X_DATA).
 
-exit codes: 0 done or nothing to do, 1 the machine failed (disk, a worker process),
-2 an argument or the input is not as it must be, 130 interrupted.
+exit codes: 0 done or nothing to do, 1 it could not be done (the message says why),
+2 a command line that cannot be read, 130 interrupted.
 """
 
 

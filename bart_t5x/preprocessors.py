@@ -266,7 +266,7 @@ def tokenize_for_bart(
     dataset: of examples in which output features are scalar strings; other features
       pass through.
     output_features: with a `BartVocabulary` for each text.
-    sequence_length: of the features; None, or a feature not in it, for no limit.
+    sequence_length: of the features, at least 2; None for no limit, of one or of all.
 
   Returns:
     The dataset with int32 [n] in place of each text, the text itself as
@@ -274,15 +274,9 @@ def tokenize_for_bart(
     it lost.
 
   Raises:
-    ValueError: a feature's vocabulary has no `<s>`.
+    ValueError: a feature's vocabulary has no `<s>`, or its length has no room for it.
   """
-  for name, feature in output_features.items():
-    if not isinstance(getattr(feature.vocabulary, 'bos_id', None), int):
-      raise ValueError(
-        f'tokenize_for_bart needs a vocabulary with <s> for feature {name!r}, such as '
-        f'bart_t5x.vocabularies.load_vocabulary(…). Got: {feature.vocabulary}'
-      )
-
+  _check_room_for_ends(output_features, sequence_length or {})
   spec = dataset.element_spec
   texts = [n for n in output_features if n in spec and spec[n].dtype == tf.string]
 
@@ -309,6 +303,24 @@ def tokenize_for_bart(
   return dataset.apply(tf.data.experimental.assert_cardinality(cardinality))
 
 
+def _check_room_for_ends(
+  output_features: Mapping[str, seqio.Feature], sequence_length: Mapping[str, int]
+) -> None:
+  """Refuses features that cannot begin with `<s>` and end with `</s>`."""
+  for name, feature in output_features.items():
+    if not isinstance(getattr(feature.vocabulary, 'bos_id', None), int):
+      raise ValueError(
+        f'tokenize_for_bart needs a vocabulary with <s> for feature {name!r}, such as '
+        f'bart_t5x.vocabularies.load_vocabulary(…). Got: {feature.vocabulary}'
+      )
+    limit = sequence_length.get(name)
+    if limit is not None and limit < 2:
+      raise ValueError(
+        f'TASK_FEATURE_LENGTHS[{name!r}] must hold <s> and </s>, so at least 2. Got: '
+        f'{limit}'
+      )
+
+
 def _tokenized(
   texts: Mapping[str, tf.Tensor],
   features: Mapping[str, seqio.Feature],
@@ -319,7 +331,8 @@ def _tokenized(
   for name, strings in texts.items():
     vocabulary = features[name].vocabulary
     ids = vocabulary.encode_tf(strings)
-    kept = ids[:, : sequence_length[name] - 2] if name in sequence_length else ids
+    limit = sequence_length.get(name)
+    kept = ids if limit is None else ids[:, : limit - 2]
     lost = ids.row_lengths() - kept.row_lengths()
     first = tf.fill([ids.nrows(), 1], vocabulary.bos_id)
     last = tf.fill([ids.nrows(), 1], vocabulary.eos_id)

@@ -120,6 +120,13 @@ def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
   return lines
 
 
+def _read_corpus(path: pathlib.Path) -> dict:
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged ({e}): prepare the corpus again') from e
+
+
 def prediction_lines(path: pathlib.Path) -> list[str]:
   """Each input and what the model made of it, from what t5x.infer wrote."""
   lines = []
@@ -146,7 +153,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
   args = _parse(argv)
   try:
-    corpus = json.loads((args.corpus_dir / 'corpus.json').read_text(encoding='utf-8'))
+    corpus = _read_corpus(args.corpus_dir / 'corpus.json')
     folders = sorted((args.model_dir / 'training_eval').glob('*/'))
     if not folders:
       raise FileNotFoundError(f'no evaluation in {args.model_dir}/training_eval')
@@ -155,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.predictions:
       print('\nwhat it puts for <mask>, as it comes')
       print('\n'.join(prediction_lines(args.predictions)))
-  except FileNotFoundError as e:
+  except (OSError, ValueError) as e:
     return command_line.fail(e)
   return 0
 

@@ -103,6 +103,11 @@ VARIANTS = (
     {**SCAN, 'trainer.Trainer.num_microbatches': 2},
   ),
   _base('vocabulary', 'vocabulary not padded', vocab_multiple_of=1),
+  Variant(
+    'base_moment',
+    "AdamW's first moment in bfloat16, in a loop",
+    {**SCAN, 'optimizers.adamw.mu_dtype': 'bfloat16'},
+  ),
   Variant('base_out_1024', 'sources of 1024', LONG_SOURCES),
   Variant(
     'base_out_plain_dots', 'plain attention', {CONFIG + 'attention_impl': 'plain'}

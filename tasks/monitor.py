@@ -25,7 +25,10 @@ _VALIDATION = 'validation'
 
 @gin.configurable(module='tasks.monitor')
 def headline(
-  task: str = gin.REQUIRED, metric: str | None = None, module: str | None = None
+  task: str = gin.REQUIRED,
+  metric: str | None = None,
+  module: str | None = None,
+  check_libraries: bool = False,
 ) -> tuple[str, str]:
   """The task to follow, and its metric.
 
@@ -33,11 +36,13 @@ def headline(
     task: a task or mixture.
     metric: of the task; None for the one it was registered with.
     module: to be imported before, if it registers the task.
+    check_libraries: whether the metrics must be there, of all tasks of a mixture.
 
   Returns:
     (task, metric): of a mixture, one of its tasks.
 
   Raises:
+    ImportError: a metric needs a library that is not installed.
     ValueError: there is no such task, or no metric is named and none of the tasks has
       one of its own.
   """
@@ -46,6 +51,9 @@ def headline(
     for member in seqio.get_subtasks(find_task(task, module))
     if _VALIDATION in member.splits and member.metric_fns
   ]
+  if check_libraries:
+    for member in members:
+      metrics.check_libraries(member.metric_fns)
   for member in members:
     if found := metric or text_to_text.headline_of(member.name):
       return member.name, found
@@ -66,11 +74,9 @@ def tensorboard_name() -> str:
   first evaluation for want of a library.
 
   Raises:
-    ImportError: a metric of the task needs a library that is not installed.
-    ValueError: see `headline`.
+    ImportError, ValueError: see `headline`.
   """
-  task, metric = headline()
-  metrics.check_libraries(find_task(task).metric_fns)
+  task, metric = headline(check_libraries=True)
   return f'inference_eval/{task}/eval/{metric}'
 
 

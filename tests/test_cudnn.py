@@ -47,7 +47,11 @@ def test_refuses_what_it_would_ignore_or_cannot_do(monkeypatch):
 
 @pytest.mark.parametrize(
   ('kind', 'capability', 'got'),
-  [('V100', (7, 0), 'V100, 7.0'), ('T4', (7, 5), 'T4, 7.5'), ('MI300', None, 'MI300')],
+  [
+    ('V100', (7, 0), r'V100 \(7\.0\)'),
+    ('T4', (7, 5), r'T4 \(7\.5\)'),
+    ('MI300', None, r'MI300 \(no compute capability\)'),
+  ],
 )
 def test_refuses_gpus_before_ampere_and_others(monkeypatch, kind, capability, got):
   gpu = cudnn.placement.Device('gpu', kind, capability)

@@ -128,6 +128,8 @@ def test_colour_is_for_terminals_and_never_against_no_color(monkeypatch):
     ('inspect_test', ['--inputs_length=20'], 'the encoder takes 20'),
     ('inspect_test', ['--colour=red'], 'Unknown arguments: --colour=red'),
     ('inspect_test', ['--gin.noise.Recipe.ratio=1'], 'ratio'),
+    ('inspect_test', ['--gin_file=no_such.gin'], 'no_such.gin'),
+    ('inspect_test', ['--module=no_such_module'], 'no_such_module'),
   ],
 )
 def test_bad_input_is_one_line(capsys, task, args, message):

@@ -41,6 +41,7 @@ def test_the_name_in_tensorboard():
   [
     ('norec', 'sklearn.metrics', 'scikit-learn'),
     ('norsumm_nb', 'rouge_score.rouge_scorer', 'rouge-score'),
+    ('monitor_test_mixture', 'sklearn.metrics', 'scikit-learn'),
   ],
 )
 def test_a_metric_without_its_library_is_told_at_the_start(
@@ -48,8 +49,15 @@ def test_a_metric_without_its_library_is_told_at_the_start(
 ):
   monkeypatch.setitem(sys.modules, module, None)
   gin.bind_parameter('tasks.monitor.headline.task', task)
-  with pytest.raises(ImportError, match=f'need {package}: pip install'):
-    monitor.tensorboard_name()
+  # The first of its tasks, which is the one to follow, needs no library.
+  seqio.MixtureRegistry.add('monitor_test_mixture', [('norquad', 1), ('norec', 1)])
+  try:
+    with pytest.raises(ImportError, match=f'need {package}: pip install'):
+      monitor.tensorboard_name()
+    # Answers from a model that is there need no metrics.
+    assert monitor.headline()
+  finally:
+    seqio.MixtureRegistry.remove('monitor_test_mixture')
 
 
 def test_a_misspelt_task_is_answered_with_the_nearest():

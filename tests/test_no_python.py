@@ -1,4 +1,4 @@
-"""No Python function runs inside `tf.data` while training, whatever the task."""
+"""No Python function runs inside `tf.data` while training, in none of our tasks."""
 
 import pathlib
 

@@ -299,11 +299,19 @@ def test_text_is_tokenized_as_in_pre_training(features):
 
 def test_long_text_keeps_its_end(features):
   texts = {'inputs': ['fjord og snø og sjø og huset'], 'targets': ['sjø']}
-  (example,) = tokenized(features, texts, {'inputs': 6, 'targets': 60})
+  (example,) = tokenized(features, texts, {'inputs': 6, 'targets': None})
   (whole,) = tokenized(features, texts)
   assert example['inputs'].tolist() == [*whole['inputs'][:5], 2]
   assert example['inputs_truncated'] == len(whole['inputs']) - 6
   assert example['targets'].tolist() == whole['targets'].tolist()
+
+
+def test_a_length_without_room_for_both_ends_is_refused(features):
+  texts = {'inputs': ['fjord'], 'targets': ['sjø']}
+  (example,) = tokenized(features, texts, {'inputs': 2})
+  assert example['inputs'].tolist() == [1, 2]
+  with pytest.raises(ValueError, match=r"LENGTHS\['targets'\] must hold .* Got: 1"):
+    tokenized(features, texts, {'targets': 1})
 
 
 def test_features_that_are_no_text_pass(features):

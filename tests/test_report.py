@@ -70,3 +70,15 @@ def test_a_folder_without_a_run_is_named(run, capsys):
   arguments = ['--model_dir', str(run), '--corpus_dir', str(run / 'corpus')]
   assert report.main(arguments) == 1
   assert f'no evaluation in {run}/training_eval' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('content', [None, '{'])
+def test_a_corpus_that_cannot_be_read_is_one_line(run, capsys, content):
+  corpus = run / 'corpus' / 'corpus.json'
+  corpus.unlink()
+  corpus.write_text(content) if content else corpus.mkdir()
+  arguments = ['--model_dir', str(run / 'run'), '--corpus_dir', str(run / 'corpus')]
+  assert report.main(arguments) == 1
+  told = capsys.readouterr().err
+  assert told.startswith('error: ') and told.count('\n') == 1
+  assert str(corpus) in told

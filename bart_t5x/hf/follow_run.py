@@ -91,7 +91,7 @@ class RunFollower:
       _say(f'{checkpoint.name} pushed to {url}')
 
   def _push(self, checkpoint: pathlib.Path) -> str:
-    from bart_t5x.hf import export, hub  # late: they import TensorFlow
+    from bart_t5x.hf import export, hub  # late: to export imports TensorFlow
 
     folder = self._model_dir / EXPORT_FOLDER
     export.export(
@@ -203,9 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The exit status.
   """
+  command_line.quiet_libraries()
   from bart_t5x.hf import hub
 
-  command_line.quiet_libraries()
   args = _parser().parse_args(argv)
   if not args.model_dir.is_dir():
     return command_line.fail(f'--model_dir={args.model_dir} is no local folder')

@@ -139,8 +139,22 @@ def test_resumes_at_the_next_batch(tmp_path, taken):
   assert_differ(expected, take(iterator(dataset(seed=6)), 6))
 
 
+def in_turn(paths):
+  files = tf.data.Dataset.from_tensor_slices(paths)
+  return files.interleave(lambda path: tf.data.TFRecordDataset(path), cycle_length=2)
+
+
+# The files are named inside of functions, as by a task with epochs, or outside.
+READERS = {
+  'epochs': lambda paths: tf.data.Dataset.range(2).flat_map(lambda _: in_turn(paths)),
+  'once': in_turn,
+  'a list': lambda paths: tf.data.TFRecordDataset(paths),
+}
+
+
+@pytest.mark.parametrize('reader', READERS.values(), ids=READERS)
 @pytest.mark.parametrize('damage', ['changed', 'cut off'])
-def test_a_damaged_file_is_named(tmp_path, damage):
+def test_a_damaged_file_is_named(tmp_path, damage, reader):
   paths = [tmp_path / f'{i}.tfrecord' for i in range(3)]
   for path in paths:
     with tf.io.TFRecordWriter(str(path)) as writer:
@@ -150,16 +164,14 @@ def test_a_damaged_file_is_named(tmp_path, damage):
   content[14] ^= 1
   paths[1].write_bytes(content if damage == 'changed' else content[:-3])
 
-  def read(path):
-    return tf.data.TFRecordDataset(path)
-
-  # The files are read inside of functions, as by a task with epochs.
-  ds = tf.data.Dataset.range(2).flat_map(
-    lambda epoch: tf.data.Dataset.from_tensor_slices(list(map(str, paths))).interleave(
-      read, cycle_length=2
-    )
+  ds = reader(list(map(str, paths)))
+  # A vocabulary's words are strings in the graph as well.
+  words = tf.constant(['a', 'record', 'a/record'])
+  ds = ds.map(
+    lambda record: {
+      'targets': tf.strings.length(record) + tf.cast(words[0] == record, tf.int32)
+    }
   )
-  ds = ds.map(lambda record: {'targets': tf.strings.length(record)})
   pattern = 'damaged: (corrupted|truncated) record.* in .*/1.tfrecord.*copy it again'
   with pytest.raises(OSError, match=pattern):
     take(iterator(ds.batch(BATCH, drop_remainder=True)), 3)

@@ -220,7 +220,7 @@ class _Witness(trainer.BaseAction):
 
 
 def test_actions_recall_what_the_run_wrote_before_it_was_stopped(tmp_path):
-  def go_on(total_steps):
+  def go_on(total_steps, **changes):
     witnesses = {
       'TRAIN': _Witness('train', 'loss'),
       'TRAIN_EVAL': _Witness('tiny_copy', 'loss'),
@@ -233,6 +233,7 @@ def test_actions_recall_what_the_run_wrote_before_it_was_stopped(tmp_path):
       infer_eval_dataset_cfg=tiny.dataset_config('validation', pack=False),
       concurrent_metrics=False,
       actions={mode: [witness] for mode, witness in witnesses.items()},
+      **changes,
     )
     return witnesses.values()
 
@@ -244,6 +245,12 @@ def test_actions_recall_what_the_run_wrote_before_it_was_stopped(tmp_path):
   (tmp_path / 'checkpoint_10').rename(tmp_path / 'lost')
   for before, after in zip(first, go_on(10), strict=True):
     assert after.recalled == before.values
+  # What will be evaluated before the first step is not told twice.
+  (tmp_path / 'checkpoint_10').rename(tmp_path / 'lost again')
+  first, *evaluated = zip(first, go_on(10, run_eval_before_training=True), strict=True)
+  assert first[1].recalled == first[0].values
+  for before, after in evaluated:
+    assert [*after.recalled, after.values[0]] == before.values
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ training resumes.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import re
 import tempfile
@@ -19,6 +20,7 @@ import clu.data.dataset_iterator as clu_iterators
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
 if TYPE_CHECKING:
@@ -87,9 +89,25 @@ def _strings_in(dataset: tf.data.Dataset) -> list[str]:
     value.decode('utf-8', 'replace')
     for node in nodes
     if node.op == 'Const' and node.attr['dtype'].type == tf.string.as_datatype_enum
-    for value in tf.make_ndarray(node.attr['value'].tensor).ravel()
+    # Not tf.make_ndarray, which cannot read strings that came from eager tensors.
+    for value in tf.reshape(
+      tf.io.parse_tensor(node.attr['value'].tensor.SerializeToString(), tf.string), [-1]
+    ).numpy()
   ]
   return list(dict.fromkeys(found))
+
+
+def _data_files(dataset: tf.data.Dataset) -> list[str]:
+  """The files that a dataset's graph names; not a vocabulary's words, of no folder."""
+  import tensorflow as tf
+
+  def is_file(path):
+    try:
+      return tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
+    except tf.errors.OpError:  # no path after all
+      return False
+
+  return [path for path in _strings_in(dataset) if '/' in path and is_file(path)]
 
 
 def damaged_file(dataset: tf.data.Dataset, error: Exception) -> str | None:
@@ -105,15 +123,18 @@ def damaged_file(dataset: tf.data.Dataset, error: Exception) -> str | None:
   """
   import tensorflow as tf
 
-  for path in _strings_in(dataset):
+  files = _data_files(dataset)
+  logging.warning(
+    '%s: reading %d data files, to find which.', _damage(error), len(files)
+  )
+  for path in files:
     try:
-      if tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path):
-        for _ in tf.data.TFRecordDataset(path):
-          pass
+      for _ in tf.data.TFRecordDataset(path):
+        pass
     except tf.errors.DataLossError as alone:
       if _damage(alone) == _damage(error):
         return path
-    except tf.errors.OpError:  # no path after all, or one that cannot be read
+    except tf.errors.OpError:  # a file of another kind, or one that cannot be read
       continue
   return None
 
@@ -141,7 +162,10 @@ class ShardedDatasetIterator(DatasetIterator):
     except Exception as error:
       if type(error).__name__ != 'DataLossError':  # naming it would import TensorFlow
         raise
-      path = damaged_file(self.dataset, error) if self.dataset is not None else None
+      path = None
+      if self.dataset is not None:
+        with contextlib.suppress(Exception):  # the damage is told in any case
+          path = damaged_file(self.dataset, error)
       place = path or 'one of its files'
       raise OSError(
         f'The training data is damaged: {_damage(error)}, in {place}. It was changed '

@@ -284,7 +284,7 @@ def train(
     )
     if not evaluator.eval_tasks:
       evaluator = None
-  loop.recall_values(actions, model_dir, first_step)
+  loop.recall_values(actions, model_dir, first_step, run_eval_before_training)
   evaluations = loop.Evaluations(
     trainer,
     train_eval_datasets,

@@ -39,7 +39,9 @@ from t5x.training.trainer_types import (
 if TYPE_CHECKING:
   from t5x import models
 
-_LONGEST_TASK_NAME = 113  # File systems allow 255 bytes, with the writer's ending.
+# Where a task's metrics are written; of long names the beginning, as file systems allow
+# 255 bytes, the writer's ending included.
+TRAINING_EVAL_FOLDER = 'training_eval/{:.113}'
 
 
 class PreemptionError(Exception):
@@ -106,7 +108,7 @@ class BaseTrainer(abc.ABC):
     self.stop_training = False
     self.train_metrics_manager = MetricsManager('train', summary_dir)
     self.eval_metrics_managers = {
-      name: MetricsManager(f'training_eval/{name[:_LONGEST_TASK_NAME]}', summary_dir)
+      name: MetricsManager(TRAINING_EVAL_FOLDER.format(name), summary_dir)
       for name in eval_names
     }
 

@@ -20,7 +20,7 @@ from t5x import eval as eval_lib
 from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
 from t5x.checkpointing import best_metrics
-from t5x.training import preemption, progress, run_schedule
+from t5x.training import base_trainer, preemption, progress, run_schedule
 
 # Under this name actions find the training metrics among those of tasks.
 TRAIN_METRIC_KEY = 'train'
@@ -63,6 +63,7 @@ def recall_values(
   actions: Mapping[trainer_lib.ActionMode, Sequence[trainer_lib.BaseAction]],
   model_dir: str,
   step: int,
+  evaluates_first: bool,
 ) -> None:
   """Lets the actions of a run that goes on know what they would have seen.
 
@@ -70,17 +71,18 @@ def recall_values(
     actions: all actions by mode.
     model_dir: in which the run wrote its metrics.
     step: at which it goes on; what it wrote behind that is taken back.
+    evaluates_first: whether the state at `step` is evaluated again before it goes on.
   """
-  names = {
-    trainer_lib.ActionMode.TRAIN: '{task}/{metric}',
-    trainer_lib.ActionMode.TRAIN_EVAL: 'training_eval/{task}/{metric}',
-    trainer_lib.ActionMode.INFER_EVAL: 'inference_eval/{task}/eval/{metric}',
+  folders = {
+    trainer_lib.ActionMode.TRAIN: '{}',
+    trainer_lib.ActionMode.TRAIN_EVAL: base_trainer.TRAINING_EVAL_FOLDER,
+    trainer_lib.ActionMode.INFER_EVAL: 'inference_eval/{}/eval',
   }
 
   def recorded(mode, task, metric):
-    name = names[mode].format(task=task, metric=metric)
-    found = best_metrics.recorded(model_dir, name)
-    return [found[at] for at in sorted(found) if at <= step]
+    found = best_metrics.recorded(model_dir, f'{folders[mode].format(task)}/{metric}')
+    again = evaluates_first and mode != trainer_lib.ActionMode.TRAIN
+    return [found[at] for at in sorted(found) if at < step + (not again)]
 
   if jax.process_index() == 0:
     for mode, chosen in actions.items():
