@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from bart_t5x import attention, blocks, dropout, layers, loss
 from bart_t5x.config import BartConfig
@@ -130,6 +130,8 @@ def _check_packing(side, segments, positions):
 class Transformer(nn.Module):
   """BART with T5X's contract: `__call__`, `encode`, `decode`.
 
+  Tokens may have any dtype: T5X makes a model's parameters with tokens of float32.
+
   Attributes:
     config: the model's numbers.
   """
@@ -162,7 +164,7 @@ class Transformer(nn.Module):
 
   def encode(
     self,
-    encoder_input_tokens: Int[Array, 'b k'],
+    encoder_input_tokens: Num[Array, 'b k'],
     encoder_segment_ids: Int[Array, 'b k'] | None = None,
     enable_dropout: bool = True,
     encoder_positions: Int[Array, 'b k'] | None = None,
@@ -195,8 +197,8 @@ class Transformer(nn.Module):
   def decode_hidden(
     self,
     encoded: Float[Array, 'b k d'],
-    encoder_input_tokens: Int[Array, 'b k'],
-    decoder_input_tokens: Int[Array, 'b l'],
+    encoder_input_tokens: Num[Array, 'b k'],
+    decoder_input_tokens: Num[Array, 'b l'],
     encoder_segment_ids: Int[Array, 'b k'] | None = None,
     decoder_segment_ids: Int[Array, 'b l'] | None = None,
     decoder_positions: Int[Array, 'b l'] | None = None,
@@ -246,9 +248,9 @@ class Transformer(nn.Module):
   def decode(
     self,
     encoded: Float[Array, 'b k d'],
-    encoder_input_tokens: Int[Array, 'b k'],
-    decoder_input_tokens: Int[Array, 'b l'],
-    decoder_target_tokens: Int[Array, 'b l'],
+    encoder_input_tokens: Num[Array, 'b k'],
+    decoder_input_tokens: Num[Array, 'b l'],
+    decoder_target_tokens: Num[Array, 'b l'],
     encoder_segment_ids: Int[Array, 'b k'] | None = None,
     decoder_segment_ids: Int[Array, 'b l'] | None = None,
     decoder_positions: Int[Array, 'b l'] | None = None,
@@ -298,8 +300,8 @@ class Transformer(nn.Module):
 
   def hidden(
     self,
-    encoder_input_tokens: Int[Array, 'b k'],
-    decoder_input_tokens: Int[Array, 'b l'],
+    encoder_input_tokens: Num[Array, 'b k'],
+    decoder_input_tokens: Num[Array, 'b l'],
     encoder_segment_ids: Int[Array, 'b k'] | None = None,
     decoder_segment_ids: Int[Array, 'b l'] | None = None,
     encoder_positions: Int[Array, 'b k'] | None = None,
@@ -320,9 +322,9 @@ class Transformer(nn.Module):
 
   def __call__(
     self,
-    encoder_input_tokens: Int[Array, 'b k'],
-    decoder_input_tokens: Int[Array, 'b l'],
-    decoder_target_tokens: Int[Array, 'b l'],
+    encoder_input_tokens: Num[Array, 'b k'],
+    decoder_input_tokens: Num[Array, 'b l'],
+    decoder_target_tokens: Num[Array, 'b l'],
     encoder_segment_ids: Int[Array, 'b k'] | None = None,
     decoder_segment_ids: Int[Array, 'b l'] | None = None,
     encoder_positions: Int[Array, 'b k'] | None = None,

@@ -16,6 +16,8 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['HF_HUB_OFFLINE'] = '1'
+# Several test processes may compile for TPUs at a time; libtpu allows one by itself.
+os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 # Test files import `fake_hub` and `noise_cases` by their names.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
