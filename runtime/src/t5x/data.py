@@ -309,34 +309,33 @@ def get_dataset(
       'start. Set CheckpointConfig.save.save_dataset = True to go on where the '
       'checkpoint stopped.'
     )
+  rows = cfg.batch_size // num_shards
+  return _opened(cfg, shard_id, num_shards, feature_converter_cls, num_epochs, rows)
+
+
+def _opened(
+  cfg: DatasetConfig,
+  shard_id: int,
+  num_shards: int,
+  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  num_epochs: int | None,
+  rows: int,
+) -> tf.data.Dataset:
+  """As `get_dataset`; tells of `rows` a batch, of which the caller may make batches."""
   import seqio
 
-  check_dataset_config(cfg, num_shards, feature_converter_cls)
-  seed = _seed(cfg)
-  _log_reading(cfg, num_shards, seed)
-  return get_dataset_inner(
-    cfg,
-    seqio.ShardInfo(index=shard_id, num_shards=num_shards),
-    feature_converter_cls,
-    seed,
-    num_epochs,
-  )
-
-
-def _seed(cfg: DatasetConfig) -> int:
-  return _shared_random_seed() if cfg.seed is None else cfg.seed
-
-
-def _log_reading(cfg: DatasetConfig, num_shards: int, seed: int):
-  rows = cfg.batch_size // num_shards
+  provider = check_dataset_config(cfg, num_shards, feature_converter_cls)
+  seed = _shared_random_seed() if cfg.seed is None else cfg.seed
   logging.info(
     "Reading '%s' (%s): %d %s a batch on this host, seed %d.",
-    find_provider(cfg).name,
+    provider.name,
     cfg.split,
     rows,
     'row' if rows == 1 else 'rows',
     seed,
   )
+  shard = seqio.ShardInfo(index=shard_id, num_shards=num_shards)
+  return get_dataset_inner(cfg, shard, feature_converter_cls, seed, num_epochs)
 
 
 def get_dataset_inner(
@@ -474,22 +473,18 @@ def _eval_batches(
   feature_converter_cls: Callable[..., seqio.FeatureConverter],
 ) -> tf.data.Dataset:
   """This host's share of `eval_steps` batches of one task or mixture."""
-  import seqio
-
-  # One row at a time: rows are dealt to the hosts below.
-  one_row = dataclasses.replace(cfg, batch_size=1)
-  check_dataset_config(one_row, 1, feature_converter_cls)
-  seed = _seed(cfg)
-  _log_reading(cfg, shard_info.num_shards, seed)
-  rows = get_dataset_inner(
-    one_row,
-    seqio.ShardInfo(index=0, num_shards=1),
-    feature_converter_cls,
-    seed,
+  size = cfg.batch_size // shard_info.num_shards
+  rows = _opened(
+    # One row at a time: rows are dealt to the hosts below.
+    dataclasses.replace(cfg, batch_size=1),
+    shard_id=0,
+    num_shards=1,
+    feature_converter_cls=feature_converter_cls,
     # Finite, or a task whose examples are all filtered out would spin forever.
     num_epochs=eval_steps * cfg.batch_size,
+    rows=size,
   )
   rows = rows.unbatch().repeat().shard(shard_info.num_shards, shard_info.index)
-  batches = rows.batch(cfg.batch_size // shard_info.num_shards, drop_remainder=True)
+  batches = rows.batch(size, drop_remainder=True)
   batches = batches.take(eval_steps)
   return batches.cache() if cfg.use_memory_cache else batches

@@ -201,6 +201,7 @@ class Run:
     forward = functools.partial(
       self._model.loss_fn, dropout_rng=self._key if training else None
     )
+    microbatches = getattr(trainer, '_num_microbatches', None) if training else None
     return AbstractStep(
       kind,
       function,
@@ -210,7 +211,7 @@ class Run:
       (forward, (state.params, batch)),
       3 if training else 1,
       self._partitioner.data_mesh_size,
-      microbatches=getattr(trainer, '_num_microbatches', None) or 1 if training else 1,
+      microbatches=microbatches or 1,
     )
 
   def _decode_step(self, kind, state, axes, batch) -> AbstractStep:

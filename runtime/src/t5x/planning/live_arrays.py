@@ -120,10 +120,8 @@ def _operations(
 ) -> Iterator[_Operation]:
   """The equations of a function in order; fills `values` by variable."""
   for equation in jaxpr.eqns:
-    name, bodies = (
-      equation.primitive.name,
-      list(jaxpr_costs.inner_jaxprs(equation.params)),
-    )
+    name = equation.primitive.name
+    bodies = list(jaxpr_costs.inner_jaxprs(equation.params))
     place = '/'.join(p for p in (path, str(equation.source_info.name_stack)) if p)
     inputs = [_of(variable, values) for variable in equation.invars]
     if name in _INLINED and len(bodies) == 1:

@@ -82,7 +82,8 @@ def recall_values(
   def recorded(mode, task, metric):
     found = best_metrics.recorded(model_dir, f'{folders[mode].format(task)}/{metric}')
     again = evaluates_first and mode != trainer_lib.ActionMode.TRAIN
-    return [found[at] for at in sorted(found) if at < step + (not again)]
+    last = step - 1 if again else step
+    return [found[at] for at in sorted(found) if at <= last]
 
   if jax.process_index() == 0:
     for mode, chosen in actions.items():
