@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,39 @@ class Process:
     return Outcome(code, ''.join(self.lines))
 
 
+def stop_twice(train, run, period, steps):
+  """Starts a run in a folder thrice, and two times stops it.
+
+  Killed after its first checkpoint, asked to stop in mid-period, then left alone.
+
+  Args:
+    train: starts the run in a folder, which is to take `steps`: a `Process`.
+    run: the folder.
+    period: of its checkpoints.
+    steps: of the whole run.
+  """
+  killed = train(run)
+  killed.wait_for(lambda _: (run / f'checkpoint_{period}').exists())
+  killed.send(signal.SIGKILL)
+  assert killed.end().code == -signal.SIGKILL
+  first = max(int(p.name.partition('_')[2]) for p in run.glob('checkpoint_*[0-9]'))
+  assert first % period == 0 and first < steps
+
+  stopped = train(run)
+  stopped.wait_for(lambda text: f'step {first + 20} of {steps}' in text)
+  stopped.send(signal.SIGTERM)
+  outcome = stopped.end()
+  assert outcome.code == 0, outcome.text
+  assert re.search(rf'Going on from \S*checkpoint_{first} ', outcome.text)
+  second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
+  assert first + 20 <= second < steps
+  assert (run / f'checkpoint_{second}').exists()
+
+  outcome = train(run).end()
+  assert outcome.code == 0, outcome.text
+  assert re.search(rf'Going on from \S*checkpoint_{second} ', outcome.text)
+
+
 @pytest.fixture(scope='session')
 def data_root(tmp_path_factory):
   """A BART_T5X_DATA with the corpus `mini`, prepared by the command itself."""
@@ -256,5 +290,6 @@ def helpers():
     tiny_training=tiny_training,
     scalars=scalars,
     saved_state=saved_state,
+    stop_twice=stop_twice,
     made_up_norwegian=made_up_norwegian,
   )

@@ -1,8 +1,5 @@
 """A fine-tuning run that was stopped ends as one that was not, bit for bit."""
 
-import re
-import signal
-
 import jax
 import numpy as np
 import pytest
@@ -49,23 +46,7 @@ def test_stopped_and_started_again(train, helpers, tmp_path):
   outcome = train(whole).end()
   assert outcome.code == 0, outcome.text
 
-  # Killed after its first checkpoint, then asked to stop in mid-period.
-  killed = train(run)
-  killed.wait_for(lambda _: (run / f'checkpoint_{PERIOD}').exists())
-  killed.send(signal.SIGKILL)
-  assert killed.end().code == -signal.SIGKILL
-  stopped = train(run)
-  stopped.wait_for(lambda text: f'step {PERIOD + 20} of {STEPS}' in text)
-  stopped.send(signal.SIGTERM)
-  outcome = stopped.end()
-  assert outcome.code == 0, outcome.text
-  assert re.search(rf'Going on from \S*checkpoint_{PERIOD} ', outcome.text)
-  second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
-  assert PERIOD + 20 <= second < STEPS
-
-  outcome = train(run).end()
-  assert outcome.code == 0, outcome.text
-  assert re.search(rf'Going on from \S*checkpoint_{second} ', outcome.text)
+  helpers.stop_twice(train, run, PERIOD, STEPS)
   assert (
     helpers.scalars(run / 'train')[STEPS] == helpers.scalars(whole / 'train')[STEPS]
   )

@@ -1,8 +1,6 @@
 """Text in, a trained and exported BART out, by the commands that the README teaches."""
 
 import json
-import re
-import signal
 import struct
 
 import jax
@@ -92,26 +90,7 @@ def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
 ):
   """Killed after its first checkpoint, then asked to stop in mid-period."""
   run = tmp_path / 'run'
-  killed = train(run)
-  killed.wait_for(lambda _: (run / 'checkpoint_100').exists())
-  killed.send(signal.SIGKILL)
-  assert killed.end().code == -signal.SIGKILL
-  first = max(int(p.name.partition('_')[2]) for p in run.glob('checkpoint_*[0-9]'))
-  assert first % PERIOD == 0 and first < STEPS
-
-  stopped = train(run)
-  stopped.wait_for(lambda text: f'step {first + 20} of {STEPS}' in text)
-  stopped.send(signal.SIGTERM)
-  outcome = stopped.end()
-  assert outcome.code == 0, outcome.text
-  assert re.search(rf'Going on from \S*checkpoint_{first} ', outcome.text)
-  second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
-  assert first + 20 <= second < STEPS
-  assert (run / f'checkpoint_{second}').exists()
-
-  outcome = train(run).end()
-  assert outcome.code == 0, outcome.text
-  assert re.search(rf'Going on from \S*checkpoint_{second} ', outcome.text)
+  helpers.stop_twice(train, run, PERIOD, STEPS)
   assert held_out(run)[STEPS] == held_out(whole)[STEPS]
   name = f'checkpoint_{STEPS}'
   ours, theirs = (helpers.saved_state(folder / name) for folder in (run, whole))
