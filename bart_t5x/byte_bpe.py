@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-# See `noise`: keeps AutoGraph from looking through what it need not.
-do_not_convert = tf.autograph.experimental.do_not_convert
+from bart_t5x import tensors
+from bart_t5x.tensors import do_not_convert, select
 
 # Kinds of characters; `_EDGE` is what lies before and behind a text.
 _EDGE, _LETTER, _NUMBER, _OTHER, _BLANK, _SPACE = range(6)
@@ -230,16 +230,18 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
   starts = _marks(splits, tf.size(codes))
   if tables.split:
     starts = word_starts(codes, starts, tables.kinds)
-  firsts = tf.where(starts[: tf.size(codes)])[:, 0]
+  firsts = tensors.places(starts[: tf.size(codes)])
   words = tf.RaggedTensor.from_row_starts(codes, firsts, validate=False)
   words = tf.strings.unicode_encode(words, 'UTF-8', errors='strict')
   row = tf.searchsorted(tables.hashes, tf.strings.to_hash_bucket_fast(words, _HASHES))
   known = tf.gather(tables.words, row) == words
 
   places = tf.gather(edges, firsts)
-  ids = _kept(tf.gather(tables.word_ids, row), known)
-  other_places, other_ids = _merged(_kept(words, ~known), _kept(places, ~known), tables)
-  places = tf.concat([_kept(places, known), other_places], 0)
+  ids = select(tf.gather(tables.word_ids, row), known)
+  other_places, other_ids = _merged(
+    select(words, ~known), select(places, ~known), tables
+  )
+  places = tf.concat([select(places, known), other_places], 0)
   ids = tf.concat([ids, other_ids], 0)
 
   # Each token at the place of its first byte; then the places between go.
@@ -249,7 +251,7 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
   is_token = tokens >= 0
   before = _with_zero(tf.cumsum(tf.cast(is_token, tf.int64)))
   return tf.RaggedTensor.from_row_splits(
-    _kept(tokens, is_token),
+    select(tokens, is_token),
     tf.gather(before, tf.gather(edges, splits)),
     validate=False,
   )
@@ -257,11 +259,6 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
 
 def _with_zero(sums: tf.Tensor) -> tf.Tensor:
   return tf.concat([tf.zeros([1], sums.dtype), sums], 0)
-
-
-def _kept(rows: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-  """`tf.boolean_mask` of a vector, in two operations."""
-  return tf.gather(rows, tf.where(mask)[:, 0])
 
 
 def _marks(places: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
@@ -299,7 +296,7 @@ def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tens
   )
 
   # The two characters behind each apostrophe, 0 for those of the next text.
-  at = tf.where((codes == ord("'")) & starts)[:, 0]
+  at = tensors.places((codes == ord("'")) & starts)
   padded = tf.concat([codes, [0, 0]], 0)
   one = tf.where(tf.gather(edges, at + 1), 0, tf.gather(padded, at + 1))
   two = tf.where(tf.gather(edges, at + 2), 0, tf.gather(padded, at + 2))
@@ -309,8 +306,8 @@ def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tens
   long = functools.reduce(
     tf.logical_or, [(one == ord(a)) & (two == ord(b)) for a, b in _LONG_CONTRACTIONS]
   )
-  inside = _kept(at, short | long) + 1
-  after = tf.concat([_kept(at, short) + 2, _kept(at, long) + 3], 0)
+  inside = select(at, short | long) + 1
+  after = tf.concat([select(at, short) + 2, select(at, long) + 3], 0)
   return tf.tensor_scatter_nd_update(
     tf.concat([starts, tf.zeros([3], tf.bool)], 0),
     tf.concat([inside, after], 0)[:, tf.newaxis],
@@ -369,23 +366,23 @@ def _merge_once(places, word, ids, ranks, tables: Tables):
   """
   lowest = tf.math.segment_min(ranks, word)
   lowest = tf.where(lowest < _NO_RANK, lowest, -1)  # a word that is done
-  at = tf.where(ranks == tf.gather(lowest, word))[:, 0]
+  at = tensors.places(ranks == tf.gather(lowest, word))
   if tables.single is not None:
     of = tf.gather(word, at)
     is_first = tf.concat([[True], of[1:] != of[:-1]], 0)
     single = tf.gather(tables.single, tf.gather(ranks, at))
-    at = _kept(at, is_first | ~single)
+    at = select(at, is_first | ~single)
   # Pairs that overlap are runs of positions without a gap: every other one of them.
   begins = tf.concat([[True], at[1:] - at[:-1] > 1], 0)
   run = tf.cumsum(tf.cast(begins, tf.int32)) - 1
-  at = _kept(at, (at - tf.gather(_kept(at, begins), run)) % 2 == 0)
+  at = select(at, (at - tf.gather(select(at, begins), run)) % 2 == 0)
 
   product = tf.gather(tables.products, tf.gather(ranks, at))
   ids = tf.tensor_scatter_nd_update(ids, at[:, tf.newaxis], product)
   stays = tf.tensor_scatter_nd_update(
     tf.ones_like(ids, tf.bool), at[:, tf.newaxis] + 1, tf.zeros_like(at, tf.bool)
   )
-  kept = tf.where(stays)[:, 0]
+  kept = tensors.places(stays)
   places, word, ids, ranks = (tf.gather(x, kept) for x in (places, word, ids, ranks))
   # Each merge moved what is behind it; only pairs with a product in them are new.
   at -= tf.range(tf.size(at, tf.int64))

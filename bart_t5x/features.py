@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from bart_t5x.noise import do_not_convert
+from bart_t5x.tensors import do_not_convert
 
 NOISED = 'targets_noised'
 DECODER_NOISED = 'decoder_targets_noised'

@@ -23,13 +23,9 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from bart_t5x import spans
-from bart_t5x.spans import ceil_share, sums_at, uniform_draws
-
-# Keeps a function from AutoGraph, which looks through all that it calls for `if` and
-# `for` over tensors. There are none here, and looking took most of a run's first ten
-# seconds.
-do_not_convert = tf.autograph.experimental.do_not_convert
+from bart_t5x import spans, tensors
+from bart_t5x.spans import ceil_share, uniform_draws
+from bart_t5x.tensors import do_not_convert, sums_at
 
 # Codes of the feature `targets_noised`. Not 0, which is padding.
 COPIED = 1
@@ -197,7 +193,7 @@ def corrupt(
     if recipe.whole_words and recipe.infill_ratio:
       in_tokens = tf.size(refs) > room
       by_tokens = dataclasses.replace(recipe, whole_words=False)
-      refs = spans.replace_if(
+      refs = tensors.replace_if(
         in_tokens,
         refs,
         lambda *piece: _noised(*piece, by_tokens, ids),
@@ -268,21 +264,24 @@ def span_lengths(
   seed: tf.Tensor,
   recipe: Recipe,
   ids: Ids,
-  encoder_length: int | None = None,
+  in_tokens: tf.Tensor | bool = False,
 ) -> tf.Tensor:
   """The lengths that `corrupt` draws for the same arguments, for statistics.
 
+  Args:
+    tokens, sentence_starts, seed, recipe, ids: as for `corrupt`.
+    in_tokens: what it said, see `Noised`.
+
   Returns:
-    int32 [k], in units: words with `whole_words` where `corrupt` does not say
-    `in_tokens`, else tokens; 0 is an insertion. Empty without infilling.
+    int32 [k], in units: words with `whole_words` and not `in_tokens`, else tokens; 0 is
+    an insertion. Empty without infilling.
   """
   if not recipe.infill_ratio:
     return tf.zeros([0], tf.int32)
   units = tf.size(tokens)
   starts = _word_starts(tokens, sentence_starts, tf.range(1, units + 1), ids, recipe)
   if starts is not None:
-    noised = corrupt(tokens, sentence_starts, seed, recipe, ids, encoder_length)
-    units = tf.where(noised.in_tokens, units, tf.size(starts))
+    units = tf.where(in_tokens, units, tf.size(starts))
   edges, _ = spans.draw_spans(
     units,
     _stream(seed, _INFILL),
@@ -349,7 +348,9 @@ def permute_sentences(
       tf.range(count), tf.sort(chosen)[:, tf.newaxis], chosen
     )
   ends = tf.concat([sentence_starts[1:], [size]], 0)
-  return spans.joined_ranges(tf.gather(sentence_starts, order), tf.gather(ends, order))
+  return tensors.joined_ranges(
+    tf.gather(sentence_starts, order), tf.gather(ends, order)
+  )
 
 
 def _word_starts(
@@ -368,7 +369,7 @@ def _word_starts(
     tf.expand_dims(sentence_starts, 1),
     sentence_starts >= 0,  # all true
   )
-  return tf.cast(spans.places(tf.gather(begins, refs - 1)), tf.int32)
+  return tf.cast(tensors.places(tf.gather(begins, refs - 1)), tf.int32)
 
 
 # Token by token.
@@ -382,7 +383,7 @@ def mask_tokens(refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int) -> tf
 
 def delete_tokens(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
   """Deletes `ceil(ratio · n)` of the n clean tokens."""
-  return spans.select(refs, ~_choose_clean(refs, seed, ratio))
+  return tensors.select(refs, ~_choose_clean(refs, seed, ratio))
 
 
 def insert_masks(

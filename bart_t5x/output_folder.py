@@ -19,11 +19,31 @@ class Occupied(Exception):
   """The output folder holds something else."""
 
 
+def parse(text: str, path: str) -> dict[str, Any]:
+  """The content of corpus.json.
+
+  Args:
+    text: of the file.
+    path: for the message.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+  try:
+    return json.loads(text)
+  except ValueError as e:
+    raise ValueError(
+      f'{path!r} is damaged ({e}). Copy it again, or prepare the corpus again with '
+      '--overwrite.'
+    ) from e
+
+
 def read(folder: str) -> dict[str, Any] | None:
   """The content of corpus.json; None where there is none that can be read."""
+  path = os.path.join(folder, CORPUS_FILE)
   try:
-    with open(os.path.join(folder, CORPUS_FILE), encoding='utf-8') as f:
-      return json.load(f)
+    with open(path, encoding='utf-8') as f:
+      return parse(f.read(), path)
   except (OSError, ValueError):
     return None
 

@@ -19,8 +19,8 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import documents, noise
-from bart_t5x.noise import do_not_convert
 from bart_t5x.sources import EPOCH, SEED
+from bart_t5x.tensors import do_not_convert, select
 
 # Odd numbers that keep apart what goes into one seed (wrap-around is wanted).
 _MIX_SEED = -0x61C8864680B583EB
@@ -132,7 +132,7 @@ def _sorted_once(values: tf.Tensor) -> tf.Tensor:
   values = tf.sort(values)
   is_first = tf.ones_like(values[:1], tf.bool)
   is_new = tf.concat([is_first, values[1:] > values[:-1]], 0)
-  return tf.boolean_mask(values, is_new)
+  return select(values, is_new)
 
 
 def cut_points(bounds: tf.Tensor, sentence_starts: tf.Tensor, room: int) -> tf.Tensor:
@@ -200,15 +200,14 @@ def denoise(
 
   @do_not_convert
   def corrupt(piece):
-    arguments = (
+    drawn_from = (
       piece['tokens'],
       piece['sentence_starts'],
       piece_seed(piece),
       recipe,
       ids,
-      encoder_length,
     )
-    noised = noise.corrupt(*arguments)
+    noised = noise.corrupt(*drawn_from, encoder_length)
     example = {
       'inputs': noised.source,
       'targets': noised.target,
@@ -216,19 +215,21 @@ def denoise(
       'dropped': noised.dropped,
       **{k: piece[k] for k in ('example_id', 'piece', EPOCH)},
     }
-    return {**example, **_trace(noised, *arguments)} if trace else example
+    return {**example, **_trace(noised, *drawn_from)} if trace else example
 
   return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _trace(noised: noise.Noised, tokens, starts, seed, recipe, *others) -> dict:
+def _trace(noised: noise.Noised, tokens, starts, seed, recipe, ids) -> dict:
   """How an example came about, of what `noise.corrupt` was given and has made."""
   return {
     'references': noised.references,
     'in_tokens': noised.in_tokens,
     'permuted': noise.permuted(tf.size(tokens), starts, seed, recipe),
     'sentence_starts': starts,
-    'span_lengths': noise.span_lengths(tokens, starts, seed, recipe, *others),
+    'span_lengths': noise.span_lengths(
+      tokens, starts, seed, recipe, ids, noised.in_tokens
+    ),
   }
 
 

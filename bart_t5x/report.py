@@ -120,13 +120,6 @@ def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
   return lines
 
 
-def _read_corpus(path: pathlib.Path) -> dict:
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged ({e}): prepare the corpus again') from e
-
-
 def prediction_lines(path: pathlib.Path) -> list[str]:
   """Each input and what the model made of it, from what t5x.infer wrote."""
   lines = []
@@ -152,8 +145,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
   args = _parse(argv)
+  from bart_t5x import output_folder  # late: --help answers at once
+
   try:
-    corpus = _read_corpus(args.corpus_dir / 'corpus.json')
+    path = args.corpus_dir / output_folder.CORPUS_FILE
+    corpus = output_folder.parse(path.read_text(encoding='utf-8'), str(path))
     folders = sorted((args.model_dir / 'training_eval').glob('*/'))
     if not folders:
       raise FileNotFoundError(f'no evaluation in {args.model_dir}/training_eval')

@@ -8,7 +8,6 @@ would have to follow the position in the stream, which depends on the number of 
 
 import concurrent.futures
 import copy
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,9 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from bart_t5x.noise import do_not_convert
+from bart_t5x import output_folder
+from bart_t5x.tensors import do_not_convert
 
-CORPUS_FILE = 'corpus.json'
 TRAIN = 'train'
 VALIDATION = 'validation'
 
@@ -82,16 +81,10 @@ class CorpusSource(seqio.DataSource):
       FileNotFoundError: there is no corpus, or `prepare` has not finished it.
       ValueError: the file is damaged.
     """
-    path = os.path.join(self.corpus_dir, CORPUS_FILE)
+    path = os.path.join(self.corpus_dir, output_folder.CORPUS_FILE)
     if tf.io.gfile.exists(path):
       with tf.io.gfile.GFile(path) as f:
-        try:
-          return json.load(f)
-        except ValueError as e:
-          raise ValueError(
-            f'{path!r} is damaged ({e}). Copy it again, or prepare the corpus again '
-            'with --overwrite.'
-          ) from e
+        return output_folder.parse(f.read(), path)
     begun = tf.io.gfile.exists(self.corpus_dir) and tf.io.gfile.listdir(self.corpus_dir)
     state = 'is not complete (no corpus.json)' if begun else 'does not exist'
     raise FileNotFoundError(

@@ -7,9 +7,10 @@ give the same draws to a reference implementation.
 """
 
 import math
-from collections.abc import Callable
 
 import tensorflow as tf
+
+from bart_t5x.tensors import joined_ranges, select, sums_at
 
 
 def infill(
@@ -179,80 +180,22 @@ def insert_at(refs: tf.Tensor, gaps: tf.Tensor, mask: int) -> tf.Tensor:
   return replace_spans(refs, gaps, gaps, 1, mask)
 
 
-# Vectors.
-
-
-def joined_ranges(begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
-  """The numbers of the ranges [begins, ends) after each other, int32 [k] each."""
-  return tf.raw_ops.RaggedRange(
-    starts=begins, limits=ends, deltas=1, Tsplits=tf.int32
-  ).rt_dense_values
-
-
-def select(values: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
-  """The values for which `chosen` holds: `tf.boolean_mask` in fewer operations."""
-  return tf.gather(values, places(chosen))
-
-
-def places(chosen: tf.Tensor) -> tf.Tensor:
-  """Where `chosen` [n] holds, int64 [k]. (A reshape copies nothing, a slice does.)"""
-  return tf.reshape(tf.where(chosen), [-1])
-
-
-def sums_at(places: tf.Tensor, values: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-  """A vector of `size` zeros with values added at places; negative places are none."""
-  return tf.math.unsorted_segment_sum(values, places, size)
-
-
-def replace_if(
-  condition: tf.Tensor,
-  values: tf.Tensor,
-  function: Callable[..., tf.Tensor],
-  arguments: tuple[tf.Tensor, ...],
-) -> tf.Tensor:
-  """`function(*arguments)` where the condition holds, else the values, int32 [n].
-
-  For what is rare: `tf.cond` would be dissolved in the graph around it, and then each
-  operation there, run or not, has its part in the control flow (a seventh of the
-  noise's time). The raw op calls a function, or does not.
-  """
-  if tf.executing_eagerly():
-    return tf.cond(condition, lambda: function(*arguments), lambda: values)
-  inputs = [values, *arguments]
-  signature = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
-
-  def branch(python_function):
-    traced = tf.function(python_function, autograph=False)
-    return traced.get_concrete_function(*signature)
-
-  (result,) = tf.raw_ops.StatelessIf(
-    cond=condition,
-    input=inputs,
-    Tout=[values.dtype],
-    then_branch=branch(lambda kept, *others: [function(*others)]),
-    else_branch=branch(lambda kept, *others: [kept]),
-    output_shapes=[[None]],
-  )
-  return result
-
-
 # Draws.
 
 
 def uniform_draws(count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
-  """float32 [count] in [0, 1). The raw op: a quarter of the public one's cost."""
-  return tf.raw_ops.StatelessRandomUniform(
-    shape=tf.reshape(count, [1]), seed=seed, dtype=tf.float32
-  )
+  """float32 [count] in [0, 1)."""
+  return _uniform(tf.reshape(count, [1]), seed)
 
 
 def uniform_pairs(count: tf.Tensor, seed: tf.Tensor) -> list[tf.Tensor]:
   """Two vectors, the halves of `uniform_draws(2 * count, seed)`."""
-  return tf.unstack(
-    tf.raw_ops.StatelessRandomUniform(
-      shape=tf.stack([2, count]), seed=seed, dtype=tf.float32
-    )
-  )
+  return tf.unstack(_uniform(tf.stack([2, count]), seed))
+
+
+def _uniform(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+  """The raw op: a quarter of the public one's cost."""
+  return tf.raw_ops.StatelessRandomUniform(shape=shape, seed=seed, dtype=tf.float32)
 
 
 def ceil_share(ratio: float, count: tf.Tensor) -> tf.Tensor:

@@ -20,6 +20,7 @@ import tensorflow_text as tf_text
 from jaxtyping import Bool
 
 from bart_t5x import byte_bpe, tokenization
+from bart_t5x.tensors import do_not_convert
 from bart_t5x.tokenization import (
   BOS_ID,
   EOS_ID,
@@ -143,7 +144,7 @@ class BartVocabulary(seqio.Vocabulary):
   def _decode(self, ids: Sequence[int]) -> str:
     return self.tokenizer.decode(ids)
 
-  @byte_bpe.do_not_convert
+  @do_not_convert
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
     """int32 [n] of a scalar string; of strings [k], ragged int32 [k, (n)].
 

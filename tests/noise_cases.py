@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from bart_t5x import noise
+from bart_t5x.tensors import do_not_convert
 
 MASK = 4
 VOCABULARY = 500
@@ -78,7 +79,7 @@ def as_dataset(cases):
     {**padded, **sizes, 'seed': np.array(seeds, np.int64)}
   )
 
-  @noise.do_not_convert
+  @do_not_convert
   def trim(case):
     tokens, starts = (case[k][: case[f'{k}_size']] for k in rows)
     return tokens, starts, case['seed']
@@ -89,7 +90,7 @@ def as_dataset(cases):
 def each(function, cases, mode):
   """function(tokens, starts, seed) of each case, as NumPy."""
   if mode == 'tf.data':
-    function = noise.do_not_convert(function)
+    function = do_not_convert(function)
     dataset = as_dataset(cases).map(function, num_parallel_calls=tf.data.AUTOTUNE)
     return list(dataset.as_numpy_iterator())
   found = []

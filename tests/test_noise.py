@@ -348,7 +348,12 @@ def test_p18_long_words_that_spans_pass_by_do_not_outgrow_the_encoder(mode, name
   finer = dataclasses.replace(recipe, whole_words=False)
   by_words, by_tokens = (corrupted(r, cases, mode, ids=ids) for r in (recipe, finer))
   made = corrupted(recipe, cases, mode, room, ids)
-  drawn = each(lambda *c: noise.span_lengths(*c, recipe, ids, room), cases, mode)
+
+  def lengths_of(*case):
+    in_tokens = noise.corrupt(*case, recipe, ids, room).in_tokens
+    return noise.span_lengths(*case, recipe, ids, in_tokens)
+
+  drawn = each(lengths_of, cases, mode)
   for result, words_, tokens_, lengths in zip(
     made, by_words, by_tokens, drawn, strict=True
   ):

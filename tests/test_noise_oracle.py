@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from bart_t5x import noise, spans
+from bart_t5x.tensors import do_not_convert
 
 MASK = 4
 VOCABULARY = 60
@@ -283,7 +284,7 @@ def corrupted(cases, recipe, encoder_length, eager):
     lambda: iter(cases), output_signature=(vector, vector, tf.TensorSpec([2], tf.int64))
   )
 
-  @noise.do_not_convert
+  @do_not_convert
   def corrupt(tokens, starts, seed):
     return noise.corrupt(tokens, starts, seed, recipe, IDS, encoder_length)
 
