@@ -160,6 +160,18 @@ def test_other_settings_do_not_go_on_with_old_chunks(run):
     run(mode='score', checkpoint_period=2)
 
 
+def test_the_newest_checkpoint_of_a_folder(run, tmp_path, tiny_run):
+  def scores(folder, **which):
+    which = restore.RestoreCheckpointConfig(**which)
+    run(tmp_path / folder, mode='score', restore_checkpoint_cfg=which)
+    return (tmp_path / folder / f'tiny_copy-score.{WHOLE}').read_text()
+
+  newest = scores('newest', path=str(tiny_run), mode='latest')
+  assert newest == scores('named', path=str(tiny_run / 'checkpoint_10'))
+  with pytest.raises(ValueError, match='infer takes one checkpoint. Got 3'):
+    scores('all', path=str(tiny_run), mode='all')
+
+
 def test_shards_together_are_the_whole(run, tmp_path):
   for shard in range(2):
     run(mode='score', shard_id=shard, num_shards=2)

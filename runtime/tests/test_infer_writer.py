@@ -139,6 +139,29 @@ def test_finishing_joins_in_order_marks_and_cleans_up(output, tmp_path):
   assert output.is_complete()
 
 
+@pytest.mark.parametrize('folder', ['tmp', 'tmp [1]*'])
+def test_several_outputs_share_a_folder(tmp_path, folder):
+  """Modes of one task do, also at the same time."""
+  first, second = (
+    infer_writer.TaskOutput(str(tmp_path), str(tmp_path / folder), name)
+    for name in ('x-predict.jsonl', 'x-predict_with_aux.jsonl')
+  )
+  for output in (first, second):
+    output.claim({'batch_size': 4})
+    for chunk in range(2):
+      with open(output.position_path(chunk) + '.index', 'w') as file:
+        file.write(output.name)
+      put_chunk(output, chunk, f'{output.name} {chunk}\n')
+    assert not output.has_position(0) and output.has_position(1)
+  first.finish(infer_writer.merge_chunks_to_file, step=7)
+  assert (tmp_path / first.name).read_text() == (
+    'x-predict.jsonl 0\nx-predict.jsonl 1\n'
+  )
+  assert second.chunks_done() == 2 and second.has_position(1)
+  second.finish(infer_writer.merge_chunks_to_file, step=7)
+  assert not (tmp_path / folder).exists()
+
+
 def test_without_a_merge_function_chunks_stay(output, tmp_path):
   put_chunk(output, 0, 'a\n')
   output.finish(None, step=7)

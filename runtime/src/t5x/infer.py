@@ -20,7 +20,6 @@ if __name__ == '__main__':
 
 import dataclasses
 import functools
-import glob
 import itertools
 import os
 import re
@@ -36,6 +35,7 @@ import tensorflow as tf
 from absl import logging
 
 from t5x import (
+  checkpoint_utils,
   checkpoints,
   data,
   gin_utils,
@@ -137,10 +137,10 @@ class _ExampleReader:
 
     Args:
       chunk: number of the chunk.
-      stem: where the position before it was saved; None or no such file: the examples
-        before it are read and dropped.
+      stem: where the position before it was saved; None: the examples before it are
+        read and dropped.
     """
-    if stem is not None and glob.glob(f'{glob.escape(stem)}.index'):
+    if stem is not None:
       tf.train.Checkpoint(iterator=self._iterator).read(stem).assert_consumed()
     elif chunk:
       self._iterator = iter(self._dataset.skip(chunk * self._chunk_size))
@@ -183,8 +183,10 @@ class _TaskInference:
     multihost.sync(f'{output.name}:claimed')
     chunk = multihost.broadcast_int(output.chunks_done())
     reader = self._reader(task)
-    before = output.position_path(chunk - 1) if self.saves_position else None
-    reader.go_to(chunk, before)
+    position = None
+    if self.saves_position and output.has_position(chunk - 1):
+      position = output.position_path(chunk - 1)
+    reader.go_to(chunk, position)
     if chunk:
       logging.info('%s goes on behind chunk %d.', output.name, chunk - 1)
     else:
@@ -279,6 +281,23 @@ def _infer_step(model: models.BaseTransformerModel, mode: str) -> Callable[..., 
   }[mode]
 
 
+def _checkpoint(cfg: restore.RestoreCheckpointConfig) -> str:
+  """The one checkpoint that a configuration means.
+
+  Raises:
+    ValueError: it means several, or none.
+  """
+  if isinstance(cfg.path, str) and checkpoint_utils.whole_checkpoint(cfg.path):
+    return cfg.path  # Whatever the mode: T5X looks at the path alone.
+  _, paths = restore.get_first_valid_restore_config_and_paths([cfg])
+  if len(paths) != 1:
+    raise ValueError(
+      f'infer takes one checkpoint. Got {len(paths)}: '
+      f'RestoreCheckpointConfig.path = {cfg.path!r}, mode = {cfg.mode!r}.'
+    )
+  return paths[0]
+
+
 def infer(
   *,
   mode: str,
@@ -342,6 +361,7 @@ def infer(
   """
   # ---- Arguments ----
   _check_arguments(mode, dataset_cfg, checkpoint_period, shard_id, num_shards)
+  checkpoint = _checkpoint(restore_checkpoint_cfg)
   # Two slashes would make another name of the same folder (but gs:// is meant).
   output_dir = re.sub(r'(?<!:)/{2,}', '/', output_dir)
   provider = data.check_dataset_config(
@@ -399,12 +419,12 @@ def infer(
     partitioner,
     # The optimizer's state in the checkpoint has no counterpart here.
     dataclasses.replace(restore_checkpoint_cfg, strict=False),
-    restore_checkpoint_cfg.path,
+    checkpoint,
     None if fallback_init_rng is None else jax.random.PRNGKey(fallback_init_rng),
     use_orbax=use_orbax,
   )
   if train_state is None:
-    raise ValueError(f'There is no checkpoint at {restore_checkpoint_cfg.path}.')
+    raise ValueError(f'There is no checkpoint at {checkpoint}.')
 
   # ---- Inference ----
   infer_fn = inference.get_infer_fn(
@@ -422,7 +442,7 @@ def infer(
     settings={
       'batch_size': batch_size,
       'checkpoint_period': checkpoint_period,
-      'checkpoint': str(restore_checkpoint_cfg.path),
+      'checkpoint': checkpoint,
       'split': dataset_cfg.split,
       'task_feature_lengths': dict(dataset_cfg.task_feature_lengths),
     },

@@ -8,6 +8,7 @@ all. When all chunks are there they are joined, and the folder goes.
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,28 +213,33 @@ def merge_chunks_to_file(
     FileNotFoundError: there is no chunk, or one is missing.
   """
   del step
-  name = os.path.join(tmp_dir, output_fname)
-  chunks = sorted(gfile.glob(f'{name}-chunk' + '[0-9]' * 5))
+  is_chunk = re.compile(re.escape(output_fname) + r'-chunk\d{5}').fullmatch
+  # Listed, as a pattern would take brackets in the folder's name for its own.
+  chunks = sorted(filter(is_chunk, gfile.listdir(tmp_dir)))
   if not chunks:
     raise FileNotFoundError(
       f'No results in {tmp_dir}: the split has no example, or all were filtered out.'
     )
   for number, chunk in enumerate(chunks):
-    if chunk != f'{name}-chunk{number:05}':
+    if chunk != f'{output_fname}-chunk{number:05}':
       raise FileNotFoundError(
         f'Chunk {number} is missing in {tmp_dir}. Delete that folder to start anew.'
       )
   path = os.path.join(output_dir, output_fname)
   with gfile.GFile(f'{path}.part', 'wb') as joined:
     for chunk in chunks:
-      with gfile.GFile(chunk, 'rb') as file:
+      with gfile.GFile(os.path.join(tmp_dir, chunk), 'rb') as file:
         shutil.copyfileobj(file, joined)
   gfile.rename(f'{path}.part', path, overwrite=True)
   logging.info('Results: %s', path)
 
 
 class TaskOutput:
-  """The files of one task and shard: chunks, positions in the data, the result."""
+  """The files of one task and shard: chunks, positions in the data, the result.
+
+  Several may share the folder of the chunks, one a mode: the names of all files in it
+  begin with that of the result.
+  """
 
   def __init__(self, output_dir: str, tmp_dir: str, name: str):
     """Names the files; writes nothing.
@@ -253,7 +259,17 @@ class TaskOutput:
 
   def position_path(self, chunk: int) -> str:
     """Stem of the files with the position in the data behind a chunk."""
-    return os.path.join(self.tmp_dir, f'position{chunk:05}')
+    return os.path.join(self.tmp_dir, f'{self.name}-position{chunk:05}')
+
+  def has_position(self, chunk: int) -> bool:
+    """Whether the position behind a chunk was saved."""
+    return gfile.exists(self.position_path(chunk) + '.index')
+
+  def _remove(self, stem: str) -> None:
+    """Removes the files in the chunks' folder whose names begin so."""
+    for name in gfile.listdir(self.tmp_dir):
+      if name.startswith(stem):
+        gfile.remove(os.path.join(self.tmp_dir, name))
 
   @property
   def _mark(self) -> str:
@@ -300,8 +316,8 @@ class TaskOutput:
   def finish_chunk(self, chunk: int) -> None:
     """Marks a chunk as whole and drops the position before it."""
     _write_whole(self.chunk_path(chunk) + DONE_MARK, iter(()))
-    for path in gfile.glob(self.position_path(chunk - 1) + '*') if chunk else ():
-      gfile.remove(path)
+    if chunk:
+      self._remove(os.path.basename(self.position_path(chunk - 1)) + '.')
 
   def finish(self, merge_fn: MergeFn | None, step: int | None) -> None:
     """Joins the chunks, if wanted, marks the task as done and cleans up."""
@@ -309,4 +325,6 @@ class TaskOutput:
       merge_fn(self.output_dir, self.name, self.tmp_dir, step)
     _write_whole(self._mark, iter(()))
     if merge_fn is not None:
-      gfile.rmtree(self.tmp_dir)
+      self._remove(self.name + '-')
+      if not gfile.listdir(self.tmp_dir):
+        gfile.rmtree(self.tmp_dir)
