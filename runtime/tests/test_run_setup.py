@@ -43,5 +43,9 @@ def test_the_last_step(tmp_path):
   assert run_setup.last_step(folder, 5, 12, 3) == 8
   # Started again at step 7, it still ends where it was to end.
   assert run_setup.last_step(folder, 7, 12, 3) == 8
+  # Gin files write 1e5; steps are counted in whole numbers all the same.
+  assert type(run_setup.last_step(folder, 5, 1e2, None)) is int
+  with pytest.raises(ValueError, match='total_steps must be a whole number.*12.5'):
+    run_setup.last_step(folder, 5, 12.5, None)
   with pytest.raises(ValueError, match='end at step 12, but its checkpoint is at'):
     run_setup.last_step(folder, 13, 12, None)

@@ -8,6 +8,7 @@ from absl import logging
 from etils import epath
 
 from t5x import multihost
+from t5x.training import run_schedule
 
 
 def set_hardware_rng_ops() -> None:
@@ -67,7 +68,7 @@ def last_step(
   step is noted in a file of the run's folder.
 
   Raises:
-    ValueError: the checkpoint lies behind the end.
+    ValueError: the checkpoint lies behind the end, or a number is not whole.
   """
   if relative_steps:
     note = epath.Path(model_dir) / 'first_step.txt'
@@ -75,7 +76,8 @@ def last_step(
     multihost.sync('first_step_read')
     if jax.process_index() == 0 and not note.exists():
       note.write_text(str(began))
-    total_steps = began + relative_steps
+    total_steps = began + run_schedule.whole_steps('relative_steps', relative_steps)
+  total_steps = run_schedule.whole_steps('total_steps', total_steps)
   if first_step > total_steps:
     raise ValueError(
       f'The run is to end at step {total_steps}, but its checkpoint is at step '

@@ -314,7 +314,7 @@ def train(
   ):
     if run_eval_before_training:
       evaluations.run(first_step)
-    if schedule.checkpoint_period:
+    if schedule.saves_before(first_step):
       saver.save(first_step)
     if first_step == total_steps:
       logging.info('Nothing to train: the run is at its last step, %d.', total_steps)

@@ -60,6 +60,13 @@ def test_kinds_of_numbers(kind):
   assert run_all(action, [kind(1.0), kind('nan')]) == [False, True]
 
 
+@pytest.mark.parametrize('kind', [int, np.int32])
+def test_counts_are_numbers(kind):
+  """A task's metric may be one."""
+  action = actions.EarlyStoppingAction(('task', 'metric'), 'min', patience=2)
+  assert run_all(action, [kind(1), kind(2)]) == [False, True]
+
+
 @pytest.mark.parametrize('value', ['1', [1.0], clu.values.Text('1')])
 def test_other_values_are_left_alone_with_a_warning(value, caplog):
   action = actions.TerminateOnNanAction('task', 'metric')

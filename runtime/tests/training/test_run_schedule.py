@@ -34,6 +34,28 @@ def test_stops_are_exactly_the_steps_at_which_something_happens(
     assert list(schedule.stops_after(first)) == brute_force(schedule, first)
 
 
+def test_numbers_of_steps_may_be_written_as_whole_floats():
+  schedule = run_schedule.RunSchedule(
+    total_steps=2e1, stats_period=6.0, checkpoint_steps=[7.0]
+  )
+  steps = [stop.step for stop in schedule.stops_after(0)]
+  assert steps == [6, 7, 12, 18, 20]
+  assert all(type(step) is int for step in steps)
+  for wrong in (-1, 2.5):
+    with pytest.raises(ValueError, match=f'eval_period must be a whole.*{wrong}'):
+      run_schedule.RunSchedule(total_steps=5, eval_period=wrong)
+
+
+def test_the_step_a_run_starts_at_may_be_one_to_save():
+  def saves(step, **settings):
+    return run_schedule.RunSchedule(total_steps=9, **settings).saves_before(step)
+
+  assert saves(0, checkpoint_period=5) and saves(3, checkpoint_period=5)
+  assert saves(0, checkpoint_steps=[0, 4])
+  assert not saves(3, checkpoint_steps=[0, 4])
+  assert not saves(0, checkpoint_period=0)
+
+
 def test_periods_are_independent_and_absolute():
   schedule = run_schedule.RunSchedule(
     total_steps=20, stats_period=6, checkpoint_period=8, eval_period=9

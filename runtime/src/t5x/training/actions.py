@@ -6,6 +6,7 @@ Reached as names of `trainer`.
 import abc
 import enum
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 import clu.values
@@ -79,7 +80,7 @@ def _number(
   value = metrics_by_task[task][metric]
   if isinstance(value, clu.values.Scalar):
     return float(value.value)
-  if isinstance(value, float | np.floating):
+  if isinstance(value, numbers.Real):  # NumPy's numbers are, too.
     return float(value)
   logging.warning(
       '%s does nothing: %r of %r is no scalar but %s.',

@@ -9,6 +9,21 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 
+def whole_steps(name: str, steps: float) -> int:
+  """A number of steps as an int; gin files may say 1e5.
+
+  Args:
+    name: what the number is called, for the message.
+    steps: the number.
+
+  Raises:
+    ValueError: it is negative or not whole.
+  """
+  if steps < 0 or steps != int(steps):
+    raise ValueError(f'{name} must be a whole number of steps. Got: {steps!r}.')
+  return int(steps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stop:
   """A step after which training pauses, and what happens there.
@@ -51,19 +66,21 @@ class RunSchedule:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if not field.name.endswith('_period'):
-        continue
-      period = getattr(self, field.name)
-      if period is not None and (period < 0 or period != int(period)):
-        raise ValueError(
-          f'{field.name} must be a whole number of steps, or 0 or None for never. '
-          f'Got: {period!r}.'
-        )
+      given = getattr(self, field.name)
+      if field.name == 'checkpoint_steps':
+        given = tuple(whole_steps(field.name, step) for step in given)
+      elif given is not None:
+        given = whole_steps(field.name, given)
+      object.__setattr__(self, field.name, given)
 
   @property
   def saves(self) -> bool:
     """Whether any checkpoint is written."""
     return bool(self.checkpoint_period or self.checkpoint_steps)
+
+  def saves_before(self, step: int) -> bool:
+    """Whether a run that starts at `step` writes a checkpoint of that very step."""
+    return bool(self.checkpoint_period) or step in self.checkpoint_steps
 
   def at(self, step: int) -> Stop:
     """Says what happens once `step` steps have been taken."""
