@@ -125,9 +125,21 @@ def test_a_split_that_is_not_there_is_named(tiny_run, tmp_path):
     evaluate(tmp_path, tiny_run / 'checkpoint_5', split='dev')
 
 
-@pytest.mark.parametrize(
-  'path, step',
-  [('/a/checkpoint_12', 12), ('/a/model.ckpt-3', 3), ('/a/checkpoint_12/', 12)],
-)
-def test_steps_are_read_from_paths(path, step):
-  assert eval_lib._step_in_path(path) == step
+def test_the_list_of_evaluated_checkpoints(tmp_path):
+  paths = [
+    '/my runs/a/final',
+    '/my runs/a/checkpoint_9/',
+    '/my runs/a/checkpoint_12',
+    '/my runs/a/model.ckpt-100',
+  ]
+  evaluated = eval_lib._EvaluatedList(str(tmp_path), 'copy')
+  assert evaluated.read() == set()
+  for path in reversed(paths):
+    evaluated.add(path)
+  assert evaluated.read() == set(paths)
+  # In the order of their steps, in a file that T5X reads too.
+  assert (tmp_path / 'eval.copy.ckpt').read_text().splitlines() == paths
+  assert eval_lib._still_to_do(['/new_2', *paths, '/new_1'], set(paths)) == [
+    '/new_1',
+    '/new_2',
+  ]

@@ -67,6 +67,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
   assert_equal(resume(tmp_path)[0], saved[30])
 
 
+def test_a_folder_named_with_a_slash_is_the_same_folder(tmp_path):
+  saved = write(tmp_path, 10, 20)
+  spoil(tmp_path / 'checkpoint_20', 'no state')
+  state, manager = resume(f'{tmp_path}/', save=save_cfg())
+  manager.close()
+  assert_equal(state, saved[10])
+  assert (tmp_path / 'damaged_checkpoint_20').is_dir()
+
+
 def test_readers_leave_damaged_checkpoints_where_they_are(tmp_path):
   saved = write(tmp_path, 10, 20)
   spoil(tmp_path / 'checkpoint_20', 'no manifest')

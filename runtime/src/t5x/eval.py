@@ -159,12 +159,10 @@ def batches_of(dataset: Any) -> Iterator[Mapping[str, Any]]:
   return iter(dataset)
 
 
-def _step_in_path(path: str) -> int:
-  """Step that a checkpoint's folder is named after: checkpoint_7, model.ckpt-7 or 7."""
+def _by_step(path: str) -> tuple[int, str]:
+  """Sorts checkpoints: checkpoint_7, model.ckpt-7, 7; first those without a step."""
   number = re.search(r'(\d+)/*$', path)
-  if number is None:
-    raise ValueError(f'{path} does not end with a step, as in checkpoint_1000.')
-  return int(number[1])
+  return int(number[1]) if number else -1, path
 
 
 class _EvaluatedList:
@@ -177,21 +175,21 @@ class _EvaluatedList:
     if not gfile.exists(self._path):
       return set()
     with gfile.GFile(self._path) as file:
-      return set(file.read().split())
+      return set(file.read().splitlines())
 
   def add(self, checkpoint: str) -> None:
     """Adds one; the whole file is written, as some file systems cannot append."""
-    paths = sorted(self.read() | {checkpoint}, key=_step_in_path)
+    paths = sorted(self.read() | {checkpoint}, key=_by_step)
     with gfile.GFile(self._path, 'w') as file:
       file.write('\n'.join(paths))
 
 
 def _still_to_do(paths: Collection[str], done: set[str]) -> list[str]:
   """Checkpoints not evaluated yet, in the order of their steps."""
-  skipped = sorted(set(paths) & done, key=_step_in_path)
+  skipped = sorted(set(paths) & done, key=_by_step)
   if skipped:
     logging.info('Already evaluated: %s', ', '.join(map(os.path.basename, skipped)))
-  return sorted(set(paths) - done, key=_step_in_path)
+  return sorted(set(paths) - done, key=_by_step)
 
 
 def _training_evaluator(

@@ -196,7 +196,7 @@ class TrainStateInitializer:
         train_state=self.global_train_state_shape,
         partitioner=self._partitioner,
         ds_iter=ds_iter,
-        model_dir=os.path.dirname(path.rstrip('/')),
+        model_dir=os.fspath(_folder_of(path)),
       )
       state, taken, _ = _restore_newest_readable(reader, path, cfg, fallback)
       yield state, taken
@@ -272,6 +272,11 @@ def _fallback(
   # An optimizer's first state does not depend on the key.
   fresh = initial(jax.random.PRNGKey(0) if init_rng is None else init_rng)
   return {'state': {'param_states': fresh['state']['param_states']}}
+
+
+def _folder_of(checkpoint: str) -> epath.Path:
+  """The folder that a checkpoint lies in."""
+  return checkpoints_utils.absolute(checkpoint).parent
 
 
 def _all_hosts(succeeded: bool) -> bool:
@@ -426,8 +431,8 @@ def create_checkpoint_manager_and_restore(
     (the train state or None, the manager).
   """
   if model_dir is None:
-    path = restore_path or restore_checkpoint_cfg.path
-    model_dir = os.path.dirname(path.rstrip('/')) if restore_path else path
+    path = _folder_of(restore_path) if restore_path else restore_checkpoint_cfg.path
+    model_dir = os.fspath(path)
   common = dict(
     train_state=train_state_initializer.global_train_state_shape,
     partitioner=partitioner,
@@ -451,7 +456,7 @@ def create_checkpoint_manager_and_restore(
   manager = _saving_manager(
     save_checkpoint_cfg, restore_checkpoint_cfg, use_orbax, **common
   )
-  if damaged and os.path.dirname(restore_path.rstrip('/')) == os.fspath(model_dir):
+  if damaged and _folder_of(restore_path) == checkpoints_utils.absolute(model_dir):
     for step in damaged:
       logging.error('Renamed the damaged checkpoint to %s.', reader.set_aside(step))
   return state, manager

@@ -174,10 +174,11 @@ def choose(
   fallback = fallback or {}
   missing = [n for n in wanted if n not in available and n not in fallback]
   if missing:
+    unasked = sorted(set(available) - set(wanted))
     raise ValueError(
       f"Checkpoint '{where}' lacks {len(missing)} of {len(wanted)} arrays: "
-      f'{_listed(missing)}. It has {_listed(sorted(set(available) - set(wanted)))} '
-      'that nobody asks for. Map the names with '
+      f'{_listed(missing)}. It has {_listed(unasked) or "nothing"} that nobody asks '
+      'for. Map the names with '
       'RestoreCheckpointConfig.assignment_map, or start these from scratch with '
       'fallback_to_scratch.'
     )
