@@ -222,7 +222,7 @@ def test_includes_resolve_in_packages_wherever_one_stands(tmp_path, monkeypatch)
     "include 'fakepackage/no_init_here/base.gin'\nfakescript.train.steps = %A\n",
   )
   assert call_train()[1] == 1
-  assert gin_utils._in_packages('t5x/configs/runs/pretrain.gin')
+  assert gin_utils.in_packages('t5x/configs/runs/pretrain.gin')
   with pytest.raises(OSError, match='Unable to open file'):
     gin_utils.parse_gin_flags([], ['fakepackage/nowhere.gin'], [])
 

@@ -53,6 +53,11 @@ def test_other_keys_are_refused(example):
     read([example])
 
 
+def test_no_examples_are_refused():
+  with pytest.raises(ValueError, match='There are no examples'):
+    read([])
+
+
 def test_batches_are_repeated_or_cut():
   a, b = [{'input': 'a'}], [{'input': 'b'}]
   repeat = interactive_data.get_equal_length_batches

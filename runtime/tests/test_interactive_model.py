@@ -293,6 +293,9 @@ def test_the_gin_file_of_a_model_is_gin(fresh, tmp_path, trained):
   for model, script, binding in (
     (fresh, scripts.PRETRAINING, ('MODEL_DIR', fresh.output_dir)),
     (restored, scripts.FINETUNING, ('TRAIN_STEPS', 7)),
+    # No step is trained behind the one that the script starts from.
+    (fresh, scripts.EVALUATION, ('TRAIN_STEPS', 0)),
+    (restored, scripts.EVALUATION, ('TRAIN_STEPS', 10)),
     (restored, scripts.INFERENCE, ('CHECKPOINT_PATH', str(trained[0]))),
   ):
     text = interactive_model.get_gin_config_from_interactive_model(

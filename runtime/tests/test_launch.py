@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 import weakref
 
 import pytest
@@ -122,6 +123,24 @@ def test_the_gin_files_of_the_package_are_found_from_anywhere():
   (root,) = launch.GIN_SEARCH_PATHS
   for name in ('pretrain', 'finetune', 'eval', 'infer', 'precompile'):
     assert os.path.isfile(os.path.join(root, f't5x/configs/runs/{name}.gin'))
+
+
+def test_gin_files_are_found_in_other_packages_too(tmp_path, monkeypatch, capsys):
+  package = tmp_path / 'fakemodels' / 'configs'
+  package.mkdir(parents=True)
+  (package.parent / '__init__.py').touch()
+  (package / 'base.gin').write_text('A = 1\n')
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def check(name):
+    given = types.SimpleNamespace(gin_file=[name], gin_search_paths=['.'])
+    monkeypatch.setattr(launch, 'FLAGS', given)
+    launch._check_gin_files()
+
+  check('fakemodels/configs/base.gin')
+  with pytest.raises(SystemExit):
+    check('fakemodels/configs/absent.gin')
+  assert 'absent.gin is not there' in capsys.readouterr().err
 
 
 def test_what_is_kept_to_the_end_is_not_taken_apart(ended, monkeypatch):

@@ -32,7 +32,7 @@ class _TextWriter(Protocol):
 _HERE = pathlib.Path(__file__).resolve().parent
 
 
-def _in_packages(path: str) -> str | None:
+def in_packages(path: str) -> str | None:
   """Finds 'package/folder/file.gin' in an importable package, without importing it."""
   package, _, rest = path.partition('/')
   if not rest or not package.isidentifier():
@@ -52,7 +52,7 @@ def _find_files_in_packages() -> None:
   Gin's own reader imports every folder as a package, and raises a TypeError where one
   is not; this takes its place.
   """
-  ours = (lambda path: open(_in_packages(path)), lambda path: bool(_in_packages(path)))
+  ours = (lambda path: open(in_packages(path)), lambda path: bool(in_packages(path)))
   readers = gin_config._FILE_READERS
   for i, (reader, _) in enumerate(readers):
     if reader is resource_reader.system_path_reader:

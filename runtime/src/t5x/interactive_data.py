@@ -12,6 +12,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x import checkpoints_utils
+
 if TYPE_CHECKING:
   from t5x import interactive_model as interactive_model_lib
 
@@ -52,12 +54,18 @@ def _as_pair(example: Example) -> dict[str, Any]:
 
 
 def _pairs_dataset(examples: Sequence[Example]) -> tf.data.Dataset:
-  """Texts, or lists of token ids, as they are."""
+  """Texts, or lists of token ids, as they are.
+
+  Raises:
+    ValueError: there are none, so that their type cannot be told.
+  """
   pairs = [_as_pair(example) for example in examples]
+  if not pairs:
+    raise ValueError('There are no examples: give one at least.')
   columns = {}
   for feature in _FEATURE_OF_KEY.values():
     values = [pair[feature] for pair in pairs]
-    if values and isinstance(values[0], str | bytes):
+    if isinstance(values[0], str | bytes):
       columns[feature] = tf.constant(values, tf.string)
     else:
       columns[feature] = tf.ragged.constant(values, tf.int32, ragged_rank=1)
@@ -305,12 +313,15 @@ def _training_blocks(
 ) -> list[str]:
   """What training needs to know; evaluating is training for no step."""
   evaluates = script_type is T5XScriptType.EVALUATION
+  # The script begins at the newest checkpoint in its folder, where there is one.
+  newest = checkpoints_utils.latest_step(here.output_dir)
+  first_step = here.step if newest is None else newest
   saving = ('period', 'dtype', 'keep', 'save_dataset')
   blocks = [
     _macros(
       {
         'MODEL_DIR': here.output_dir,
-        'TRAIN_STEPS': 0 if evaluates else train_steps,
+        'TRAIN_STEPS': first_step if evaluates else train_steps,
         'BATCH_SIZE': here.batch_size,
         'USE_CACHED_TASKS': False,
         'SHUFFLE_TRAIN_EXAMPLES': False,

@@ -166,7 +166,13 @@ def _check_gin_files() -> None:
   for name in FLAGS.gin_file:
     if '://' in name or any(os.path.exists(os.path.join(root, name)) for root in roots):
       continue
-    _fail(f'--gin_file={name} is not there. Looked in: {", ".join(roots)}.')
+    from t5x import gin_utils  # Takes two seconds, which most names do without.
+
+    if gin_utils.in_packages(name) is None:
+      _fail(
+        f'--gin_file={name} is not there. Looked in: {", ".join(roots)}, and for a '
+        'package of that name.'
+      )
 
 
 def prepare(
