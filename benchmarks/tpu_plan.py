@@ -22,6 +22,7 @@ FIGURES = ROOT / 'benchmarks' / 'tpu_plan'
 TABLE = ROOT / 'benchmarks' / 'tpu_plan.md'
 
 CONFIG = 'network.BartConfig.'
+LARGE = 'gin/bart_large_no.gin'
 # Layers as a loop, which is much quicker to compile.
 SCAN = {CONFIG + 'scan_layers': True}
 LONG_SOURCES = {'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024}}
@@ -49,6 +50,10 @@ class Variant:
 def _base(name: str, what: str, **fields) -> Variant:
   bindings = {CONFIG + field: value for field, value in fields.items()}
   return Variant(f'base_{name}', f'{what}, in a loop', {**SCAN, **bindings})
+
+
+def _large(name: str, what: str, bindings: dict) -> Variant:
+  return Variant(f'large_{name}', what, bindings, LARGE)
 
 
 VARIANTS = (
@@ -121,24 +126,42 @@ VARIANTS = (
     )
     for parts in (2, 4, 8)
   ),
-  Variant('large', 'as the gin file has it', {}, 'gin/bart_large_no.gin'),
   Variant(
-    'large_scan',
-    'as the gin file has it, in a loop',
-    SCAN,
-    'gin/bart_large_no.gin',
+    'base_out_full',
+    'whole layers computed again',
+    {CONFIG + 'remat_policy': 'full'},
   ),
   Variant(
-    'large_1d',
-    'each device a whole model',
-    {**SCAN, 'partitioning.PjitPartitioner.num_partitions': 1},
-    'gin/bart_large_no.gin',
+    'base_undonated',
+    'the new state beside the old one',
+    {},
+    'benchmarks/tpu_undonated.gin',
   ),
   Variant(
-    'large_1x8',
-    'one model on all devices',
-    {**SCAN, 'partitioning.PjitPartitioner.num_partitions': 8},
-    'gin/bart_large_no.gin',
+    'base_padded_heads',
+    'kernels with one head of 64 in 128 lanes',
+    {},
+    'benchmarks/tpu_padded_heads.gin',
+  ),
+  Variant('large', 'as the gin file has it', {}, LARGE),
+  _large('scan', 'as the gin file has it, in a loop', SCAN),
+  _large(
+    'dots',
+    'only norms, GELU and dropout computed again',
+    {CONFIG + 'remat_policy': 'dots'},
+  ),
+  _large(
+    'dots_microbatches',
+    'the same in four microbatches',
+    {CONFIG + 'remat_policy': 'dots', 'trainer.Trainer.num_microbatches': 4},
+  ),
+  *(
+    _large(
+      f'mesh_{8 // parts}x{parts}',
+      f'mesh of {8 // parts} x {parts}, in a loop',
+      {**SCAN, 'partitioning.PjitPartitioner.num_partitions': parts},
+    )
+    for parts in (2, 4, 8)
   ),
   *(
     Variant(f'base_scan_{name}', f'on {name}, in a loop', SCAN, topology=name)
