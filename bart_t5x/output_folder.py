@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from bart_t5x import shards, tokenization
@@ -71,12 +72,15 @@ def is_complete(folder: str, settings: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def building(folder: str, overwrite: bool) -> Iterator[str]:
+def building(
+  folder: str, overwrite: bool, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[str]:
   """A working folder, whose files move into `folder` if all goes well.
 
   Args:
     folder: to be made or filled; left as it was if the body raises.
     overwrite: whether files in it may go, once the new ones are complete.
+    settings: what the corpus is made with, for the message of a folder that holds one.
 
   Yields:
     Path of the working folder, on the same file system.
@@ -85,7 +89,7 @@ def building(folder: str, overwrite: bool) -> Iterator[str]:
     Occupied: `folder` is not empty, or another process is filling it.
     OSError: it cannot be made or written.
   """
-  _check_free(folder, overwrite)
+  _check_free(folder, overwrite, settings)
   created = not os.path.isdir(folder)
   working = os.path.join(folder, _WORKING)
   try:
@@ -108,7 +112,24 @@ def building(folder: str, overwrite: bool) -> Iterator[str]:
     shutil.rmtree(working)
 
 
-def _check_free(folder: str, overwrite: bool) -> None:
+def _differences(folder: str, settings: Mapping[str, Any]) -> str:
+  """What sets the corpus that is there apart from the one asked for, in words."""
+  there = (read(folder) or {}).get('settings', {})
+  wanted = json.loads(json.dumps(dict(settings)))
+  names = [n for n in {**there, **wanted} if there.get(n) != wanted.get(n)]
+  if not names:
+    return 'of which files are missing, or whose source has changed since'
+  arguments = ', '.join(
+    # Of a tokenizer the settings hold a hash.
+    f'--{n}'
+    if n == 'tokenizer_file'
+    else f'--{n}: {there.get(n)!r}, now {wanted.get(n)!r}'
+    for n in names
+  )
+  return f'made with other arguments ({arguments})'
+
+
+def _check_free(folder: str, overwrite: bool, settings: Mapping[str, Any]) -> None:
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise Occupied(f'--output_dir={folder!r} is a file. Name a folder.')
   names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -117,8 +138,8 @@ def _check_free(folder: str, overwrite: bool) -> None:
     return
   if CORPUS_FILE in names:
     raise Occupied(
-      f'{folder!r} holds a corpus made with other arguments, or whose source has '
-      'changed since. Name another --output_dir, or replace it with --overwrite.'
+      f'{folder!r} holds a corpus {_differences(folder, settings)}. '
+      'Name another --output_dir, or replace it with --overwrite.'
     )
   raise Occupied(
     f'{folder!r} is not empty ({sorted(names)[0]!r}, …) and holds no complete corpus. '

@@ -292,7 +292,7 @@ def prepare(args: argparse.Namespace) -> None:
   if tokenizer is not None:
     tokenization.read_tokenizer(args.tokenizer_file, tokenizer)
   source = _open_source(args)
-  with output_folder.building(args.output_dir, args.overwrite) as folder:
+  with output_folder.building(args.output_dir, args.overwrite, settings) as folder:
     # numpy, tokenizers and the rest, once there is something to do.
     from bart_t5x import corpus_build
 

@@ -97,6 +97,15 @@ def test_occupied_folders_are_refused(tmp_path):
   with pytest.raises(output_folder.Occupied, match='other arguments.*--overwrite'):
     with output_folder.building(str(tmp_path), overwrite=False):
       pass
+  for wanted, message in (
+    ({'source': 'jsonl'}, r"\(--source: 'text', now 'jsonl'\)"),
+    ({'source': 'text', 'unit': 'file'}, r"\(--unit: None, now 'file'\)"),
+    ({'source': 'text', 'tokenizer_file': '0f'}, r'\(--tokenizer_file\)'),
+    ({'source': 'text'}, 'files are missing, or whose source has changed'),
+  ):
+    with pytest.raises(output_folder.Occupied, match=message):
+      with output_folder.building(str(tmp_path), overwrite=False, settings=wanted):
+        pass
   (tmp_path / 'corpus.json').unlink()
   with pytest.raises(output_folder.Occupied, match='no complete corpus.*--overwrite'):
     with output_folder.building(str(tmp_path), overwrite=False):
