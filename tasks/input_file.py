@@ -7,6 +7,7 @@
 gin/finetune_infer.gin binds them, as INPUT_FILE and PROMPT.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 
@@ -47,16 +48,21 @@ def dataset(path: str = '', prompt: str = '') -> tf.data.Dataset:
   texts = list(_texts(path))
   kept = [text for text in texts if text.strip()]
   if len(kept) < len(texts):
-    logging.warning(
-      '%s: %d of %d inputs are empty and left out.',
-      path, len(texts) - len(kept), len(texts),
-    )  # fmt: skip
+    _warn(
+      f'{path}: {len(texts) - len(kept)} of {len(texts)} inputs are empty and left out.'
+    )
   if not kept:
     raise ValueError(f'the input file {path!r} (INPUT_FILE) holds no input')
   inputs = [prompt + text for text in kept]
   return tf.data.Dataset.from_tensor_slices(
     {'inputs': inputs, 'targets': [''] * len(inputs)}
   )
+
+
+@functools.cache
+def _warn(message: str):
+  """Once for each message: a script asks for the data set several times."""
+  logging.warning('%s', message)
 
 
 def _texts(path: str) -> Iterator[str]:
@@ -69,6 +75,6 @@ def _texts(path: str) -> Iterator[str]:
         )
       yield record['inputs']
     return
-  with open(path, encoding='utf-8') as f:
+  with readers.open_text(path) as f:
     for line in f:
       yield line.rstrip('\r\n')

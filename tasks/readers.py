@@ -9,12 +9,13 @@ One gin binding decides for all tasks where the data comes from:
 Nothing is read and nothing is imported for it before a task's data is asked for.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import gin
 
@@ -54,9 +55,33 @@ class HubDataset:
     yield from datasets.load_dataset(self.path, self.config, split=name)
 
 
+@contextlib.contextmanager
+def open_text(path: str, newline: str | None = None) -> Iterator[TextIO]:
+  """Opens a file of UTF-8 text, with or without a byte order mark.
+
+  Args:
+    path: of the file.
+    newline: as for `open`.
+
+  Yields:
+    The file.
+
+  Raises:
+    ValueError: it is not UTF-8.
+  """
+  try:
+    with open(path, encoding='utf-8-sig', newline=newline) as f:
+      yield f
+  except UnicodeDecodeError as e:
+    raise ValueError(
+      f'{path} is not UTF-8: {e}. Convert it first, for example with: '
+      'iconv -f LATIN1 -t UTF-8'
+    ) from e
+
+
 def read_jsonl(path: str) -> Iterator[Record]:
   """One JSON object a line."""
-  with open(path, encoding='utf-8') as f:
+  with open_text(path) as f:
     for number, line in enumerate(f, 1):
       if not line.strip():
         continue
@@ -74,7 +99,7 @@ def read_jsonl(path: str) -> Iterator[Record]:
 
 def read_tsv(path: str) -> Iterator[Record]:
   """Columns between tabs; the first line names them. Quotes are plain characters."""
-  with open(path, encoding='utf-8', newline='') as f:
+  with open_text(path, newline='') as f:
     rows = csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE)
     header = next(rows, None)
     if not header:
@@ -97,7 +122,7 @@ def read_conllu(path: str) -> Iterator[Record]:
   tokens (1-2) and empty nodes (1.1) are left out.
   """
   tokens, labels = [], []
-  with open(path, encoding='utf-8') as f:
+  with open_text(path) as f:
     for number, line in enumerate(f, 1):
       line = line.rstrip('\n')
       if line.startswith('#'):
@@ -133,7 +158,7 @@ def read_json(path: str) -> Iterator[Record]:
     Of a list, its objects. Of a SQuAD file, its questions as the Hub has them: `id`,
     `context`, `question`, and `answers` with the lists `text` and `answer_start`.
   """
-  with open(path, encoding='utf-8') as f:
+  with open_text(path) as f:
     try:
       content = json.load(f)
     except json.JSONDecodeError as e:

@@ -34,7 +34,14 @@ def test_empty_inputs_are_counted(tmp_path, caplog):
   path = tmp_path / 'a.txt'
   path.write_text('En.\n\n  \nTo.\n')
   read(path)
-  assert '2 of 4 inputs are empty' in caplog.text
+  read(path)
+  assert caplog.text.count('2 of 4 inputs are empty') == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('En.\n', encoding='utf-8-sig')
+  assert read(path) == [('En.', '')]
 
 
 @pytest.mark.parametrize(

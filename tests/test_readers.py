@@ -84,6 +84,27 @@ def test_damaged_files_are_named(name, content, message, tmp_path):
     list(readers.read_file(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('a.tsv', 'ord\tklasse\r\nhus\tsubstantiv\r\n'),
+    ('a.jsonl', '{"ord": "hus", "klasse": "substantiv"}\r\n'),
+    ('a.json', '[{"ord": "hus", "klasse": "substantiv"}]'),
+  ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_name(name, content, tmp_path):
+  (tmp_path / name).write_bytes(content.encode('utf-8-sig'))
+  (record,) = readers.read_file(str(tmp_path / name))
+  assert record == {'ord': 'hus', 'klasse': 'substantiv'}
+
+
+@pytest.mark.parametrize('name', ['a.tsv', 'a.jsonl', 'a.json', 'a.conllu'])
+def test_other_encodings_are_told(name, tmp_path):
+  (tmp_path / name).write_bytes('ord\nrød\n'.encode('latin1'))
+  with pytest.raises(ValueError, match=f'{name} is not UTF-8: .*0xf8.*iconv'):
+    list(readers.read_file(str(tmp_path / name)))
+
+
 def test_a_list_of_objects(tmp_path):
   (tmp_path / 'a.json').write_text('[{"article": "x"}, {"article": "y"}]')
   found = readers.read_file(str(tmp_path / 'a.json'))
