@@ -219,6 +219,27 @@ def test_files_are_those_of_tf_train_checkpoint(tmp_path):
   assert_same([expected], [{k: v.numpy() for k, v in got.items()}])
 
 
+def test_a_position_of_other_batches_is_told(tmp_path):
+  def numbers(rows):
+    ds = tf.data.Dataset.range(100).map(lambda i: {'x': i})
+    ds = ds.batch(rows, drop_remainder=True).prefetch(2)
+    layout = types.SimpleNamespace(batch_size=rows, shard_id=0, num_shards=1)
+    return data_iterators.prepare_train_iter(
+      ds,
+      partitioner=partitioner(1, 1),
+      checkpoint_cfg=checkpointing(True),
+      data_layout=layout,
+    )
+
+  saving = numbers(8)
+  take(saving, 1)
+  saving.save(tmp_path / 'train_ds')
+  other = numbers(4)
+  other.restore(tmp_path / 'train_ds')
+  with pytest.raises(ValueError, match=r'train_ds.*batches of \[8\], not \[4\].*anew'):
+    take(other, 1)
+
+
 def test_reset_starts_again():
   # Without shuffling: TensorFlow shuffles differently each time round.
   cfg = data.DatasetConfig(

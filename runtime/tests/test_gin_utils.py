@@ -144,6 +144,7 @@ def test_command_line_takes_imports_as_lines(tmp_path):
     ('', 'fakescript.train.x = @fakelib.optimiser()', "mean 'optimizer'"),
     ('fakelib.Model.sizes = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'size'"),
     ('fakelib.Modle.size = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'Model'"),
+    ('fakelib.xyzzy.size = 1', None, r'(?s)no attribute xyzzy.*No name in it is near'),
     ('losses.f.x = 1', None, 'Add `from t5x import losses`'),
     ('STEPS = 1\nfakescript.train.steps = %STEPS', 'STEP = 2', "mean 'STEPS'"),
     ('fakescript.train.steps = %STEPS', None, 'never defined: STEPS'),
@@ -153,6 +154,22 @@ def test_command_line_takes_imports_as_lines(tmp_path):
 def test_wrong_names_are_refused_with_the_nearest(tmp_path, text, binding, message):
   with pytest.raises(ValueError, match=message):
     parse(tmp_path, text, *([binding] if binding else []))
+
+
+def test_a_run_file_of_another_script_is_told_from_a_misspelt_name(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, '__main__', sys.modules['fakescript'])
+  with pytest.raises(ValueError, match="(?s)for another script, as it sets 'evaluate'"):
+    parse(tmp_path, 'fakescript.evaluate.steps = 2')
+  with pytest.raises(ValueError, match="Did you mean 'train'"):
+    parse(tmp_path, 'fakescript.trane.steps = 2')
+
+
+def test_no_place_in_memory_is_shown(tmp_path):
+  with pytest.raises(ValueError, match='cannot be read') as caught:
+    parse(tmp_path, '', 'STEPS = runs/x')
+  assert '0x' not in str(caught.value)
 
 
 def test_every_missing_macro_is_named_at_once(tmp_path):

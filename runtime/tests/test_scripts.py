@@ -254,6 +254,7 @@ def test_sigterm_saves_and_exits_0(whole, tmp_path):
   assert process.returncode == 0, out
   step = int(re.search(r'saving at step (\d+)', out)[1])
   assert checkpoints.latest_step(str(tmp_path)) == step
+  assert f'Stopped at step {step} of 100000.' in out
 
 
 def test_killed_at_any_instant_it_ends_bit_for_bit_the_same(whole, tmp_path):

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 DatasetIterator = clu_iterators.DatasetIterator
 
+# Where a position does not fit; the end of an 'or …'. A run that goes on in its own
+# folder restores what it saves; the second setting is for other runs' checkpoints.
+BEGIN_ANEW = (
+  'to begin the data anew, set utils.SaveCheckpointConfig.save_dataset = False (and, '
+  'where it is True, utils.RestoreCheckpointConfig.restore_dataset = False)'
+)
+
 # Two files of this stem make a tf.data snapshot: an index and the data.
 _SNAPSHOT_STEM = 'position'
 
@@ -155,11 +162,13 @@ class ShardedDatasetIterator(DatasetIterator):
     self._global_shapes = global_shapes
     # What the iterator goes through, where that is known; to name a damaged file.
     self.dataset: tf.data.Dataset | None = None
+    self._restored_from: str | None = None
 
   def __next__(self):
     try:
       batch = next(self._iterator)
     except Exception as error:
+      self._refuse_misfit(error)
       if type(error).__name__ != 'DataLossError':  # naming it would import TensorFlow
         raise
       path = None
@@ -172,6 +181,22 @@ class ShardedDatasetIterator(DatasetIterator):
         'or cut off since it was written: copy it again, or make it again.'
       ) from error
     return shard_batch(batch, self._partitioner, self._global_shapes)
+
+  def _refuse_misfit(self, error: Exception):
+    """Explains TensorFlow's error if a position holds batches of another pipeline.
+
+    It reads such a position without a word, and stumbles over the batches that were
+    under way when it was saved.
+    """
+    if self._restored_from is None or 'Incompatible shapes' not in str(error):
+      return
+    shapes = re.search(r'expected (\S+) but got (\S+\])', str(error))
+    what = f'batches of {shapes[2]}, not {shapes[1]}' if shapes else 'other batches'
+    raise ValueError(
+      f"The position in '{self._restored_from}' does not fit the data pipeline: it "
+      f'holds {what}. Batch size, lengths and packing must be those it was saved with; '
+      f'or, {BEGIN_ANEW}.'
+    ) from error
 
   def reset(self):
     self._iterator.reset()
@@ -186,6 +211,7 @@ class ShardedDatasetIterator(DatasetIterator):
 
   def restore(self, filename):
     self._iterator.restore(filename)
+    self._restored_from = os.fspath(filename)
 
   @property
   def iterator(self) -> Any:

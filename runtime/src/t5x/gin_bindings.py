@@ -31,6 +31,8 @@ _DYNAMIC_REGISTRATION = config_parser.ImportStatement(
 _Import = config_parser.ImportStatement
 # Where scripts are run from; their own functions are called without any reference.
 _MAIN = '__main__'
+# Where Python's own message shows an object by its place in memory.
+_ADDRESS = re.compile(r': <ast\.\w+ object at 0x\w+>')
 # Importing one of these would load the running script a second time.
 _SCRIPTS = ('train', 'eval', 'infer', 'precompile', 'main')
 
@@ -104,6 +106,17 @@ def _known_selectors() -> Iterator[str]:
       yield '.'.join(parts[start:])
 
 
+def _missing_member(owner: str, name: str) -> str:
+  """What to add where a module or class, given by its repr, lacks a name."""
+  near = did_you_mean(name, _members_of(owner))
+  if near or repr(sys.modules[_MAIN]) != owner:
+    return near or ' No name in it is near.'
+  return (
+    f'\nThe gin file is for another script, as it sets {name!r}: of a run file '
+    'eval.gin, for instance, that is t5x.eval.'
+  )
+
+
 def _hint(message: str) -> str:
   """What to add to one of gin's messages about a wrong name."""
   if match := re.search(
@@ -113,7 +126,7 @@ def _hint(message: str) -> str:
     listing = f' It has: {", ".join(known)}.' if known else ''
     return did_you_mean(match[2], known) + listing
   if match := re.search(r'selector \S+; (<.+>) has no attribute (\w+)', message):
-    return did_you_mean(match[2], _members_of(match[1]))
+    return _missing_member(*match.groups())
   if match := re.search(r"'(\w+)' was not provided by an import", message):
     if _exists(f't5x.{match[1]}'):
       return f' Add `from t5x import {match[1]}` to the gin file.'
@@ -304,10 +317,11 @@ def apply_command_line(
       with explained(f'The binding {text!r}: '):
         applied.extend(_apply(text, skip_unknown))
   except (SyntaxError, tokenize.TokenError) as error:
+    reason = _ADDRESS.sub('', str(error))
     raise ValueError(
       f'The binding {text!r} cannot be read. Write NAME = VALUE with a Python '
       'literal, @reference or %MACRO; a text keeps quotes of its own inside the '
-      f"shell's: --gin.NAME=\"'text'\". ({error})"
+      f"shell's: --gin.NAME=\"'text'\". ({reason})"
     ) from None
   return applied
 

@@ -331,7 +331,10 @@ def train(
   multihost.sync('training complete')
   for action in itertools.chain(*actions.values()):
     action.close()
-  logging.info('Finished at step %d.', step)
+  if step < total_steps:
+    logging.info('Stopped at step %d of %d.', step, total_steps)
+  else:
+    logging.info('Finished at step %d.', step)
   return step, trainer.train_state
 
 

@@ -14,6 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from t5x.data_iterators import BEGIN_ANEW
+
 
 class DataPositionError(ValueError):
   """The position in the data cannot be saved, or does not fit the pipeline."""
@@ -58,13 +60,11 @@ def _find(folder: epath.Path, filename: str) -> epath.Path:
     raise DataPositionError(
       f"'{folder}' holds the positions {', '.join(sorted(others))}, not {filename}: "
       'the run was started with another number of data shards. Resume it with as '
-      'many hosts as before, or set save_dataset and restore_dataset to False to '
-      'begin the data anew.'
+      f'many hosts as before, or, {BEGIN_ANEW}.'
     )
   raise DataPositionError(
     f"'{folder}' holds no position in the data: the checkpoint was saved without "
-    'save_dataset. Set save_dataset and restore_dataset to False to begin the data '
-    'anew.'
+    f'save_dataset. T{BEGIN_ANEW[1:]}.'
   )
 
 
@@ -139,7 +139,7 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
       raise DataPositionError(
         f"The position in '{stem}' does not fit the data pipeline: {error}. Task, "
         'batch size, lengths, packing and preprocessors must be those it was saved '
-        'with; or set restore_dataset to False to begin the data anew.'
+        f'with; or, {BEGIN_ANEW}.'
       ) from error
     return args.item
 
