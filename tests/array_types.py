@@ -33,6 +33,9 @@ def check(function):
 
   `inspect.unwrap` gives it back as it was, for tests of what it says to wrong shapes.
   """
+  if function.__name__ == '__init__':
+    # A dataclass that is a tree holds axes or shapes, too, in place of its arrays.
+    return function
   hints = getattr(function, '__annotations__', {})
   function.__annotations__ = {
     name: _arrays_of(hint) for name, hint in hints.items() if _has_arrays(hint)

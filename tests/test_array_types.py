@@ -1,11 +1,14 @@
 """That the checks of shapes and dtypes are on, and of what they say nothing."""
 
+import dataclasses
 import inspect
 
+import array_types
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
+from jaxtyping import Array, Float, TypeCheckError
 
 from bart_t5x import attention
 
@@ -30,3 +33,18 @@ def test_arrays_of_numpy_and_of_jax_pass():
 def test_the_function_itself_is_still_there():
   key = np.zeros((2, 5, 1, 4), np.int32)
   assert inspect.unwrap(attention.plain_attention)(QUERY, key, QUERY[:, :1]) is not None
+
+
+def test_trees_may_hold_anything_in_place_of_arrays():
+  @dataclasses.dataclass
+  class State:
+    moment: Float[Array, ' d']
+
+    def scaled(self, factor: Float[Array, '']):
+      return self.moment * factor
+
+  checked = jaxtyping.jaxtyped(State, typechecker=array_types.check)
+  assert checked(moment=('embed',)).moment == ('embed',)
+  scaled = jaxtyping.jaxtyped(State.scaled, typechecker=array_types.check)
+  with pytest.raises(TypeCheckError, match="parameter 'factor'"):
+    scaled(State(np.ones(3)), np.ones(3))

@@ -27,8 +27,9 @@ import array_types  # noqa: E402 - found through the path above.
 array_types.install(
   f't5x.{name}'
   for name in (
-    'base_model', 'beams', 'decoder_only', 'decoding', 'learning_rate', 'losses',
-    'metrics', 'model_metrics', 'models', 'sampling',
+    'adafactor', 'base_model', 'beams', 'decoder_only', 'decoding', 'learning_rate',
+    'losses', 'metrics', 'model_metrics', 'models', 'optimizer_base', 'optimizers',
+    'sampling', 'training.train_step',
   )
 )  # fmt: skip
 

@@ -213,7 +213,7 @@ def apply_grads(
   train_state: TrainState,
   grad_accum: ModelWeights,
   metrics: MutableMetricMapType,
-  learning_rate: Float[Array, ''],
+  learning_rate: Float[Array, ''] | float,
   weight_metrics_computer: WeightMetricsComputer | None,
   other_state_variables: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, MetricMapType]:
@@ -251,7 +251,7 @@ def apply_grads(
 def train_with_lr(
   train_state: TrainState,
   batch: BatchType,
-  learning_rate: Float[Array, ''],
+  learning_rate: Float[Array, ''] | float,
   dropout_rng: Rng,
   model: Any,
   num_microbatches: int | None,
