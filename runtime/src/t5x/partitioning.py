@@ -162,8 +162,8 @@ class BasePartitioner(metaclass=abc.ABCMeta):
       model_parallel_submesh: the same as a tile of the hardware: (x, y, z, cores) on a
         TPU, (hosts, devices) elsewhere. Then `num_partitions` is None, 1 (what the run
         files say if nobody says more) or the size of the tile.
-      params_on_devices: whether restored parameters go to the devices at once; with
-        False they stay in the host's memory.
+      params_on_devices: kept for its callers: restored parameters go to the devices at
+        once, whatever it says.
       backend: the platform to take devices from; JAX's default where None.
       ici_mesh_shape: (replica, data, model) within a slice; with `dcn_mesh_shape`.
       dcn_mesh_shape: (replica, data, model) over slices; with `ici_mesh_shape`.
@@ -254,7 +254,7 @@ class BasePartitioner(metaclass=abc.ABCMeta):
 
   @property
   def params_on_devices(self) -> bool:
-    """Whether restored parameters go to the devices at once."""
+    """What the constructor was told; nothing here looks at it."""
     return self._params_on_devices
 
   @params_on_devices.setter
@@ -374,7 +374,7 @@ class PjitPartitioner(BasePjitPartitioner):
     Args:
       num_partitions: the number of devices that share one copy of the model.
       model_parallel_submesh: the same as a tile of the hardware.
-      params_on_devices: whether restored parameters go to the devices at once.
+      params_on_devices: kept for its callers.
       backend: the platform to take devices from.
       ici_mesh_shape: (replica, data, model) within a slice.
       dcn_mesh_shape: (replica, data, model) over slices.
