@@ -1,7 +1,11 @@
 """What the commands of this package have in common."""
 
+import contextlib
+import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 
 
 def quiet_libraries() -> None:
@@ -11,6 +15,62 @@ def quiet_libraries() -> None:
   What the user has set already stays.
   """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+
+def import_tensorflow() -> None:
+  """Imports TensorFlow without what its C++ parts print while they are loaded.
+
+  TensorFlow 2.21 prints lines that TF_CPP_MIN_LOG_LEVEL does not reach, about GPUs that
+  are not there. If the import fails, all that was printed is shown.
+  """
+  if 'tensorflow' not in sys.modules:
+    with _hidden_stderr():
+      import tensorflow  # noqa: F401  (for later imports to find it)
+
+
+def quiet_warnings() -> None:
+  """Shows what tasks warn of once, and of seqio only errors.
+
+  For commands that read a task several times over, and train nothing.
+  """
+  logger = logging.getLogger('absl')
+  if not any(isinstance(f, _NewAndOurs) for f in logger.filters):
+    logger.addFilter(_NewAndOurs())
+
+
+class _NewAndOurs(logging.Filter):
+  """Lets each message through once, and of seqio's only errors."""
+
+  def __init__(self):
+    super().__init__()
+    self._seen = set()
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    if record.levelno >= logging.ERROR:
+      return True
+    text = record.getMessage()
+    known = text in self._seen
+    self._seen.add(text)
+    return not known and f'{os.sep}seqio{os.sep}' not in record.pathname
+
+
+@contextlib.contextmanager
+def _hidden_stderr() -> Iterator[None]:
+  """Holds back what is written to file descriptor 2, shown only if the body raises."""
+  sys.stderr.flush()
+  screen = os.dup(2)
+  with tempfile.TemporaryFile() as kept:
+    os.dup2(kept.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      kept.seek(0)
+      os.write(screen, kept.read())
+      raise
+    finally:
+      sys.stderr.flush()
+      os.dup2(screen, 2)
+      os.close(screen)
 
 
 def fail(reason: object) -> int:

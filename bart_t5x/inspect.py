@@ -12,7 +12,7 @@ as many examples as its rate allows, and the rows that they share.
 import argparse
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import itertools
 import math
 import os
@@ -289,18 +289,19 @@ def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
     A view of each task, and rows as dicts of numpy arrays.
 
   Raises:
-    UsageError: there is no such task or split.
+    UsageError: there is no such split.
     FileNotFoundError: there is no corpus.
-    ValueError: lengths and noise do not go together, or a file is damaged.
+    ValueError: there is no such task, lengths and noise do not go together, or a file
+      is damaged.
   """
   import seqio
 
+  from bart_t5x import vocabularies
   from bart_t5x.features import BartFeatureConverter
 
-  try:
-    provider = seqio.get_mixture_or_task(args.task)
-  except ValueError as e:
-    raise UsageError(str(e)) from e
+  provider = vocabularies.find_task(
+    args.task, remedy='Check --task, and name the module that registers it by --module.'
+  )
   if args.split not in provider.splits:
     raise UsageError(
       f'{args.task!r} has no split {args.split!r}. It has: {sorted(provider.splits)}'
@@ -363,19 +364,34 @@ def _traced(task) -> tuple[Any, Any]:
 
 
 def bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
-  """Reads gin files (without any, the default recipe), then bindings."""
-  import gin
+  """Reads gin files (without any, the default recipe), then bindings.
+
+  Raises:
+    UsageError: a file is not there.
+    ValueError: a file or a binding is wrong; the message tells the nearest name.
+  """
+  from t5x import gin_utils
 
   if files is None:
     files = [_DEFAULT_GIN] if os.path.exists(_DEFAULT_GIN) else []
-  gin.add_config_file_search_path(_ROOT)
-  gin.parse_config_files_and_bindings(list(files), list(bindings))
+  for name in files:
+    if not any(os.path.exists(os.path.join(root, name)) for root in ('.', _ROOT)):
+      raise UsageError(f'--gin_file={name} is not there. Looked in: ., {_ROOT}.')
+  gin_utils.parse_gin_flags([_ROOT], files, bindings, finalize_config=False)
 
 
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints everything."""
+  command_line.import_tensorflow()
+  command_line.quiet_warnings()
   # Before gin binds: a module may bring functions that it is to know.
-  for module in ['tasks', *args.module]:
+  importlib.import_module('tasks')
+  for module in args.module:
+    if importlib.util.find_spec(module.partition('.')[0]) is None:
+      raise UsageError(
+        f'--module={module} is not there. Python looks for it in the folder that the '
+        'command runs in and on PYTHONPATH.'
+      )
     importlib.import_module(module)
   bind_gin(args.gin_file, bindings)
   if args.cache_dir:

@@ -308,13 +308,17 @@ def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
 
 
 def find_task(
-  mixture_or_task_name: str, module: str | None = None
+  mixture_or_task_name: str,
+  module: str | None = None,
+  remedy: str = 'Set MIXTURE_OR_TASK_NAME, and name the module that registers the task '
+  'as MIXTURE_OR_TASK_MODULE, or import it in the gin file (`import tasks`).',
 ) -> seqio.Task | seqio.Mixture:
   """A registered task or mixture.
 
   Args:
     mixture_or_task_name: as registered with seqio.
     module: imported before, as it registers the task.
+    remedy: what the message says there is to do where the name is wrong.
 
   Raises:
     ValueError: there is no such task. The message lists the nearest names.
@@ -327,8 +331,7 @@ def find_task(
     raise ValueError(
       f'There is no task or mixture {mixture_or_task_name!r}. '
       + (f'Nearest: {", ".join(near)}. ' if near else '')
-      + 'Set MIXTURE_OR_TASK_NAME, and name the module that registers the task as '
-      'MIXTURE_OR_TASK_MODULE, or import it in the gin file (`import tasks`).'
+      + remedy
     )
   return seqio.get_mixture_or_task(mixture_or_task_name)
 

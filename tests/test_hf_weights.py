@@ -48,6 +48,11 @@ def test_safetensors_say_that_they_are_pytorchs(tmp_path):
     assert file.metadata() == {'format': 'pt'}
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_everybody_may_read_what_is_published(tmp_path, kind):
+  assert write(tmp_path, kind).stat().st_mode & 0o444 == 0o444
+
+
 def test_safetensors_come_before_the_others(tmp_path):
   write(tmp_path, weights.MSGPACK, {'a': np.zeros(1)})
   write(tmp_path, weights.SAFETENSORS)

@@ -122,14 +122,14 @@ def test_colour_is_for_terminals_and_never_against_no_color(monkeypatch):
 @pytest.mark.parametrize(
   ('task', 'args', 'message'),
   [
-    ('inspect_test_missing', [], 'inspect_test_missing'),
+    ('inspect_test_emty', [], "'inspect_test_emty'. Nearest: inspect_test_empty"),
     ('inspect_test', ['--split=test'], "no split 'test'"),
     ('inspect_test_absent', [], 'bart_t5x.prepare --source'),
     ('inspect_test', ['--inputs_length=20'], 'the encoder takes 20'),
     ('inspect_test', ['--colour=red'], 'Unknown arguments: --colour=red'),
-    ('inspect_test', ['--gin.noise.Recipe.ratio=1'], 'ratio'),
-    ('inspect_test', ['--gin_file=no_such.gin'], 'no_such.gin'),
-    ('inspect_test', ['--module=no_such_module'], 'no_such_module'),
+    ('inspect_test', ['--gin.noise.Recipe.infil_ratio=1'], "mean 'infill_ratio'?"),
+    ('inspect_test', ['--gin_file=no_such.gin'], 'no_such.gin is not there'),
+    ('inspect_test', ['--module=no_such_module'], 'no_such_module is not there'),
   ],
 )
 def test_bad_input_is_one_line(capsys, task, args, message):

@@ -27,6 +27,7 @@ def write_safetensors(path: pathlib.Path, weights: Weights) -> None:
   """Writes PyTorch's names; `format: pt` is what transformers asks for."""
   contiguous = {name: np.ascontiguousarray(w) for name, w in weights.items()}
   safetensors.numpy.save_file(contiguous, path, metadata={'format': 'pt'})
+  path.chmod(0o644)  # safetensors leaves it to the owner alone
 
 
 def write_msgpack(path: pathlib.Path, weights: Weights) -> None:

@@ -1,0 +1,50 @@
+"""What the commands share: quiet imports and error messages."""
+
+import logging
+import subprocess
+import sys
+
+from bart_t5x import command_line
+
+
+def test_tensorflow_is_imported_without_a_word():
+  code = (
+    'import sys; from bart_t5x import command_line\n'
+    'command_line.quiet_libraries(); command_line.import_tensorflow()\n'
+    'assert "tensorflow" in sys.modules\n'
+    'sys.stderr.write("after")'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr) == (0, '', 'after')
+
+
+def test_what_a_failed_import_printed_is_shown(tmp_path):
+  (tmp_path / 'tensorflow.py').write_text(
+    'import os; os.write(2, b"why\\n"); raise ImportError("broken")'
+  )
+  code = (
+    f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
+    'from bart_t5x import command_line\n'
+    'try: command_line.import_tensorflow()\n'
+    'except ImportError as e: sys.exit(command_line.fail(e))'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (1, 'why\nerror: broken\n')
+
+
+def test_a_warning_is_shown_once_and_seqios_never(caplog, monkeypatch):
+  logger = logging.getLogger('absl')
+  monkeypatch.setattr(logger, 'filters', [])
+  caplog.set_level(logging.INFO, 'absl')
+  command_line.quiet_warnings()
+  command_line.quiet_warnings()
+  for path, level, text in (
+    ('/x/seqio/dataset_providers.py', logging.WARNING, 'cache it'),
+    ('/x/seqio/dataset_providers.py', logging.ERROR, 'broken'),
+    ('/x/tasks/text_to_text.py', logging.WARNING, '1 left out'),
+    ('/x/tasks/text_to_text.py', logging.WARNING, '1 left out'),
+    ('/x/tasks/text_to_text.py', logging.WARNING, '2 left out'),
+  ):
+    logger.handle(logging.LogRecord('absl', level, path, 1, text, None, None))
+  shown = [r.getMessage() for r in caplog.records if r.name == 'absl']
+  assert shown == ['broken', '1 left out', '2 left out']
