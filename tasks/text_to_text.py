@@ -86,8 +86,8 @@ def add_text_to_text_task(
       without the name of their headline.
   """
   _check_arguments(name, files, read, metric_fns, headline)
+  paths = dict(files or {})
   if files is not None:
-    paths = dict(files)
     splits = tuple(paths)
 
     def read(split):
@@ -99,7 +99,7 @@ def add_text_to_text_task(
   task = seqio.TaskRegistry.add(
     name,
     task_cls=TextTask,
-    source=_source(name, read, splits, to_text, labels),
+    source=_source(name, read, splits, paths, to_text, labels),
     preprocessors=[preprocessors.tokenize_for_bart],
     output_features={'inputs': text, 'targets': text},
     postprocess_fn=postprocess_fn or strip,
@@ -122,14 +122,15 @@ def _check_arguments(name, files, read, metric_fns, headline) -> None:
     )
 
 
-def _source(name, read, splits, to_text, labels) -> seqio.FunctionDataSource:
-  """The splits of `read`, and the file of inputs."""
+def _source(name, read, splits, paths, to_text, labels) -> seqio.FunctionDataSource:
+  """The splits of `read`, named in messages by `paths` too, and the file of inputs."""
 
   def dataset(split: str, shuffle_files: bool = False, seed: int | None = None):
     del shuffle_files, seed  # One file; seqio shuffles its examples.
     if split == input_file.SPLIT:
       return input_file.dataset()
-    return _dataset(f'{name}/{split}', read(split), to_text, labels)
+    where = f'{name}/{split}' + (f' ({paths[split]})' if split in paths else '')
+    return _dataset(where, read(split), to_text, labels)
 
   return seqio.FunctionDataSource(
     dataset_fn=dataset, splits=(*splits, input_file.SPLIT)
