@@ -160,10 +160,26 @@ def test_a_run_file_of_another_script_is_told_from_a_misspelt_name(
   tmp_path, monkeypatch
 ):
   monkeypatch.setitem(sys.modules, '__main__', sys.modules['fakescript'])
-  with pytest.raises(ValueError, match="(?s)for another script, as it sets 'evaluate'"):
+  with pytest.raises(ValueError, match="(?s)no 'evaluate': .*for another script"):
     parse(tmp_path, 'fakescript.evaluate.steps = 2')
   with pytest.raises(ValueError, match="Did you mean 'train'"):
     parse(tmp_path, 'fakescript.trane.steps = 2')
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    (
+      'from t5x import utils, losses',
+      r'(?s)run.gin cannot be read.*line \d.*imports one',
+    ),
+    ('A = runs/x', r'(?s)run.gin cannot be read: mal.*line \d+\). A line'),
+    ('A = [1, 2', 'run.gin cannot be read: .*EOF'),
+  ],
+)
+def test_what_is_no_gin_is_shown_with_its_place(tmp_path, text, message):
+  with pytest.raises(ValueError, match=message):
+    parse(tmp_path, text)
 
 
 def test_no_place_in_memory_is_shown(tmp_path):

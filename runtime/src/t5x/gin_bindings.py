@@ -33,6 +33,8 @@ _Import = config_parser.ImportStatement
 _MAIN = '__main__'
 # Where Python's own message shows an object by its place in memory.
 _ADDRESS = re.compile(r': <ast\.\w+ object at 0x\w+>')
+# What run files bind in the script that they are for.
+_ENTRIES = ('train', 'evaluate', 'infer', 'precompile')
 # Importing one of these would load the running script a second time.
 _SCRIPTS = ('train', 'eval', 'infer', 'precompile', 'main')
 
@@ -108,13 +110,9 @@ def _known_selectors() -> Iterator[str]:
 
 def _missing_member(owner: str, name: str) -> str:
   """What to add where a module or class, given by its repr, lacks a name."""
-  near = did_you_mean(name, _members_of(owner))
-  if near or repr(sys.modules[_MAIN]) != owner:
-    return near or ' No name in it is near.'
-  return (
-    f'\nThe gin file is for another script, as it sets {name!r}: of a run file '
-    'eval.gin, for instance, that is t5x.eval.'
-  )
+  if owner == repr(sys.modules[_MAIN]) and name in _ENTRIES:
+    return f'\nThe running script has no {name!r}: the gin file is for another script.'
+  return did_you_mean(name, _members_of(owner)) or ' No name in it is near.'
 
 
 def _hint(message: str) -> str:
@@ -148,18 +146,26 @@ def _hint(message: str) -> str:
 
 
 @contextlib.contextmanager
-def explained(source: str = '') -> Iterator[None]:
-  """Adds the nearest match to gin's errors about wrong names.
+def explained(source: str = '', path: str = '') -> Iterator[None]:
+  """Adds the nearest match to gin's errors about wrong names, the place to others.
 
   Args:
     source: what to say the message is about, where gin does not know (gin itself names
       file and line).
+    path: the gin file that is read.
 
   Raises:
-    ValueError: for a wrong name, whatever gin raised.
+    ValueError: for a wrong name or what is no gin, whatever gin raised.
   """
   try:
     yield
+  except (SyntaxError, tokenize.TokenError) as error:
+    if str(getattr(error, 'filename', '')).endswith('.py'):
+      raise  # In a module that the gin file imports: the traceback shows the line.
+    raise ValueError(
+      f'{path} cannot be read: {_ADDRESS.sub("", str(error))}. A line is NAME = VALUE, '
+      'or includes one file, or imports one module.'
+    ) from None
   except (ValueError, NameError, AttributeError) as error:
     hint = _hint(str(error))
     if not hint and not source:

@@ -92,7 +92,7 @@ def parse_gin_flags(
     if folder not in gin_config._LOCATION_PREFIXES:
       gin.add_config_file_search_path(folder)
   for path in gin_files or ():
-    with bindings_module.explained():
+    with bindings_module.explained(path=path):
       gin.parse_config_file(path, skip_unknown)
   applied = bindings_module.apply_command_line(gin_bindings or (), skip_unknown)
   if finalize_config:
