@@ -11,6 +11,24 @@ _ATTENTION_IMPLS = ('auto', 'plain', 'chunked', 'flash', 'cudnn')
 _REMAT_POLICIES = ('none', 'attention', 'dots', 'full')
 
 
+def _float_dtype(dtype: Any) -> jnp.dtype:
+  """The dtype of activations, from a name or a type.
+
+  Raises:
+    ValueError: it is none of floating-point numbers.
+  """
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError:
+    found = None
+  if found is None or not jnp.issubdtype(found, jnp.floating):
+    raise ValueError(
+      'BartConfig.dtype (COMPUTE_DTYPE) must be a floating-point type, such as '
+      f"'float32' or 'bfloat16'. Got: {dtype!r}"
+    )
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class BartConfig:
   """Every number of the model; the defaults are those of bart-base.
@@ -68,7 +86,7 @@ class BartConfig:
   attention_chunk_length: int = 256
 
   def __post_init__(self):
-    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
+    object.__setattr__(self, 'dtype', _float_dtype(self.dtype))
     counts = (
         'vocab_size', 'emb_dim', 'num_heads', 'num_encoder_layers',
         'num_decoder_layers', 'mlp_dim', 'max_positions', 'vocab_multiple_of',
@@ -80,10 +98,10 @@ class BartConfig:
           f'BartConfig.{name} must be a positive integer. Got: {getattr(self, name)!r}'
         )
     for name in ('dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate'):
-      if not 0 <= getattr(self, name) < 1:
+      rate = getattr(self, name)
+      if isinstance(rate, str) or not 0 <= rate < 1:
         raise ValueError(
-          f'BartConfig.{name} must be at least 0 and below 1. '
-          f'Got: {getattr(self, name)!r}'
+          f'BartConfig.{name} must be a number, at least 0 and below 1. Got: {rate!r}'
         )
     if self.emb_dim % self.num_heads:
       raise ValueError(

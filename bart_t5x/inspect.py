@@ -12,7 +12,7 @@ as many examples as its rate allows, and the rows that they share.
 import argparse
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import itertools
 import math
 import os
@@ -383,16 +383,13 @@ def bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints everything."""
   command_line.import_tensorflow()
+  from bart_t5x import vocabularies
+
   command_line.quiet_warnings()
   # Before gin binds: a module may bring functions that it is to know.
   importlib.import_module('tasks')
   for module in args.module:
-    if importlib.util.find_spec(module.partition('.')[0]) is None:
-      raise UsageError(
-        f'--module={module} is not there. Python looks for it in the folder that the '
-        'command runs in and on PYTHONPATH.'
-      )
-    importlib.import_module(module)
+    vocabularies.import_tasks(module, '--module')
   bind_gin(args.gin_file, bindings)
   if args.cache_dir:
     import seqio

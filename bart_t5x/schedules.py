@@ -30,8 +30,15 @@ def linear_warmup_linear_decay(
     A function from a step to the learning rate.
 
   Raises:
-    ValueError: if the warm-up does not fit into the total.
+    ValueError: if the warm-up does not fit into the total, or a number is a text.
   """
+  given = {'peak': peak, 'warmup_steps': warmup_steps, 'total_steps': total_steps}
+  for name, value in given.items():
+    if isinstance(value, str):
+      raise ValueError(
+        f'linear_warmup_linear_decay.{name} must be a number, without quotes. '
+        f'Got: {value!r}'
+      )
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(
       'linear_warmup_linear_decay needs 0 <= warmup_steps < total_steps. Got: '

@@ -307,6 +307,28 @@ def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
   return BartVocabulary(corpus_dir, templates)
 
 
+def import_tasks(module: str, setting: str = 'MIXTURE_OR_TASK_MODULE') -> None:
+  """Imports a module for the tasks that it registers.
+
+  Args:
+    module: dotted name.
+    setting: what names it, for the message.
+
+  Raises:
+    ImportError: there is no such module.
+  """
+  try:
+    importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if not f'{module}.'.startswith(f'{e.name}.'):
+      raise  # One that the module itself imports.
+    raise ModuleNotFoundError(
+      f'{setting} names {module!r}, which Python does not find. It looks in the folder '
+      'that the command runs in, on PYTHONPATH and among the installed packages.',
+      name=e.name,
+    ) from e
+
+
 def find_task(
   mixture_or_task_name: str,
   module: str | None = None,
@@ -321,10 +343,11 @@ def find_task(
     remedy: what the message says there is to do where the name is wrong.
 
   Raises:
+    ImportError: there is no such module.
     ValueError: there is no such task. The message lists the nearest names.
   """
   if module:
-    importlib.import_module(module)
+    import_tasks(module)
   known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if mixture_or_task_name not in known:
     near = difflib.get_close_matches(mixture_or_task_name, sorted(known))

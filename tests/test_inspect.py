@@ -129,7 +129,7 @@ def test_colour_is_for_terminals_and_never_against_no_color(monkeypatch):
     ('inspect_test', ['--colour=red'], 'Unknown arguments: --colour=red'),
     ('inspect_test', ['--gin.noise.Recipe.infil_ratio=1'], "mean 'infill_ratio'?"),
     ('inspect_test', ['--gin_file=no_such.gin'], 'no_such.gin is not there'),
-    ('inspect_test', ['--module=no_such_module'], 'no_such_module is not there'),
+    ('inspect_test', ['--module=no_such_module'], "names 'no_such_module', which"),
   ],
 )
 def test_bad_input_is_one_line(capsys, task, args, message):

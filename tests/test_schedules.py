@@ -37,6 +37,14 @@ def test_a_warmup_that_does_not_fit_is_refused(warmup_steps):
     schedules.linear_warmup_linear_decay(1.0, warmup_steps, 100)
 
 
+@pytest.mark.parametrize('position', [0, 1, 2])
+def test_a_number_in_quotes_is_refused(position):
+  numbers = [1.0, 10, 100]
+  numbers[position] = str(numbers[position])
+  with pytest.raises(ValueError, match=f'without quotes. Got: {numbers[position]!r}'):
+    schedules.linear_warmup_linear_decay(*numbers)
+
+
 def test_a_checkpoint_s_name_tells_its_step():
   assert schedules.checkpoint_step('runs/no/checkpoint_1500') == 1500
   assert schedules.checkpoint_step('gs://b/checkpoint_7/') == 7

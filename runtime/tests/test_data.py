@@ -195,9 +195,10 @@ def test_airio_fields_are_refused(field, value):
     config(**{field: value})
 
 
-def test_batch_size_must_be_positive():
-  with pytest.raises(ValueError, match='at least 1'):
-    config(batch_size=0)
+@pytest.mark.parametrize('size', [0, -8, 8.5, '8'])
+def test_batch_size_must_be_a_positive_whole_number(size):
+  with pytest.raises(ValueError, match=f'batch_size is {size!r}.*whole.* at least 1'):
+    config(batch_size=size)
 
 
 def test_continuing_is_refused():
@@ -235,6 +236,18 @@ def test_locked_gin_is_explained(tmp_path, monkeypatch):
   )
   with pytest.raises(RuntimeError, match='import locked_tasks'):
     data.import_module('locked_tasks')
+
+
+def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(
+  tmp_path, monkeypatch
+):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'lacking_tasks.py').write_text('import no_such_library')
+  for absent in ('no_such_tasks', 'no_such_package.tasks'):
+    with pytest.raises(ImportError, match=f"TASK_MODULE names '{absent}'.*PYTHONPATH"):
+      data.import_module(absent)
+  with pytest.raises(ImportError, match="^No module named 'no_such_library'"):
+    data.import_module('lacking_tasks')
 
 
 def evaluation(cfg, shard_id=0, num_shards=1, eval_steps=3, **kwargs):

@@ -49,3 +49,15 @@ def test_the_last_step(tmp_path):
     run_setup.last_step(folder, 5, 12.5, None)
   with pytest.raises(ValueError, match='end at step 12, but its checkpoint is at'):
     run_setup.last_step(folder, 13, 12, None)
+
+
+def test_a_folder_that_cannot_be_is_named_with_the_reason(tmp_path):
+  file = tmp_path / 'notes.txt'
+  file.write_text('mine')
+  with pytest.raises(
+    OSError, match='model_dir .*notes.txt cannot be .* is a file, and'
+  ):
+    run_setup.open_folder('model_dir', str(file))
+  with pytest.raises(OSError, match='notes.txt/run cannot be .*: Not a directory$'):
+    run_setup.open_folder('model_dir', str(file / 'run'))
+  assert file.read_text() == 'mine'

@@ -84,9 +84,10 @@ class DatasetConfig:
           f'pipelines only and this runtime reads seqio. Leave it at {unset[0]!r}.'
         )
     # Unset macros arrive here as None or as gin.REQUIRED; those raise elsewhere.
-    if isinstance(self.batch_size, int) and self.batch_size <= 0:
+    size = self.batch_size
+    if isinstance(size, str | float) or (isinstance(size, int) and size <= 0):
       raise ValueError(
-        f'DatasetConfig.batch_size is {self.batch_size}; it must be at least 1.'
+        f'DatasetConfig.batch_size is {size!r}; it must be a whole number, at least 1.'
       )
 
 
@@ -140,12 +141,22 @@ def import_module(module: str):
     module: dotted name.
 
   Raises:
+    ImportError: there is no such module.
     RuntimeError: the module defines gin configurables after gin was locked.
   """
   if module not in sys.modules:
     logging.info('Importing module %s for its tasks.', module)
   try:
     importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    if not f'{module}.'.startswith(f'{error.name}.'):
+      raise  # One that the module itself imports.
+    raise ModuleNotFoundError(
+      f'MIXTURE_OR_TASK_MODULE names {module!r}, which Python does not find. It looks '
+      'in the folder that the command runs in, on PYTHONPATH and among the installed '
+      'packages.',
+      name=error.name,
+    ) from error
   except RuntimeError as error:
     if 'after the config was locked' not in str(error):
       raise

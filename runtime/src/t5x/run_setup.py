@@ -37,7 +37,10 @@ def open_folder(parameter: str, path: str) -> None:
       trial.write_text('')
       trial.unlink()
   except OSError as error:
-    raise OSError(f'{parameter} {path} cannot be written to: {error}') from error
+    reason = error.strerror or error
+    if folder.exists() and not folder.is_dir():
+      reason = 'it is a file, and must be a folder'
+    raise OSError(f'{parameter} {path} cannot be written to: {reason}') from error
 
 
 def random_keys(seed: int | None, use_hardware_rng: bool) -> tuple[Any, Any]:
