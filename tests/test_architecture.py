@@ -31,7 +31,7 @@ LEVELS = (
     'checkpointing.best_metrics', 'checkpointing.old_layout', 'checkpointing.reading',
     'checkpoints_utils', 'data', 'data_iterators', 'decoder_only', 'decoding',
     'infer_writer', 'model_info', 'model_metrics', 'models', 'sampling',
-    'task_vocabularies',
+    'task_lookup', 'task_vocabularies',
   },
   {
     'checkpointing.configs', 'checkpointing.dataset_position',

@@ -11,7 +11,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from t5x import data, data_iterators, task_vocabularies
+from t5x import data, data_iterators, task_lookup, task_vocabularies
 
 VOCABULARY = seqio.PassThroughVocabulary(100)
 FEATURES = {
@@ -157,11 +157,13 @@ def test_trim_output_features_acts():
     batches(dataclasses.replace(short, trim_output_features=False), 1)
 
 
-def test_use_cached_asks_for_the_cache():
+def test_use_cached_asks_for_the_cache(tmp_path):
   _register('numbers_cacheable', 0, 8, preprocessors=[seqio.CacheDatasetPlaceholder()])
   cfg = config(mixture_or_task_name='numbers_cacheable')
   assert batches(cfg, 1)
-  with pytest.raises(AssertionError, match='numbers_cacheable.*cache'):
+  seqio.add_global_cache_dirs([str(tmp_path)])
+  message = f"'numbers_cacheable' is not cached .looked in: .*{tmp_path}.*TASKS = False"
+  with pytest.raises(ValueError, match=message):
     batches(dataclasses.replace(cfg, use_cached=True), 1)
 
 
@@ -235,7 +237,7 @@ def test_locked_gin_is_explained(tmp_path, monkeypatch):
     ' locked.")\n'
   )
   with pytest.raises(RuntimeError, match='import locked_tasks'):
-    data.import_module('locked_tasks')
+    task_lookup.import_module('locked_tasks')
 
 
 def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(
@@ -245,9 +247,9 @@ def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(
   (tmp_path / 'lacking_tasks.py').write_text('import no_such_library')
   for absent in ('no_such_tasks', 'no_such_package.tasks'):
     with pytest.raises(ImportError, match=f"TASK_MODULE names '{absent}'.*PYTHONPATH"):
-      data.import_module(absent)
+      task_lookup.import_module(absent)
   with pytest.raises(ImportError, match="^No module named 'no_such_library'"):
-    data.import_module('lacking_tasks')
+    task_lookup.import_module('lacking_tasks')
 
 
 def evaluation(cfg, shard_id=0, num_shards=1, eval_steps=3, **kwargs):

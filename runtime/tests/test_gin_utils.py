@@ -124,6 +124,18 @@ def test_command_line_reaches_runtime_modules_without_any_import():
   assert gin.get_bindings(optimizers.adamw) == {'b1': 0.5}
 
 
+def test_an_import_of_an_included_file_only_is_to_be_repeated(tmp_path):
+  (tmp_path / 'model.gin').write_text(
+    'from __gin__ import dynamic_registration\nimport fakelib\nfakelib.Model.size = 2\n'
+  )
+  (tmp_path / 'run.gin').write_text(
+    'from __gin__ import dynamic_registration\nimport fakescript\n'
+    f"include '{tmp_path}/model.gin'\nfakescript.train.model = @fakelib.Model()\n"
+  )
+  with pytest.raises(ValueError, match='Add `import fakelib` here'):
+    gin_utils.parse_gin_flags([], [str(tmp_path / 'run.gin')], [])
+
+
 def test_command_line_takes_imports_as_lines(tmp_path):
   parse(
     tmp_path,

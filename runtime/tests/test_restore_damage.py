@@ -94,6 +94,14 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(tmp_path):
     initializer().from_checkpoint([cfg])
 
 
+def test_a_run_is_not_taken_for_a_damaged_checkpoint(tmp_path):
+  write(tmp_path, 10, 20)
+  cfg = restore_cfg(tmp_path, mode='specific')
+  message = r'folder of a run, .* \[10, 20\]. Name one of them: .*/checkpoint_20\.'
+  with pytest.raises(ValueError, match=message):
+    initializer().from_checkpoint([cfg])
+
+
 def test_all_checkpoints_damaged_is_an_error(tmp_path):
   write(tmp_path, 10, 20)
   for step in (10, 20):

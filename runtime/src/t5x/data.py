@@ -11,9 +11,6 @@ import them; reading a configuration does not.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +19,8 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+
+from t5x import task_lookup
 
 if TYPE_CHECKING:
   import seqio
@@ -134,50 +133,6 @@ class EvaluatorConstructor(Protocol):
   ) -> seqio.Evaluator: ...
 
 
-def import_module(module: str):
-  """Imports a module for its side effects (tasks it registers).
-
-  Args:
-    module: dotted name.
-
-  Raises:
-    ImportError: there is no such module.
-    RuntimeError: the module defines gin configurables after gin was locked.
-  """
-  if module not in sys.modules:
-    logging.info('Importing module %s for its tasks.', module)
-  try:
-    importlib.import_module(module)
-  except ModuleNotFoundError as error:
-    if not f'{module}.'.startswith(f'{error.name}.'):
-      raise  # One that the module itself imports.
-    raise ModuleNotFoundError(
-      f'MIXTURE_OR_TASK_MODULE names {module!r}, which Python does not find. It looks '
-      'in the folder that the command runs in, on PYTHONPATH and among the installed '
-      'packages.',
-      name=error.name,
-    ) from error
-  except RuntimeError as error:
-    if 'after the config was locked' not in str(error):
-      raise
-    raise RuntimeError(
-      f'{module} defines gin configurables, and gin has already read its files. '
-      f'Write "import {module}" into the gin file instead of binding it to '
-      'MIXTURE_OR_TASK_MODULE.'
-    ) from error
-
-
-def _nearest(name: str, known: Sequence[str], shown: int = 5) -> str:
-  """The names closest to `name`, for an error message."""
-  close = difflib.get_close_matches(name, known, n=shown, cutoff=0.4)
-  if close:
-    return 'Nearest: ' + ', '.join(close)
-  if not known:
-    return 'There are none'
-  listed = ', '.join(sorted(known)[:shown])
-  return f'There are {len(known)}, among them {listed}'
-
-
 def find_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
   """Looks the config's task or mixture up.
 
@@ -188,27 +143,12 @@ def find_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
     The registered task or mixture, or the object that the config holds.
 
   Raises:
+    ImportError: there is no such module.
     ValueError: nothing of that name is registered.
   """
-  import seqio
-
   if cfg.module:
-    import_module(cfg.module)
-  name = cfg.mixture_or_task_name
-  if isinstance(name, seqio.DatasetProviderBase):
-    return name
-  if not isinstance(name, str):
-    raise ValueError(
-      f'mixture_or_task_name is a {type(name).__name__}; it must be the name of a '
-      'seqio task or mixture, or such an object.'
-    )
-  known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-  if name not in known:
-    raise ValueError(
-      f"No task or mixture is called '{name}'. {_nearest(name, known)}. Import the "
-      'module that registers it in the gin file, or mend the name.'
-    )
-  return seqio.get_mixture_or_task(name)
+    task_lookup.import_module(cfg.module)
+  return task_lookup.find(cfg.mixture_or_task_name)
 
 
 def _split_names(split: str) -> list[str]:
@@ -218,32 +158,6 @@ def _split_names(split: str) -> list[str]:
 
 def _has_split(provider: seqio.Task | seqio.Mixture, split: str) -> bool:
   return set(_split_names(split)) <= set(provider.splits)
-
-
-def _check_lengths(
-  provider: seqio.Task | seqio.Mixture,
-  lengths: Mapping[str, int] | None,
-  feature_converter_cls: Callable[..., seqio.FeatureConverter],
-):
-  """Raises where `task_feature_lengths` names what nobody knows, or is no length."""
-  if lengths is None:
-    raise ValueError(
-      f"task_feature_lengths is None; batches of '{provider.name}' need a length a "
-      "feature, for instance {'inputs': 512, 'targets': 512}."
-    )
-  model_side = getattr(feature_converter_cls, 'TASK_FEATURES', ())
-  known = {*provider.output_features, *model_side}
-  for key, length in lengths.items():
-    if key not in known:
-      raise ValueError(
-        f"task_feature_lengths has '{key}', no feature of '{provider.name}'. "
-        f'{_nearest(key, sorted(known))}.'
-      )
-    if not isinstance(length, int | np.integer) or length <= 0:
-      raise ValueError(
-        f"task_feature_lengths['{key}'] is {length!r}; it must be a whole number of "
-        'tokens above 0.'
-      )
 
 
 def check_dataset_config(
@@ -262,8 +176,8 @@ def check_dataset_config(
     The task or mixture it names.
 
   Raises:
-    ValueError: the task, the split or a feature does not exist, or the batch
-      cannot be cut evenly.
+    ValueError: the task, the split or a feature does not exist, the batch cannot be
+      cut evenly, or a task is to be cached and is not.
   """
   provider = find_provider(cfg)
   if cfg.batch_size % num_shards:
@@ -276,7 +190,9 @@ def check_dataset_config(
       f"'{provider.name}' has no split '{cfg.split}'; it has "
       f'{", ".join(sorted(provider.splits))}.'
     )
-  _check_lengths(provider, cfg.task_feature_lengths, feature_converter_cls)
+  task_lookup.check_lengths(provider, cfg.task_feature_lengths, feature_converter_cls)
+  if cfg.use_cached:
+    task_lookup.check_cached(provider)
   return provider
 
 

@@ -77,10 +77,9 @@ def _members_of(owner: str) -> list[str]:
   match = re.match(r"<(module|class) '([\w.]+)'", owner)
   if not match:
     return []
-  path = match[2]
   if match[1] == 'module':
-    return dir(sys.modules.get(path))
-  module, _, name = path.rpartition('.')
+    return dir(sys.modules.get(match[2]))
+  module, _, name = match[2].rpartition('.')
   return dir(getattr(sys.modules.get(module), name, None))
 
 
@@ -128,7 +127,10 @@ def _hint(message: str) -> str:
   if match := re.search(r"'(\w+)' was not provided by an import", message):
     if _exists(f't5x.{match[1]}'):
       return f' Add `from t5x import {match[1]}` to the gin file.'
-    return did_you_mean(match[1], _imports_by_name())
+    by_name = _imports_by_name()
+    if found := by_name.get(match[1]):
+      return f" Add `{found[0].format()}` here: an included file's do not count."
+    return did_you_mean(match[1], by_name)
   if match := re.search(r"No configurable matching (reference )?'@?([\w.]+)", message):
     return did_you_mean(match[2], _known_selectors())
   if match := re.search(
@@ -150,8 +152,7 @@ def explained(source: str = '', path: str = '') -> Iterator[None]:
   """Adds the nearest match to gin's errors about wrong names, the place to others.
 
   Args:
-    source: what to say the message is about, where gin does not know (gin itself names
-      file and line).
+    source: what the message is about, where gin itself does not name file and line.
     path: the gin file that is read.
 
   Raises:

@@ -186,7 +186,7 @@ def write_inferences_to_file(
         row['score'] = _plain(outputs[i])
       if aux or mode == 'predict_with_aux':
         row['aux'] = _plain(_one_of(aux, i))
-      yield json.dumps(row, cls=json_encoder_cls) + '\n'
+      yield json.dumps(row, cls=json_encoder_cls, ensure_ascii=False) + '\n'
 
   _write_whole(path, lines())
 

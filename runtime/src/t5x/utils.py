@@ -27,7 +27,6 @@ from t5x.data import (
   get_dataset,
   get_dataset_inner,
   get_training_eval_datasets,
-  import_module,
 )
 from t5x.data_iterators import (
   ShardedDatasetIterator,
@@ -56,6 +55,7 @@ from t5x.restore import (
 )
 from t5x.run_setup import set_hardware_rng_ops
 from t5x.state_utils import flatten_dict_string_keys
+from t5x.task_lookup import import_module
 from t5x.task_vocabularies import (
   get_vocabulary,
   round_vocab_size_to_multiple,

@@ -388,6 +388,11 @@ class OrbaxCheckpointManagerInterface:
     elif (folder / old_layout.INDEX_FILE).exists():
       reader, position = old_layout, folder
     else:
+      if steps := list(checkpoints_utils.all_steps(folder)):
+        raise ValueError(
+          f"'{folder}' is the folder of a run, with checkpoints of the steps {steps}. "
+          f'Name one of them: {folder}/checkpoint_{steps[-1]}.'
+        )
       raise reading.DamagedCheckpointError(
         f"'{folder}' has neither a folder '{STATE_ITEM}' nor a file "
         f"'{old_layout.INDEX_FILE}': it is no checkpoint of T5X, or damaged."
