@@ -1,5 +1,7 @@
 """The position in the data: saved and restored to the very next batch."""
 
+import concurrent.futures
+import logging
 import types
 
 import clu.data.dataset_iterator as clu_iterators
@@ -238,6 +240,30 @@ def test_a_position_of_other_batches_is_told(tmp_path):
   other.restore(tmp_path / 'train_ds')
   with pytest.raises(ValueError, match=r'train_ds.*batches of \[8\], not \[4\].*anew'):
     take(other, 1)
+
+
+def test_a_first_batch_that_does_not_come_is_told():
+  looking = concurrent.futures.Future()
+
+  class Handler(logging.Handler):
+    def emit(self, record):
+      looking.set_result(record.getMessage())
+
+  handler = Handler()
+  logging.getLogger('absl').addHandler(handler)
+  try:
+    told = data_iterators.first_batch(looking, 'my_task', patience_s=0.0)
+  finally:
+    logging.getLogger('absl').removeHandler(handler)
+  assert "first batch of 'my_task', after 0 s" in told
+  assert 'leaves out all of its examples' in told
+
+
+def test_a_first_batch_that_is_there_is_given_quietly(caplog):
+  looking = concurrent.futures.Future()
+  looking.set_result('batch')
+  assert data_iterators.first_batch(looking, 'my_task', patience_s=0.0) == 'batch'
+  assert not caplog.records
 
 
 def test_reset_starts_again():

@@ -366,6 +366,33 @@ def check_position_can_be_saved(dataset: tf.data.Dataset, task_name: str | None 
     ) from error
 
 
+def first_batch(
+  looking: concurrent.futures.Future, task_name: str, patience_s: float = 60.0
+) -> Any:
+  """Waits for the first batch; says so where it does not come.
+
+  A pipeline that repeats what its filters then leave out runs for ever, silently.
+
+  Args:
+    looking: of `ResumableIterator.peek_async`.
+    task_name: for the message.
+    patience_s: seconds before the message.
+
+  Returns:
+    The batch.
+  """
+  done, _ = concurrent.futures.wait([looking], patience_s)
+  if not done:
+    logging.warning(
+      "Still waiting for the first batch of '%s', after %.0f s. Filling buffers may "
+      'take that long; but if the task leaves out all of its examples, no batch will '
+      'ever come. Then stop the run and see what its preprocessors keep.',
+      task_name,
+      patience_s,
+    )
+  return looking.result()
+
+
 def prepare_train_iter(
   train_iter: tf.data.Dataset | DatasetIterator,
   *,

@@ -308,9 +308,8 @@ def train(
   with (
     contextlib.closing(trainer),
     contextlib.closing(evaluations),
-    contextlib.closing(
-      saver
-    ),  # A checkpoint that was begun becomes whole, come what may.
+    # A checkpoint that was begun becomes whole, come what may.
+    contextlib.closing(saver),
   ):
     if run_eval_before_training:
       evaluations.run(first_step)
@@ -323,7 +322,7 @@ def train(
       # The pipeline fills its buffers while XLA compiles.
       warm_up = train_iter.peek_async()
       trainer.compile_train(data_iterators.get_zeros_batch_like_dataset(train_iter))
-      warm_up.result()
+      data_iterators.first_batch(warm_up, train_dataset_cfg.mixture_or_task_name)
       with loop.garbage_collected_by_hand(bool(gc_period)):
         step = loop.train_until_done(
           schedule, first_step, train_iter, trainer, saver, evaluations
