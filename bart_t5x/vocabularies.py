@@ -13,6 +13,7 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 
+import gin
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -318,7 +319,9 @@ def import_tasks(module: str, setting: str = 'MIXTURE_OR_TASK_MODULE') -> None:
     ImportError: there is no such module.
   """
   try:
-    importlib.import_module(module)
+    # Gin has read its files by now, and may still learn of the module's functions.
+    with gin.unlock_config():
+      importlib.import_module(module)
   except ModuleNotFoundError as e:
     if not f'{module}.'.startswith(f'{e.name}.'):
       raise  # One that the module itself imports.

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import types
 
+import gin
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+from gin import config as gin_config
 
 from t5x import data, data_iterators, task_lookup, task_vocabularies
 
@@ -230,14 +232,19 @@ def test_module_is_imported(tmp_path, monkeypatch):
   assert provider.name == 'late'
 
 
-def test_locked_gin_is_explained(tmp_path, monkeypatch):
+def test_a_module_may_define_configurables_after_gin_was_locked(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(str(tmp_path))
-  (tmp_path / 'locked_tasks.py').write_text(
-    'raise RuntimeError("Attempted to add a new configurable after the config was'
-    ' locked.")\n'
+  (tmp_path / 'configurable_tasks.py').write_text(
+    'import gin\n@gin.configurable\ndef made_for_a_test(x=3):\n  return x\n'
   )
-  with pytest.raises(RuntimeError, match='import locked_tasks'):
-    task_lookup.import_module('locked_tasks')
+  gin.finalize()
+  try:
+    task_lookup.import_module('configurable_tasks')
+    assert gin.config_is_locked()
+    assert sys.modules['configurable_tasks'].made_for_a_test() == 3
+  finally:
+    gin.clear_config()
+    gin_config._REGISTRY.pop('configurable_tasks.made_for_a_test')
 
 
 def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(

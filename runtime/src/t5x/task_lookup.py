@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import gin
 import numpy as np
 from absl import logging
 
@@ -27,12 +28,14 @@ def import_module(module: str):
 
   Raises:
     ImportError: there is no such module.
-    RuntimeError: the module defines gin configurables after gin was locked.
   """
   if module not in sys.modules:
     logging.info('Importing module %s for its tasks.', module)
   try:
-    importlib.import_module(module)
+    # Gin has read its files by now; a module may still bring functions of its own for
+    # gin to know, as those files cannot have named them.
+    with gin.unlock_config():
+      importlib.import_module(module)
   except ModuleNotFoundError as error:
     if not f'{module}.'.startswith(f'{error.name}.'):
       raise  # One that the module itself imports.
@@ -41,14 +44,6 @@ def import_module(module: str):
       'in the folder that the command runs in, on PYTHONPATH and among the installed '
       'packages.',
       name=error.name,
-    ) from error
-  except RuntimeError as error:
-    if 'after the config was locked' not in str(error):
-      raise
-    raise RuntimeError(
-      f'{module} defines gin configurables, and gin has already read its files. '
-      f'Write "import {module}" into the gin file instead of binding it to '
-      'MIXTURE_OR_TASK_MODULE.'
     ) from error
 
 
