@@ -136,7 +136,7 @@ FIELDS = {
     'mixture_or_task_name': 'bad_configs_say_what_is_wrong',
     'task_feature_lengths': 'trim_output_features_acts',
     'split': 'bad_configs_say_what_is_wrong',
-    'batch_size': 'batch_size_must_be_positive',
+    'batch_size': 'batch_size_must_be_a_positive_whole_number',
     'shuffle': 'shuffle_acts',
     'seed': 'same_seed_same_batches_and_other_seed_others',
     'use_cached': 'use_cached_asks_for_the_cache',
