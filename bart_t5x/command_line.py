@@ -56,7 +56,11 @@ class _NewAndOurs(logging.Filter):
 
 @contextlib.contextmanager
 def _hidden_stderr() -> Iterator[None]:
-  """Holds back what is written to file descriptor 2, shown only if the body raises."""
+  """Holds back what is written to file descriptor 2, shown only if the body raises.
+
+  The runtime has the like for its scripts (`quiet`); upstream T5X, on which these
+  commands run too, has none to call.
+  """
   sys.stderr.flush()
   screen = os.dup(2)
   with tempfile.TemporaryFile() as kept:

@@ -311,6 +311,9 @@ def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
 def import_tasks(module: str, setting: str = 'MIXTURE_OR_TASK_MODULE') -> None:
   """Imports a module for the tasks that it registers.
 
+  As the runtime does where a data set names one; upstream T5X's does not say where it
+  looked.
+
   Args:
     module: dotted name.
     setting: what names it, for the message.

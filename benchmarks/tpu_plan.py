@@ -22,6 +22,7 @@ FIGURES = ROOT / 'benchmarks' / 'tpu_plan'
 TABLE = ROOT / 'benchmarks' / 'tpu_plan.md'
 
 CONFIG = 'network.BartConfig.'
+BASE = 'gin/bart_base_no.gin'
 LARGE = 'gin/bart_large_no.gin'
 # Layers as a loop, which is much quicker to compile.
 SCAN = {CONFIG + 'scan_layers': True}
@@ -43,7 +44,7 @@ class Variant:
   name: str
   what: str
   bindings: dict
-  gin_file: str = 'gin/bart_base_no.gin'
+  gin_file: str = BASE
   topology: str = 'v3-8'
 
 
@@ -54,6 +55,19 @@ def _base(name: str, what: str, **fields) -> Variant:
 
 def _large(name: str, what: str, bindings: dict) -> Variant:
   return Variant(f'large_{name}', what, bindings, LARGE)
+
+
+def _meshes(start: str, gin_file: str) -> list[Variant]:
+  """Those of 2, 4 and 8 devices a model."""
+  return [
+    Variant(
+      f'{start}_mesh_{8 // parts}x{parts}',
+      f'mesh of {8 // parts} x {parts}, in a loop',
+      {**SCAN, 'partitioning.PjitPartitioner.num_partitions': parts},
+      gin_file,
+    )
+    for parts in (2, 4, 8)
+  ]
 
 
 VARIANTS = (
@@ -118,14 +132,7 @@ VARIANTS = (
     'base_out_plain_dots', 'plain attention', {CONFIG + 'attention_impl': 'plain'}
   ),
   Variant('base_448', '448 rows, the most that fit', {'BATCH_SIZE': 448}),
-  *(
-    Variant(
-      f'base_mesh_{8 // parts}x{parts}',
-      f'mesh of {8 // parts} x {parts}, in a loop',
-      {**SCAN, 'partitioning.PjitPartitioner.num_partitions': parts},
-    )
-    for parts in (2, 4, 8)
-  ),
+  *_meshes('base', BASE),
   Variant(
     'base_out_full',
     'whole layers computed again',
@@ -155,14 +162,7 @@ VARIANTS = (
     'the same in four microbatches',
     {CONFIG + 'remat_policy': 'dots', 'trainer.Trainer.num_microbatches': 4},
   ),
-  *(
-    _large(
-      f'mesh_{8 // parts}x{parts}',
-      f'mesh of {8 // parts} x {parts}, in a loop',
-      {**SCAN, 'partitioning.PjitPartitioner.num_partitions': parts},
-    )
-    for parts in (2, 4, 8)
-  ),
+  *_meshes('large', LARGE),
   *(
     Variant(f'base_scan_{name}', f'on {name}, in a loop', SCAN, topology=name)
     for name in ('v4-8', 'v5e-8', 'v5p-8', 'v6e-8')

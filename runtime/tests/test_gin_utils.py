@@ -200,6 +200,13 @@ def test_no_place_in_memory_is_shown(tmp_path):
   assert '0x' not in str(caught.value)
 
 
+def test_an_included_file_that_is_no_gin_is_a_binding_that_cannot_be_read(tmp_path):
+  (tmp_path / 'broken.gin').write_text('A = [1, 2')
+  include = f"include '{tmp_path}/broken.gin'"
+  with pytest.raises(ValueError, match='^The binding .include .* cannot be read.*EOF'):
+    parse(tmp_path, '', include)
+
+
 def test_every_missing_macro_is_named_at_once(tmp_path):
   text = 'A = %gin.REQUIRED\nB = %gin.REQUIRED\nC = 1\nfakescript.train.steps = %A\n'
   with pytest.raises(ValueError, match='not set: A, B'):

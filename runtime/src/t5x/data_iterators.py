@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 DatasetIterator = clu_iterators.DatasetIterator
 
-# Where a position does not fit; the end of an 'or …'. A run that goes on in its own
+# The way out where a position does not fit. A run that goes on in its own
 # folder restores what it saves; the second setting is for other runs' checkpoints.
 BEGIN_ANEW = (
-  'to begin the data anew, set utils.SaveCheckpointConfig.save_dataset = False (and, '
-  'where it is True, utils.RestoreCheckpointConfig.restore_dataset = False)'
+  'To begin the data anew, set utils.SaveCheckpointConfig.save_dataset = False (and, '
+  'where it is True, utils.RestoreCheckpointConfig.restore_dataset = False).'
 )
 
 # Two files of this stem make a tf.data snapshot: an index and the data.
@@ -194,8 +194,8 @@ class ShardedDatasetIterator(DatasetIterator):
     what = f'batches of {shapes[2]}, not {shapes[1]}' if shapes else 'other batches'
     raise ValueError(
       f"The position in '{self._restored_from}' does not fit the data pipeline: it "
-      f'holds {what}. Batch size, lengths and packing must be those it was saved with; '
-      f'or, {BEGIN_ANEW}.'
+      f'holds {what}. Batch size, lengths and packing must be those it was saved with. '
+      f'{BEGIN_ANEW}'
     ) from error
 
   def reset(self):

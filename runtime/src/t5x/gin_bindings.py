@@ -153,16 +153,16 @@ def explained(source: str = '', path: str = '') -> Iterator[None]:
 
   Args:
     source: what the message is about, where gin itself does not name file and line.
-    path: the gin file that is read.
+    path: the gin file that is read, if it is one.
 
   Raises:
-    ValueError: for a wrong name or what is no gin, whatever gin raised.
+    ValueError: for a wrong name, and for a file that is no gin, whatever gin raised.
   """
   try:
     yield
   except (SyntaxError, tokenize.TokenError) as error:
-    if str(getattr(error, 'filename', '')).endswith('.py'):
-      raise  # In a module that the gin file imports: the traceback shows the line.
+    if not path or str(getattr(error, 'filename', '')).endswith('.py'):
+      raise  # The caller names a binding; a module's line is in the traceback.
     raise ValueError(
       f'{path} cannot be read: {_ADDRESS.sub("", str(error))}. A line is NAME = VALUE, '
       'or includes one file, or imports one module.'

@@ -60,11 +60,11 @@ def _find(folder: epath.Path, filename: str) -> epath.Path:
     raise DataPositionError(
       f"'{folder}' holds the positions {', '.join(sorted(others))}, not {filename}: "
       'the run was started with another number of data shards. Resume it with as '
-      f'many hosts as before, or, {BEGIN_ANEW}.'
+      f'many hosts as before. {BEGIN_ANEW}'
     )
   raise DataPositionError(
     f"'{folder}' holds no position in the data: the checkpoint was saved without "
-    f'save_dataset. T{BEGIN_ANEW[1:]}.'
+    f'save_dataset. {BEGIN_ANEW}'
   )
 
 
@@ -139,7 +139,7 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
       raise DataPositionError(
         f"The position in '{stem}' does not fit the data pipeline: {error}. Task, "
         'batch size, lengths, packing and preprocessors must be those it was saved '
-        f'with; or, {BEGIN_ANEW}.'
+        f'with. {BEGIN_ANEW}'
       ) from error
     return args.item
 
