@@ -275,9 +275,9 @@ def test_refusals():
     plain(factor_map=factor_map).init_state({'k': jnp.ones((2, 2, 2))})
   with pytest.raises(ValueError, match='no effect'):
     plain(factored=False, factor_map=adafactor.HParamMap([]))
-  with pytest.raises(TypeError, match='factor_map'):
+  with pytest.raises(ValueError, match='factor_map'):
     plain(factor_map={'k': ()})
-  with pytest.raises(TypeError, match='multiply_by_parameter_scale'):
+  with pytest.raises(ValueError, match='multiply_by_parameter_scale'):
     plain(multiply_by_parameter_scale=1.0)
   with pytest.raises(ValueError, match="no rule for 'unheard_of'"):
     rule = plain(logical_factor_rules={'embed': 'row'})

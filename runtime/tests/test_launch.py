@@ -6,9 +6,12 @@ import sys
 import types
 import weakref
 
+import gin
 import pytest
+import tensorflow as tf
 
-from t5x import launch
+from t5x import checkpoints, launch
+from t5x.training import health
 
 
 def call(script, *args):
@@ -111,6 +114,46 @@ def test_a_traceback_where_asked_for_or_the_code_is_at_fault(
   fail_with(ValueError('bad'))
   assert 'Traceback' in capsys.readouterr().err
   assert ended == [1, 1]
+
+
+def test_a_fault_of_the_code_that_gin_calls_gets_its_traceback(ended, capsys):
+  gin.clear_config()
+  broken = gin.external_configurable(
+    lambda part: part.missing, 'broken', module='launch_test'
+  )
+  with launch.reported_errors():
+    broken('x')
+  err = capsys.readouterr().err
+  assert 'Traceback' in err and "ERROR: AttributeError: 'str' object has" in err
+  assert ended == [1]
+
+
+def test_an_argument_that_gin_misses_is_one_message(ended, capsys):
+  gin.clear_config()
+  needy = gin.external_configurable(lambda part: part, 'needy', module='launch_test')
+  with launch.reported_errors():
+    needy()
+  err = capsys.readouterr().err
+  assert 'Traceback' not in err
+  assert err.startswith('ERROR: TypeError:') and 'missing 1 required' in err
+  assert ended == [1]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    tf.errors.NotFoundError(None, None, 'a/b is gone'),
+    checkpoints.DamagedCheckpointError('a/b is unreadable'),
+    checkpoints.CheckpointSaveError('a/b is full'),
+    health.NonFiniteLossError(3, None),
+  ],
+)
+def test_what_the_libraries_say_of_files_and_losses_is_one_message(
+  ended, capsys, error
+):
+  fail_with(error)
+  assert 'Traceback' not in capsys.readouterr().err
+  assert ended == [1]
 
 
 def test_interrupting_ends_with_130(capsys):

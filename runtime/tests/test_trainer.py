@@ -340,7 +340,7 @@ def test_evaluation_datasets_that_cannot_be():
 
 def test_data_that_ends_leaves_the_state_of_the_steps_done():
   with make_trainer() as made:
-    with pytest.raises(RuntimeError, match='before step 2, 2 steps into 5'):
+    with pytest.raises(ValueError, match='before step 2, 2 steps into 5'):
       made.train(batches(0, 2), 5)
     assert int(made.train_state.step) == 2
     made.train(batches(2, 1), 1).result()

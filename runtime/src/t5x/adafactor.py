@@ -123,8 +123,7 @@ class Adafactor(OptimizerDef):
     skip_nan_updates: whether entries that would become NaN keep their value.
 
   Raises:
-    ValueError: rules for factoring without factoring.
-    TypeError: a map that is not an `HParamMap`.
+    ValueError: rules for factoring without factoring, or no `HParamMap`.
   """
 
   def __init__(
@@ -155,7 +154,7 @@ class Adafactor(OptimizerDef):
       ('factor_map', factor_map, (HParamMap, type(None))),
     ):
       if not isinstance(value, types):
-        raise TypeError(f'{name} must be one of {types}. Got: {value!r}.')
+        raise ValueError(f'{name} must be one of {types}. Got: {value!r}.')
     super().__init__(
       _HyperParams(
         learning_rate=learning_rate,

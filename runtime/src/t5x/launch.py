@@ -26,8 +26,11 @@ GIN_SEARCH_PATHS = (str(pathlib.Path(__file__).resolve().parent.parent),)
 
 TRACEBACK_VARIABLE = 'T5X_TRACEBACK'
 
-# What wrong input raises. Anything else is a fault of the code, shown in full.
-_INPUT_ERRORS = (ValueError, LookupError, OSError, ImportError)
+# What wrong input raises; the last is a loss that is not finite. Anything else is a
+# fault of the code, shown in full.
+_INPUT_ERRORS = (ValueError, LookupError, OSError, ImportError, FloatingPointError)
+# TensorFlow's for files; it makes them no OSErrors.
+_FILE_ERRORS = ('NotFoundError', 'PermissionDeniedError', 'DataLossError')
 
 _GIN_TRAIL = '\n  In call to configurable'
 
@@ -271,6 +274,18 @@ def _gist(error: BaseException) -> str:
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
+def _is_wrong_input(error: BaseException) -> bool:
+  """Whether an exception is about what the user gave, not a fault of the code.
+
+  Its class tells; or gin raised it, which knows best which argument is missing.
+  """
+  tensorflow = sys.modules.get('tensorflow')
+  of_files = tuple(getattr(tensorflow.errors, e) for e in _FILE_ERRORS if tensorflow)
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  by_gin = place.filename.endswith(os.path.join('gin', 'config.py'))
+  return by_gin or isinstance(error, (*_INPUT_ERRORS, *of_files))
+
+
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
   """Turns an exception into one message on stderr and exit code 1.
@@ -283,7 +298,7 @@ def reported_errors() -> Iterator[None]:
     _fail('interrupted.', 130)
   except Exception as error:  # Everything: this is the end of the program.
     wanted = FLAGS.verbosity > 0 or os.environ.get(TRACEBACK_VARIABLE, '0') != '0'
-    expected = isinstance(error, _INPUT_ERRORS) or _GIN_TRAIL in str(error)
+    expected = _is_wrong_input(error)
     if wanted or not expected:
       traceback.print_exc()
     place = traceback.extract_tb(error.__traceback__)[-1]

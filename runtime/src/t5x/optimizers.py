@@ -144,7 +144,7 @@ class OptaxWrapper(OptimizerDef):
 
   def __init__(self, optax_optimizer: optax.GradientTransformation):
     if not (hasattr(optax_optimizer, 'init') and hasattr(optax_optimizer, 'update')):
-      raise TypeError(
+      raise ValueError(
         'OptaxWrapper takes an optax.GradientTransformation. Got: '
         f'{optax_optimizer!r}. In gin, call the constructor: @optax.adam().'
       )
@@ -211,7 +211,7 @@ def _chain(
 ) -> optax.GradientTransformation:
   for transformation in transformations:
     if isinstance(transformation, OptimizerDef):
-      raise TypeError(
+      raise ValueError(
         'optimizers.chain takes optax transformations, not wrapped optimizers. Put '
         'optax.adamw (not optimizers.adamw) and the like into `transformations`.'
       )

@@ -22,7 +22,7 @@ STATE_ITEM = 'state'
 _SHOWN = 8
 
 
-class DamagedCheckpointError(Exception):
+class DamagedCheckpointError(OSError):
   """A checkpoint is there but cannot be read."""
 
 

@@ -20,7 +20,7 @@ from t5x.checkpointing.lazy_arrays import LazyArray
 _WRITE_TIMEOUT = 60
 
 
-class CheckpointSaveError(Exception):
+class CheckpointSaveError(OSError):
   """A checkpoint could not be written. Nothing half-written is left."""
 
 

@@ -180,7 +180,7 @@ class BaseTrainer(abc.ABC):
     Raises:
       NonFiniteLossError: the loss or gradient of a step was not finite.
       ValueError: a batch does not divide; `num_steps` is not positive.
-      RuntimeError: the batches have come to an end.
+      ValueError: the batches have come to an end.
       PreemptionError: what `batch_iter` raises to stop early. As after any exception
         from there, the state is that of the steps done.
     """
@@ -199,7 +199,7 @@ class BaseTrainer(abc.ABC):
             update = self._run_step(step, batch_iter)
           metrics = update if metrics is None else merge_metrics(metrics, update)
       except StopIteration as e:
-        raise RuntimeError(
+        raise ValueError(
           f'The training data ended before step {step}, {step - start_step} steps '
           f'into {num_steps}. Training data must repeat.'
         ) from e

@@ -44,12 +44,12 @@ def run_actions(
     Whether an action asks to stop the training.
 
   Raises:
-    RuntimeError: there are no metrics on process 0.
+    ValueError: there are no metrics on process 0.
   """
   stop = False
   if jax.process_index() == 0:
     if not metrics_by_task:
-      raise RuntimeError(f'No metrics for the {mode.name} actions to look at.')
+      raise ValueError(f'No metrics for the {mode.name} actions to look at.')
     # A list, as every action is to run: the first verdict must not hide the others.
     verdicts = [
       action.run(train_state, metrics_by_task=metrics_by_task)
