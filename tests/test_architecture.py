@@ -17,7 +17,7 @@ LEVELS = (
     'gin_bindings', 'gin_utils', 'learning_rate', 'losses', 'metrics', 'multihost',
     'params_axes', 'planning.hlo_costs', 'planning.hlo_loops', 'planning.hlo_text',
     'planning.jaxpr_costs', 'planning.live_arrays', 'planning.topologies', 'quiet',
-    'run_setup',
+    'run_setup', 'whole_files',
     'state_utils', 'training.preemption', 'training.run_schedule',
   },
   {

@@ -4,6 +4,7 @@ import functools
 import json
 
 import pytest
+import seqio
 import tiny
 
 from t5x import data, partitioning, restore, trainer
@@ -47,6 +48,39 @@ def test_one_checkpoint(tiny_run, tmp_path):
   assert 0 <= only['equal'] <= 1
   assert only['mean_score'] < 0
   assert (tmp_path / 'model-info.txt').exists()
+
+
+def test_a_task_as_an_object(tiny_run, tmp_path):
+  task = seqio.TaskRegistry.get('tiny_copy')
+  evaluate(
+    tmp_path,
+    tiny_run / 'checkpoint_10',
+    dataset_cfg=tiny.dataset_config('test', task, pack=False),
+  )
+  assert [one['step'] for one in metrics(tmp_path)] == [10]
+  assert (tmp_path / 'eval.tiny_copy.ckpt').exists()
+
+
+def test_a_task_that_seqio_would_not_find_is_refused(tiny_run, tmp_path):
+  like = seqio.TaskRegistry.get('tiny_copy')
+  other = seqio.Task('tiny_copy', like.source, like.output_features)
+  with pytest.raises(ValueError, match="a task 'tiny_copy', which is not the one"):
+    evaluate(
+      tmp_path,
+      tiny_run / 'checkpoint_10',
+      dataset_cfg=tiny.dataset_config('test', other, pack=False),
+    )
+
+
+def test_packing_has_no_effect_and_a_warning(tiny_run, tmp_path, caplog):
+  evaluate(
+    tmp_path,
+    tiny_run / 'checkpoint_10',
+    dataset_cfg=tiny.dataset_config('test', pack=True),
+  )
+  assert 'DatasetConfig.pack = True has no effect' in caplog.text
+  evaluate(tmp_path / 'apart', tiny_run / 'checkpoint_10')
+  assert metrics(tmp_path) == metrics(tmp_path / 'apart')
 
 
 def test_all_checkpoints_once(tiny_run, tmp_path):

@@ -172,6 +172,15 @@ def test_the_newest_checkpoint_of_a_folder(run, tmp_path, tiny_run):
     scores('all', path=str(tiny_run), mode='all')
 
 
+def test_a_share_without_examples_is_an_empty_file(run, tmp_path, caplog):
+  shards = tiny.TEST_EXAMPLES + 1
+  run(mode='predict', shard_id=tiny.TEST_EXAMPLES, num_shards=shards)
+  name = f'tiny_copy-predict.jsonl-{shards - 1:05}-of-{shards:05}'
+  assert rows(tmp_path, name) == []
+  assert (tmp_path / f'{name}.COMPLETED').exists()
+  assert f'{name}: this share of the split has no example' in caplog.text
+
+
 def test_shards_together_are_the_whole(run, tmp_path):
   for shard in range(2):
     run(mode='score', shard_id=shard, num_shards=2)

@@ -180,6 +180,13 @@ def test_a_missing_chunk_and_no_chunk_are_errors(output):
   assert not output.is_complete()
 
 
+def test_more_chunks_than_five_digits_count():
+  names = ['x-chunk100000', 'x-chunk99999', 'x-chunk00007', 'x-chunk7', 'y-chunk00001']
+  assert infer_writer._chunks_among([*names, 'x-chunk00007.COMPLETED'], 'x') == [
+    'x-chunk00007', 'x-chunk99999', 'x-chunk100000',
+  ]  # fmt: skip
+
+
 def test_chunks_of_another_run_are_refused(output):
   output.claim({'batch_size': 4, 'checkpoint': '/a'})
   output.claim({'batch_size': 4, 'checkpoint': '/a'})

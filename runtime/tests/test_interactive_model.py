@@ -189,6 +189,15 @@ def test_options_reach_the_model(fresh):
     fresh.infer_with_preprocessors('predict', EXAMPLES, [])
 
 
+def test_preprocessors_that_leave_no_example_are_told(fresh):
+  with pytest.raises(ValueError, match=r'of 3 examples the preprocessors leave none\.'):
+    fresh.infer_with_preprocessors(
+      interactive_model.InferenceType.SCORE,
+      EXAMPLES,
+      [seqio.preprocessors.tokenize, lambda examples: examples.take(0)],
+    )
+
+
 def test_compiled_steps_are_kept(fresh):
   predict = interactive_model.InferenceType.PREDICT_WITH_AUX
 

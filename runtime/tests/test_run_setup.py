@@ -1,5 +1,7 @@
 """Keys, folders and the last step of a run."""
 
+from concurrent import futures
+
 import jax
 import numpy as np
 import pytest
@@ -47,6 +49,8 @@ def test_the_last_step(tmp_path):
   assert type(run_setup.last_step(folder, 5, 1e2, None)) is int
   with pytest.raises(ValueError, match='total_steps must be a whole number.*12.5'):
     run_setup.last_step(folder, 5, 12.5, None)
+  with pytest.raises(ValueError, match='total_steps must be a whole number.*None'):
+    run_setup.last_step(folder, 5, None, None)
   with pytest.raises(ValueError, match='end at step 12, but its checkpoint is at'):
     run_setup.last_step(folder, 13, 12, None)
 
@@ -61,3 +65,12 @@ def test_a_folder_that_cannot_be_is_named_with_the_reason(tmp_path):
   with pytest.raises(OSError, match='notes.txt/run cannot be .*: Not a directory$'):
     run_setup.open_folder('model_dir', str(file / 'run'))
   assert file.read_text() == 'mine'
+
+
+def test_programs_that_open_one_folder_do_not_meet(tmp_path):
+  def open_folder(_):
+    run_setup.open_folder('output_dir', str(tmp_path / 'shared'))
+
+  with futures.ThreadPoolExecutor(8) as threads:
+    list(threads.map(open_folder, range(200)))
+  assert list((tmp_path / 'shared').iterdir()) == []

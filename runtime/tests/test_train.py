@@ -203,6 +203,31 @@ def test_actions_after_train_eval_run(tmp_path):
   assert step == 5
 
 
+def test_an_action_stops_the_run_before_its_first_step(tmp_path, caplog):
+  caplog.set_level('INFO')
+  step, state = run(
+    tmp_path,
+    train_eval_dataset_cfg=tiny.dataset_config('validation'),
+    actions={'TRAIN_EVAL': [_Stopper(0, by_signal=False)]},
+    run_eval_before_training=True,
+  )
+  assert step == int(state.step) == 0
+  assert checkpoints.all_steps(str(tmp_path)) == [0]
+  assert 'Stopped at step 0 of 10.' in caplog.text
+
+
+def test_a_metric_that_fails_at_the_last_evaluation_is_an_error(tmp_path):
+  with pytest.raises(ValueError, match='Failed to evaluate task tiny_broken: no count'):
+    run(
+      tmp_path,
+      infer_eval_dataset_cfg=tiny.dataset_config(
+        'validation', tiny.with_a_broken_metric(), pack=False
+      ),
+      eval_period=10,
+    )
+  assert checkpoints.latest_step(str(tmp_path)) == 10
+
+
 class _Witness(trainer.BaseAction):
   """Notes the values of a metric, those from before its own time as well."""
 

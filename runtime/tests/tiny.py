@@ -217,6 +217,20 @@ def two_vocabularies(name):
   return seqio.TaskRegistry.get(name).output_features
 
 
+def with_a_broken_metric(name='tiny_broken'):
+  """Registers a task whose metric cannot be computed, and returns its name."""
+
+  def broken(targets, scores):
+    raise ValueError('no count')
+
+  if name not in seqio.TaskRegistry.names():
+    like = seqio.TaskRegistry.get('tiny_copy')
+    seqio.TaskRegistry.add(
+      name, like.source, like.output_features, like.preprocessors, metric_fns=[broken]
+    )
+  return name
+
+
 LENGTHS = {'inputs': 16, 'targets': 8}
 EVALUATOR = functools.partial(
   seqio.Evaluator, logger_cls=[seqio.TensorBoardLogger, seqio.JSONLogger]

@@ -15,12 +15,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
-from t5x import task_lookup
+from t5x import multihost, task_lookup
 
 if TYPE_CHECKING:
   import seqio
@@ -88,6 +86,11 @@ class DatasetConfig:
       raise ValueError(
         f'DatasetConfig.batch_size is {size!r}; it must be a whole number, at least 1.'
       )
+
+  @property
+  def task_name(self) -> str:
+    """Name of the task or mixture, also where the field holds the object."""
+    return str(getattr(self.mixture_or_task_name, 'name', self.mixture_or_task_name))
 
 
 class GetDatasetCallable(Protocol):
@@ -198,10 +201,7 @@ def check_dataset_config(
 
 def _shared_random_seed() -> int:
   """A seed from the clock that all hosts agree on."""
-  seed = time.time_ns() // 1000 % (2**31 - 1)
-  if jax.process_count() > 1:
-    seed = int(multihost_utils.broadcast_one_to_all(np.int32(seed)))
-  return seed
+  return multihost.broadcast_int(time.time_ns() // 1000 % (2**31 - 1))
 
 
 def get_dataset(
@@ -290,10 +290,8 @@ def get_dataset_inner(
   import seqio
 
   provider = find_provider(cfg)
-  if seed is not None and jax.process_count() > 1:
-    multihost_utils.assert_equal(
-      np.asarray(seed), f'Hosts disagree on the data seed; this one has {seed}.'
-    )
+  if seed is not None:
+    multihost.assert_same(np.asarray(seed), 'The data seed (DatasetConfig.seed)')
   try:
     return seqio.get_dataset(
       mixture_or_task_name=provider,

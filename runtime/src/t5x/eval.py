@@ -36,7 +36,9 @@ from t5x import (
   partitioning,
   restore,
   run_setup,
+  task_lookup,
   task_vocabularies,
+  whole_files,
 )
 from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
@@ -48,6 +50,20 @@ class SummarizeConfigFn(Protocol):
   """What writes the configuration down."""
 
   def __call__(self, model_dir: str, summary_writer: Any, step: int) -> None: ...
+
+
+def _check_is_registered(cfg: data.DatasetConfig) -> None:
+  """Checks that seqio's evaluator, which takes a name, will find what is meant.
+
+  Raises:
+    ValueError: the configuration holds a task that is not the registered one.
+  """
+  provider = data.find_provider(cfg)
+  if task_lookup.find(provider.name) is not provider:
+    raise ValueError(
+      f"DatasetConfig.mixture_or_task_name holds a task '{provider.name}', which is "
+      'not the one registered by that name. Register it; evaluation looks it up.'
+    )
 
 
 class InferenceEvaluator:
@@ -74,6 +90,9 @@ class InferenceEvaluator:
       partitioner: lays parameters and data over the devices.
       log_dir: metrics go to its folder `inference_eval`; None writes none.
       verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
+
+    Raises:
+      ValueError: nothing of that name is registered, or the vocabularies differ.
     """
     if verify_matching_vocabs_fn and isinstance(model, models.BaseTransformerModel):
       verify_matching_vocabs_fn(infer_eval_dataset_cfg, model)
@@ -86,9 +105,14 @@ class InferenceEvaluator:
       if log_dir
       else {'logger_cls': ()}
     )
-    data.find_provider(infer_eval_dataset_cfg)
+    _check_is_registered(infer_eval_dataset_cfg)
+    if infer_eval_dataset_cfg.pack:
+      logging.warning(
+        'DatasetConfig.pack = True has no effect on decoding and scoring: examples are '
+        'kept apart.'
+      )
     self._evaluator = inference_evaluator_cls(
-      mixture_or_task_name=infer_eval_dataset_cfg.mixture_or_task_name,
+      mixture_or_task_name=infer_eval_dataset_cfg.task_name,
       feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
       eval_split=infer_eval_dataset_cfg.split,
       use_cached=infer_eval_dataset_cfg.use_cached,
@@ -180,7 +204,7 @@ class _EvaluatedList:
   def add(self, checkpoint: str) -> None:
     """Adds one; the whole file is written, as some file systems cannot append."""
     paths = sorted(self.read() | {checkpoint}, key=_by_step)
-    with gfile.GFile(self._path, 'w') as file:
+    with whole_files.whole_file(self._path) as file:
       file.write('\n'.join(paths))
 
 
@@ -274,7 +298,7 @@ def evaluate(
   )
   if not evaluator.eval_tasks:
     raise ValueError(
-      f"Nothing to evaluate: '{dataset_cfg.mixture_or_task_name}' has no metric, or no "
+      f"Nothing to evaluate: '{dataset_cfg.task_name}' has no metric, or no "
       f"split '{dataset_cfg.split}'."
     )
 
@@ -299,7 +323,7 @@ def evaluate(
   )
   if not paths:
     raise ValueError(f'There is no checkpoint at {restore_checkpoint_cfg.path}.')
-  evaluated = _EvaluatedList(output_dir, dataset_cfg.mixture_or_task_name)
+  evaluated = _EvaluatedList(output_dir, dataset_cfg.task_name)
   if restore_cfg.mode == 'all':
     paths = _still_to_do(paths, evaluated.read())
     restore_cfg = dataclasses.replace(restore_cfg, mode='specific')

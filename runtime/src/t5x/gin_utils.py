@@ -52,7 +52,10 @@ def _find_files_in_packages() -> None:
   Gin's own reader imports every folder as a package, and raises a TypeError where one
   is not; this takes its place.
   """
-  ours = (lambda path: open(in_packages(path)), lambda path: bool(in_packages(path)))
+  ours = (
+    lambda path: open(in_packages(path), encoding='utf-8'),
+    lambda path: bool(in_packages(path)),
+  )
   readers = gin_config._FILE_READERS
   for i, (reader, _) in enumerate(readers):
     if reader is resource_reader.system_path_reader:

@@ -169,6 +169,7 @@ class _TaskInference:
   merge_fn: MergeFn | None
   vocabulary_feature: str
   saves_position: bool
+  is_share: bool
   step: int | None
 
   def __call__(self, task: seqio.Task, output: infer_writer.TaskOutput) -> None:
@@ -202,6 +203,9 @@ class _TaskInference:
         multihost.sync(f'{output.name}:chunk{chunk:05}')
     finally:
       writer.shutdown(wait=True)
+    if first and self.is_share and not output.chunks_done():
+      logging.warning('%s: this share of the split has no example.', output.name)
+      self._write_chunk(task, output, 0, ([], {}), self.read(task).take(0))
     if first:
       output.finish(self.merge_fn, self.step)
     multihost.sync(f'{output.name}:complete')
@@ -450,6 +454,7 @@ def infer(
     merge_fn=merge_fn if merge_chunked_results else None,
     vocabulary_feature=output_vocab_feature_name,
     saves_position=checkpoint_ds_iter,
+    is_share=num_shards > 1,
     step=int(checkpoints.get_local_data(train_state.step)),
   )
   for task in seqio.get_subtasks(provider):

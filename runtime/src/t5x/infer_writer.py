@@ -10,8 +10,7 @@ import json
 import os
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
+
+from t5x import whole_files
 
 gfile = tf.io.gfile
 
@@ -73,12 +74,9 @@ class FailFastThreadPoolExecutor(concurrent.futures.ThreadPoolExecutor):
 
 def _write_whole(path: str, lines: Iterator[str]) -> None:
   """Writes a text file that is either whole or not there."""
-  unfinished = f'{path}.{uuid.uuid4().hex[:8]}.part'
-  with gfile.GFile(unfinished, 'w') as file:
-    file.write('')  # Otherwise no line means no file.
+  with whole_files.whole_file(path) as file:
     for line in lines:
       file.write(line)
-  gfile.rename(unfinished, path, overwrite=True)
 
 
 def _plain(value: Any) -> Any:
@@ -198,6 +196,13 @@ def _one_of(aux: Mapping[str, Any], i: int) -> Any:
   )
 
 
+def _chunks_among(names: Iterable[str], output_fname: str) -> list[str]:
+  """The names that are those of an output's chunks, by their numbers."""
+  is_chunk = re.compile(re.escape(output_fname) + r'-chunk(\d{5,})').fullmatch
+  found = filter(None, map(is_chunk, names))
+  return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+
+
 def merge_chunks_to_file(
   output_dir: str, output_fname: str, tmp_dir: str, step: int | None
 ) -> None:
@@ -213,9 +218,8 @@ def merge_chunks_to_file(
     FileNotFoundError: there is no chunk, or one is missing.
   """
   del step
-  is_chunk = re.compile(re.escape(output_fname) + r'-chunk\d{5}').fullmatch
   # Listed, as a pattern would take brackets in the folder's name for its own.
-  chunks = sorted(filter(is_chunk, gfile.listdir(tmp_dir)))
+  chunks = _chunks_among(gfile.listdir(tmp_dir), output_fname)
   if not chunks:
     raise FileNotFoundError(
       f'No results in {tmp_dir}: the split has no example, or all were filtered out.'
@@ -226,11 +230,10 @@ def merge_chunks_to_file(
         f'Chunk {number} is missing in {tmp_dir}. Delete that folder to start anew.'
       )
   path = os.path.join(output_dir, output_fname)
-  with gfile.GFile(f'{path}.part', 'wb') as joined:
+  with whole_files.whole_file(path, 'wb') as joined:
     for chunk in chunks:
       with gfile.GFile(os.path.join(tmp_dir, chunk), 'rb') as file:
         shutil.copyfileobj(file, joined)
-  gfile.rename(f'{path}.part', path, overwrite=True)
   logging.info('Results: %s', path)
 
 

@@ -107,12 +107,19 @@ class InteractiveModel(interactive_state.TrainableModel, abc.ABC):
       A list with, for every example, its task features and its text (bytes, in
       UTF-8; a list of them if all decodes are returned) or score; and auxiliary
       values by name, each a list over the examples.
+
+    Raises:
+      ValueError: the preprocessors leave no example.
     """
     infer_fn = self._infer_fn(mode, inference_kwargs)
     task_features, model_features = self._datasets(examples, preprocessors)
     rows = list(task_features.as_numpy_iterator())
+    if not rows:
+      raise ValueError(
+        f'Nothing to infer: of {len(examples)} examples the preprocessors leave none.'
+      )
     # One batch of all examples, so that all rows are padded to one length.
-    whole = next(model_features.padded_batch(max(len(rows), 1)).as_numpy_iterator())
+    whole = next(model_features.padded_batch(len(rows)).as_numpy_iterator())
     result = infer_fn(
       tf.data.Dataset.from_tensor_slices(whole).enumerate(),
       train_state=self.train_state,

@@ -1,13 +1,14 @@
 """What a run needs before its first step: a folder, random numbers, a last step."""
 
 import time
+import uuid
 from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
-from t5x import multihost
+from t5x import multihost, whole_files
 from t5x.training import run_schedule
 
 
@@ -33,7 +34,8 @@ def open_folder(parameter: str, path: str) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-      trial = folder / '.writable'
+      # Of a name of its own: several programs may share the folder.
+      trial = folder / f'.writable-{uuid.uuid4().hex[:8]}'
       trial.write_text('')
       trial.unlink()
   except OSError as error:
@@ -78,7 +80,8 @@ def last_step(
     began = int(note.read_text()) if note.exists() else first_step
     multihost.sync('first_step_read')
     if jax.process_index() == 0 and not note.exists():
-      note.write_text(str(began))
+      with whole_files.whole_file(note) as file:
+        file.write(str(began))
     total_steps = began + run_schedule.whole_steps('relative_steps', relative_steps)
   total_steps = run_schedule.whole_steps('total_steps', total_steps)
   if first_step > total_steps:

@@ -6,7 +6,7 @@ checkpoint layout, TensorStore specifications (dicts too, which are not taken ap
 
 import collections
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -52,7 +52,9 @@ def get_name_tree(
   return traverse_util.unflatten_dict({path: '/'.join(path) for path in paths})
 
 
-def _report(what: str, names: Sequence[str]) -> None:
+def _report(
+  what: str, names: Sequence[str], log: Callable[..., None] = logging.warning
+) -> None:
   """Logs a few names, or of hundreds (an optimizer's) how many lie where."""
   if len(names) <= 8:
     told = ', '.join(sorted(names))
@@ -62,7 +64,7 @@ def _report(what: str, names: Sequence[str]) -> None:
     told += ' (-v=1 lists them)'
     logging.debug('%s: %s', what, ', '.join(sorted(names)))
   if names:
-    logging.warning('%s: %s', what, told)
+    log('%s: %s', what, told)
 
 
 def intersect_state(
@@ -175,7 +177,8 @@ def _assign(
   unmatched = [name for name, rule in rules.items() if rule is None]
   absent = [name for name in unmatched if name not in source]
   _report('Without a rule and not in the checkpoint', absent)
-  _report('Not restored, by the assignment map', list(dropped))
+  # As the map was told to.
+  _report('Not restored, by the assignment map', list(dropped), logging.info)
   left_over = {k: v for k, v in source.items() if k not in taken | dropped}
   # A name that no rule matches finds its entry even if another name has taken it too.
   same_name = {name: source[name] for name in unmatched if name in source}

@@ -66,7 +66,7 @@ def verify_matching_vocabs(cfg: data.DatasetConfig, model: Any):
   for role, in_task, in_model in zip(('input', 'output'), task_side, model_side):
     if in_task != in_model:
       raise ValueError(
-        f"The {role} vocabulary of task '{cfg.mixture_or_task_name}' is {in_task}, "
+        f"The {role} vocabulary of task '{cfg.task_name}' is {in_task}, "
         f'the model has {in_model}. Give the model the vocabulary that the task '
         'uses.'
       )

@@ -197,6 +197,7 @@ def train(
     checkpoint_cfg=checkpoint_cfg,
     partitioner=partitioner,
     data_layout=layout,
+    task_name=train_dataset_cfg.task_name,
   )
   launch.keep_to_the_end(train_iter)
   train_eval_datasets = {}
@@ -315,18 +316,21 @@ def train(
       evaluations.run(first_step)
     if schedule.saves_before(first_step):
       saver.save(first_step)
+    step = first_step
     if first_step == total_steps:
       logging.info('Nothing to train: the run is at its last step, %d.', total_steps)
-      step = first_step
+    elif trainer.stop_training:
+      logging.info('Stopped by an action before the first step.')
     else:
       # The pipeline fills its buffers while XLA compiles.
       warm_up = train_iter.peek_async()
       trainer.compile_train(data_iterators.get_zeros_batch_like_dataset(train_iter))
-      data_iterators.first_batch(warm_up, train_dataset_cfg.mixture_or_task_name)
+      data_iterators.first_batch(warm_up, train_dataset_cfg.task_name)
       with loop.garbage_collected_by_hand(bool(gc_period)):
         step = loop.train_until_done(
           schedule, first_step, train_iter, trainer, saver, evaluations
         )
+    evaluations.wait()
   multihost.sync('training complete')
   for action in itertools.chain(*actions.values()):
     action.close()

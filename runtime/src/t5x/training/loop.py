@@ -159,6 +159,7 @@ class Evaluations:
     self._actions = actions
     self._concurrent = concurrent
     self._compiled = False
+    self._metrics: Any = None
 
   def run(self, step: int) -> None:
     """Evaluates the trainer's state and runs the actions on what comes out."""
@@ -187,7 +188,9 @@ class Evaluations:
   def _infer_eval(self, step: int) -> None:
     start = time.monotonic()
     metrics = self._evaluator.evaluate(self._trainer.train_state, self._axes)
-    if not self._concurrent:
+    if self._concurrent:
+      self._metrics = metrics  # The evaluator waits for those before them itself.
+    else:
       self._act(trainer_lib.ActionMode.INFER_EVAL, metrics.result() or {})
     self._trainer.train_metrics_manager.write_scalar(
       'timing/evaluate_seconds', time.monotonic() - start, step
@@ -203,8 +206,13 @@ class Evaluations:
       verdict = run_actions(mode, self._actions, self._trainer.train_state, metrics)
       self._trainer.stop_training |= verdict
 
+  def wait(self) -> None:
+    """Waits for metrics under way; raises what the computation of one raised."""
+    if self._metrics is not None:
+      self._metrics.result()
+
   def close(self) -> None:
-    """Waits for metrics under way."""
+    """Waits for metrics under way, whatever becomes of them."""
     if self._evaluator is not None:
       self._evaluator.close()
 
@@ -237,14 +245,14 @@ class Saver:
   def close(self) -> None:
     """Waits until the last checkpoint is whole."""
     if self._manager is not None:
-      self._manager.wait_until_finished()
-      self._manager.close()
+      with contextlib.closing(self._manager):
+        self._manager.wait_until_finished()
 
 
 @contextlib.contextmanager
 def garbage_collected_by_hand(wanted: bool) -> Iterator[None]:
   """Keeps Python's garbage collector from running by itself."""
-  if not wanted:
+  if not wanted or not gc.isenabled():
     yield
     return
   gc.disable()

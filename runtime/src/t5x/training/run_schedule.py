@@ -6,6 +6,7 @@ so in one go. The periods need not divide each other.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Iterator, Sequence
 
 
@@ -17,9 +18,9 @@ def whole_steps(name: str, steps: float) -> int:
     steps: the number.
 
   Raises:
-    ValueError: it is negative or not whole.
+    ValueError: it is negative or not whole, or no number.
   """
-  if steps < 0 or steps != int(steps):
+  if not isinstance(steps, numbers.Real) or steps < 0 or steps != int(steps):
     raise ValueError(f'{name} must be a whole number of steps. Got: {steps!r}.')
   return int(steps)
 

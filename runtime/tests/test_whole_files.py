@@ -1,0 +1,38 @@
+import pytest
+
+from t5x import whole_files
+
+
+@pytest.mark.parametrize('mode, text', [('w', 'år'), ('wb', b'\xc3\xa5')])
+def test_a_file_appears_when_it_is_whole(tmp_path, mode, text):
+  path = tmp_path / 'a.txt'
+  path.write_text('before')
+  with whole_files.whole_file(path, mode) as file:
+    file.write(text)
+    assert path.read_text() == 'before'
+  assert path.read_bytes() == (text if mode == 'wb' else text.encode())
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_no_write_is_there(tmp_path):
+  with whole_files.whole_file(tmp_path / 'empty'):
+    pass
+  assert (tmp_path / 'empty').read_bytes() == b''
+
+
+def test_nothing_half_written_remains(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('before')
+  with pytest.raises(OSError, match='full'), whole_files.whole_file(path) as file:
+    file.write('half')
+    raise OSError('full')
+  assert path.read_text() == 'before'
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+  path = tmp_path / 'a.txt'
+  with whole_files.whole_file(path) as one, whole_files.whole_file(path) as other:
+    one.write('one')
+    other.write('other')
+  assert path.read_text() == 'one'
