@@ -29,9 +29,9 @@ LEVELS = (
   {
     'base_model', 'beams', 'checkpoint_importer', 'checkpoint_utils',
     'checkpointing.best_metrics', 'checkpointing.old_layout', 'checkpointing.reading',
-    'checkpoints_utils', 'data', 'data_iterators', 'decoder_only', 'decoding',
-    'infer_writer', 'model_info', 'model_metrics', 'models', 'sampling',
-    'task_lookup', 'task_vocabularies',
+    'checkpoints_utils', 'data', 'data_damage', 'data_iterators', 'data_source',
+    'decoder_only', 'decoding', 'infer_writer', 'model_info', 'model_metrics', 'models',
+    'sampling', 'task_lookup', 'task_vocabularies',
   },
   {
     'checkpointing.configs', 'checkpointing.dataset_position',

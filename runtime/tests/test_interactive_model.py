@@ -190,7 +190,9 @@ def test_options_reach_the_model(fresh):
 
 
 def test_preprocessors_that_leave_no_example_are_told(fresh):
-  with pytest.raises(ValueError, match=r'of 11 examples the preprocessors leave none\.'):
+  with pytest.raises(
+    ValueError, match=r'of 11 examples the preprocessors leave none\.'
+  ):
     fresh.infer_with_preprocessors(
       interactive_model.InferenceType.SCORE,
       EXAMPLES,

@@ -96,6 +96,15 @@ def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(whole_run, tmp_p
   assert_equal_states(state, whole_run[1])
 
 
+def test_going_on_with_another_task_is_refused(tmp_path):
+  run(tmp_path, total_steps=5)
+  with pytest.raises(ValueError, match="the task was 'tiny_copy' and is 'tiny_noised'"):
+    run(tmp_path, task='tiny_noised')
+  anew = tiny.checkpoint_config(save_dataset=False)
+  step, _ = run(tmp_path, task='tiny_noised', checkpoint_cfg=anew)
+  assert step == 10
+
+
 def test_periods_do_not_drift_after_a_resume(tmp_path):
   run(tmp_path, total_steps=3, checkpoint_cfg=tiny.checkpoint_config(period=4))
   run(tmp_path, checkpoint_cfg=tiny.checkpoint_config(period=4))

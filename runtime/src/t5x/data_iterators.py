@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import clu.data.dataset_iterator as clu_iterators
@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+
+from t5x import data_damage
 
 if TYPE_CHECKING:
   import tensorflow as tf
@@ -72,80 +74,6 @@ def shard_batch(batch: Any, partitioner: Any, global_shapes: Any) -> Any:
   return jax.tree.map(place, batch, global_shapes)
 
 
-# What TensorFlow says of a TFRecord file; not of which.
-_DAMAGE = re.compile(r'(?:corrupted|truncated) record at \d+')
-
-
-def _damage(error: Exception) -> str:
-  """What a DataLossError says without the names of operations around it."""
-  said = _DAMAGE.search(str(error))
-  return said.group() if said else str(error).splitlines()[0]
-
-
-def _strings_in(dataset: tf.data.Dataset) -> list[str]:
-  """The constant strings in a dataset's graph and its functions, each once."""
-  import tensorflow as tf
-
-  graph = tf.raw_ops.DatasetToGraphV2(
-    input_dataset=tf.data.experimental.to_variant(dataset),
-    external_state_policy=1,  # ignore: nothing will run it
-  )
-  graph = tf.compat.v1.GraphDef.FromString(graph.numpy())
-  nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-  found = [
-    value.decode('utf-8', 'replace')
-    for node in nodes
-    if node.op == 'Const' and node.attr['dtype'].type == tf.string.as_datatype_enum
-    # Not tf.make_ndarray, which cannot read strings that came from eager tensors.
-    for value in tf.reshape(
-      tf.io.parse_tensor(node.attr['value'].tensor.SerializeToString(), tf.string), [-1]
-    ).numpy()
-  ]
-  return list(dict.fromkeys(found))
-
-
-def _data_files(dataset: tf.data.Dataset) -> list[str]:
-  """The files that a dataset's graph names; not a vocabulary's words, of no folder."""
-  import tensorflow as tf
-
-  def is_file(path):
-    try:
-      return tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
-    except tf.errors.OpError:  # no path after all
-      return False
-
-  return [path for path in _strings_in(dataset) if '/' in path and is_file(path)]
-
-
-def damaged_file(dataset: tf.data.Dataset, error: Exception) -> str | None:
-  """Which file a dataset failed to read.
-
-  Args:
-    dataset: reads TFRecord files.
-    error: the DataLossError that it raised.
-
-  Returns:
-    The first of the files named in its graph that fails in the same way, read alone;
-    None where none does.
-  """
-  import tensorflow as tf
-
-  files = _data_files(dataset)
-  logging.warning(
-    '%s: reading %d data files, to find which.', _damage(error), len(files)
-  )
-  for path in files:
-    try:
-      for _ in tf.data.TFRecordDataset(path):
-        pass
-    except tf.errors.DataLossError as alone:
-      if _damage(alone) == _damage(error):
-        return path
-    except tf.errors.OpError:  # a file of another kind, or one that cannot be read
-      continue
-  return None
-
-
 class ShardedDatasetIterator(DatasetIterator):
   """Turns the local batches of an iterator into global arrays."""
 
@@ -174,11 +102,11 @@ class ShardedDatasetIterator(DatasetIterator):
       path = None
       if self.dataset is not None:
         with contextlib.suppress(Exception):  # the damage is told in any case
-          path = damaged_file(self.dataset, error)
+          path = data_damage.damaged_file(self.dataset, error)
       place = path or 'one of its files'
       raise OSError(
-        f'The training data is damaged: {_damage(error)}, in {place}. It was changed '
-        'or cut off since it was written: copy it again, or make it again.'
+        f'The training data is damaged: {data_damage.said(error)}, in {place}. It was '
+        'changed or cut off since it was written: copy it again, or make it again.'
       ) from error
     return shard_batch(batch, self._partitioner, self._global_shapes)
 
@@ -240,6 +168,8 @@ class ResumableIterator(DatasetIterator):
     self._saves_position = saves_position
     self._lock = threading.RLock()
     self._looked_at: list[Any] = []  # At most one batch.
+    # Of the data, as `data_source.describe` gives it, where positions are saved.
+    self.source: Mapping[str, str] | None = None
     self._position_before: tempfile.TemporaryDirectory | None = None
 
   def _forget_look(self):
@@ -393,6 +323,22 @@ def first_batch(
   return looking.result()
 
 
+def _check_rows(element_spec: Mapping[str, Any], data_layout: Any) -> None:
+  """Checks that this host's batches have the rows that the layout gives it.
+
+  Raises:
+    ValueError: they have not.
+  """
+  for name, spec in element_spec.items():
+    rows = spec.shape[0] if spec.shape else None
+    if rows is not None and rows * data_layout.num_shards != data_layout.batch_size:
+      raise ValueError(
+        f"Feature '{name}' has {rows} rows on this host; {data_layout.num_shards} "
+        f'shards of data and a batch size of {data_layout.batch_size} ask for '
+        f'{data_layout.batch_size // data_layout.num_shards}.'
+      )
+
+
 def prepare_train_iter(
   train_iter: tf.data.Dataset | DatasetIterator,
   *,
@@ -400,6 +346,7 @@ def prepare_train_iter(
   checkpoint_cfg: Any,
   data_layout: Any,
   task_name: str | None = None,
+  describe_source: Callable[[], Mapping[str, str]] | None = None,
 ) -> ResumableIterator:
   """Makes the training iterator of what `get_dataset_fn` returned.
 
@@ -413,6 +360,8 @@ def prepare_train_iter(
     checkpoint_cfg: a `CheckpointConfig`; says whether positions are saved.
     data_layout: the partitioner's, for the global batch size.
     task_name: for messages.
+    describe_source: says which data this is, to be kept with saved positions and
+      compared with that of a restored one.
 
   Returns:
     The iterator over global batches.
@@ -439,20 +388,16 @@ def prepare_train_iter(
       f'get_dataset_fn returned a {type(train_iter).__name__}; it must return a '
       'tf.data.Dataset or a clu.data.DatasetIterator.'
     )
-  for name, spec in train_iter.element_spec.items():
-    rows = spec.shape[0] if spec.shape else None
-    if rows is not None and rows * data_layout.num_shards != data_layout.batch_size:
-      raise ValueError(
-        f"Feature '{name}' has {rows} rows on this host; {data_layout.num_shards} "
-        f'shards of data and a batch size of {data_layout.batch_size} ask for '
-        f'{data_layout.batch_size // data_layout.num_shards}.'
-      )
+  _check_rows(train_iter.element_spec, data_layout)
   rows = data_layout.batch_size
   specs = train_iter.element_spec.items()
   global_shapes = {name: (rows, *spec.shape[1:]) for name, spec in specs}
   sharded = ShardedDatasetIterator(train_iter, partitioner, global_shapes)
   sharded.dataset = dataset
-  return ResumableIterator(sharded, saves_position=saves)
+  resumable = ResumableIterator(sharded, saves_position=saves)
+  if describe_source is not None and (saves or restores):
+    resumable.source = describe_source()
+  return resumable
 
 
 def get_zeros_batch_like_spec(

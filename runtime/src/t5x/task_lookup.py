@@ -58,6 +58,19 @@ def _nearest(name: str, known: Sequence[str], shown: int = 5) -> str:
   return f'There are {len(known)}, among them {listed}'
 
 
+def _registered() -> list[str]:
+  import seqio
+
+  return [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+
+
+def is_known(name: Any) -> bool:
+  """Whether `find` finds it."""
+  import seqio
+
+  return isinstance(name, seqio.DatasetProviderBase) or name in _registered()
+
+
 def find(name: Any) -> seqio.Task | seqio.Mixture:
   """Looks a task or mixture up.
 
@@ -76,7 +89,7 @@ def find(name: Any) -> seqio.Task | seqio.Mixture:
       f'mixture_or_task_name is a {type(name).__name__}; it must be the name of a '
       'seqio task or mixture, or such an object.'
     )
-  known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+  known = _registered()
   if name not in known:
     raise ValueError(
       f"No task or mixture is called '{name}'. {_nearest(name, known)}. Import the "

@@ -31,6 +31,7 @@ from t5x import (
   checkpoints,
   data,
   data_iterators,
+  data_source,
   launch,
   models,
   multihost,
@@ -198,6 +199,7 @@ def train(
     partitioner=partitioner,
     data_layout=layout,
     task_name=train_dataset_cfg.task_name,
+    describe_source=functools.partial(data_source.describe, train_dataset_cfg),
   )
   launch.keep_to_the_end(train_iter)
   train_eval_datasets = {}

@@ -334,6 +334,32 @@ def test_the_data_position_is_restored(tmp_path):
   assert counter.position == 42
 
 
+def test_a_position_in_other_data_is_refused(tmp_path):
+  def iterator(position, **source):
+    made = Counter(position).as_clu()
+    made.source = {'task': 'nb', 'split': 'train', 'files': 'a1', **source}
+    return made
+
+  def restored(counting):
+    manager(tmp_path, dataset_iterator=counting).restore()
+
+  save_all(tmp_path, [1], dataset_iterator=iterator(42))
+  restored(iterator(0))
+  for source, message in (
+    (
+      {'task': 'nn'},
+      "the task was 'nb' and is 'nn'.*another MODEL_DIR.*begin the data",
+    ),
+    ({'files': 'b2'}, 'its files have other names or sizes'),
+  ):
+    with pytest.raises(dataset_position.DataPositionError, match=message):
+      restored(iterator(0, **source))
+  # Those of upstream, and iterators of other makers, have no description.
+  restored(Counter().as_clu())
+  (tmp_path / 'checkpoint_1/dataset/train_ds-000-of-001.source.json').unlink()
+  restored(iterator(0, task='nn'))
+
+
 def test_every_host_of_a_shard_restores_and_one_writes(tmp_path):
   second = partitioner(shard_id=1, num_shards=2)
   save_all(tmp_path, [1], part=second, dataset_iterator=Counter(7).as_clu())

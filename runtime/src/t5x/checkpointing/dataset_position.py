@@ -2,11 +2,14 @@
 
 The files are those of `tf.train.Checkpoint`, named as upstream names them:
 `dataset/train_ds-<shard>-of-<shards>.*`, or, where several processes write,
-`dataset/process_<i>-of-<n>/train_ds-…`.
+`dataset/process_<i>-of-<n>/train_ds-…`. Beside them, `train_ds-….source.json` says in
+which data the position is; upstream writes none and does not look for it.
 """
 
 import dataclasses
+import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import clu.data.dataset_iterator as clu_iterators
@@ -14,7 +17,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from t5x import data_source
 from t5x.data_iterators import BEGIN_ANEW
+
+# Behind the stem of a position's files.
+_SOURCE = '.source.json'
 
 
 class DataPositionError(ValueError):
@@ -68,6 +75,23 @@ def _find(folder: epath.Path, filename: str) -> epath.Path:
   )
 
 
+def _refuse_other_data(stem: epath.Path, source: Mapping[str, str] | None) -> None:
+  """Compares the data of a saved position with those of the run.
+
+  Raises:
+    DataPositionError: they are others.
+  """
+  note = stem.parent / (stem.name + _SOURCE)
+  if source is None or not note.exists():
+    return
+  apart = data_source.differences(json.loads(note.read_text()), source)
+  if apart:
+    raise DataPositionError(
+      f"The position in '{stem}' is one in other data: {', '.join(apart)}. Go on with "
+      f'the data of then, or in another MODEL_DIR. {BEGIN_ANEW}'
+    )
+
+
 class DatasetCheckpointHandler(ocp.CheckpointHandler):
   """Writes and reads the position of this host's training iterator."""
 
@@ -102,6 +126,8 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
       directory.mkdir()
     try:
       _as_saveable(args.item).save(os.fspath(directory / self._filename))
+      if source := getattr(args.item, 'source', None):
+        (directory / (self._filename + _SOURCE)).write_text(json.dumps(source))
     except Exception as error:
       if 'is stateful' not in str(error):
         raise
@@ -125,11 +151,12 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
 
     Raises:
       DataPositionError: no iterator, no file for this shard, or the file is of
-        another pipeline.
+        another pipeline or of other data.
     """
     if args is None or args.item is None:
       raise DataPositionError('A data position is to be restored to no iterator.')
     stem = _find(epath.Path(directory), self._filename)
+    _refuse_other_data(stem, getattr(args.item, 'source', None))
     try:
       _as_saveable(args.item).restore(os.fspath(stem))
     except Exception as error:
