@@ -223,12 +223,18 @@ def read_file(path: str) -> Iterator[Record]:
     Its records; nothing is read before the first one is asked for.
 
   Raises:
+    FileNotFoundError: there is no such file.
     ValueError: the ending is of no known format.
   """
   ending = os.path.splitext(path)[1]
   if ending not in FORMATS:
     raise ValueError(
       f'{path!r} is in no known format. Known endings: {", ".join(FORMATS)}'
+    )
+  if not os.path.exists(path):
+    raise FileNotFoundError(
+      f'there is no file {path!r}, which a task names. Such paths start from the '
+      f'folder that the command runs in, {os.getcwd()!r}, unless they begin with /.'
     )
   return FORMATS[ending](path)
 

@@ -84,6 +84,16 @@ def test_damaged_files_are_named(name, content, message, tmp_path):
     list(readers.read_file(str(tmp_path / name)))
 
 
+def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(
+    FileNotFoundError, match=f"'ord/test.tsv'.* runs in, '{tmp_path}'"
+  ):
+    readers.read_file('ord/test.tsv')
+
+
 @pytest.mark.parametrize(
   ('name', 'content'),
   [
