@@ -3,6 +3,7 @@
 import json
 import os
 
+import gin
 import jax
 import numpy as np
 import pytest
@@ -289,6 +290,26 @@ def test_missing_parameters_come_from_a_seed_in_infer(run, tmp_path, tiny_run):
 def test_arguments_that_cannot_be_meant(run, changes, message):
   with pytest.raises(ValueError, match=message):
     run(**changes)
+
+
+def test_results_are_those_of_the_configuration_and_its_files(run, tmp_path):
+  inputs = tmp_path / 'inputs.txt'
+  inputs.write_text('first')
+  gin.clear_config()
+  try:
+    with gin.unlock_config():
+      gin.parse_config(f"INPUT_FILE = '{inputs}'\nINFER_OUTPUT_DIR = 'here'")
+    run(tmp_path / 'out')
+    with gin.unlock_config():
+      gin.parse_config("INFER_OUTPUT_DIR = 'there'")
+    run(tmp_path / 'out')  # The same, and complete.
+    inputs.write_text('other')
+    with pytest.raises(
+      ValueError, match='other settings: INPUT_FILE was .*INFER_OUTPUT'
+    ):
+      run(tmp_path / 'out')
+  finally:
+    gin.clear_config()
 
 
 def test_a_task_from_files_of_examples(tmp_path):

@@ -110,7 +110,13 @@ def test_a_failing_write_leaves_no_file(tmp_path, examples):
 
 @pytest.fixture
 def output(tmp_path):
-  return infer_writer.TaskOutput(str(tmp_path), str(tmp_path / 'tmp'), 'x.jsonl')
+  return infer_writer.TaskOutput(str(tmp_path), str(tmp_path / 'tmp'), 'x.jsonl', {})
+
+
+def with_settings(output, settings):
+  return infer_writer.TaskOutput(
+    output.output_dir, output.tmp_dir, output.name, settings
+  )
 
 
 def put_chunk(output, chunk, text):
@@ -143,11 +149,11 @@ def test_finishing_joins_in_order_marks_and_cleans_up(output, tmp_path):
 def test_several_outputs_share_a_folder(tmp_path, folder):
   """Modes of one task do, also at the same time."""
   first, second = (
-    infer_writer.TaskOutput(str(tmp_path), str(tmp_path / folder), name)
+    infer_writer.TaskOutput(str(tmp_path), str(tmp_path / folder), name, {})
     for name in ('x-predict.jsonl', 'x-predict_with_aux.jsonl')
   )
   for output in (first, second):
-    output.claim({'batch_size': 4})
+    output.claim()
     for chunk in range(2):
       with open(output.position_path(chunk) + '.index', 'w') as file:
         file.write(output.name)
@@ -188,10 +194,31 @@ def test_more_chunks_than_five_digits_count():
 
 
 def test_chunks_of_another_run_are_refused(output):
-  output.claim({'batch_size': 4, 'checkpoint': '/a'})
-  output.claim({'batch_size': 4, 'checkpoint': '/a'})
+  with_settings(output, {'batch_size': 4, 'checkpoint': '/a'}).claim()
+  with_settings(output, {'batch_size': 4, 'checkpoint': '/a'}).claim()
   with pytest.raises(ValueError, match='batch_size was 4 and is 8'):
-    output.claim({'batch_size': 8, 'checkpoint': '/a'})
+    with_settings(output, {'batch_size': 8, 'checkpoint': '/a'}).claim()
+
+
+def test_results_of_other_settings_are_not_taken_for_these(output):
+  done = with_settings(output, {'lengths': (3, 4), 'PROMPT': "'a: '", 'BEAMS': '4'})
+  put_chunk(done, 0, 'a\n')
+  done.finish(infer_writer.merge_chunks_to_file, step=7)
+  again = {'lengths': (3, 4), 'PROMPT': "'a: '", 'BEAMS': '4'}
+  assert with_settings(output, again).is_complete()
+  other = with_settings(output, {'lengths': (3, 4), 'PROMPT': "'b: '", 'FILE': "'c'"})
+  with pytest.raises(ValueError, match='complete, and was made with other') as caught:
+    other.is_complete()
+  for change in (
+    "PROMPT was 'a: ' and is 'b: '", 'BEAMS was 4 and is unset',
+    "FILE was unset and is 'c'",
+  ):  # fmt: skip
+    assert change in str(caught.value)
+  assert 'lengths' not in str(caught.value)
+  # T5X's marks are empty.
+  mark = os.path.join(output.output_dir, output.name + infer_writer.DONE_MARK)
+  open(mark, 'w').close()
+  assert other.is_complete()
 
 
 def test_a_failure_in_the_pool_surfaces_in_the_main_thread():

@@ -125,7 +125,7 @@ def test_a_finished_run_trains_nothing_and_says_so(whole_run, tmp_path, monkeypa
     said.append(text % args)
 
   monkeypatch.setattr(train.logging, 'info', note)
-  step, again = run(folder, task='tiny_noised')
+  step, again = run(folder, task='tiny_noised', summarize_config_fn=fail)
   assert step == 10
   assert_equal_states(again, state)
   assert 'Nothing to train: the run is at its last step, 10.' in said

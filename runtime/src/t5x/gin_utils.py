@@ -168,6 +168,24 @@ def get_gin_config_str(show_provenance: bool = False) -> str:
   return gin.config_str(show_provenance=True)
 
 
+def bound_values() -> dict[str, str]:
+  """What gin files and the command line have set, to compare two configurations.
+
+  Returns:
+    {'MACRO' or 'scope/module.function.parameter': the value as gin would write it},
+    without objects that Python code has bound.
+  """
+  found = {}
+  for (scope, selector), values in gin_config._CONFIG.items():
+    for parameter, value in values.items():
+      name = '/'.join(filter(None, (scope, f'{selector}.{parameter}')))
+      if gin_config._REGISTRY[selector].wrapped is gin_config.macro:
+        name = scope
+      if gin_config._is_literally_representable(value):
+        found[name] = gin_config._format_value(value)
+  return found
+
+
 @gin.register
 def summarize_gin_config(
   model_dir: str | os.PathLike, summary_writer: _TextWriter | None, step: int

@@ -20,11 +20,12 @@ if __name__ == '__main__':
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -38,6 +39,7 @@ from t5x import (
   checkpoint_utils,
   checkpoints,
   data,
+  data_source,
   gin_utils,
   infer_writer,
   inference,
@@ -164,7 +166,7 @@ class _TaskInference:
   read: Callable[[seqio.Task], tf.data.Dataset]
   convert: Callable[[tf.data.Dataset], tf.data.Dataset]
   mode: str
-  settings: Mapping[str, Any]
+  chunk_size: int
   write_fn: WriteFn
   merge_fn: MergeFn | None
   vocabulary_feature: str
@@ -180,7 +182,7 @@ class _TaskInference:
       logging.info('%s is complete, nothing to do.', output.name)
       return
     if first:
-      output.claim({'mode': self.mode, **self.settings})
+      output.claim()
     multihost.sync(f'{output.name}:claimed')
     chunk = multihost.broadcast_int(output.chunks_done())
     reader = self._reader(task)
@@ -213,8 +215,7 @@ class _TaskInference:
   def _reader(self, task: seqio.Task) -> _ExampleReader:
     examples = self.read(task)
     pairs = tf.data.Dataset.zip((examples, self.convert(examples)))
-    chunk_size = self.settings['batch_size'] * self.settings['checkpoint_period']
-    reader = _ExampleReader(pairs.prefetch(tf.data.AUTOTUNE), chunk_size)
+    reader = _ExampleReader(pairs.prefetch(tf.data.AUTOTUNE), self.chunk_size)
     launch.keep_to_the_end(reader)
     return reader
 
@@ -283,6 +284,25 @@ def _infer_step(model: models.BaseTransformerModel, mode: str) -> Callable[..., 
     'predict_with_aux': model.predict_batch_with_aux,
     'score': model.score_batch,
   }[mode]
+
+
+def _bound_settings() -> dict[str, str]:
+  """What gin binds, but for where results go and how the work is shared out."""
+  apart = ('INFER_OUTPUT_DIR', '__main__.infer.', 't5x.partitioning.')
+  bound = gin_utils.bound_values()
+  return {
+    name: value + _content(value.strip('\'"'))
+    for name, value in bound.items()
+    if not name.startswith(apart)
+  }
+
+
+def _content(path: str) -> str:
+  """A digest of what a file holds, such as one of inputs; '' for what is no file."""
+  if not os.path.isfile(path):
+    return ''
+  with open(path, 'rb') as file:
+    return f' (sha256 {hashlib.file_digest(file, "sha256").hexdigest()[:16]})'
 
 
 def _checkpoint(cfg: restore.RestoreCheckpointConfig) -> str:
@@ -443,13 +463,7 @@ def infer(
     read=read,
     convert=convert,
     mode=mode,
-    settings={
-      'batch_size': batch_size,
-      'checkpoint_period': checkpoint_period,
-      'checkpoint': checkpoint,
-      'split': dataset_cfg.split,
-      'task_feature_lengths': dict(dataset_cfg.task_feature_lengths),
-    },
+    chunk_size=batch_size * checkpoint_period,
     write_fn=write_fn,
     merge_fn=merge_fn if merge_chunked_results else None,
     vocabulary_feature=output_vocab_feature_name,
@@ -457,6 +471,15 @@ def infer(
     is_share=num_shards > 1,
     step=int(checkpoints.get_local_data(train_state.step)),
   )
+  settings = {
+    **_bound_settings(),
+    **data_source.describe(dataset_cfg),
+    'mode': mode,
+    'batch_size': batch_size,
+    'checkpoint_period': checkpoint_period,
+    'checkpoint': checkpoint,
+    'task_feature_lengths': dict(dataset_cfg.task_feature_lengths),
+  }
   for task in seqio.get_subtasks(provider):
     share = f'{shard_id:05}-of-{num_shards:05}'
     infer_task(
@@ -465,6 +488,7 @@ def infer(
         output_dir,
         os.path.join(output_dir, f'tmp-{task.name}-{share}'),
         f'{task.name}-{mode}.{file_extension}-{share}',
+        settings,
       ),
     )
   logging.info('Done.')

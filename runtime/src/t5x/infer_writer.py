@@ -32,6 +32,8 @@ MergeFn = Callable[[str, str, str, int | None], None]
 
 MODES = ('predict', 'score', 'predict_with_aux')
 DONE_MARK = '.COMPLETED'
+# Settings named in a message before the rest is counted.
+_SHOWN_CHANGES = 5
 
 
 class FailFastThreadPoolExecutor(concurrent.futures.ThreadPoolExecutor):
@@ -244,17 +246,22 @@ class TaskOutput:
   begin with that of the result.
   """
 
-  def __init__(self, output_dir: str, tmp_dir: str, name: str):
+  def __init__(
+    self, output_dir: str, tmp_dir: str, name: str, settings: Mapping[str, Any]
+  ):
     """Names the files; writes nothing.
 
     Args:
       output_dir: where the result goes.
       tmp_dir: where the chunks go.
       name: of the result.
+      settings: JSON values on which the result depends; two runs that share it must
+        agree.
     """
     self.output_dir = output_dir
     self.tmp_dir = tmp_dir
     self.name = name
+    self._settings = json.loads(json.dumps(settings))  # As they are when read back.
 
   def chunk_path(self, chunk: int) -> str:
     """Path of a chunk's results."""
@@ -279,14 +286,25 @@ class TaskOutput:
     return os.path.join(self.output_dir, self.name + DONE_MARK)
 
   def is_complete(self) -> bool:
-    """Whether an earlier run has finished this task."""
-    return gfile.exists(self._mark)
+    """Whether an earlier run has finished this task.
 
-  def claim(self, settings: Mapping[str, Any]) -> None:
+    Raises:
+      ValueError: it has, with other settings.
+    """
+    if not gfile.exists(self._mark):
+      return False
+    with gfile.GFile(self._mark) as file:
+      changed = self._changed_since(file.read())
+    if changed:
+      raise ValueError(
+        f'{self.name} in {self.output_dir} is complete, and was made with other '
+        f'settings: {changed}. Write to another folder (INFER_OUTPUT_DIR), or delete '
+        f'it and {self.name}{DONE_MARK} to make it anew.'
+      )
+    return True
+
+  def claim(self) -> None:
     """Notes what these chunks are made with, or checks it against an earlier run's.
-
-    Args:
-      settings: JSON values that must not change between two runs.
 
     Raises:
       ValueError: chunks of a run with other settings lie there.
@@ -294,20 +312,30 @@ class TaskOutput:
     gfile.makedirs(self.tmp_dir)
     path = os.path.join(self.tmp_dir, f'{self.name}-settings.json')
     if not gfile.exists(path):
-      _write_whole(path, iter([json.dumps(settings)]))
+      _write_whole(path, iter([json.dumps(self._settings)]))
       return
     with gfile.GFile(path) as file:
-      earlier = json.load(file)
-    changed = [
-      f'{name} was {earlier.get(name)!r} and is {value!r}'
-      for name, value in settings.items()
-      if earlier.get(name) != value
-    ]
+      changed = self._changed_since(file.read())
     if changed:
       raise ValueError(
-        f'{self.tmp_dir} holds the beginning of a run with other settings: '
-        f'{"; ".join(changed)}. Restore them, or delete the folder to start anew.'
+        f'{self.tmp_dir} holds the beginning of a run with other settings: {changed}. '
+        'Restore them, or delete the folder to start anew.'
       )
+
+  def _changed_since(self, noted: str) -> str:
+    """What sets the settings of an earlier run apart, in words; '' if nothing.
+
+    Args:
+      noted: its settings in JSON; '' if it noted none, as T5X's runs.
+    """
+    earlier = json.loads(noted) if noted else self._settings
+    changed = [
+      f'{name} was {earlier.get(name, "unset")} and is {value}'
+      for name, value in {**dict.fromkeys(earlier, 'unset'), **self._settings}.items()
+      if earlier.get(name, 'unset') != value
+    ]
+    more = len(changed) - _SHOWN_CHANGES
+    return '; '.join(changed[:_SHOWN_CHANGES]) + (f'; and {more} more' * (more > 0))
 
   def chunks_done(self) -> int:
     """How many chunks from the first on are whole."""
@@ -326,7 +354,7 @@ class TaskOutput:
     """Joins the chunks, if wanted, marks the task as done and cleans up."""
     if merge_fn is not None:
       merge_fn(self.output_dir, self.name, self.tmp_dir, step)
-    _write_whole(self._mark, iter(()))
+    _write_whole(self._mark, iter([json.dumps(self._settings)]))
     if merge_fn is not None:
       self._remove(self.name + '-')
       if not gfile.listdir(self.tmp_dir):

@@ -273,7 +273,9 @@ def train(
     total_steps, first_step, chosen=model.PROGRESS_METRICS
   )
   metrics = trainer.train_metrics_manager
-  summarize_config_fn(model_dir, metrics.summary_writer, first_step)
+  if first_step < total_steps or not paths:
+    # A finished run keeps the configuration that it was trained with.
+    summarize_config_fn(model_dir, metrics.summary_writer, first_step)
   metrics.write_scalar('timing/init_or_restore_seconds', restore_seconds, first_step)
   evaluator = None
   if infer_eval_dataset_cfg and (first_step < total_steps or run_eval_before_training):
