@@ -42,7 +42,8 @@ def linear_warmup_linear_decay(
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(
       'linear_warmup_linear_decay needs 0 <= warmup_steps < total_steps. Got: '
-      f'{warmup_steps} / {total_steps}. Set WARMUP_STEPS or TRAIN_STEPS.'
+      f'{warmup_steps} / {total_steps}. Set WARMUP_STEPS or TRAIN_STEPS '
+      '(fine-tuning: TRAIN_STEPS_RELATIVE).'
     )
   decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
   schedule = decay

@@ -12,6 +12,7 @@ import tensorflow as tf
 from bart_t5x import preprocessors, vocabularies
 from tasks import input_file
 from tasks.pretrain import data_root
+from tasks.text_to_text import TextTask
 
 
 def _inputs(
@@ -34,6 +35,7 @@ def add_fill_in_task(name: str, corpus_dir: str) -> seqio.Task:
   """
   return seqio.TaskRegistry.add(
     name,
+    task_cls=TextTask,
     source=seqio.FunctionDataSource(dataset_fn=_inputs, splits=['test']),
     preprocessors=[preprocessors.tokenize_for_bart],
     output_features={

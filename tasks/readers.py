@@ -104,7 +104,7 @@ def read_tsv(path: str) -> Iterator[Record]:
     header = next(rows, None)
     if not header:
       raise ValueError(f'{path} is empty: its first line must name the columns')
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(_within_limits(path, rows), 2):
       if not row:
         continue
       if len(row) != len(header):
@@ -113,6 +113,16 @@ def read_tsv(path: str) -> Iterator[Record]:
           f'{len(header)}: {header}'
         )
       yield dict(zip(header, row, strict=True))
+
+
+def _within_limits(path: str, rows: Iterator[list[str]]) -> Iterator[list[str]]:
+  """Passes rows on; a field that `csv` finds too long is told with its file."""
+  try:
+    yield from rows
+  except csv.Error as e:
+    raise ValueError(
+      f'{path}: {e}. Longer texts have their place in a .jsonl file.'
+    ) from e
 
 
 def read_conllu(path: str) -> Iterator[Record]:

@@ -7,7 +7,7 @@ which `t5x.infer` lets a fine-tuned model answer (gin/finetune_infer.gin).
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import seqio
 import tensorflow as tf
@@ -175,10 +175,11 @@ def _dataset(
     except KeyError as e:
       faults.append(f'record {number} has no {e}, but {sorted(record)}')
       continue
-    except (AttributeError, TypeError, ValueError) as e:
+    except (AttributeError, IndexError, TypeError, ValueError) as e:
       # A text that is null or a number, say.
       faults.append(f'record {number}: {e}')
       continue
+    _check_returned(where, number, example)
     wrong = {k: type(v).__name__ for k, v in example.items() if not isinstance(v, str)}
     if wrong:
       faults.append(f'record {number} has what is no text: {wrong}')
@@ -189,15 +190,14 @@ def _dataset(
         f'record {number} has the unknown label {example["targets"]!r} '
         f'(known: {", ".join(labels)})'
       )
+    elif examples and set(example) != set(examples[0]):
+      faults.append(
+        f'record {number} gives {sorted(example)}, those before {sorted(examples[0])}'
+      )
     else:
       examples.append(example)
   if faults:
-    more = len(faults) - _SHOWN_FAULTS
-    raise ValueError(
-      f'{where}: {len(faults)} of {number} records cannot be used: '
-      + '; '.join(faults[:_SHOWN_FAULTS])
-      + (f'; and {more} more.' if more > 0 else '.')
-    )
+    _refuse(where, faults, number)
   if empty:
     logging.warning(
       '%s: %d of %d records have no inputs or no targets and are left out.',
@@ -207,6 +207,26 @@ def _dataset(
     raise ValueError(f'{where} has no record with inputs and targets')
   columns = {key: [example[key] for example in examples] for key in examples[0]}
   return tf.data.Dataset.from_tensor_slices(columns)
+
+
+def _check_returned(where: str, number: int, example: Any) -> None:
+  """Raises a ValueError if what `to_text` made of a record are no texts at all."""
+  if not isinstance(example, Mapping) or not {'inputs', 'targets'} <= set(example):
+    got = sorted(example) if isinstance(example, Mapping) else repr(example)
+    raise ValueError(
+      f'{where}: its function from a record to texts must return a dictionary with '
+      f"'inputs' and 'targets'. Got, of record {number}: {got}"
+    )
+
+
+def _refuse(where: str, faults: Sequence[str], records: int) -> NoReturn:
+  """Raises a ValueError with the number of faults and the first of them."""
+  more = len(faults) - _SHOWN_FAULTS
+  raise ValueError(
+    f'{where}: {len(faults)} of {records} records cannot be used: '
+    + '; '.join(faults[:_SHOWN_FAULTS])
+    + (f'; and {more} more.' if more > 0 else '.')
+  )
 
 
 def report_lengths(

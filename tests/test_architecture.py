@@ -43,10 +43,10 @@ LEVELS = (
     'training.train_step', 'training.trainer_types',
   },
   {
-    'eval', 'infer', 'interactive_data', 'interactive_metrics', 'interactive_model',
-    'interactive_state', 'main', 'planning.planner', 'planning.refusal',
-    'planning.report', 'precompile',
-    'tfexample_task', 'train', 'training.loop', 'utils',
+    'eval', 'infer', 'infer_settings', 'interactive_data', 'interactive_metrics',
+    'interactive_model', 'interactive_state', 'main', 'planning.planner',
+    'planning.refusal', 'planning.report', 'precompile', 'tfexample_task',
+    'train', 'training.loop', 'utils',
   },
 )  # fmt: skip
 

@@ -166,7 +166,25 @@ def test_noise_files_follow_a_run(run, noise_file):
 @pytest.mark.parametrize('run', RUNS)
 def test_model_files_follow_a_run(run, size):
   parse(run, f'models/{size}', bindings=RUNS[run][1])
-  assert configured(network.BartConfig)().emb_dim == SIZES[size][1]
+  config = configured(network.BartConfig)()
+  assert config.emb_dim == SIZES[size][1]
+  assert config.init_std == (0.05 if size == 'mini' else 0.02)
+
+
+@pytest.mark.parametrize(
+  'run', ['bart_base_no', 'bart_large_no', 'bart_mini_no', 'finetune']
+)
+def test_one_seed_moves_parameters_and_data(run):
+  parse(run, bindings=(*RUNS[run][1], 'RANDOM_SEED = 7'))
+  for parameter in ('__main__.train.random_seed', 'train/DatasetConfig.seed'):
+    seed = gin.query_parameter(parameter)
+    assert str(seed) == '%RANDOM_SEED', parameter
+
+
+def test_fine_tuning_has_one_number_of_steps():
+  parse('finetune', bindings=RUNS['finetune'][1])
+  for parameter in ('__main__.train.relative_steps', 'linear_warmup.total_steps'):
+    assert str(gin.query_parameter(parameter)) == '%TRAIN_STEPS_RELATIVE'
 
 
 @pytest.mark.parametrize('run', ['bart_base_no', 'bart_mini_no', 'finetune'])

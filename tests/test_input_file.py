@@ -2,8 +2,9 @@
 
 import gin
 import pytest
+import seqio
 
-from tasks import input_file
+from tasks import fill_in, input_file
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,23 @@ def clean_gin():
 def read(path, prompt=''):
   examples = input_file.dataset(str(path), prompt).as_numpy_iterator()
   return [(e['inputs'].decode(), e['targets'].decode()) for e in examples]
+
+
+def test_sentences_to_fill_in_that_are_cut_are_counted(tmp_path, corpus_dir, caplog):
+  path = tmp_path / 'sentences.txt'
+  path.write_text('på <mask>\n' + 'fjord og snø ' * 20 + '<mask>\n')
+  name = 'input_file_test_fill_in'
+  task = fill_in.add_fill_in_task(name, corpus_dir)
+  try:
+    with gin.unlock_config():
+      gin.bind_parameter('tasks.input_file.dataset.path', str(path))
+    task.get_dataset({'inputs': 16, 'targets': 16}, 'test')
+  finally:
+    gin.clear_config()
+    seqio.TaskRegistry.remove(name)
+  assert f'{name}/test: 1 of 2 inputs are longer than TASK_FEATURE_LENGTHS' in (
+    caplog.text
+  )
 
 
 def test_lines_of_text(tmp_path):

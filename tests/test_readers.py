@@ -108,6 +108,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(name, content, tmp_path)
   assert record == {'ord': 'hus', 'klasse': 'substantiv'}
 
 
+def test_a_field_too_long_for_columns_is_told_with_its_file(tmp_path):
+  (tmp_path / 'a.tsv').write_text('ord\n' + 'x' * 140_000 + '\n')
+  with pytest.raises(ValueError, match='a.tsv: field larger than.*have their place in'):
+    list(readers.read_tsv(str(tmp_path / 'a.tsv')))
+
+
 @pytest.mark.parametrize('name', ['a.tsv', 'a.jsonl', 'a.json', 'a.conllu'])
 def test_other_encodings_are_told(name, tmp_path):
   (tmp_path / name).write_bytes('ord\nrød\n'.encode('latin1'))

@@ -143,6 +143,36 @@ def test_a_missing_column_is_named(add):
     examples(task)
 
 
+@pytest.mark.parametrize(
+  ('to_text', 'got'),
+  [
+    (lambda row: {'input': 'a', 'targets': 'b'}, r"\['input', 'targets'\]"),
+    (lambda row: None, 'None'),
+    (lambda row: ('a', 'b'), r"\('a', 'b'\)"),
+  ],
+)
+def test_a_function_that_gives_no_texts_is_told(add, to_text, got):
+  task = add([('a', 'b')], to_text=to_text)
+  pattern = f"must return a dictionary with 'inputs' and 'targets'. Got, .* 1: {got}"
+  with pytest.raises(ValueError, match=pattern):
+    examples(task)
+
+
+def test_records_that_give_other_texts_than_the_first_are_told(add):
+  def to_text(row):
+    more = {'id': 'x'} if row['inputs'] == 'a' else {}
+    return {'inputs': row['inputs'].split()[0], 'targets': 'b', **more}
+
+  task = add([('a', 'b'), ('c', 'd'), (' ', 'f')], to_text=to_text)
+  with pytest.raises(ValueError, match='2 of 3 records cannot be used') as caught:
+    examples(task)
+  assert (
+    "record 2 gives ['inputs', 'targets'], those before ['id', 'inputs', 'targets']"
+    in str(caught.value)
+  )
+  assert 'record 3: list index out of range' in str(caught.value)
+
+
 def test_what_is_too_long_is_counted_by_feature(add, caplog, corpus_dir):
   task = add([('fjord', 'ord ' * 30), ('fjord ' * 40, 'snø'), ('på', 'ord ' * 20)])
   lengths = {'inputs': 20, 'targets': 12}

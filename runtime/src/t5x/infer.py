@@ -20,7 +20,6 @@ if __name__ == '__main__':
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import re
@@ -39,8 +38,8 @@ from t5x import (
   checkpoint_utils,
   checkpoints,
   data,
-  data_source,
   gin_utils,
+  infer_settings,
   infer_writer,
   inference,
   launch,
@@ -286,25 +285,6 @@ def _infer_step(model: models.BaseTransformerModel, mode: str) -> Callable[..., 
   }[mode]
 
 
-def _bound_settings() -> dict[str, str]:
-  """What gin binds, but for where results go and how the work is shared out."""
-  apart = ('INFER_OUTPUT_DIR', '__main__.infer.', 't5x.partitioning.')
-  bound = gin_utils.bound_values()
-  return {
-    name: value + _content(value.strip('\'"'))
-    for name, value in bound.items()
-    if not name.startswith(apart)
-  }
-
-
-def _content(path: str) -> str:
-  """A digest of what a file holds, such as one of inputs; '' for what is no file."""
-  if not os.path.isfile(path):
-    return ''
-  with open(path, 'rb') as file:
-    return f' (sha256 {hashlib.file_digest(file, "sha256").hexdigest()[:16]})'
-
-
 def _checkpoint(cfg: restore.RestoreCheckpointConfig) -> str:
   """The one checkpoint that a configuration means.
 
@@ -472,13 +452,9 @@ def infer(
     step=int(checkpoints.get_local_data(train_state.step)),
   )
   settings = {
-    **_bound_settings(),
-    **data_source.describe(dataset_cfg),
+    **infer_settings.describe(dataset_cfg, checkpoint),
     'mode': mode,
-    'batch_size': batch_size,
     'checkpoint_period': checkpoint_period,
-    'checkpoint': checkpoint,
-    'task_feature_lengths': dict(dataset_cfg.task_feature_lengths),
   }
   for task in seqio.get_subtasks(provider):
     share = f'{shard_id:05}-of-{num_shards:05}'
