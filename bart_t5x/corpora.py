@@ -8,11 +8,12 @@ the same stream each time; every reader stops at the first thing it cannot read,
 import dataclasses
 import glob
 import gzip
+import itertools
 import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _CHUNK = 1 << 20
 # Articles of the dictionary are joined until a document has this many characters,
@@ -163,7 +164,8 @@ def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
 
   Args:
     patterns: see `find_files`.
-    unit: 'line' for a document a line, 'file' for a document a file.
+    unit: 'line' for a document a line, 'paragraph' for one between blank lines, 'file'
+      for a document a file.
   """
   files = find_files(patterns, ('.txt', '.txt.gz', '.txt.zst'))
 
@@ -173,11 +175,20 @@ def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
         content = b''.join(_readable(path, _chunks(path)))
         text = _text(content, path, 1).removeprefix('\ufeff')
         yield text.replace('\r\n', '\n')
+      elif unit == 'paragraph':
+        yield from _paragraphs(line for _, line in _lines(path))
       else:
         for _, line in _lines(path):
           yield line
 
   return Source(documents, files=files)
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+  """Joins the lines between blank ones."""
+  for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
+    if not blank:
+      yield '\n'.join(block)
 
 
 def jsonl_source(patterns: Sequence[str], field: str = 'text') -> Source:

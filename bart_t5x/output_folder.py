@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -49,10 +49,17 @@ def read(folder: str) -> dict[str, Any] | None:
     return None
 
 
-def is_complete(folder: str, settings: Mapping[str, Any]) -> bool:
+def is_complete(
+  folder: str, settings: Mapping[str, Any], files: Iterable[str] = ()
+) -> bool:
   """Whether a folder holds the corpus that these settings make.
 
   The sizes of the source's files must be the same too, as far as they are still there.
+
+  Args:
+    folder: of the corpus.
+    settings: it is to be made with.
+    files: of the source, as found now; one that the corpus was not made of is missing.
   """
   corpus = read(folder)
   if corpus is None or corpus.get('format_version') != FORMAT_VERSION:
@@ -64,6 +71,8 @@ def is_complete(folder: str, settings: Mapping[str, Any]) -> bool:
     if not names.issuperset(shards.shard_names(split, counts['shards'])):
       return False
   if not names & {tokenization.BYTE_LEVEL_FILE, tokenization.SENTENCEPIECE_FILE}:
+    return False
+  if not set(files) <= set(corpus['source_files']):
     return False
   return all(
     not os.path.exists(path) or os.path.getsize(path) == size
@@ -118,7 +127,10 @@ def _differences(folder: str, settings: Mapping[str, Any]) -> str:
   wanted = json.loads(json.dumps(dict(settings)))
   names = [n for n in {**there, **wanted} if there.get(n) != wanted.get(n)]
   if not names:
-    return 'of which files are missing, or whose source has changed since'
+    return (
+      'of which files are missing, or whose source has files that are new or have '
+      'changed since'
+    )
   arguments = ', '.join(
     # Of a tokenizer the settings hold a hash.
     f'--{n}'

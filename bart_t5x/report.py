@@ -123,7 +123,8 @@ def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
 def prediction_lines(path: pathlib.Path) -> list[str]:
   """Each input and what the model made of it, from what t5x.infer wrote."""
   lines = []
-  for row in path.read_text(encoding='utf-8').splitlines():
+  # Not splitlines(), which also splits at what JSON leaves in a text, such as U+2028.
+  for row in path.read_text(encoding='utf-8').rstrip('\n').split('\n'):
     result = json.loads(row)
     inputs = result['inputs'].get('inputs_pretokenized', '')
     prediction = result['prediction'].replace('\n', '⏎')  # to stay on a line
@@ -154,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not folders:
       raise FileNotFoundError(f'no evaluation in {args.model_dir}/training_eval')
     for folder in folders:
+      if len(folders) > 1:
+        print(f'{folder.name}:')
       print('\n'.join(held_out_table(read_curves(folder), corpus)))
     if args.predictions:
       print('\nwhat it puts for <mask>, as it comes')

@@ -49,6 +49,13 @@ def test_text_files(tmp_path):
   assert documents(source) == ['tre', 'en\n\nto\n']
 
 
+def test_paragraphs(tmp_path):
+  write(tmp_path / 'a.txt', '\n \nen\r\nto\n\n\t\ntre\n\n')
+  write(tmp_path / 'b.txt', 'fire')
+  source = corpora.text_source([str(tmp_path)], unit='paragraph')
+  assert documents(source) == ['en\nto', 'tre', 'fire']
+
+
 def test_lines_longer_than_what_is_read_at_a_time(tmp_path):
   texts = ['å' * 1_500_000, 'x', 'y' * 2_500_000]
   path = write(tmp_path / 'a.txt', '\n'.join(texts))

@@ -1,5 +1,7 @@
 """config.json: to, from, and what is refused."""
 
+import dataclasses
+
 import pytest
 
 from bart_t5x import network
@@ -40,6 +42,12 @@ def test_exported_config_forces_no_first_token():
   assert 'forced_bos_token_id' not in configs.generation_to_hf(CONFIG)
   assert hf_config()['vocab_size'] == 61  # the real ids, not the padded rows
   assert hf_config()['forced_eos_token_id'] == 2
+
+
+def test_what_a_run_forces_and_begins_with_is_exported():
+  forced = configs.to_hf(dataclasses.replace(CONFIG, init_std=0.05), 'float32', 7)
+  assert (forced['forced_bos_token_id'], forced['init_std']) == (7, 0.05)
+  assert configs.generation_to_hf(CONFIG, 7)['forced_bos_token_id'] == 7
 
 
 def test_keys_that_are_absent_have_bart_s_defaults():

@@ -162,6 +162,35 @@ def test_the_card(run, tmp_path):
     assert line in text
 
 
+def test_the_card_of_a_fine_tuned_model(run, tmp_path, monkeypatch):
+  from bart_t5x import report
+
+  config = run.model_dir / 'config.gin'
+  text = config.read_text().replace('noise.Recipe.infill_ratio = 0.3', '')
+  config.write_text(text + "INITIAL_CHECKPOINT_PATH = 'runs/base/checkpoint_9'\n")
+  (run.model_dir / 'inference_eval/bjorner/eval').mkdir(parents=True)
+  monkeypatch.setattr(report, 'read_curves', lambda folder: {'macro_f1': [(0, 71.5)]})
+  assert export_command(run, tmp_path / 'out') == 0
+  card = (tmp_path / 'out/README.md').read_text()
+  assert 'license' not in yaml.safe_load(card.split('---\n')[1])
+  assert 'fine-tuned on `bjorner` from `runs/base/checkpoint_9` to step 0' in card
+  assert 'pre-trained' not in card
+  assert 'The vocabulary was made from this corpus' in card
+  assert '| generated, macro_f1 | 71.5 |' in card
+
+
+def test_the_card_of_an_imported_model(run, tmp_path):
+  config = run.model_dir / 'config.gin'
+  lines = [
+    line for line in config.read_text().splitlines() if line.startswith('network')
+  ]
+  config.write_text('\n'.join(lines))
+  assert export_command(run, tmp_path / 'out') == 0
+  card = (tmp_path / 'out/README.md').read_text()
+  assert 'imported by bart-t5x and not trained since' in card
+  assert 'license' not in yaml.safe_load(card.split('---\n')[1])
+
+
 def test_a_licence_that_the_hub_has_no_name_for(run, tmp_path):
   stated = 'NLOD 2.0, CC BY 4.0: "to" av dem'
   corpus = json.loads((run.corpus / 'corpus.json').read_text())
@@ -190,7 +219,7 @@ def test_metrics_are_those_of_the_checkpoint_s_step(run, tmp_path, monkeypatch):
 def test_what_is_there_is_not_replaced_unless_asked(run, tmp_path, capsys):
   output = tmp_path / 'out'
   output.mkdir()
-  assert export_command(run, output) == 0  # an empty folder is no hindrance
+  assert export_command(run, output, '--overwrite') == 0  # nothing there to replace
   (output / 'mine').write_text('')
   assert export_command(run, output) == 1
   assert 'is not empty; add --overwrite' in capsys.readouterr().err
@@ -199,12 +228,23 @@ def test_what_is_there_is_not_replaced_unless_asked(run, tmp_path, capsys):
   assert names(output) == FILES
 
 
+def test_a_run_and_a_folder_of_models_are_never_replaced(run, tmp_path, capsys):
+  models = tmp_path / 'models'
+  assert export_command(run, models / 'one') == 0
+  (run.model_dir / 'train').mkdir()
+  for folder in (run.model_dir, models, tmp_path):
+    before = names(folder)
+    assert export_command(run, folder, '--overwrite') == 1
+    assert 'so --overwrite does not replace it' in capsys.readouterr().err
+    assert names(folder) == before
+
+
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(
   run, tmp_path, monkeypatch, capsys
 ):
   parent = tmp_path / 'parent'
   (parent / 'out').mkdir(parents=True)
-  (parent / 'out/mine').write_text('')
+  (parent / 'out/config.json').write_text('mine')
 
   def full(*args):
     raise OSError('No space left on device')
@@ -212,7 +252,7 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(
   monkeypatch.setattr(weights, 'write_msgpack', full)
   assert export_command(run, parent / 'out', '--overwrite') == 1
   assert capsys.readouterr().err == 'error: No space left on device\n'
-  assert names(parent) == {'out'} and names(parent / 'out') == {'mine'}
+  assert names(parent) == {'out'} and names(parent / 'out') == {'config.json'}
 
 
 def other_vocabulary(run):

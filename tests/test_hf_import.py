@@ -169,7 +169,7 @@ def test_flax_weights(run, model, tmp_path):
 
 
 def test_the_forced_first_token(model, tmp_path):
-  """It is bound for the model, and left out of what is exported again."""
+  """It is bound for the model, and part of what is exported again."""
   path = model / 'generation_config.json'
   generation = json.loads(path.read_text())
   path.write_text(json.dumps(generation | {'forced_bos_token_id': 0}))
@@ -182,7 +182,7 @@ def test_the_forced_first_token(model, tmp_path):
   ]) == 0  # fmt: skip
   for name in ('config.json', 'generation_config.json'):
     exported = json.loads((tmp_path / 'again' / name).read_text())
-    assert exported.get('forced_bos_token_id') is None
+    assert exported['forced_bos_token_id'] == 0
 
 
 def untied(tensors):
@@ -300,7 +300,7 @@ def test_weights_alone(model, tmp_path):
 
 def test_what_is_there_stays_unless_asked(model, tmp_path, capsys):
   output = tmp_path / 'in'
-  output.mkdir()
+  imported(model, output)
   (output / 'mine').write_text('')
   assert import_command(model, output) == 1
   assert 'add --overwrite' in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pathlib
 import re
 import resource
 import signal
@@ -86,6 +87,38 @@ def one_line(capsys):
   return error[-1]
 
 
+def test_the_first_documents_are_a_corpus_of_their_own(text_file, tmp_path, capsys):
+  some, whole = tmp_path / 'some', tmp_path / 'whole'
+  assert prepare.main(arguments(text_file, some, '--max_documents=250')) == 0
+  corpus = json.loads((some / 'corpus.json').read_text())
+  read = sum(split['documents'] for split in corpus['splits'].values())
+  assert read + sum(corpus['dropped'].values()) == 250
+  assert prepare.main(arguments(text_file, some)) == 1
+  assert '--max_documents: 250, now None' in capsys.readouterr().err
+  assert prepare.main(arguments(text_file, whole)) == 0
+  assert 'max_documents' not in (whole / 'corpus.json').read_text()
+
+
+def test_a_file_that_has_come_since_is_no_part_of_the_corpus(
+  text_file, tmp_path, capsys
+):
+  texts = tmp_path / 'texts'
+  texts.mkdir()
+  (texts / 'a.txt').write_bytes(pathlib.Path(text_file).read_bytes())
+  args = [
+    f'--input={texts}/*.txt' if arg.startswith('--input') else arg
+    for arg in arguments(text_file, tmp_path / 'out')
+  ]
+  assert prepare.main(args) == 0
+  (texts / 'b.txt').write_text('Nytt.')
+  assert prepare.main(args) == 1
+  assert 'files that are new or have changed since' in capsys.readouterr().err
+  (texts / 'a.txt').unlink()
+  (texts / 'b.txt').unlink()  # Gone after use is no change.
+  assert prepare.main(args) == 0
+  assert 'Reusing' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ('more', 'message'),
   [
@@ -95,6 +128,9 @@ def one_line(capsys):
     (['--field=x'], '--field belongs to --source=jsonl or parquet or hf'),
     (['--dataset=x'], '--dataset belongs to --source=hf'),
     (['--num_shards=0'], '--num_shards must be from 1'),
+    (['--max_documents=0'], '--max_documents must be at least 1'),
+    (['--output_dir=gs://a/b'], "'gs://a/b' is not on a local disk.*gcloud storage cp"),
+    (['--tokenizer_file=gs://a'], "'gs://a' is not on a local disk"),
     (['--num_workers=0'], '--num_workers must be at least 1'),
     (['--validation_share=0.6'], '--validation_share must be'),
     (['--unit=file'], '1 different documents.*--unit=line'),

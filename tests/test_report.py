@@ -57,13 +57,15 @@ def test_sparkline_spans_lowest_to_highest():
 
 def test_main_prints_start_end_baselines_and_predictions(run, capsys):
   predictions = run / 'predictions.jsonl'
-  row = {'inputs': {'inputs_pretokenized': 'det <mask>'}, 'prediction': 'det\ngår'}
-  predictions.write_text(json.dumps(row) + '\n')
+  # U+2028 is a line's end to str.splitlines, and plain text to JSON.
+  text = 'det\n\u2028går'
+  row = {'inputs': {'inputs_pretokenized': 'det <mask>'}, 'prediction': text}
+  predictions.write_text(json.dumps(row, ensure_ascii=False) + '\n')
   arguments = ['--model_dir', str(run / 'run'), '--corpus_dir', str(run / 'corpus')]
   assert report.main([*arguments, '--predictions', str(predictions)]) == 0
   out = capsys.readouterr().out
   assert '9.000    4.000   6.500  a unigram model' in out
-  assert 'in   det <mask>\n  out  det⏎går' in out
+  assert 'in   det <mask>\n  out  det⏎\u2028går' in out
 
 
 def test_a_folder_without_a_run_is_named(run, capsys):

@@ -30,15 +30,18 @@ _REQUIRED = {
 }
 
 
-def to_hf(config: BartConfig, dtype: str) -> dict[str, Any]:
+def to_hf(
+  config: BartConfig, dtype: str, forced_bos_id: int | None = None
+) -> dict[str, Any]:
   """`config.json` for a model of this shape.
 
   Args:
     config: the network's configuration.
     dtype: of the stored weights, 'float32' or 'bfloat16'.
+    forced_bos_id: the id outside that its texts begin with; None for none.
 
   Returns:
-    The JSON object. `forced_bos_token_id` is left out: no recipe here forces it.
+    The JSON object.
   """
   both = {
     'layers': (config.num_encoder_layers, config.num_decoder_layers),
@@ -63,7 +66,7 @@ def to_hf(config: BartConfig, dtype: str) -> dict[str, Any]:
     'attention_dropout': config.attention_dropout_rate,
     'activation_dropout': config.activation_dropout_rate,
     'classifier_dropout': 0.0,
-    'init_std': 0.02,
+    'init_std': config.init_std,
     'scale_embedding': False,
     'tie_word_embeddings': True,
     'is_encoder_decoder': True,
@@ -71,14 +74,22 @@ def to_hf(config: BartConfig, dtype: str) -> dict[str, Any]:
     'torch_dtype': dtype,
     'forced_eos_token_id': EOS_ID,
     **_SPECIAL_IDS,
+    **_forced(forced_bos_id),
     **sides,
   }
 
 
-def generation_to_hf(config: BartConfig) -> dict[str, Any]:
+def _forced(bos_id: int | None) -> dict[str, int]:
+  return {} if bos_id is None else {'forced_bos_token_id': bos_id}
+
+
+def generation_to_hf(
+  config: BartConfig, forced_bos_id: int | None = None
+) -> dict[str, Any]:
   """`generation_config.json`: greedy search up to the longest sequence."""
   return {
     **_SPECIAL_IDS,
+    **_forced(forced_bos_id),
     'forced_eos_token_id': EOS_ID,
     'max_length': config.max_positions,
   }

@@ -137,7 +137,8 @@ def export(
   corpus_dir = corpus_dir or task_corpus_dir(run)
   tokenizer_file = _tokenizer_file(corpus_dir, config.vocab_size)
   with folders.new_folder(output_dir, overwrite) as folder:
-    num_parameters = _write_model(folder, checkpoint, config, dtype)
+    forced = _forced_bos_id(run)
+    num_parameters = _write_model(folder, checkpoint, config, dtype, forced)
     tokenizer_files.write(tokenizer_file, folder, config.max_positions)
     facts = model_card.CardFacts(
       name=model_name or output_dir.absolute().name,
@@ -146,14 +147,33 @@ def export(
       step=step,
       corpus=_corpus_facts(corpus_dir),
       recipe=_recipe(run),
+      training=_training(run),
+      start=run.macro('INITIAL_CHECKPOINT_PATH') or None,
       metrics=model_card.run_metrics(checkpoint.parent, step),
       command=command,
     )
     (folder / 'README.md').write_text(model_card.render(facts), encoding='utf-8')
 
 
+def _forced_bos_id(run: run_config.RunConfig) -> int | None:
+  """The id outside with which the run's model begins every text, or None."""
+  inside = run.bindings_of('BartModel').get('forced_first_id')
+  return None if inside is None else int(tokenization.to_hf_ids(np.asarray(inside)))
+
+
+def _training(run: run_config.RunConfig) -> str:
+  """What kind of training a run was, for the card."""
+  if run.bindings_of('noise.Recipe'):
+    return 'pre-trained'
+  return 'fine-tuned' if run.macro('MIXTURE_OR_TASK_NAME') else 'imported'
+
+
 def _write_model(
-  folder: pathlib.Path, checkpoint: pathlib.Path, config: BartConfig, dtype: str
+  folder: pathlib.Path,
+  checkpoint: pathlib.Path,
+  config: BartConfig,
+  dtype: str,
+  forced_bos_id: int | None,
 ) -> int:
   """Writes weights and configurations; returns the number of parameters."""
   params = checkpoints.read_params(checkpoint)
@@ -168,9 +188,11 @@ def _write_model(
     folder / weights.MSGPACK,
     {name: w.astype(np.float32) for name, w in flax_weights.items()},
   )
-  tokenizer_files.write_json(folder / 'config.json', configs.to_hf(config, dtype))
   tokenizer_files.write_json(
-    folder / 'generation_config.json', configs.generation_to_hf(config)
+    folder / 'config.json', configs.to_hf(config, dtype, forced_bos_id)
+  )
+  tokenizer_files.write_json(
+    folder / 'generation_config.json', configs.generation_to_hf(config, forced_bos_id)
   )
   # The bias on the logits is a buffer, no parameter.
   return sum(w.size for w in torch_weights.values()) - config.vocab_size

@@ -28,6 +28,8 @@ class CardFacts:
     recipe: settings of the run, name to value.
     metrics: held-out metrics at the last evaluation, name to value.
     command: that made the export.
+    training: 'pre-trained', 'fine-tuned', or 'imported' for a model as it came.
+    start: the checkpoint that fine-tuning began with; None for random parameters.
   """
 
   name: str
@@ -38,6 +40,8 @@ class CardFacts:
   recipe: dict[str, Any]
   metrics: dict[str, float]
   command: str
+  training: str = 'pre-trained'
+  start: str | None = None
 
 
 def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
@@ -49,11 +53,17 @@ def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _front_matter(corpus: dict[str, Any]) -> str:
-  """The block that the Hub reads: language, kind, licence of the data."""
+def _front_matter(corpus: dict[str, Any], training: str) -> str:
+  """The block that the Hub reads: language, kind, licence of the data.
+
+  The licence is that of a pre-trained model's corpus; other models' data have one that
+  is not known here.
+  """
   lines = ['---', 'language: "no"', 'library_name: transformers']
-  lines += ['pipeline_tag: fill-mask', 'tags: [bart, t5x, norwegian]']
-  if corpus.get('license'):
+  tuned = training == 'fine-tuned'
+  lines += [f'pipeline_tag: {"text2text-generation" if tuned else "fill-mask"}']
+  lines += ['tags: [bart, t5x, norwegian]']
+  if corpus.get('license') and training == 'pre-trained':
     # The Hub has names for some licences; JSON strings are YAML strings.
     text = json.dumps(corpus['license'], ensure_ascii=False)
     known = next((hub for start, hub in _HUB_LICENSES if _is_only(corpus, start)), None)
@@ -80,6 +90,14 @@ def _corpus_section(corpus: dict[str, Any]) -> str:
   return _table(('corpus', ''), facts | counts)
 
 
+def _corpus_sections(facts: CardFacts) -> list[str]:
+  if facts.training == 'pre-trained':
+    return [_corpus_section(facts.corpus)]
+  if not facts.corpus:
+    return []
+  return ['The vocabulary was made from this corpus:', _corpus_section(facts.corpus)]
+
+
 def _loading(name: str) -> str:
   return f"""```python
 # PyTorch (transformers 5)
@@ -96,6 +114,25 @@ print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))
 from transformers import FlaxBartForConditionalGeneration
 model = FlaxBartForConditionalGeneration.from_pretrained('{name}')
 ```"""
+
+
+def _purpose(facts: CardFacts) -> str:
+  """What the model was trained for, and from what."""
+  if facts.training == 'pre-trained':
+    return (
+      'A BART for Norwegian, pre-trained to restore noised text '
+      '([Lewis et al. 2019](https://arxiv.org/abs/1910.13461)) for '
+      f'{facts.step:,} steps with bart-t5x.'
+    )
+  if facts.training == 'imported':
+    return 'A BART that was imported by bart-t5x and not trained since.'
+  task = facts.recipe['MIXTURE_OR_TASK_NAME']
+  start = f'`{facts.start}`' if facts.start else 'random parameters'
+  return (
+    f'A BART for Norwegian, fine-tuned on `{task}` from {start} to step {facts.step:,} '
+    'with bart-t5x. The licence of that data is to be stated here: it was not known '
+    'when this card was written.'
+  )
 
 
 def render(facts: CardFacts) -> str:
@@ -118,16 +155,14 @@ def render(facts: CardFacts) -> str:
     'longest input, tokens': config.max_positions,
   }
   sections = [
-    _front_matter(facts.corpus),
+    _front_matter(facts.corpus, facts.training),
     f'# {facts.name}',
-    'A BART for Norwegian, pre-trained to restore noised text '
-    '([Lewis et al. 2019](https://arxiv.org/abs/1910.13461)) for '
-    f'{facts.step:,} steps with bart-t5x.',
+    _purpose(facts),
     _table(('model', ''), shape),
     '## Loading',
     _loading(facts.name),
     '## Training',
-    _corpus_section(facts.corpus),
+    *_corpus_sections(facts),
     _table(('setting', 'value'), facts.recipe),
   ]
   if facts.metrics:
@@ -150,15 +185,31 @@ def run_metrics(model_dir: pathlib.Path, step: int) -> dict[str, float]:
     Name to value, with the task's name where there are several tasks; empty
     without events.
   """
-  if not (folders := sorted((model_dir / 'training_eval').glob('*/'))):
+  teacher_forced = sorted((model_dir / 'training_eval').glob('*/'))
+  generated = sorted((model_dir / 'inference_eval').glob('*/eval/'))
+  if not teacher_forced and not generated:
     return {}
   from bart_t5x import report  # late: it reads TensorBoard files
 
   metrics = {}
-  for folder in folders:
-    task = f'{folder.name}: ' if len(folders) > 1 else ''
-    for name, curve in sorted(report.read_curves(folder).items()):
-      points = [value for at, value in curve if at <= step]
-      if points and name.endswith(('accuracy', 'loss')):
-        metrics[task + name] = points[-1]
+  for folder in teacher_forced:
+    task = f'{folder.name}: ' if len(teacher_forced) > 1 else ''
+    for name, value in _values_at(report.read_curves(folder), step).items():
+      if name.endswith(('accuracy', 'loss')):
+        metrics[task + name] = value
+  for folder in generated:
+    task = f'{folder.parent.name}: ' if len(generated) > 1 else ''
+    for name, value in _values_at(report.read_curves(folder), step).items():
+      metrics[f'{task}generated, {name}'] = value
   return metrics
+
+
+def _values_at(
+  curves: dict[str, list[tuple[int, float]]], step: int
+) -> dict[str, float]:
+  """The last value of each curve up to a step, by name in order."""
+  return {
+    name: points[-1]
+    for name, curve in sorted(curves.items())
+    if (points := [value for at, value in curve if at <= step])
+  }
