@@ -325,7 +325,7 @@ def prepare(args: argparse.Namespace) -> None:
     for name, default in TRAINING_DEFAULTS.items():
       settings[name] = default if settings[name] is None else settings[name]
   if args.max_documents is None:
-    del settings['max_documents']
+    del settings['max_documents']  # A corpus of an earlier version states none.
   # A corpus that is there needs neither its source nor the packages that read it.
   found = _files_found(args)
   if output_folder.is_complete(args.output_dir, settings, found) and not args.overwrite:

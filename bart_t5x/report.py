@@ -124,11 +124,12 @@ def prediction_lines(path: pathlib.Path) -> list[str]:
   """Each input and what the model made of it, from what t5x.infer wrote."""
   lines = []
   # Not splitlines(), which also splits at what JSON leaves in a text, such as U+2028.
-  for row in path.read_text(encoding='utf-8').rstrip('\n').split('\n'):
-    result = json.loads(row)
-    inputs = result['inputs'].get('inputs_pretokenized', '')
-    prediction = result['prediction'].replace('\n', '⏎')  # to stay on a line
-    lines += [f'  in   {inputs}', f'  out  {prediction}', '']
+  with path.open(encoding='utf-8') as rows:
+    for row in rows:
+      result = json.loads(row)
+      inputs = result['inputs'].get('inputs_pretokenized', '')
+      prediction = result['prediction'].replace('\n', '⏎')  # to stay on a line
+      lines += [f'  in   {inputs}', f'  out  {prediction}', '']
   return lines
 
 

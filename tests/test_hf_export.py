@@ -219,13 +219,18 @@ def test_metrics_are_those_of_the_checkpoint_s_step(run, tmp_path, monkeypatch):
 def test_what_is_there_is_not_replaced_unless_asked(run, tmp_path, capsys):
   output = tmp_path / 'out'
   output.mkdir()
-  assert export_command(run, output, '--overwrite') == 0  # nothing there to replace
+  assert export_command(run, output) == 0  # an empty folder is no hindrance
   (output / 'mine').write_text('')
   assert export_command(run, output) == 1
   assert 'is not empty; add --overwrite' in capsys.readouterr().err
   assert names(output) == FILES | {'mine'}
   assert export_command(run, output, '--overwrite') == 0
   assert names(output) == FILES
+
+
+def test_an_empty_folder_may_be_overwritten(run, tmp_path):
+  (tmp_path / 'out').mkdir()
+  assert export_command(run, tmp_path / 'out', '--overwrite') == 0
 
 
 def test_a_run_and_a_folder_of_models_are_never_replaced(run, tmp_path, capsys):

@@ -300,10 +300,13 @@ def test_weights_alone(model, tmp_path):
 
 def test_what_is_there_stays_unless_asked(model, tmp_path, capsys):
   output = tmp_path / 'in'
-  imported(model, output)
+  output.mkdir()
   (output / 'mine').write_text('')
   assert import_command(model, output) == 1
   assert 'add --overwrite' in capsys.readouterr().err
+  (output / 'mine').unlink()
+  imported(model, output)
+  (output / 'mine').write_text('')
   imported(model, output, '--overwrite')
   assert not (output / 'mine').exists()
 

@@ -101,7 +101,10 @@ def test_occupied_folders_are_refused(tmp_path):
     ({'source': 'jsonl'}, r"\(--source: 'text', now 'jsonl'\)"),
     ({'source': 'text', 'unit': 'file'}, r"\(--unit: None, now 'file'\)"),
     ({'source': 'text', 'tokenizer_file': '0f'}, r'\(--tokenizer_file\)'),
-    ({'source': 'text'}, 'files are missing, or .* files that are new or have'),
+    (
+      {'source': 'text'},
+      'files are missing, or whose source has files that are new or have changed',
+    ),
   ):
     with pytest.raises(output_folder.Occupied, match=message):
       with output_folder.building(str(tmp_path), overwrite=False, settings=wanted):

@@ -68,6 +68,11 @@ def test_main_prints_start_end_baselines_and_predictions(run, capsys):
   assert 'in   det <mask>\n  out  det⏎\u2028går' in out
 
 
+def test_a_file_without_predictions_has_no_lines(tmp_path):
+  (tmp_path / 'none.jsonl').touch()
+  assert report.prediction_lines(tmp_path / 'none.jsonl') == []
+
+
 def test_a_folder_without_a_run_is_named(run, capsys):
   arguments = ['--model_dir', str(run), '--corpus_dir', str(run / 'corpus')]
   assert report.main(arguments) == 1

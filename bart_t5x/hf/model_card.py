@@ -40,8 +40,8 @@ class CardFacts:
   recipe: dict[str, Any]
   metrics: dict[str, float]
   command: str
-  training: str = 'pre-trained'
-  start: str | None = None
+  training: str
+  start: str | None
 
 
 def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
@@ -187,29 +187,29 @@ def run_metrics(model_dir: pathlib.Path, step: int) -> dict[str, float]:
   """
   teacher_forced = sorted((model_dir / 'training_eval').glob('*/'))
   generated = sorted((model_dir / 'inference_eval').glob('*/eval/'))
-  if not teacher_forced and not generated:
-    return {}
+  return {
+    name: value
+    for name, value in _latest({f.name: f for f in teacher_forced}, step).items()
+    if name.endswith(('accuracy', 'loss'))
+  } | _latest({f.parent.name: f for f in generated}, step, 'generated, ')
+
+
+def _latest(
+  folders: dict[str, pathlib.Path], step: int, kind: str = ''
+) -> dict[str, float]:
+  """The last value of each metric up to a step, by task, kind and name.
+
+  Args:
+    folders: with the event files of each task.
+    step: what was measured later does not count.
+    kind: put before a metric's name, and the task's before that if there are several.
+  """
   from bart_t5x import report  # late: it reads TensorBoard files
 
   metrics = {}
-  for folder in teacher_forced:
-    task = f'{folder.name}: ' if len(teacher_forced) > 1 else ''
-    for name, value in _values_at(report.read_curves(folder), step).items():
-      if name.endswith(('accuracy', 'loss')):
-        metrics[task + name] = value
-  for folder in generated:
-    task = f'{folder.parent.name}: ' if len(generated) > 1 else ''
-    for name, value in _values_at(report.read_curves(folder), step).items():
-      metrics[f'{task}generated, {name}'] = value
+  for task, folder in folders.items():
+    start = f'{task}: {kind}' if len(folders) > 1 else kind
+    for name, curve in sorted(report.read_curves(folder).items()):
+      if points := [value for at, value in curve if at <= step]:
+        metrics[start + name] = points[-1]
   return metrics
-
-
-def _values_at(
-  curves: dict[str, list[tuple[int, float]]], step: int
-) -> dict[str, float]:
-  """The last value of each curve up to a step, by name in order."""
-  return {
-    name: points[-1]
-    for name, curve in sorted(curves.items())
-    if (points := [value for at, value in curve if at <= step])
-  }

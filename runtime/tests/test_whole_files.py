@@ -36,3 +36,12 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     one.write('one')
     other.write('other')
   assert path.read_text() == 'one'
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+  whole_files.make_writable(tmp_path / 'a/b')
+  whole_files.make_writable(tmp_path / 'a/b')
+  assert list((tmp_path / 'a/b').iterdir()) == []
+  (tmp_path / 'file').touch()
+  with pytest.raises(OSError, match='file'):
+    whole_files.make_writable(tmp_path / 'file')

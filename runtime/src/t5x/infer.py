@@ -204,10 +204,10 @@ class _TaskInference:
         multihost.sync(f'{output.name}:chunk{chunk:05}')
     finally:
       writer.shutdown(wait=True)
-    if first and self.is_share and not output.chunks_done():
-      logging.warning('%s: this share of the split has no example.', output.name)
-      self._write_chunk(task, output, 0, ([], {}), self.read(task).take(0))
     if first:
+      if self.is_share and not output.chunks_done():
+        logging.warning('%s: this share of the split has no example.', output.name)
+        self._write_chunk(task, output, 0, ([], {}), self.read(task).take(0))
       output.finish(self.merge_fn, self.step)
     multihost.sync(f'{output.name}:complete')
 
@@ -361,7 +361,8 @@ def infer(
     use_orbax: see `restore.create_checkpoint_manager_and_restore`.
 
   Raises:
-    ValueError: an argument makes no sense, or the checkpoint is not there.
+    ValueError: an argument makes no sense, the checkpoint is not there, or results of
+      other settings are.
   """
   # ---- Arguments ----
   _check_arguments(mode, dataset_cfg, checkpoint_period, shard_id, num_shards)

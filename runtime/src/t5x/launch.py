@@ -274,15 +274,18 @@ def _gist(error: BaseException) -> str:
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
-def _is_wrong_input(error: BaseException) -> bool:
+def _is_wrong_input(error: BaseException, raised_in: str) -> bool:
   """Whether an exception is about what the user gave, not a fault of the code.
 
   Its class tells; or gin raised it, which knows best which argument is missing.
+
+  Args:
+    error: the exception.
+    raised_in: the file of the code that raised it.
   """
   tensorflow = sys.modules.get('tensorflow')
   of_files = tuple(getattr(tensorflow.errors, e) for e in _FILE_ERRORS if tensorflow)
-  place = traceback.extract_tb(error.__traceback__)[-1]
-  by_gin = place.filename.endswith(os.path.join('gin', 'config.py'))
+  by_gin = raised_in.endswith(os.path.join('gin', 'config.py'))
   return by_gin or isinstance(error, (*_INPUT_ERRORS, *of_files))
 
 
@@ -298,10 +301,10 @@ def reported_errors() -> Iterator[None]:
     _fail('interrupted.', 130)
   except Exception as error:  # Everything: this is the end of the program.
     wanted = FLAGS.verbosity > 0 or os.environ.get(TRACEBACK_VARIABLE, '0') != '0'
-    expected = _is_wrong_input(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    expected = _is_wrong_input(error, place.filename)
     if wanted or not expected:
       traceback.print_exc()
-    place = traceback.extract_tb(error.__traceback__)[-1]
     hint = '' if wanted or not expected else f'; {TRACEBACK_VARIABLE}=1 shows more'
     logging.flush()
     print(

@@ -1,7 +1,6 @@
 """What a run needs before its first step: a folder, random numbers, a last step."""
 
 import time
-import uuid
 from typing import Any
 
 import jax
@@ -32,12 +31,10 @@ def open_folder(parameter: str, path: str) -> None:
   """
   folder = epath.Path(path)
   try:
-    folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-      # Of a name of its own: several programs may share the folder.
-      trial = folder / f'.writable-{uuid.uuid4().hex[:8]}'
-      trial.write_text('')
-      trial.unlink()
+      whole_files.make_writable(folder)
+    else:
+      folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     reason = error.strerror or error
     if folder.exists() and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and folders that take them."""
 
 import contextlib
 import uuid
@@ -6,6 +6,20 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from etils import epath
+
+
+def make_writable(folder: epath.PathLike) -> None:
+  """Makes a folder, if it is not there, and tries to write in it.
+
+  Raises:
+    OSError: it cannot be made or written to.
+  """
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  # Of a name of its own: several programs may share the folder.
+  trial = folder / f'.writable-{uuid.uuid4().hex[:8]}'
+  trial.write_text('')
+  trial.unlink()
 
 
 @contextlib.contextmanager

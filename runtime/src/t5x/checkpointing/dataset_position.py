@@ -126,8 +126,6 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
       directory.mkdir()
     try:
       _as_saveable(args.item).save(os.fspath(directory / self._filename))
-      if source := getattr(args.item, 'source', None):
-        (directory / (self._filename + _SOURCE)).write_text(json.dumps(source))
     except Exception as error:
       if 'is stateful' not in str(error):
         raise
@@ -136,6 +134,8 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
         'task so that nothing in Python runs while training, or set '
         'utils.SaveCheckpointConfig.save_dataset = False.'
       ) from error
+    if source := getattr(args.item, 'source', None):
+      (directory / (self._filename + _SOURCE)).write_text(json.dumps(source))
 
   def restore(self, directory: epath.Path, args: 'DatasetArgs | None' = None) -> Any:
     """Moves an iterator to the saved position.

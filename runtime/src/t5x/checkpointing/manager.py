@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from t5x import checkpoint_importer, checkpoint_utils, checkpoints_utils
+from t5x import checkpoint_importer, checkpoint_utils, checkpoints_utils, whole_files
 from t5x.checkpointing import (
   dataset_position,
   old_layout,
@@ -159,11 +159,8 @@ class OrbaxCheckpointManagerInterface:
     if self._checkpointer is not None:
       return
     if jax.process_index() == 0:
-      probe = self._directory / '.writable'
       try:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        probe.write_text('')
-        probe.unlink()
+        whole_files.make_writable(self._directory)
         for leftover in checkpoint_utils.leftovers(self._directory):
           logging.warning('Removing what an interrupted run left: %s', leftover)
           leftover.rmtree()

@@ -179,8 +179,8 @@ class BaseTrainer(abc.ABC):
 
     Raises:
       NonFiniteLossError: the loss or gradient of a step was not finite.
-      ValueError: a batch does not divide; `num_steps` is not positive.
-      ValueError: the batches have come to an end.
+      ValueError: a batch does not divide; `num_steps` is not positive; the batches have
+        come to an end.
       PreemptionError: what `batch_iter` raises to stop early. As after any exception
         from there, the state is that of the steps done.
     """
