@@ -368,7 +368,7 @@ optimizers.adamw.mask = @fakelib.matrices
 
 def test_no_tensorflow_in_the_lower_levels():
   modules = (
-    'multihost state_utils losses metrics gin_utils config_utils learning_rate '
+    'multihost state_utils losses metrics gin_utils learning_rate '
     'optimizers adafactor train_state'
   ).split()
   code = (
