@@ -184,6 +184,7 @@ class OrbaxCheckpointManagerInterface:
     train_state: Any,
     state_transformation_fns: Sequence[Any] = (),
     force: bool = True,
+    metrics: Mapping[str, float] | None = None,
   ) -> bool:
     """Begins to write a checkpoint; the rest happens in the background.
 
@@ -194,6 +195,7 @@ class OrbaxCheckpointManagerInterface:
       state_transformation_fns: functions of (state dict, dict of `ParameterInfo`)
         that give both anew; applied in order.
       force: save even if `should_save` says no.
+      metrics: metrics of this state, by the names of `metric_name_to_monitor`.
 
     Returns:
       Whether a checkpoint is written: not where one of this step exists.
@@ -202,6 +204,7 @@ class OrbaxCheckpointManagerInterface:
       CheckpointSaveError: this save or the one before failed.
       DataPositionError: the position in the data cannot be saved.
     """
+    del metrics
     step = step_of(train_state)
     if not force and not self.should_save(step):
       return False

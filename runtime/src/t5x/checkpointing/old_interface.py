@@ -142,13 +142,20 @@ class LegacyCheckpointManager:
   def close(self):
     """Nothing to close."""
 
-  def save(self, train_state: Any, state_transformation_fns: Sequence[Callable] = ()):
+  def save(
+    self,
+    train_state: Any,
+    state_transformation_fns: Sequence[Callable] = (),
+    metrics: Mapping[str, float] | None = None,
+  ):
     """Saves a train state, waiting until it is whole.
 
     Args:
       train_state: what to save.
       state_transformation_fns: applied before saving.
+      metrics: unused.
     """
+    del metrics
     self._checkpointer.save(
       '', train_state, state_transformation_fns=state_transformation_fns
     )
