@@ -1,10 +1,11 @@
 """Gin for T5X's scripts: flags, files, bindings, and the record of a configuration."""
 
+import difflib
 import importlib.util
 import inspect
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import gin
@@ -25,6 +26,12 @@ class _TextWriter(Protocol):
 
   def flush(self) -> None:
     """Returns when all is written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """Returns " Did you mean '...'?" with the known name closest to `name`, or ''."""
+  close = difflib.get_close_matches(name, sorted(set(known)), n=1)
+  return f' Did you mean {close[0]!r}?' if close else ''
 
 
 # ---- Files ----
