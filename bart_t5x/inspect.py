@@ -20,16 +20,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bart_t5x import command_line, inspect_table
+from bart_t5x import cli, inspect_table
+from bart_t5x.cli import UsageError
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _DEFAULT_GIN = os.path.join(_ROOT, 'gin', 'denoising.gin')
 
 _CODES = {'mask': '33', 'new': '31', 'moved': '36', 'infilled': '32', 'faint': '2'}
-
-
-class UsageError(ValueError):
-  """An argument that cannot be followed; the message says why."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -382,10 +379,10 @@ def bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints everything."""
-  command_line.import_tensorflow()
+  cli.import_tensorflow()
   from bart_t5x import vocabularies
 
-  command_line.quiet_warnings()
+  cli.quiet_warnings()
   # Before gin binds: a module may bring functions that it is to know.
   importlib.import_module('tasks')
   for module in args.module:
@@ -427,7 +424,7 @@ def wants_color(choice: str, terminal: bool) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
-  command_line.quiet_libraries()
+  cli.quiet_libraries()
   args, rest = _parser().parse_known_args(argv)
   bindings = [a.removeprefix('--gin.') for a in rest if a.startswith('--gin.')]
   try:
@@ -435,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise UsageError(f'Unknown arguments: {" ".join(rest)}. See --help.')
     run(args, bindings)
   except (ValueError, OSError, ImportError) as e:
-    return command_line.fail(e)
+    return cli.fail(e)
   return 0
 
 

@@ -23,12 +23,13 @@ from collections.abc import Callable, Sequence
 
 # Light imports only: --help answers at once, and workers start fast.
 from bart_t5x import (
-  command_line,
+  cli,
   corpora,
   output_folder,
   tokenization,
   tokenizer_training,
 )
+from bart_t5x.cli import UsageError
 
 # Of the arguments with which a tokenizer is trained. 50,265 is the vocabulary of
 # facebook/bart-base and -large.
@@ -204,10 +205,6 @@ _READ_BY = {
 }
 
 
-class UsageError(ValueError):
-  """An argument that cannot be followed; the message says which and what to do."""
-
-
 def _check(args: argparse.Namespace, defaults: argparse.ArgumentParser) -> None:
   """Refuses values out of range and arguments that would be ignored."""
   for path in filter(None, (args.output_dir, args.tokenizer_file, *args.input)):
@@ -365,9 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args, parser)
     prepare(args)
   except (ValueError, OSError, RuntimeError, output_folder.Occupied) as e:
-    return command_line.fail(e)
+    return cli.fail(e)
   except KeyboardInterrupt:
-    command_line.fail('interrupted; nothing was left behind')
+    cli.fail('interrupted; nothing was left behind')
     return 130
   return 0
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from bart_t5x import command_line
+from bart_t5x import cli
 
 if TYPE_CHECKING:
   from tensorboard.compat.proto import event_pb2
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print('\nwhat it puts for <mask>, as it comes')
       print('\n'.join(prediction_lines(args.predictions)))
   except (OSError, ValueError) as e:
-    return command_line.fail(e)
+    return cli.fail(e)
   return 0
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bart_t5x import command_line
+from bart_t5x import cli
 from bart_t5x.hf import checkpoints
 
 _NUMBERED = re.compile('layers_([0-9]+)')
@@ -122,7 +122,7 @@ def _only_the_state(checkpoint):
 
 def main(argv: list[str] | None = None) -> int:
   """The command line; returns the exit status."""
-  command_line.quiet_libraries()
+  cli.quiet_libraries()
   parser = argparse.ArgumentParser(
     prog='python -m bart_t5x.restack',
     description='Turns a checkpoint of layers written out into one of scanned layers, '
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     output = restack(args.checkpoint, args.output_dir)
   except (OSError, ValueError) as e:
-    return command_line.fail(e)
+    return cli.fail(e)
   kind = 'True' if is_stacked(checkpoints.read_state(output)) else 'False'
   print(f'{output}: for network.BartConfig.scan_layers = {kind}')
   return 0

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from bart_t5x import command_line
+from bart_t5x import cli
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +115,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; bad input is one message on stderr and the exit status 1."""
-  command_line.quiet_libraries()
+  cli.quiet_libraries()
   argv = list(sys.argv[1:] if argv is None else argv)
   args = _parser().parse_args(argv)
   try:
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
       _import(args)
   except (OSError, ValueError) as e:
-    return command_line.fail(e)
+    return cli.fail(e)
   return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bart_t5x import command_line, tokenization
+from bart_t5x import cli, tokenization
 from bart_t5x.config import BartConfig
 from bart_t5x.hf import (
   checkpoints,
@@ -48,7 +48,7 @@ def bart_config(run: run_config.RunConfig) -> BartConfig:
 
 def task_corpus_dir(run: run_config.RunConfig) -> pathlib.Path:
   """The corpus folder of the task that a run trained on."""
-  command_line.import_tensorflow()
+  cli.import_tensorflow()
   import tasks  # noqa: F401  (late, as it imports TensorFlow; registers the tasks)
   from bart_t5x import vocabularies
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from bart_t5x import command_line
+from bart_t5x import cli
 
 # The last export lies here, in the run's folder.
 EXPORT_FOLDER = 'hub_export'
@@ -203,19 +203,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The exit status.
   """
-  command_line.quiet_libraries()
+  cli.quiet_libraries()
   from bart_t5x.hf import hub
 
   args = _parser().parse_args(argv)
   if not args.model_dir.is_dir():
-    return command_line.fail(f'--model_dir={args.model_dir} is no local folder')
+    return cli.fail(f'--model_dir={args.model_dir} is no local folder')
   follower = RunFollower(
     args.model_dir, args.push_to_hub, args.private, args.revision, args.corpus_dir
   )
   try:
     hub.check_login(args.push_to_hub)
   except hub.LoginError as e:
-    return command_line.fail(e)
+    return cli.fail(e)
   except hub.HubError as e:
     _say(f'{e} Pushes will be tried all the same.')
   try:

@@ -4,13 +4,13 @@ import logging
 import subprocess
 import sys
 
-from bart_t5x import command_line
+from bart_t5x import cli
 
 
 def test_tensorflow_is_imported_without_a_word():
   code = (
-    'import sys; from bart_t5x import command_line\n'
-    'command_line.quiet_libraries(); command_line.import_tensorflow()\n'
+    'import sys; from bart_t5x import cli\n'
+    'cli.quiet_libraries(); cli.import_tensorflow()\n'
     'assert "tensorflow" in sys.modules\n'
     'sys.stderr.write("after")'
   )
@@ -24,9 +24,9 @@ def test_what_a_failed_import_printed_is_shown(tmp_path):
   )
   code = (
     f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
-    'from bart_t5x import command_line\n'
-    'try: command_line.import_tensorflow()\n'
-    'except ImportError as e: sys.exit(command_line.fail(e))'
+    'from bart_t5x import cli\n'
+    'try: cli.import_tensorflow()\n'
+    'except ImportError as e: sys.exit(cli.fail(e))'
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (1, 'why\nerror: broken\n')
@@ -36,8 +36,8 @@ def test_a_warning_is_shown_once_and_seqios_never(caplog, monkeypatch):
   logger = logging.getLogger('absl')
   monkeypatch.setattr(logger, 'filters', [])
   caplog.set_level(logging.INFO, 'absl')
-  command_line.quiet_warnings()
-  command_line.quiet_warnings()
+  cli.quiet_warnings()
+  cli.quiet_warnings()
   for path, level, text in (
     ('/x/seqio/dataset_providers.py', logging.WARNING, 'cache it'),
     ('/x/seqio/dataset_providers.py', logging.ERROR, 'broken'),

@@ -1,0 +1,76 @@
+"""Shared by the command lines of this package."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+
+class UsageError(ValueError):
+  """The command line asks for something that cannot be done."""
+
+
+def fail(reason: object) -> int:
+  """Prints an error to stderr and returns the exit status, 1."""
+  print(f'error: {reason}', file=sys.stderr)
+  return 1
+
+
+def quiet_libraries() -> None:
+  """Silences TensorFlow's C++ start-up logs, unless the user has set their level.
+
+  Call it first: the environment is read when the libraries are loaded.
+  """
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+
+def import_tensorflow() -> None:
+  """Imports TensorFlow without the lines that TF_CPP_MIN_LOG_LEVEL does not reach.
+
+  They are shown if the import fails.
+  """
+  if 'tensorflow' not in sys.modules:
+    with _hidden_stderr():
+      import tensorflow  # noqa: F401
+
+
+def quiet_warnings() -> None:
+  """Logs each warning once, and only errors of seqio."""
+  logger = logging.getLogger('absl')
+  if not any(isinstance(f, _OnceAndNotSeqio) for f in logger.filters):
+    logger.addFilter(_OnceAndNotSeqio())
+
+
+class _OnceAndNotSeqio(logging.Filter):
+  def __init__(self):
+    super().__init__()
+    self._seen = set()
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    if record.levelno >= logging.ERROR:
+      return True
+    text = record.getMessage()
+    seen = text in self._seen
+    self._seen.add(text)
+    return not seen and f'{os.sep}seqio{os.sep}' not in record.pathname
+
+
+@contextlib.contextmanager
+def _hidden_stderr() -> Iterator[None]:
+  """Holds back file descriptor 2; shows what was written if the body raises."""
+  sys.stderr.flush()
+  screen = os.dup(2)
+  with tempfile.TemporaryFile() as hidden:
+    os.dup2(hidden.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      hidden.seek(0)
+      os.write(screen, hidden.read())
+      raise
+    finally:
+      sys.stderr.flush()
+      os.dup2(screen, 2)
+      os.close(screen)
