@@ -28,7 +28,7 @@ array_types.install(
   f't5x.{name}'
   for name in (
     'adafactor', 'base_model', 'beams', 'decoder_only', 'decoding', 'learning_rate',
-    'losses', 'metrics', 'model_metrics', 'models', 'optimizer_base', 'optimizers',
+    'losses', 'metrics', 'models', 'optimizer_base', 'optimizers',
     'sampling', 'training.train_step',
   )
 )  # fmt: skip

@@ -10,8 +10,8 @@ from flax import core as flax_core
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
-from t5x import decoding, losses, model_metrics
-from t5x.metrics import MetricsMap
+from t5x import decoding, losses
+from t5x.metrics import MetricsMap, compute_base_metrics
 
 if TYPE_CHECKING:
   import seqio
@@ -247,7 +247,7 @@ class BaseTransformerModel(BaseModel):
     | None = None,
   ) -> MetricsMap:
     """Metrics of a training or evaluation step."""
-    return model_metrics.compute_base_metrics(
+    return compute_base_metrics(
       logits=logits,
       targets=targets,
       mask=mask,

@@ -1,11 +1,10 @@
-"""Metrics that are summed over microbatches, steps and hosts (T5X's `metrics`).
+"""Metrics that sum over microbatches, steps and hosts, on top of `clu.metrics`.
 
-Built on `clu.metrics`. Two quantities are not known where the metric is made, inside a
-compiled step: the wall time, and the number of steps (a microbatch is not a step). They
-are set from outside, by `set_time_metrics_duration` and `set_step_metrics_num_steps`.
+Two quantities are unknown inside the compiled step that makes a metric: the wall time,
+and the number of steps (a microbatch is not a step). The trainer sets them afterwards,
+with `set_time_metrics_duration` and `set_step_metrics_num_steps`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Self
 
@@ -14,18 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 MetricsMap = MutableMapping[str, clu_metrics.Metric]
 Scalar = int | float | np.number | np.ndarray | jax.Array
-
-
-def _same_type(left: clu_metrics.Metric, right: clu_metrics.Metric) -> None:
-  if type(left) is not type(right):
-    raise TypeError(
-      'Only metrics of one type merge. Got: '
-      f'{type(left).__name__} and {type(right).__name__}.'
-    )
 
 
 @flax.struct.dataclass
@@ -80,24 +71,21 @@ class AveragePerStep(Step):
 
   def merge(self, other: Self) -> Self:
     """Adds totals and steps."""
-    _same_type(self, other)
     return type(self)(total=self.total + other.total, steps=self.steps + other.steps)
 
   def compute(self) -> Float[Array, '']:
-    """Total / steps; ValueError if either was never set."""
-    if self.total is None:
-      raise ValueError('AveragePerStep: `total` was never set.')
+    """Total / steps."""
     return self.total / super().compute()
 
 
 @flax.struct.dataclass
 class Time(clu_metrics.Metric):
-  """A wall time in seconds, which only the code around the compiled step can know."""
+  """A wall time in seconds, known only outside the compiled step."""
 
   duration: Scalar | None = None
 
   def merge(self, other: Self) -> Self:
-    """Either: both cover the same stretch of time, whose length is set later."""
+    """Either one: both cover the same interval, whose length is set later."""
     return self
 
   def compute(self) -> Shaped[Array, '']:
@@ -121,16 +109,13 @@ class TimeRate(Time):
 
   @classmethod
   def from_model_output(cls, numerator: Num[Array, ''] | float, **_: Any) -> Self:
-    """Starts from what is counted."""
+    """Starts from a count."""
     return cls(numerator=numerator)
 
   def merge(self, other: Self) -> Self:
-    """Adds the counts; ValueError once a duration is set, which it would outdate."""
+    """Adds the counts; ValueError once a duration is set, as it would be outdated."""
     if self.duration is not None or other.duration is not None:
-      raise ValueError(
-        'TimeRate: merge before replace_duration. Got durations '
-        f'{self.duration} and {other.duration}.'
-      )
+      raise ValueError('TimeRate: merge before replace_duration.')
     return type(self)(numerator=self.numerator + other.numerator)
 
   def compute(self) -> Float[Array, '']:
@@ -149,7 +134,6 @@ class StepsPerTime(Step, Time):
 
   def merge(self, other: Self) -> Self:
     """Adds the steps."""
-    _same_type(self, other)
     return type(self)(steps=self.steps + other.steps)
 
   def compute(self) -> Float[Array, '']:
@@ -158,47 +142,13 @@ class StepsPerTime(Step, Time):
 
 
 def is_metric_obj(obj: Any) -> bool:
-  """Whether `obj` is a metric (a leaf, where trees of metrics are mapped)."""
+  """True for a metric: the leaf at which to map over trees of metrics."""
   return isinstance(obj, clu_metrics.Metric)
-
-
-def is_time_metric(obj: Any) -> bool:
-  """Whether `obj` has a duration to set."""
-  return isinstance(obj, Time)
-
-
-def create_metrics_dict(float_metrics_dict: Mapping[str, Scalar]) -> dict[str, Sum]:
-  """Makes a `Sum` of each number."""
-  return {name: Sum(total=value) for name, value in float_metrics_dict.items()}
-
-
-def shape_obj_to_defined_obj(obj: clu_metrics.Metric) -> clu_metrics.Metric:
-  """Makes zeros of the shapes in a metric that came out of `jax.eval_shape`.
-
-  Args:
-    obj: a metric whose fields are `jax.ShapeDtypeStruct`s, metrics of such, or plain
-      values (kept).
-
-  Returns:
-    A metric of the same type to accumulate into.
-  """
-
-  def zeros(value):
-    if is_metric_obj(value):
-      return shape_obj_to_defined_obj(value)
-    if hasattr(value, 'shape'):
-      return jnp.zeros(value.shape, value.dtype)
-    return value
-
-  return dataclasses.replace(
-    obj, **{f.name: zeros(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
-  )
 
 
 def _update_each(
   metrics: Any, kind: type, update: Callable[[Any], clu_metrics.Metric]
 ) -> Any:
-  """Applies `update` to the metrics of a kind, in any tree."""
   return jax.tree.map(
     lambda m: update(m) if isinstance(m, kind) else m, metrics, is_leaf=is_metric_obj
   )
@@ -212,3 +162,102 @@ def set_time_metrics_duration(metrics: Any, duration: Scalar) -> Any:
 def set_step_metrics_num_steps(metrics: Any, num_steps: int) -> Any:
   """Sets the number of steps of every metric that has one."""
   return _update_each(metrics, Step, lambda m: m.replace_steps(num_steps))
+
+
+# ---- Metrics of a batch ----
+
+
+def count_packed_examples(
+  segment_ids: Num[Array, 'batch length'] | Bool[Array, 'batch length'],
+) -> Int[Array, '']:
+  """Counts examples: runs of one id other than 0.
+
+  [[1, 1, 3, 3, 0, 0], [2, 7, 7, 7, 7, 0]] holds 4.
+  """
+  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+  return jnp.sum((segment_ids != before) & (segment_ids != 0))
+
+
+def compute_base_metrics(
+  logits: Float[Array, 'batch length vocabulary'],
+  targets: Int[Array, 'batch length'],
+  mask: Num[Array, 'batch length'] | None,
+  loss: Float[Array, ''],
+  z_loss: Float[Array, ''] | None = None,
+  segment_ids: Mapping[str, Num[Array, 'batch _'] | Bool[Array, 'batch _']]
+  | None = None,
+) -> MetricsMap:
+  """Computes the metrics of one step, to be merged over microbatches and steps.
+
+  Args:
+    logits: of the decoder.
+    targets: the tokens to predict.
+    mask: the positions that count; None counts all.
+    loss: the loss, z-loss included.
+    z_loss: the z-loss in it; None leaves out its metrics.
+    segment_ids: by feature, the example that each position belongs to.
+
+  Returns:
+    Metrics by name. Losses are given per step and per target token, rates under
+    `timing/`, `non_padding_fraction/` and `effective_batch_size/` per feature.
+  """
+  slots = jnp.asarray(targets.size)
+  examples = jnp.asarray(targets.shape[0])
+  counted = slots if mask is None else jnp.sum(mask)
+  metrics = {
+    'accuracy': clu_metrics.Accuracy.from_model_output(
+      logits=logits, labels=targets.astype(jnp.int32), mask=mask
+    ),
+    'loss_per_nonpadding_target_token': _ratio(loss, counted),
+    'non_padding_fraction/loss_weights': _ratio(counted, slots),
+    **_loss_metrics('loss', loss, slots),
+    **_timing_metrics(examples, slots),
+  }
+  if z_loss is not None:
+    metrics |= _loss_metrics('z_loss', z_loss, slots)
+    metrics |= _loss_metrics('cross_ent_loss', loss - z_loss, slots)
+  if segment_ids is not None:
+    metrics |= _packing_metrics(segment_ids)
+  return metrics
+
+
+def _ratio(total: Any, count: Any) -> clu_metrics.Average:
+  return clu_metrics.Average(total=total, count=count)
+
+
+def _loss_metrics(name: str, loss: jax.Array, slots: jax.Array) -> MetricsMap:
+  return {
+    name: AveragePerStep(total=loss),
+    f'{name}_per_all_target_tokens': _ratio(loss, slots),
+  }
+
+
+def _timing_metrics(examples: jax.Array, slots: jax.Array) -> MetricsMap:
+  devices = jax.device_count()
+  rate = TimeRate.from_model_output
+  return {
+    'timing/seconds': Time(),
+    'timing/steps_per_second': StepsPerTime.from_model_output(),
+    'timing/seqs': Sum(examples),
+    'timing/seqs_per_second': rate(numerator=examples),
+    'timing/seqs_per_second_per_core': rate(numerator=examples / devices),
+    'timing/target_tokens_per_second': rate(numerator=slots),
+    'timing/target_tokens_per_second_per_core': rate(numerator=slots / devices),
+  }
+
+
+def _packing_metrics(segment_ids: Mapping[str, jax.Array]) -> MetricsMap:
+  """Examples and padding per feature, and padding of all features together."""
+  metrics = {}
+  filled_total = size_total = jnp.asarray(0)
+  for feature, ids in segment_ids.items():
+    if ids is None or ids.shape[1] == 0:
+      continue
+    filled, size = jnp.sum(ids != 0), jnp.asarray(ids.size)
+    examples = count_packed_examples(ids)
+    metrics[f'effective_batch_size/{feature}'] = AveragePerStep(total=examples)
+    metrics[f'non_padding_fraction/{feature}'] = _ratio(filled, size)
+    filled_total += filled
+    size_total += size
+  metrics['non_padding_fraction/overall'] = _ratio(filled_total, size_total)
+  return metrics

@@ -28,13 +28,7 @@ from t5x.base_model import (
   get_output_vocabulary,
 )
 from t5x.decoder_only import DecoderOnlyModel, remove_prefix
-from t5x.metrics import MetricsMap
-from t5x.model_metrics import (
-  compute_base_metrics,
-  compute_metrics,
-  compute_weighted_accuracy,
-  count_packed_examples,
-)
+from t5x.metrics import MetricsMap, compute_base_metrics, count_packed_examples
 
 if TYPE_CHECKING:
   import seqio
@@ -51,8 +45,6 @@ __all__ = [
   'MetricsMap',
   'TokensIdsToLogitsCallable',
   'compute_base_metrics',
-  'compute_metrics',
-  'compute_weighted_accuracy',
   'count_packed_examples',
   'get_input_vocabulary',
   'get_output_vocabulary',
