@@ -20,12 +20,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bart_t5x import cli, inspect_table
+from bart_t5x import cli
 from bart_t5x.cli import UsageError
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _DEFAULT_GIN = os.path.join(_ROOT, 'gin', 'denoising.gin')
 
+_BAR_WIDTH = 40
 _CODES = {'mask': '33', 'new': '31', 'moved': '36', 'infilled': '32', 'faint': '2'}
 
 
@@ -256,6 +257,98 @@ def row_lines(row: Mapping, vocabulary, number: int) -> list[str]:
   return [head, *lines]
 
 
+# The table.
+
+
+def summary_lines(examples: Sequence[Mapping], rows: Sequence[Mapping], recipe):
+  """The noise actually applied, and how full the rows are.
+
+  Args:
+    examples: of a denoising task, traced; or of any other one.
+    rows: packed model features.
+    recipe: the noise, or None.
+
+  Returns:
+    Lines of text.
+  """
+  lines = [f'{"examples":28} {len(examples):>10,}']
+
+  def add(label, value):
+    lines.append(f'{label:28} {value:>10}')
+
+  for name in ('inputs', 'targets'):
+    sizes = [len(e[name]) for e in examples if name in e and e[name].ndim == 1]
+    if sizes:
+      add(f'{name}, mean length', f'{sum(sizes) / len(sizes):.1f}')
+      add(f'{name}, longest', f'{max(sizes):,}')
+  for side in ('encoder', 'decoder'):
+    key = f'{side}_segment_ids'
+    slots = sum(row[key].size for row in rows)
+    if slots:
+      used = sum(int((row[key] > 0).sum()) for row in rows)
+      add(f'padding, {side}', f'{1 - used / slots:.2%}')
+  if recipe is None:
+    cut = [v for e in examples for k, v in e.items() if k.endswith('_truncated')]
+    add('tokens cut off', f'{sum(map(int, cut)):,}')
+    return lines
+  return lines + noise_lines(examples, recipe)
+
+
+def noise_lines(examples: Sequence[Mapping], recipe) -> list[str]:
+  """The rows of the table that tell of the noise, and the histogram of its spans."""
+  lines = []
+
+  def add(label, value, wanted=''):
+    lines.append(f'{label:28} {value:>10}{wanted and f"  ({wanted})"}')
+
+  tokens = sum(len(e['targets']) - 2 for e in examples)
+  infilled = sum(int((e['targets_noised'] == 2).sum()) for e in examples)
+  new = sum(int((e['references'] < 0).sum()) for e in examples)
+  masks = sum(int((e['inputs'] == e['mask_id']).sum()) for e in examples)
+  source = sum(len(e['inputs']) - 2 for e in examples)
+  moved = sum(bool((e['permuted'][1:] < e['permuted'][:-1]).any()) for e in examples)
+  lengths = [length for e in examples for length in e['span_lengths'].tolist()]
+  unit = 'words' if recipe.whole_words else 'tokens'
+  add(
+    'tokens masked',
+    f'{infilled / max(tokens, 1):.2%}',
+    f'infill_ratio {recipe.infill_ratio:.0%} of {unit}',
+  )
+  add('source shorter by', f'{1 - source / max(tokens, 1):.2%}')
+  add('sentences permuted', f'{moved / max(len(examples), 1):.2%}', 'of the examples')
+  add('spans', f'{len(lengths):,}')
+  add('insertions', f'{lengths.count(0):,}')
+  add(
+    'masks replaced at random',
+    f'{1 - masks / max(new, 1):.2%}',
+    f'random_ratio {recipe.random_ratio:.0%}',
+  )
+  if recipe.whole_words:
+    by_tokens = sum(bool(e['in_tokens']) for e in examples)
+    add('spans of tokens, not words', f'{by_tokens:,}', 'examples with too long words')
+  dropped = [int(e['dropped']) for e in examples]
+  cut = sum(count > 0 for count in dropped)
+  add('source tokens cut off', f'{sum(dropped):,}', f'of {cut:,} examples')
+  return [*lines, '', *histogram_lines(lengths, recipe.span_mean)]
+
+
+def histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
+  """Span lengths beside the Poisson distribution from which they were drawn."""
+  if not lengths:
+    return []
+  unit = 'span length (0: insertion)'
+  lines = [f'{unit:28} {"seen":>8} {"Poisson":>8}  # seen, | Poisson']
+  for k in range(min(max(lengths), math.ceil(3 * mean)) + 1):
+    seen = sum(length == k for length in lengths) / len(lengths)
+    expected = math.exp(k * math.log(mean) - mean - math.lgamma(k + 1))
+    seen_at, expected_at = (round(share * _BAR_WIDTH * 3) for share in (seen, expected))
+    bar = ('#' * seen_at).ljust(expected_at + 1)
+    bar = f'{bar[:expected_at]}|{bar[expected_at + 1 :]}'
+    lines.append(f'{k:28} {seen:8.3f} {expected:8.3f}  {bar}')
+  lines.append("An example's last span is cut to its budget, so short ones are more.")
+  return lines
+
+
 # Data.
 
 
@@ -293,10 +386,10 @@ def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
   """
   import seqio
 
-  from bart_t5x import vocabularies
+  from bart_t5x import data
   from bart_t5x.features import BartFeatureConverter
 
-  provider = vocabularies.find_task(
+  provider = data.find_task(
     args.task, remedy='Check --task, and name the module that registers it by --module.'
   )
   if args.split not in provider.splits:
@@ -330,15 +423,15 @@ def _read(dataset, tasks: Sequence, args: argparse.Namespace) -> list[Mapping]:
   """A dataset's elements; says which file is damaged where one is."""
   import tensorflow as tf
 
-  from bart_t5x import sources
+  from bart_t5x import data
 
   try:
     return list(dataset.as_numpy_iterator())
   except tf.errors.DataLossError as e:
     for task in tasks:
-      if isinstance(task, sources.EpochTask):
+      if isinstance(task, data.EpochTask):
         source = task.source_of(args.split, args.use_cached)
-        sources.check_records(source.list_shards(args.split))
+        data.check_records(source.list_shards(args.split))
     raise OSError(f'a file of the task is damaged: {e.message}') from e
 
 
@@ -348,7 +441,7 @@ def _traced(task) -> tuple[Any, Any]:
   Any other task is returned as it is, and None.
   """
   from bart_t5x import noise, preprocessors
-  from bart_t5x.sources import EpochTask
+  from bart_t5x.data import EpochTask
 
   if not isinstance(task, EpochTask):
     return task, None
@@ -380,13 +473,13 @@ def bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints everything."""
   cli.import_tensorflow()
-  from bart_t5x import vocabularies
+  from bart_t5x import data
 
   cli.quiet_warnings()
   # Before gin binds: a module may bring functions that it is to know.
   importlib.import_module('tasks')
   for module in args.module:
-    vocabularies.import_tasks(module, '--module')
+    data.import_tasks(module, '--module')
   bind_gin(args.gin_file, bindings)
   if args.cache_dir:
     import seqio
@@ -412,7 +505,7 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
       print(f'task {view.task.name} (padding: of the mixture)')
     if view.recipe:
       print(f'noise: {view.recipe}\n')
-    print('\n'.join(inspect_table.summary_lines(view.examples, rows, view.recipe)))
+    print('\n'.join(summary_lines(view.examples, rows, view.recipe)))
 
 
 def wants_color(choice: str, terminal: bool) -> bool:

@@ -19,7 +19,7 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import documents, noise
-from bart_t5x.sources import EPOCH, SEED
+from bart_t5x.data import EPOCH, SEED
 from bart_t5x.tensors import do_not_convert, select
 
 # Odd numbers that keep apart what goes into one seed (wrap-around is wanted).

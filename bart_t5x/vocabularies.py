@@ -6,21 +6,18 @@ its file exists (tasks are registered when a corpus is yet to be prepared): noth
 read before a size, an id or a text is asked for.
 """
 
-import difflib
 import functools
 import hashlib
-import importlib
 import os
 from collections.abc import Callable, Sequence
 
-import gin
 import numpy as np
 import seqio
 import tensorflow as tf
 import tensorflow_text as tf_text
 from jaxtyping import Bool
 
-from bart_t5x import byte_bpe, tokenization
+from bart_t5x import byte_bpe, data, tokenization
 from bart_t5x.tensors import do_not_convert
 from bart_t5x.tokenization import (
   BOS_ID,
@@ -308,63 +305,6 @@ def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
   return BartVocabulary(corpus_dir, templates)
 
 
-def import_tasks(module: str, setting: str = 'MIXTURE_OR_TASK_MODULE') -> None:
-  """Imports a module for the tasks that it registers.
-
-  As the runtime does where a data set names one; upstream T5X's does not say where it
-  looked.
-
-  Args:
-    module: dotted name.
-    setting: what names it, for the message.
-
-  Raises:
-    ImportError: there is no such module.
-  """
-  try:
-    # Gin has read its files by now, and may still learn of the module's functions.
-    with gin.unlock_config():
-      importlib.import_module(module)
-  except ModuleNotFoundError as e:
-    if not f'{module}.'.startswith(f'{e.name}.'):
-      raise  # One that the module itself imports.
-    raise ModuleNotFoundError(
-      f'{setting} names {module!r}, which Python does not find. It looks in the folder '
-      'that the command runs in, on PYTHONPATH and among the installed packages.',
-      name=e.name,
-    ) from e
-
-
-def find_task(
-  mixture_or_task_name: str,
-  module: str | None = None,
-  remedy: str = 'Set MIXTURE_OR_TASK_NAME, and name the module that registers the task '
-  'as MIXTURE_OR_TASK_MODULE, or import it in the gin file (`import tasks`).',
-) -> seqio.Task | seqio.Mixture:
-  """A registered task or mixture.
-
-  Args:
-    mixture_or_task_name: as registered with seqio.
-    module: imported before, as it registers the task.
-    remedy: what the message says there is to do where the name is wrong.
-
-  Raises:
-    ImportError: there is no such module.
-    ValueError: there is no such task. The message lists the nearest names.
-  """
-  if module:
-    import_tasks(module)
-  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if mixture_or_task_name not in known:
-    near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
-    raise ValueError(
-      f'There is no task or mixture {mixture_or_task_name!r}. '
-      + (f'Nearest: {", ".join(near)}. ' if near else '')
-      + remedy
-    )
-  return seqio.get_mixture_or_task(mixture_or_task_name)
-
-
 def task_vocabulary(
   mixture_or_task_name: str, feature: str = 'targets', module: str | None = None
 ) -> seqio.Vocabulary:
@@ -381,7 +321,7 @@ def task_vocabulary(
   Raises:
     ValueError: there is no such task, or it has no such feature.
   """
-  features = find_task(mixture_or_task_name, module).output_features
+  features = data.find_task(mixture_or_task_name, module).output_features
   if feature not in features:
     raise ValueError(
       f'{mixture_or_task_name!r} has no feature {feature!r}. Got: {list(features)}'

@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 from bart_t5x import noise, preprocessors
-from bart_t5x.sources import CorpusSource
+from bart_t5x.data import CorpusSource
 from bart_t5x.vocabularies import load_vocabulary
 
 MASK = 4

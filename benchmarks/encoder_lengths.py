@@ -17,7 +17,7 @@ import gin
 import tensorflow as tf
 
 from bart_t5x import noise, preprocessors
-from bart_t5x.sources import EPOCH, SEED, CorpusSource
+from bart_t5x.data import EPOCH, SEED, CorpusSource
 from bart_t5x.vocabularies import load_vocabulary
 
 RECIPES = pathlib.Path(__file__).parent.parent / 'gin' / 'noise'

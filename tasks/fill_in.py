@@ -10,8 +10,8 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import preprocessors, vocabularies
+from bart_t5x.data import data_root
 from tasks import input_file
-from tasks.pretrain import data_root
 from tasks.text_to_text import TextTask
 
 

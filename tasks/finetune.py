@@ -30,8 +30,8 @@ import os
 import seqio
 
 from bart_t5x import metrics
+from bart_t5x.data import data_root
 from tasks import prompts, readers
-from tasks.pretrain import data_root
 from tasks.readers import HubDataset
 from tasks.text_to_text import add_text_to_text_task
 

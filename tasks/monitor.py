@@ -16,7 +16,7 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import metrics
-from bart_t5x.vocabularies import find_task
+from bart_t5x.data import find_task
 from tasks import text_to_text
 
 # The split that is evaluated while training.

@@ -9,17 +9,12 @@ from collections.abc import Sequence
 
 import seqio
 
-from bart_t5x import infill_metrics, noise, preprocessors
-from bart_t5x.sources import CorpusSource, EpochTask
+from bart_t5x import metrics, noise, preprocessors
+from bart_t5x.data import CorpusSource, EpochTask, data_root
 from bart_t5x.vocabularies import load_vocabulary
 
 # Examples kept to draw from: noised pieces, about 11 kB each at length 1024.
 SHUFFLE_BUFFER_SIZE = 2048
-
-
-def data_root() -> str:
-  """The folder with the corpora."""
-  return os.environ.get('BART_T5X_DATA', 'data')
 
 
 def add_denoising_task(
@@ -28,7 +23,7 @@ def add_denoising_task(
   recipe: noise.Recipe | None = None,
   source: seqio.DataSource | None = None,
   shuffle_buffer_size: int = SHUFFLE_BUFFER_SIZE,
-  metric_fns: Sequence = (infill_metrics.denoising,),
+  metric_fns: Sequence = (metrics.denoising,),
 ) -> seqio.Task:
   """Registers a seqio task that denoises a prepared corpus.
 
@@ -42,7 +37,7 @@ def add_denoising_task(
       and training then needs USE_CACHED_TASKS = True. None for the prepared corpus.
     shuffle_buffer_size: examples from which the next one is drawn.
     metric_fns: for evaluation by generation; predictions are texts, targets
-      `infill_metrics.Parts`.
+      `metrics.Parts`.
 
   Returns:
     The task, with features `inputs`, `targets` and `targets_noised`.
@@ -74,7 +69,7 @@ def add_denoising_task(
         seqio.PassThroughVocabulary(size=noise.END + 1), add_eos=False
       ),
     },
-    postprocess_fn=functools.partial(infill_metrics.keep_parts, vocabulary=vocabulary),
+    postprocess_fn=functools.partial(metrics.keep_parts, vocabulary=vocabulary),
     metric_fns=metric_fns,
     shuffle_buffer_size=shuffle_buffer_size,
   )

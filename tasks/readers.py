@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import gin
 
-from tasks.pretrain import data_root
+from bart_t5x.data import data_root
 
 Record = Mapping[str, Any]
 

@@ -14,9 +14,9 @@ import tensorflow as tf
 from absl import logging
 
 from bart_t5x import metrics, preprocessors
+from bart_t5x.data import data_root
 from bart_t5x.vocabularies import load_vocabulary
 from tasks import input_file, readers
-from tasks.pretrain import data_root
 from tasks.readers import Record
 
 SPLITS = ('train', 'validation', 'test')

@@ -28,7 +28,7 @@ array_types.install(
   f'bart_t5x.{name}'
   for name in (
     'attention', 'attention_cores', 'blocks', 'cudnn', 'dropout', 'flash', 'hf.mapping',
-    'infill_metrics', 'layers', 'loss', 'model', 'network', 'shards',
+    'layers', 'loss', 'metrics', 'model', 'network', 'shards',
   )
 )  # fmt: skip
 

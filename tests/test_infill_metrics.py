@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import seqio
 
-from bart_t5x import infill_metrics, noise
+from bart_t5x import metrics, noise
 from bart_t5x.features import BartFeatureConverter
 from bart_t5x.vocabularies import load_vocabulary
 from tasks import pretrain
@@ -19,7 +19,7 @@ def test_parts_are_the_text_in_runs(corpus_dir):
   sizes = [len(vocabulary.encode(word)) for word in words]
   flags = np.repeat([1, 2, 2, 1, 2], sizes)
   codes = np.concatenate([[1], flags, [noise.END]])
-  assert infill_metrics.parts_of(ids, codes, vocabulary) == [
+  assert metrics.parts_of(ids, codes, vocabulary) == [
     ('Åse', False),
     (' og barna', True),
     (' på', False),
@@ -28,7 +28,7 @@ def test_parts_are_the_text_in_runs(corpus_dir):
 
 
 def test_a_text_given_back_is_perfect():
-  scores = infill_metrics.denoising([PARTS], ['Kari gikk ut av huset og lo.'])
+  scores = metrics.denoising([PARTS], ['Kari gikk ut av huset og lo.'])
   assert scores == pytest.approx(
     {
       'exact_match': 100,
@@ -55,13 +55,13 @@ def test_a_text_given_back_is_perfect():
   ],
 )
 def test_counterparts_lie_between_the_words_that_were_not_masked(prediction, spans):
-  pairs = infill_metrics.aligned_spans(PARTS, prediction)
+  pairs = metrics.aligned_spans(PARTS, prediction)
   assert [wanted for wanted, _ in pairs] == ['ut av', 'lo .']
   assert [found for _, found in pairs] == spans
 
 
 def test_half_of_the_spans_exact():
-  scores = infill_metrics.denoising([PARTS], ['Kari gikk ut av huset og gråt.'])
+  scores = metrics.denoising([PARTS], ['Kari gikk ut av huset og gråt.'])
   assert scores['exact_match'] == 0
   assert scores['infilled_exact_match'] == 50
   assert 50 < scores['infilled_chrf'] < 100
@@ -69,17 +69,17 @@ def test_half_of_the_spans_exact():
 
 def test_a_word_masked_in_part_counts_as_masked():
   parts = [('sjo', False), ('kolade', True), (' er godt', False)]
-  assert infill_metrics.aligned_spans(parts, 'sjokolade er godt') == [
+  assert metrics.aligned_spans(parts, 'sjokolade er godt') == [
     ('sjokolade', 'sjokolade')
   ]
 
 
 def test_no_spans_are_no_error():
-  scores = infill_metrics.denoising([[('Hei der.', False)]], ['Hei der.'])
+  scores = metrics.denoising([[('Hei der.', False)]], ['Hei der.'])
   assert scores['exact_match'] == 100
   assert scores['infilled_spans'] == scores['infilled_chrf'] == 0
   with pytest.raises(ValueError, match='split is empty'):
-    infill_metrics.denoising([], [])
+    metrics.denoising([], [])
 
 
 def test_seqio_evaluates_a_denoising_task(corpus_dir):
@@ -102,10 +102,10 @@ def test_seqio_evaluates_a_denoising_task(corpus_dir):
       (i, np.pad(example['targets'], (0, 64 - len(example['targets']))))
       for i, example in enumerate(examples)
     ]
-    metrics, _ = evaluator.evaluate(
+    results, _ = evaluator.evaluate(
       compute_metrics=True, step=1, predict_fn=lambda dataset: answers
     )
-    scores = metrics.result()['infill_test']
+    scores = results.result()['infill_test']
   finally:
     seqio.TaskRegistry.remove(task.name)
   assert scores['infilled_spans'] > 8

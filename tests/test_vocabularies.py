@@ -4,12 +4,10 @@ import copy
 import pathlib
 import pickle
 
-import gin
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
-from gin import config as gin_config
 
 from bart_t5x import tokenizer_training, vocabularies
 
@@ -190,30 +188,3 @@ def test_ids_at_the_border():
 def test_path_may_be_a_pathlib_path(folders):
   path = pathlib.Path(folders) / 'bpe' / 'tokenizer.model'
   assert vocabularies.SentencePieceBartVocabulary(path).vocab_size == SIZES['bpe']
-
-
-def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(
-  tmp_path, monkeypatch
-):
-  monkeypatch.syspath_prepend(tmp_path)
-  (tmp_path / 'lacking_module.py').write_text('import no_such_library')
-  with pytest.raises(ImportError, match="--module names 'absent.tasks'.*PYTHONPATH"):
-    vocabularies.import_tasks('absent.tasks', '--module')
-  with pytest.raises(ImportError, match="MIXTURE_OR_TASK_MODULE names 'absent'"):
-    vocabularies.find_task('any', 'absent')
-  with pytest.raises(ImportError, match="^No module named 'no_such_library'"):
-    vocabularies.import_tasks('lacking_module')
-
-
-def test_a_module_may_define_configurables_after_gin_was_locked(tmp_path, monkeypatch):
-  monkeypatch.syspath_prepend(tmp_path)
-  (tmp_path / 'late_module.py').write_text(
-    'import gin\n@gin.configurable\ndef late(x=3):\n  return x\n'
-  )
-  gin.finalize()
-  try:
-    vocabularies.import_tasks('late_module')
-    assert gin.config_is_locked()
-  finally:
-    gin.clear_config()
-    gin_config._REGISTRY.pop('late_module.late')

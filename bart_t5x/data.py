@@ -8,10 +8,13 @@ would have to follow the position in the stream, which depends on the number of 
 
 import concurrent.futures
 import copy
+import difflib
+import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 
+import gin
 import seqio
 import tensorflow as tf
 
@@ -386,3 +389,65 @@ class EpochTask(seqio.Task):
         f'Task {self.name!r} has no step that seqio can cache. Set use_cached=False.'
       )
     return self._get_cached_source(split)
+
+
+def import_tasks(module: str, setting: str = 'MIXTURE_OR_TASK_MODULE') -> None:
+  """Imports a module for the tasks that it registers.
+
+  As the runtime does where a data set names one; upstream T5X's does not say where it
+  looked.
+
+  Args:
+    module: dotted name.
+    setting: what names it, for the message.
+
+  Raises:
+    ImportError: there is no such module.
+  """
+  try:
+    # Gin has read its files by now, and may still learn of the module's functions.
+    with gin.unlock_config():
+      importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if not f'{module}.'.startswith(f'{e.name}.'):
+      raise  # One that the module itself imports.
+    raise ModuleNotFoundError(
+      f'{setting} names {module!r}, which Python does not find. It looks in the folder '
+      'that the command runs in, on PYTHONPATH and among the installed packages.',
+      name=e.name,
+    ) from e
+
+
+def find_task(
+  mixture_or_task_name: str,
+  module: str | None = None,
+  remedy: str = 'Set MIXTURE_OR_TASK_NAME, and name the module that registers the task '
+  'as MIXTURE_OR_TASK_MODULE, or import it in the gin file (`import tasks`).',
+) -> seqio.Task | seqio.Mixture:
+  """A registered task or mixture.
+
+  Args:
+    mixture_or_task_name: as registered with seqio.
+    module: imported before, as it registers the task.
+    remedy: what the message says there is to do where the name is wrong.
+
+  Raises:
+    ImportError: there is no such module.
+    ValueError: there is no such task. The message lists the nearest names.
+  """
+  if module:
+    import_tasks(module)
+  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if mixture_or_task_name not in known:
+    near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
+    raise ValueError(
+      f'There is no task or mixture {mixture_or_task_name!r}. '
+      + (f'Nearest: {", ".join(near)}. ' if near else '')
+      + remedy
+    )
+  return seqio.get_mixture_or_task(mixture_or_task_name)
+
+
+def data_root() -> str:
+  """The folder with the corpora: BART_T5X_DATA, or `data`."""
+  return os.environ.get('BART_T5X_DATA', 'data')

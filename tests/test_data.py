@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 
+import gin
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+from gin import config as gin_config
 
-from bart_t5x import sources
-from bart_t5x.sources import CorpusSource, EpochTask
+from bart_t5x import data
+from bart_t5x.data import CorpusSource, EpochTask
 
 
 def documents(corpus_dir, hosts=1, **kwargs):
@@ -105,9 +107,9 @@ def test_shards_that_were_cut_off_or_damaged_are_noticed(corpus_dir, tmp_path):
     list(source.get_dataset())
   # TensorFlow does not say which file it was.
   with pytest.raises(ValueError, match='00002-of-00004.* damaged .*Copy it again'):
-    sources.check_records(source.list_shards('train'))
+    data.check_records(source.list_shards('train'))
   path.write_bytes(whole)
-  sources.check_records(source.list_shards('train'))
+  data.check_records(source.list_shards('train'))
 
 
 def stamp(dataset):
@@ -156,8 +158,8 @@ def test_epochs_come_in_different_orders(task):
 
 def test_p17_later_epochs_resume_in_their_order(task, tmp_path, monkeypatch):
   # Buffers so small that most of what follows has not been read at the checkpoint.
-  monkeypatch.setattr(sources, '_SHUFFLED_DOCUMENTS', 16)
-  monkeypatch.setattr(sources, '_DOCUMENTS_A_BATCH', 4)
+  monkeypatch.setattr(data, '_SHUFFLED_DOCUMENTS', 16)
+  monkeypatch.setattr(data, '_DOCUMENTS_A_BATCH', 4)
 
   def begin():
     return iter(task.get_dataset(None, shuffle=True, seed=11, num_epochs=5))
@@ -175,7 +177,7 @@ def test_p17_later_epochs_resume_in_their_order(task, tmp_path, monkeypatch):
 
 def test_evaluation_has_no_epochs_and_one_seed(task):
   seen = stamps(task, 'validation', shuffle=True, seed=11, num_epochs=2)
-  assert {(seed, epoch) for _, seed, epoch in seen} == {(sources.EVALUATION_SEED, 0)}
+  assert {(seed, epoch) for _, seed, epoch in seen} == {(data.EVALUATION_SEED, 0)}
   assert len(seen) == 40
 
 
@@ -197,3 +199,30 @@ def test_a_changed_task_still_stamps(task):
 def test_corpus_json_is_what_it_says(corpus_dir):
   with open(os.path.join(corpus_dir, 'corpus.json')) as f:
     assert CorpusSource(corpus_dir).description() == json.load(f)
+
+
+def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(
+  tmp_path, monkeypatch
+):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'lacking_module.py').write_text('import no_such_library')
+  with pytest.raises(ImportError, match="--module names 'absent.tasks'.*PYTHONPATH"):
+    data.import_tasks('absent.tasks', '--module')
+  with pytest.raises(ImportError, match="MIXTURE_OR_TASK_MODULE names 'absent'"):
+    data.find_task('any', 'absent')
+  with pytest.raises(ImportError, match="^No module named 'no_such_library'"):
+    data.import_tasks('lacking_module')
+
+
+def test_a_module_may_define_configurables_after_gin_was_locked(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'late_module.py').write_text(
+    'import gin\n@gin.configurable\ndef late(x=3):\n  return x\n'
+  )
+  gin.finalize()
+  try:
+    data.import_tasks('late_module')
+    assert gin.config_is_locked()
+  finally:
+    gin.clear_config()
+    gin_config._REGISTRY.pop('late_module.late')
