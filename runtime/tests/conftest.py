@@ -27,8 +27,8 @@ import array_types  # noqa: E402 - found through the path above.
 array_types.install(
   f't5x.{name}'
   for name in (
-    'adafactor', 'base_model', 'beams', 'decoder_only', 'decoding', 'learning_rate',
-    'losses', 'metrics', 'models', 'optimizer_base', 'optimizers',
+    'adafactor', 'base_model', 'beams', 'decoder_only', 'decoding', 'losses', 'metrics',
+    'models', 'optimizers', 'sampling', 'training.train_step',
     'sampling', 'training.train_step',
   )
 )  # fmt: skip

@@ -106,7 +106,7 @@ def test_the_exponent_of_the_decay():
   np.testing.assert_allclose(optimizer.state.param_states['b'].v, want, rtol=1e-6)
 
 
-def test_momentum_may_be_kept_in_few_bits():
+def test_bfloat16_momentum():
   grads = [{'b': jnp.array([3.0])}]
   rule = plain(beta1=0.9, dtype_momentum=jnp.bfloat16)
   optimizer = run(rule, {'b': jnp.zeros(1)}, grads)
@@ -149,8 +149,7 @@ def test_nan_updates_can_be_skipped():
 
 @pytest.mark.parametrize('shape', [(5,), (4, 6), (6, 4), (4, 4), (200, 130)])
 def test_against_optax(shape):
-  # Their first step decays by 0 as well, and the rest is spelled alike, but the order
-  # of clipping and scaling, which here commute.
+  # They differ in the order of clipping and scaling, which commute here.
   rng = np.random.default_rng(0)
   params = {'w': jnp.asarray(rng.normal(size=shape), jnp.float32)}
   reference = optax.adafactor(
@@ -205,7 +204,7 @@ def test_stacked_parameters_are_updated_as_separate_ones():
     np.testing.assert_allclose(got[layer], want, rtol=1e-5)
 
 
-def test_three_axes_are_factored_as_the_matrix_they_are():
+def test_three_axes_are_factored_as_a_matrix():
   rng = np.random.default_rng(2)
   grad = jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.float32)
   params = {'kernel': jnp.ones((4, 2, 3))}
@@ -233,7 +232,7 @@ def test_logical_axes_of_the_state():
   assert got.state.param_states['bias'].v == AXES['bias']
 
 
-def test_state_dict_is_t5x_layout_and_comes_back():
+def test_state_dict_round_trip_in_t5x_layout():
   params = flax.core.freeze({'a': {'w': jnp.ones((3, 3))}, 'b': jnp.ones(3)})
   optimizer = run(plain(beta1=0.5), params, [params])
   saved = optimizer.state_dict()
@@ -260,32 +259,32 @@ def test_maps_by_path():
   assert states.param_states['k'].v_col.shape == (2, 3)
 
 
-def test_equal_definitions_are_equal_and_hash_alike():
+def test_equality_and_hash():
   assert by_axes() == by_axes() and hash(by_axes()) == hash(by_axes())
   assert by_axes() != by_axes(beta1=0.1)
 
 
-def test_refusals():
+def test_errors():
   with pytest.raises(ValueError, match='learning rate'):
     run(plain(learning_rate=None), {'b': jnp.ones(2)}, [{'b': jnp.ones(2)}])
-  with pytest.raises(ValueError, match=r"rule for 'k' of shape \(2, 2, 2\)"):
+  with pytest.raises(ValueError, match="'k'"):
     plain().init_state({'k': jnp.ones((2, 2, 2))})
-  with pytest.raises(ValueError, match='has 1 axes, the parameter 3'):
+  with pytest.raises(ValueError, match='1 axes.*3'):
     factor_map = adafactor.HParamMap([('.*', (Factor.ROW,))])
     plain(factor_map=factor_map).init_state({'k': jnp.ones((2, 2, 2))})
-  with pytest.raises(ValueError, match='no effect'):
+  with pytest.raises(ValueError, match='factor_map'):
     plain(factored=False, factor_map=adafactor.HParamMap([]))
   with pytest.raises(ValueError, match='factor_map'):
     plain(factor_map={'k': ()})
   with pytest.raises(ValueError, match='multiply_by_parameter_scale'):
     plain(multiply_by_parameter_scale=1.0)
-  with pytest.raises(ValueError, match="no rule for 'unheard_of'"):
+  with pytest.raises(ValueError, match='unheard_of'):
     rule = plain(logical_factor_rules={'embed': 'row'})
     rule.set_param_axes({'k': PartitionSpec('embed', 'unheard_of')})
-  with pytest.raises(ValueError, match='every other axis'):
+  with pytest.raises(ValueError, match='NONE'):
     rule = plain(logical_factor_rules={'a': 'row', 'b': 'col', 'c': 'none'})
     rule.set_param_axes({'k': PartitionSpec('a', 'b', 'c')})
-  with pytest.raises(ValueError, match="Got: 'diagonal'"):
+  with pytest.raises(ValueError, match='diagonal'):
     adafactor.factor_name_to_factordim('diagonal')
   assert adafactor.factor_name_to_factordim('Column') is Factor.COLUMN
   assert adafactor.factor_name_to_factordim(Factor.ROW) is Factor.ROW

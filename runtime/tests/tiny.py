@@ -16,7 +16,6 @@ from flax.linen import partitioning as nn_partitioning
 
 from t5x import (
   data,
-  learning_rate,
   models,
   optimizers,
   partitioning,
@@ -288,7 +287,7 @@ def train_arguments(model_dir, task='tiny_copy', **changes):
     ),
     'trainer_cls': functools.partial(
       trainer.Trainer,
-      learning_rate_fn=learning_rate.create_learning_rate_scheduler(),
+      learning_rate_fn=optimizers.create_learning_rate_scheduler(),
       num_microbatches=None,
     ),
     'model_dir': str(model_dir),

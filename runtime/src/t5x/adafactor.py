@@ -2,50 +2,196 @@
 
 The paper factors the second moments of a matrix into row and column means. Parameters
 of more than two axes (attention kernels of [embed, heads, kv], layers stacked by a
-scan) need to be told which axes are rows, which are columns, and which are a batch of
-separate matrices: by name, through `logical_factor_rules`, or by path, `factor_map`.
+scan) need rules for which axes are rows, which are columns, and which are a batch of
+separate matrices: by axis name, `logical_factor_rules`, or by path, `factor_map`.
 
 State, names and defaults are those of T5X, so that its checkpoints load.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import enum
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.core
+import flax.serialization
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from t5x import state_utils
-from t5x.factor_rules import (
-  HEURISTIC_RULE,
-  FactorDim,
-  FactorRule,
-  HeuristicRule,
-  HParamMap,
-  Layout,
-  factor_name_to_factordim,
-  layout_of,
-  rule_of_axes,
-  standard_logical_factor_rules,
-)
-from t5x.optimizer_base import Optimizer, OptimizerDef, OptimizerState, Params
-from t5x.optimizers import match_axes
+from t5x.optimizers import Optimizer, OptimizerDef, OptimizerState, Params, match_axes
 
 Dtype = Any
 
-__all__ = [
-  'HEURISTIC_RULE',
-  'Adafactor',
-  'FactorDim',
-  'FactorRule',
-  'HParamMap',
-  'HeuristicRule',
-  'factor_name_to_factordim',
-  'standard_logical_factor_rules',
-]
+
+# ---- Rules ----
+
+
+class FactorDim(enum.Enum):
+  """The role of a parameter's axis in the factored second moments."""
+
+  NONE = None  # Not factored.
+  BATCH = 1  # Separate parameters, stacked: nothing is averaged over it.
+  ROW = 2
+  COLUMN = 3
+
+
+class HeuristicRule(enum.Enum):
+  """The rule for parameters without one of their own: by size, for matrices only."""
+
+  token = 1
+
+
+HEURISTIC_RULE = HeuristicRule.token
+FactorRule = HeuristicRule | tuple[FactorDim, ...]
+
+_FACTOR_NAMES = {
+  'row': FactorDim.ROW,
+  'col': FactorDim.COLUMN,
+  'column': FactorDim.COLUMN,
+  'batch': FactorDim.BATCH,
+  'none': FactorDim.NONE,
+  'unfactorized': FactorDim.NONE,
+}
+
+
+def factor_name_to_factordim(name: str | FactorDim | None) -> FactorDim | None:
+  """Reads 'row', 'column', 'batch' or 'none', as gin files spell them."""
+  if not isinstance(name, str):
+    return name
+  if name.lower() not in _FACTOR_NAMES:
+    raise ValueError(
+      f'A factor rule is one of {", ".join(_FACTOR_NAMES)}. Got: {name!r}.'
+    )
+  return _FACTOR_NAMES[name.lower()]
+
+
+def standard_logical_factor_rules() -> flax.core.FrozenDict:
+  """Returns the roles of the axes of T5X's standard models."""
+  axes = {
+    FactorDim.ROW: ['embed'],
+    FactorDim.COLUMN: [
+      'vocab',
+      'mlp',
+      'heads',
+      'kv',
+      'joined_kv',
+      'q_wi_fused',
+      'o_wo_fused',
+      'multiquery_heads',
+      'kv_fused',
+      'mlp_activations',
+    ],
+    FactorDim.BATCH: ['layers', 'stack'],
+    FactorDim.NONE: ['relpos_buckets', 'layer_norm_scale'],
+  }
+  return flax.core.freeze({name: kind for kind in axes for name in axes[kind]})
+
+
+class HParamMap:
+  """Values by a parameter's path: the first regular expression found in it decides."""
+
+  def __init__(self, rules: Iterable[tuple[str, Any]]):
+    self._rules = [(re.compile(pattern), value) for pattern, value in rules]
+
+  def __getitem__(self, key: str) -> Any:
+    for pattern, value in self._rules:
+      if pattern.search(key):
+        return value
+    raise KeyError(
+      f'No rule for the parameter {key!r}. A last rule of ".*" would catch the rest.'
+    )
+
+  def __call__(self, params: PyTree) -> PyTree:
+    """Returns the value for each parameter, in the parameters' tree."""
+    flat = _flatten(flax.serialization.to_state_dict(params))
+    values = flax.traverse_util.unflatten_dict({k: self[k] for k in flat}, sep='/')
+    return flax.serialization.from_state_dict(params, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """The roles of one parameter's axes.
+
+  `averaged` are the axes of root mean squares; `factors` are (rows, columns), or None
+  where the second moments are not factored.
+  """
+
+  averaged: tuple[int, ...]
+  factors: tuple[tuple[int, ...], tuple[int, ...]] | None
+
+
+def _largest_two(shape: Sequence[int], least: int) -> Any:
+  """Returns the second largest axis as row, the largest as column; None if small."""
+  if len(shape) < 2:
+    return None
+  *_, row, column = np.argsort(shape, kind='stable').tolist()
+  return ((row,), (column,)) if shape[row] >= least else None
+
+
+def _layout(
+  rule: FactorRule | None, shape: Sequence[int], path: str, least: int
+) -> _Layout:
+  """Applies a rule (None: not factored) to a parameter.
+
+  The heuristic does not factor axes shorter than `least`.
+  """
+  every_axis = tuple(range(len(shape)))
+  if rule is None:
+    return _Layout(every_axis, None)
+  if rule is HEURISTIC_RULE:
+    if len(shape) > 2:
+      raise ValueError(
+        f'Adafactor needs a rule for {path!r} of shape {tuple(shape)}, which has more '
+        'than two axes. Give logical_factor_rules or factor_map.'
+      )
+    return _Layout(every_axis, _largest_two(shape, least))
+  if len(rule) != len(shape):
+    raise ValueError(
+      f'The rule {rule} for {path!r} has {len(rule)} axes, the parameter '
+      f'{len(shape)}: {tuple(shape)}.'
+    )
+
+  def axes_of(kind):
+    return tuple(axis for axis, k in enumerate(rule) if k is kind)
+
+  batch = axes_of(FactorDim.BATCH)
+  if len(shape) <= 2 and not batch:
+    # Plain matrices go by size even under a rule, as in T5X's checkpoints.
+    return _Layout(every_axis, _largest_two(shape, least))
+  rows, columns = axes_of(FactorDim.ROW), axes_of(FactorDim.COLUMN)
+  averaged = tuple(axis for axis in every_axis if axis not in batch)
+  return _Layout(averaged, (rows, columns) if rows or columns else None)
+
+
+def _rule_of_axes(
+  path: str, axes: Sequence[str], rules: Mapping[str, FactorDim | str]
+) -> tuple[FactorDim, ...]:
+  """Returns the rule of a parameter whose axes have these names."""
+  unknown = [axis for axis in axes if axis not in rules]
+  if unknown:
+    raise ValueError(
+      f'logical_factor_rules has no rule for {", ".join(map(repr, unknown))}, of '
+      f'{path!r} with axes {tuple(axes)}.'
+    )
+  kinds = tuple(factor_name_to_factordim(rules[axis]) for axis in axes)
+  factored = {FactorDim.ROW, FactorDim.COLUMN}
+  if not factored <= set(kinds):
+    return tuple(FactorDim.NONE if kind in factored else kind for kind in kinds)
+  if FactorDim.NONE in kinds:
+    raise ValueError(
+      f'{path!r} with axes {tuple(axes)} has rows and columns, so every other axis '
+      f'must be one too or BATCH. logical_factor_rules make it {kinds}.'
+    )
+  return kinds
+
+
+# ---- The optimizer ----
 
 
 @flax.struct.dataclass
@@ -63,23 +209,20 @@ class _HyperParams:
   min_dim_size_to_factor: int
   epsilon1: float
   epsilon2: float
-  factor_map: HParamMap | Mapping[str, FactorRule] | None = None
-  logical_factor_rules: Mapping[str, FactorDim] | None = None
-  weight_decay_rate_lr_exponent: float | None = None
-  global_norm_clip_threshold: float | None = None
-  max_parameter_scale: float | None = None
-  skip_nan_updates: bool | None = False
+  factor_map: HParamMap | Mapping[str, FactorRule] | None
+  logical_factor_rules: Mapping[str, FactorDim] | None
+  weight_decay_rate_lr_exponent: float | None
+  global_norm_clip_threshold: float | None
+  max_parameter_scale: float | None
+  skip_nan_updates: bool | None
 
 
 @flax.struct.dataclass
 class _ParamState:
-  """Second moments and momentum; what a parameter does not use is a zero of shape (1,).
+  """Second moments and momentum; an unused one is a zero of shape (1,).
 
-  Attributes:
-    v_row: means over the column axes.
-    v_col: means over the row axes.
-    v: the second moments, where they are not factored.
-    m: the momentum.
+  `v_row` are means over the column axes, `v_col` over the row axes; `v` are the second
+  moments where they are not factored; `m` is the momentum.
   """
 
   v_row: Float[Array, '...']
@@ -88,12 +231,19 @@ class _ParamState:
   m: Float[Array, '...']
 
 
-def _without(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
-  return tuple(size for axis, size in enumerate(shape) if axis not in axes)
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+  return flax.traverse_util.flatten_dict(tree, sep='/')
+
+
+def _nest(flat: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
+  tree = flax.traverse_util.unflatten_dict(dict(flat), sep='/')
+  return flax.core.freeze(tree) if isinstance(like, flax.core.FrozenDict) else tree
 
 
 class Adafactor(OptimizerDef):
-  """The optimizer definition: one state entry a parameter. Sections are the paper's.
+  """The optimizer definition, with one state entry per parameter.
+
+  Sections are the paper's.
 
   Args:
     learning_rate: step size, relative to a parameter's own scale; the trainer's
@@ -106,13 +256,13 @@ class Adafactor(OptimizerDef):
     step_offset: the step that counts as 0 for that decay.
     clipping_threshold: largest root mean square of an update, before it is scaled
       (section 6); None for no limit.
-    weight_decay_rate: share of a parameter that is lost a step.
+    weight_decay_rate: share of a parameter that is lost per step.
     min_dim_size_to_factor: a matrix is factored if both its axes are as long.
     epsilon1: added to squared gradients.
-    epsilon2: least scale of a parameter.
-    dtype_momentum: in which momentum is kept.
+    epsilon2: smallest scale of a parameter.
+    dtype_momentum: the momentum's dtype.
     factor_map: rules by path.
-    logical_factor_rules: what an axis is, by name (see `FactorDim`, or the names of
+    logical_factor_rules: the role of an axis, by name (see `FactorDim`, or the names of
       `factor_name_to_factordim`). Once `set_param_axes` is called they replace
       `factor_map`.
     weight_decay_rate_lr_exponent: if given, the weight decay is (weight_decay_rate or
@@ -123,7 +273,7 @@ class Adafactor(OptimizerDef):
     skip_nan_updates: whether entries that would become NaN keep their value.
 
   Raises:
-    ValueError: rules for factoring without factoring, or no `HParamMap`.
+    ValueError: rules for factoring without factoring, or not an `HParamMap`.
   """
 
   def __init__(
@@ -178,7 +328,7 @@ class Adafactor(OptimizerDef):
     )
     self.dtype_momentum = jnp.dtype(dtype_momentum)
 
-  # Two definitions that say the same are equal, so that states made with either (one
+  # Definitions with equal settings are equal, so that states made with either (one
   # traced for its shapes, one real) are trees of one structure.
   def __eq__(self, other: Any) -> bool:
     return (
@@ -189,22 +339,14 @@ class Adafactor(OptimizerDef):
 
   def __hash__(self) -> int:
     hyper = self.hyper_params
-    return hash(
-      (
-        type(self).__name__,
-        str(self.dtype_momentum),
-        hyper.beta1,
-        hyper.decay_rate,
-        hyper.factored,
-      )
-    )
+    return hash((str(self.dtype_momentum), hyper.beta1, hyper.decay_rate))
 
-  def _layout_of(self, path: str, shape: Sequence[int]) -> Layout:
+  def _layout_of(self, path: str, shape: Sequence[int]) -> _Layout:
     hyper = self.hyper_params
     rule = None
     if hyper.factored:
       rule = hyper.factor_map[path] if hyper.factor_map else HEURISTIC_RULE
-    return layout_of(rule, shape, path, hyper.min_dim_size_to_factor)
+    return _layout(rule, shape, path, hyper.min_dim_size_to_factor)
 
   def init_param_state(self, param: Float[Array, '...'], path: str) -> _ParamState:
     """Makes the state of one parameter: zeros."""
@@ -213,8 +355,8 @@ class Adafactor(OptimizerDef):
     if factors is None:
       shapes['v'] = shape
     else:
-      rows, columns = factors
-      shapes.update(v_row=_without(shape, columns), v_col=_without(shape, rows))
+      for name, averaged in zip(('v_col', 'v_row'), factors):
+        shapes[name] = tuple(s for axis, s in enumerate(shape) if axis not in averaged)
     moments = {name: jnp.zeros(s, jnp.float32) for name, s in shapes.items()}
     if self.hyper_params.beta1 is not None:
       moments['m'] = jnp.zeros(shape, self.dtype_momentum)
@@ -222,8 +364,7 @@ class Adafactor(OptimizerDef):
 
   def init_state(self, params: Params) -> OptimizerState:
     """Makes the state of all parameters."""
-    flat = state_utils.flatten_dict_string_keys(params)
-    states = {path: self.init_param_state(p, path) for path, p in flat.items()}
+    states = {p: self.init_param_state(x, p) for p, x in _flatten(params).items()}
     return OptimizerState(
       step=jnp.zeros((), jnp.int32), param_states=_nest(states, params)
     )
@@ -268,11 +409,23 @@ class Adafactor(OptimizerDef):
       size = _root_mean_square(direction, layout.averaged)
       direction = direction / jnp.maximum(1.0, size / hyper.clipping_threshold)
 
-    scaled = hyper.learning_rate * self._scale(hyper, param, layout, path) * direction
+    relative = hyper.multiply_by_parameter_scale
+    if isinstance(relative, HParamMap):
+      relative = relative[path]
+    scale = 1.0
+    if relative:
+      scale = _root_mean_square(param, layout.averaged)
+      scale = jnp.clip(scale, hyper.epsilon2, hyper.max_parameter_scale)
+    scaled = hyper.learning_rate * scale * direction
     if hyper.beta1 is not None:
       scaled = hyper.beta1 * state.m + (1.0 - hyper.beta1) * scaled
       moments = moments.replace(m=scaled.astype(self.dtype_momentum))
-    updated = (_share_kept(hyper) * param - scaled).astype(param.dtype)
+
+    decay = hyper.weight_decay_rate
+    if hyper.weight_decay_rate_lr_exponent:
+      decay = (decay or 1.0) * hyper.learning_rate**hyper.weight_decay_rate_lr_exponent
+    share_kept = 1.0 if decay is None else 1.0 - decay
+    updated = (share_kept * param - scaled).astype(param.dtype)
 
     if hyper.skip_nan_updates:
       updated, moments = jax.tree.map(
@@ -282,18 +435,6 @@ class Adafactor(OptimizerDef):
       )
     return updated, moments
 
-  def _scale(
-    self, hyper: _HyperParams, param: Float[Array, '*d'], layout: Layout, path: str
-  ) -> Float[Array, '...'] | float:
-    """The parameter's own scale, by which the learning rate is multiplied."""
-    relative = hyper.multiply_by_parameter_scale
-    if isinstance(relative, HParamMap):
-      relative = relative[path]
-    if not relative:
-      return 1.0
-    scale = _root_mean_square(param, layout.averaged)
-    return jnp.clip(scale, hyper.epsilon2, hyper.max_parameter_scale)
-
   def apply_gradient(
     self,
     hyper_params: _HyperParams,
@@ -302,13 +443,13 @@ class Adafactor(OptimizerDef):
     grads: Params,
   ) -> tuple[Params, OptimizerState]:
     """Updates all parameters."""
-    flatten = state_utils.flatten_dict_string_keys
-    flat_params, flat_grads = flatten(params), flatten(grads)
-    flat_states = flatten(state.param_states)
+    flat_grads, flat_states = _flatten(grads), _flatten(state.param_states)
     if hyper_params.global_norm_clip_threshold:
-      flat_grads = _clip_together(flat_grads, hyper_params.global_norm_clip_threshold)
+      norm = optax.tree.norm([grad.astype(jnp.float32) for grad in flat_grads.values()])
+      shrink = jnp.minimum(1.0, hyper_params.global_norm_clip_threshold / norm)
+      flat_grads = {path: grad * shrink for path, grad in flat_grads.items()}
     new_params, new_states = {}, {}
-    for path, param in flat_params.items():
+    for path, param in _flatten(params).items():
       new_params[path], new_states[path] = self.apply_param_gradient(
         state.step, hyper_params, param, flat_states[path], flat_grads[path], path
       )
@@ -317,7 +458,7 @@ class Adafactor(OptimizerDef):
     )
 
   def set_param_axes(self, param_logical_axes: PyTree) -> None:
-    """Makes a rule for each parameter of the names of its axes.
+    """Derives a rule for each parameter from the names of its axes.
 
     A parameter without a row or without a column axis is not factored; its batch axes
     stay.
@@ -331,8 +472,8 @@ class Adafactor(OptimizerDef):
     rules = self.hyper_params.logical_factor_rules
     if rules is None:
       return
-    flat = state_utils.flatten_dict_string_keys(param_logical_axes)
-    factor_map = {path: rule_of_axes(path, axes, rules) for path, axes in flat.items()}
+    flat = _flatten(param_logical_axes)
+    factor_map = {path: _rule_of_axes(path, axes, rules) for path, axes in flat.items()}
     self.hyper_params = self.hyper_params.replace(factor_map=factor_map)
 
   def derive_logical_axes(
@@ -349,8 +490,7 @@ class Adafactor(OptimizerDef):
       factored moments are small, and so replicated.
     """
     axes = match_axes(optimizer_state.target, param_logical_axes)
-    flat_axes = state_utils.flatten_dict_string_keys(axes)
-    states = state_utils.flatten_dict_string_keys(optimizer_state.state.param_states)
+    flat_axes = _flatten(axes)
     derived = {
       path: _ParamState(
         v_row=None,
@@ -358,7 +498,7 @@ class Adafactor(OptimizerDef):
         v=flat_axes[path] if entry.v.shape != (1,) else None,
         m=flat_axes[path] if self.hyper_params.beta1 is not None else None,
       )
-      for path, entry in states.items()
+      for path, entry in _flatten(optimizer_state.state.param_states).items()
     }
     return optimizer_state.replace(
       target=axes,
@@ -368,33 +508,20 @@ class Adafactor(OptimizerDef):
     )
 
 
-def _nest(flat: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
-  tree = flax.traverse_util.unflatten_dict(dict(flat), sep='/')
-  return flax.core.freeze(tree) if isinstance(like, flax.core.FrozenDict) else tree
-
-
 def _root_mean_square(
   x: Float[Array, '*d'], axes: tuple[int, ...]
 ) -> Float[Array, '...']:
   return jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
 
 
-def _share_kept(hyper: _HyperParams) -> Float[Array, ''] | float:
-  """1 minus the weight decay."""
-  lost = hyper.weight_decay_rate
-  if hyper.weight_decay_rate_lr_exponent:
-    lost = (lost or 1.0) * hyper.learning_rate**hyper.weight_decay_rate_lr_exponent
-  return 1.0 if lost is None else 1.0 - lost
-
-
 def _normalize(
   grad: Float[Array, '*d'],
   state: _ParamState,
-  layout: Layout,
+  layout: _Layout,
   kept: Float[Array, ''],
   epsilon: float,
 ) -> tuple[Float[Array, '*d'], _ParamState]:
-  """Divides a gradient by the root of its second moments, after updating those."""
+  """Updates the second moments and divides a gradient by their root."""
   squared = grad * grad + epsilon
 
   def blend(old, new):
@@ -414,12 +541,3 @@ def _normalize(
   relative = over_rows / jnp.mean(over_rows, axis=rows, keepdims=True)
   direction = grad * relative**-0.5 * over_columns**-0.5
   return direction, state.replace(v_row=v_row, v_col=v_col)
-
-
-def _clip_together(
-  grads: Mapping[str, Float[Array, '...']], threshold: float
-) -> dict[str, Float[Array, '...']]:
-  squares = (jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values())
-  norm = jnp.sqrt(sum(squares))
-  shrink = jnp.minimum(1.0, threshold / norm)
-  return {path: g * shrink for path, g in grads.items()}

@@ -1,10 +1,10 @@
-"""Optimizers as T5X sees them: a definition, a state, and the parameters together.
+"""Optimizers in T5X's form, and learning rate schedules.
 
 An `OptimizerDef` is stateless; `Optimizer` carries it with its state and its target
-(the parameters) as one pytree. Any optax transformation becomes a definition through
-`OptaxWrapper`; the usual ones are here by name, with optax's own parameters. Names and
-the layout of state dicts (`state/step`, `state/param_states`, `target`) are T5X's, so
-that checkpoints go both ways.
+(the parameters) as one pytree. `OptaxWrapper` makes a definition of any optax
+transformation; the usual ones are here by name, with optax's own parameters. The layout
+of state dicts (`state/step`, `state/param_states`, `target`) is T5X's, so that
+checkpoints go both ways.
 """
 
 import functools
@@ -13,41 +13,134 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.core
+import flax.serialization
 import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from t5x.optimizer_base import Optimizer, OptimizerDef, OptimizerState, Params
+from t5x import gin_utils
 
-Dtype = Any
+Params = PyTree[Float[Array, '...']]
+LearningRateCallable = Callable[[Int[Array, ''] | int], Float[Array, '']]
+
+
+@flax.struct.dataclass
+class OptimizerState:
+  """The number of updates applied, and what the algorithm keeps for the parameters."""
+
+  step: Int[Array, '']
+  param_states: Any
+
+
+class OptimizerDef:
+  """An update rule with its hyperparameters.
+
+  `hyper_params` is a struct with `replace`, or (MultiOptimizer) a list of such.
+  """
+
+  def __init__(self, hyper_params: Any):
+    self.hyper_params = hyper_params
+
+  def init_state(self, params: Params) -> OptimizerState:
+    """Makes the state before the first update."""
+    raise NotImplementedError(f'{type(self).__name__} does not define init_state.')
+
+  def apply_gradient(
+    self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
+  ) -> tuple[Params, OptimizerState]:
+    """Makes one update; returns the new parameters and the new state."""
+    raise NotImplementedError(f'{type(self).__name__} does not define apply_gradient.')
+
+  def update_hyper_params(self, **hyper_param_overrides: Any) -> Any:
+    """Returns the hyperparameters of one update.
+
+    An override `hyper_params` replaces the whole set before the others apply.
+    """
+    base = hyper_param_overrides.pop('hyper_params', self.hyper_params)
+    return base.replace(**hyper_param_overrides) if hyper_param_overrides else base
+
+  def create(self, target: Params) -> 'Optimizer':
+    """Joins this definition, a fresh state and the parameters."""
+    return Optimizer(optimizer_def=self, state=self.init_state(target), target=target)
+
+  def state_dict(self, target: Params, state: OptimizerState) -> dict[str, Any]:
+    """Nests target and state under string keys, for a checkpoint."""
+    # A state without fields (`optax.EmptyState`, a masked node) is an empty dict, which
+    # a checkpoint of arrays cannot hold: flattening leaves it out.
+    flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state))
+    return {
+      'target': flax.serialization.to_state_dict(target),
+      'state': flax.traverse_util.unflatten_dict(flat),
+    }
+
+  def restore_state(
+    self, opt_target: Params, opt_state: OptimizerState, state_dict: Mapping[str, Any]
+  ) -> tuple[Params, OptimizerState]:
+    """Puts the values of a state dict into the structure of a target and a state.
+
+    Raises:
+      ValueError: an entry is missing or unknown.
+    """
+    wanted = flax.traverse_util.flatten_dict(
+      flax.serialization.to_state_dict(opt_state), keep_empty_nodes=True
+    )
+    saved = flax.traverse_util.flatten_dict(state_dict['state'])
+    empty = {k: v for k, v in wanted.items() if v is flax.traverse_util.empty_node}
+    missing = wanted.keys() - empty.keys() - saved.keys()
+    unknown = saved.keys() - wanted.keys()
+    if missing or unknown:
+
+      def listing(paths):
+        return ', '.join(sorted(map('/'.join, paths))) or 'nothing'
+
+      raise ValueError(
+        'The saved state does not fit this optimizer; was it written by another one? '
+        f'Missing: {listing(missing)}. Unknown: {listing(unknown)}.'
+      )
+    complete = flax.traverse_util.unflatten_dict(empty | saved)
+    restore = flax.serialization.from_state_dict
+    return (
+      restore(opt_target, state_dict['target'], name='target'),
+      restore(opt_state, complete, name='state'),
+    )
+
+
+class Optimizer(flax.struct.PyTreeNode):
+  """A definition with its state and the parameters (`target`) that it updates."""
+
+  optimizer_def: OptimizerDef = flax.struct.field(pytree_node=False)
+  state: Any = flax.struct.field(pytree_node=True)
+  target: Any = flax.struct.field(pytree_node=True)
+
+  def apply_gradient(self, grads: Params, **hyper_param_overrides: Any) -> 'Optimizer':
+    """Returns the optimizer after one update.
+
+    Args:
+      grads: gradients, in the structure of the target.
+      **hyper_param_overrides: as for `OptimizerDef.update_hyper_params`.
+    """
+    rule = self.optimizer_def
+    hyper_params = rule.update_hyper_params(**hyper_param_overrides)
+    target, state = rule.apply_gradient(hyper_params, self.target, self.state, grads)
+    return self.replace(target=target, state=state)
+
+  def state_dict(self) -> dict[str, Any]:
+    """Returns the state dict of the definition for this target and state."""
+    return self.optimizer_def.state_dict(self.target, self.state)
+
+  def restore_state(self, state: Mapping[str, Any]) -> 'Optimizer':
+    """Returns the optimizer with the values of a state dict."""
+    target, restored = self.optimizer_def.restore_state(self.target, self.state, state)
+    return self.replace(target=target, state=restored)
+
+
 OptimizerType = Optimizer
 OptimizerStateType = OptimizerState | Mapping[str, Any]
 OptimizerDefType = OptimizerDef
-
-
-# ---- Logical axes of an optimizer's state ----
-
-
-def _by_path(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None):
-  """Maps paths, as tuples of strings, to leaves.
-
-  Strings, because a dict and a FrozenDict, or an attribute and a key of one name, are
-  the same place for our purposes.
-  """
-  pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-  return {_path_names(path): leaf for path, leaf in pairs}
-
-
-def _path_names(path: Sequence[Any]) -> tuple[str, ...]:
-  return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _is_partition_spec(x: Any) -> bool:
-  return isinstance(x, jax.sharding.PartitionSpec)
 
 
 def match_axes(params: PyTree, params_axes: PyTree) -> PyTree:
@@ -56,103 +149,37 @@ def match_axes(params: PyTree, params_axes: PyTree) -> PyTree:
   Raises:
     ValueError: a parameter has no axes.
   """
-  axes = _by_path(params_axes, _is_partition_spec)
-
-  def of(path, _):
-    names = _path_names(path)
-    if names not in axes:
-      raise ValueError(
-        f'The model names no logical axes for the parameter {"/".join(names)!r}. '
-        'Declare it with flax.linen.partitioning.param_with_axes.'
-      )
-    return axes[names]
-
-  return jax.tree_util.tree_map_with_path(of, params)
-
-
-def _state_axes(
-  optax_state: Any, params_axes: PyTree, shapes: Mapping[tuple[str, ...], Any]
-) -> Any:
-  """See `OptaxStatePartitionRules`; `shapes` are the parameters', where known."""
-  axes = _by_path(params_axes, _is_partition_spec)
-  longest = max(map(len, axes), default=0)
-
-  def of(path, leaf):
-    names = _path_names(path)
-    # The longest ending first: 'a' must not claim what belongs to 'b/a'.
-    for start in range(max(0, len(names) - longest), len(names)):
-      spec = axes.get(names[start:])
-      if spec is not None:
-        # A statistic of another shape (a factored row, a placeholder) is not the
-        # parameter's like, even where the number of axes agrees.
-        alike = shapes.get(names[start:], jnp.shape(leaf)) == jnp.shape(leaf)
-        return spec if alike and len(spec) == jnp.ndim(leaf) else None
-    return None
-
-  return jax.tree_util.tree_map_with_path(of, optax_state)
-
-
-class OptaxStatePartitionRules:
-  """Finds the logical axes of an optax state.
-
-  No table of state types: an optimizer keeps a parameter's statistics in a copy of the
-  parameters' tree, so the path of such a leaf ends with the parameter's own path, under
-  whatever `chain`, `masked`, `multi_transform`, `inject_hyperparams` ... lie above. A
-  leaf that ends so, and has the parameter's shape, is partitioned like it; all else
-  (counts, random keys, factored statistics) is replicated.
-  """
-
-  @classmethod
-  def derive_optax_logical_axes(cls, optax_state: Any, params_axes: PyTree) -> Any:
-    """Replaces the leaves of an optax state by logical axes.
-
-    Args:
-      optax_state: the state, of arrays or of anything with a shape.
-      params_axes: a PartitionSpec of axis names for each parameter.
-
-    Returns:
-      The same structure, each leaf a PartitionSpec, or None where it is replicated.
-    """
-    return _state_axes(optax_state, params_axes, shapes={})
-
-  @classmethod
-  def derive_params_axes(cls, optax_params: PyTree, params_axes: PyTree) -> PyTree:
-    """The axes of a copy of the parameters' tree, which optax may have masked."""
-    return cls.derive_optax_logical_axes(optax_params, params_axes)
+  return flax.serialization.from_state_dict(params, params_axes, name='params_axes')
 
 
 # ---- Optax ----
 
 
 @flax.struct.dataclass
-class _Scheduled:
-  """What the trainer may set on an optax optimizer, and optax does not look at.
+class _NoHyperParams:
+  """Takes the learning rate that the trainer sets, which does not reach optax.
 
   The learning rate of an optax optimizer is its own `learning_rate`, a number or a
-  schedule; the trainer's `learning_rate_fn` is for the log.
+  schedule.
   """
 
   learning_rate: float | None = None
 
 
 class OptaxWrapper(OptimizerDef):
-  """An optax transformation as an optimizer definition.
-
-  Attributes:
-    optax_optimizer: the transformation.
-  """
+  """An optax transformation as an optimizer definition."""
 
   def __init__(self, optax_optimizer: optax.GradientTransformation):
-    if not (hasattr(optax_optimizer, 'init') and hasattr(optax_optimizer, 'update')):
+    if not hasattr(optax_optimizer, 'update'):
       raise ValueError(
         'OptaxWrapper takes an optax.GradientTransformation. Got: '
         f'{optax_optimizer!r}. In gin, call the constructor: @optax.adam().'
       )
-    super().__init__(hyper_params=_Scheduled())
+    super().__init__(hyper_params=_NoHyperParams())
     self.optax_optimizer = optax_optimizer
 
   def init_state(self, params: Params) -> OptimizerState:
-    """Makes the state: a step of 0 and the transformation's own."""
+    """See `OptimizerDef`."""
     return OptimizerState(
       step=jnp.zeros((), jnp.int32), param_states=self.optax_optimizer.init(params)
     )
@@ -160,8 +187,7 @@ class OptaxWrapper(OptimizerDef):
   def apply_gradient(
     self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
   ) -> tuple[Params, OptimizerState]:
-    """Makes one update; `hyper_params` does not reach optax."""
-    del hyper_params
+    """See `OptimizerDef`; `hyper_params` does not reach optax."""
     updates, inner = self.optax_optimizer.update(grads, state.param_states, params)
     advanced = OptimizerState(step=state.step + 1, param_states=inner)
     return optax.apply_updates(params, updates), advanced
@@ -171,6 +197,9 @@ class OptaxWrapper(OptimizerDef):
   ) -> Optimizer:
     """Replaces arrays by logical axes.
 
+    Statistics of a parameter's shape are sharded as it is. Everything else (counts,
+    random keys, factored statistics) is replicated.
+
     Args:
       optimizer: an optimizer of this definition.
       param_logical_axes: a PartitionSpec of axis names for each parameter.
@@ -179,8 +208,24 @@ class OptaxWrapper(OptimizerDef):
       The same structure, each leaf a PartitionSpec, or None where it is replicated.
     """
     axes = match_axes(optimizer.target, param_logical_axes)
-    shapes = {path: jnp.shape(p) for path, p in _by_path(optimizer.target).items()}
-    inner = _state_axes(optimizer.state.param_states, axes, shapes)
+
+    def is_masked(x):
+      return isinstance(x, optax.MaskedNode)
+
+    def derive(leaf, param, spec):
+      if is_masked(leaf):
+        return leaf
+      return spec if leaf.shape == param.shape else None
+
+    inner = optax.tree_map_params(
+      self.optax_optimizer,
+      derive,
+      optimizer.state.param_states,
+      optimizer.target,
+      axes,
+      transform_non_params=lambda _: None,
+      is_leaf=is_masked,
+    )
     state = optimizer.state.replace(step=None, param_states=inner)
     return optimizer.replace(state=state, target=axes)
 
@@ -188,19 +233,13 @@ class OptaxWrapper(OptimizerDef):
 def wrap_optax_optimizer(
   optax_optimizer: Callable[..., optax.GradientTransformation],
 ) -> Callable[..., OptimizerDef]:
-  """Makes of an optax constructor one that returns an optimizer definition.
-
-  Args:
-    optax_optimizer: a function that returns a transformation.
-
-  Returns:
-    A function with the same signature (gin checks parameter names against it).
-  """
+  """Wraps an optax constructor to return an OptimizerDef, with the same signature."""
 
   @functools.wraps(optax_optimizer)
   def construct(*args, **kwargs) -> OptimizerDef:
     return OptaxWrapper(optax_optimizer(*args, **kwargs))
 
+  # Gin checks parameter names against it.
   construct.__signature__ = inspect.signature(optax_optimizer)
   construct.__module__ = __name__
   return construct
@@ -209,29 +248,31 @@ def wrap_optax_optimizer(
 def _chain(
   transformations: Sequence[optax.GradientTransformation],
 ) -> optax.GradientTransformation:
-  for transformation in transformations:
-    if isinstance(transformation, OptimizerDef):
-      raise ValueError(
-        'optimizers.chain takes optax transformations, not wrapped optimizers. Put '
-        'optax.adamw (not optimizers.adamw) and the like into `transformations`.'
-      )
+  if any(isinstance(t, OptimizerDef) for t in transformations):
+    raise ValueError(
+      'optimizers.chain takes optax transformations, not wrapped optimizers. Put '
+      'optax.adamw (not optimizers.adamw) and the like into `transformations`.'
+    )
   return optax.chain(*transformations)
 
 
 _chain.__name__ = _chain.__qualname__ = 'chain'
 chain = wrap_optax_optimizer(_chain)
 
-# By family: what an update is divided by, or that it is a sign, or scaled by layer.
-adam, adamw, adabelief, radam, yogi = map(
-  wrap_optax_optimizer,
-  (optax.adam, optax.adamw, optax.adabelief, optax.radam, optax.yogi),
-)
-adagrad, rmsprop = map(wrap_optax_optimizer, (optax.adagrad, optax.rmsprop))
-sgd, noisy_sgd, dpsgd = map(
-  wrap_optax_optimizer, (optax.sgd, optax.noisy_sgd, optax.contrib.dpsgd)
-)
+adabelief = wrap_optax_optimizer(optax.adabelief)
+adagrad = wrap_optax_optimizer(optax.adagrad)
+adam = wrap_optax_optimizer(optax.adam)
+adamw = wrap_optax_optimizer(optax.adamw)
+dpsgd = wrap_optax_optimizer(optax.contrib.dpsgd)
+fromage = wrap_optax_optimizer(optax.fromage)
+lamb = wrap_optax_optimizer(optax.lamb)
+lars = wrap_optax_optimizer(optax.lars)
 lion = wrap_optax_optimizer(optax.lion)
-lamb, lars, fromage = map(wrap_optax_optimizer, (optax.lamb, optax.lars, optax.fromage))
+noisy_sgd = wrap_optax_optimizer(optax.noisy_sgd)
+radam = wrap_optax_optimizer(optax.radam)
+rmsprop = wrap_optax_optimizer(optax.rmsprop)
+sgd = wrap_optax_optimizer(optax.sgd)
+yogi = wrap_optax_optimizer(optax.yogi)
 
 
 # ---- Several optimizers ----
@@ -248,21 +289,23 @@ def _unflatten(flat: Mapping[_Path, Any], like: Mapping[str, Any]) -> Any:
   return flax.core.freeze(tree) if isinstance(like, flax.core.FrozenDict) else tree
 
 
-def _pick(flat: Mapping[_Path, Any], paths: Iterable[_Path]) -> dict[str, Any]:
-  return flax.traverse_util.unflatten_dict({path: flat[path] for path in paths})
+def _pick(tree: Mapping[str, Any], paths: Iterable[_Path]) -> dict[str, Any]:
+  """Returns the entries of these paths, nested."""
+  return flax.traverse_util.unflatten_dict(
+    # Not flattened: an entry may be a subtree of any kind.
+    {path: functools.reduce(lambda t, k: t[k], path, tree) for path in paths}
+  )
 
 
 class MultiOptimizer(OptimizerDef):
-  """Different optimizers for different parameters; parameters of none stay as they are.
+  """Different optimizers for different parameters; unselected parameters stay fixed.
 
-  The states of optimizers that keep one entry a parameter (Adafactor) share one tree in
-  the shape of the parameters, None where no optimizer applies: T5X's layout. If any
-  keeps something else (those of optax), the states stand side by side, as a tuple.
+  Parameters are selected by `flax.traverse_util.ModelParamTraversal(lambda path, value:
+  ...)`, where a path looks like '/encoder/layers_0/mlp/wi/kernel'.
 
-  Attributes:
-    traversals: which parameters; `flax.traverse_util.ModelParamTraversal(lambda path,
-      value: ...)`, where a path looks like '/encoder/layers_0/mlp/wi/kernel'.
-    sub_optimizers: the optimizer of each traversal's parameters.
+  The states of optimizers that keep one entry per parameter (Adafactor) share one tree
+  in the shape of the parameters, None where no optimizer applies: T5X's layout. If any
+  keeps something else (those of optax), the states form a tuple.
   """
 
   def __init__(
@@ -271,20 +314,19 @@ class MultiOptimizer(OptimizerDef):
       tuple[flax.traverse_util.Traversal, OptimizerDef]
     ],
   ):
-    self.traversals = tuple(traversal for traversal, _ in traversals_and_optimizers)
-    self.sub_optimizers = tuple(rule for _, rule in traversals_and_optimizers)
+    self.traversals, self.sub_optimizers = zip(*traversals_and_optimizers)
     super().__init__(hyper_params=[rule.hyper_params for rule in self.sub_optimizers])
 
   def _selections(self, params: Mapping[str, Any]) -> list[list[_Path]]:
-    """The paths of each optimizer's parameters; ValueError where two take the same."""
+    """Returns the paths of each optimizer's parameters."""
     chosen, owners = object(), {}
     selections = []
-    for traversal in self.traversals:
-      # `update` shows the traversal the real values and leaves their places marked.
+    for i, traversal in enumerate(self.traversals):
+      # `update` shows the traversal the real values and marks those that it selects.
       marked = _flatten(traversal.update(lambda _: chosen, params))
       selections.append([path for path, leaf in marked.items() if leaf is chosen])
       for path in selections[-1]:
-        owners.setdefault('/'.join(path), []).append(len(selections) - 1)
+        owners.setdefault('/'.join(path), []).append(i)
     contested = {name: by for name, by in owners.items() if len(by) > 1}
     if contested:
       raise ValueError(
@@ -294,38 +336,32 @@ class MultiOptimizer(OptimizerDef):
     return selections
 
   def _join(self, states: Sequence[Any], selections: Any, params: Any) -> Any:
-    """Lays the optimizers' states out as the class describes."""
+    """Arranges the optimizers' states as the class describes."""
     flat_states = [
       _flatten(state) if isinstance(state, Mapping) else {} for state in states
     ]
-    a_parameter_each = all(
-      set(flat) == set(paths)
-      for flat, paths in zip(flat_states, selections, strict=True)
-    )
-    if not a_parameter_each:
+    if any(set(f) != set(p) for f, p in zip(flat_states, selections, strict=True)):
       return tuple(states)
     shared = dict.fromkeys(_flatten(params))
     for flat in flat_states:
       shared.update(flat)
     return _unflatten(shared, params)
 
-  def _split(self, states: Any, selections: list[list[_Path]]) -> list[Any]:
+  def _split(self, states: Any, selections: list[list[_Path]]) -> Sequence[Any]:
     """Undoes `_join`."""
     if isinstance(states, tuple):
-      return list(states)
-    # Not flattened: what a parameter's entry is made of is its optimizer's business.
-    return [
-      flax.traverse_util.unflatten_dict(
-        {path: functools.reduce(lambda t, k: t[k], path, states) for path in paths}
-      )
-      for paths in selections
-    ]
+      return states
+    return [_pick(states, paths) for paths in selections]
 
   def init_state(self, params: Params) -> OptimizerState:
-    """Makes the state of every optimizer; ValueError where two take one parameter."""
-    selections, flat = self._selections(params), _flatten(params)
+    """See `OptimizerDef`.
+
+    Raises:
+      ValueError: two optimizers select one parameter.
+    """
+    selections = self._selections(params)
     states = [
-      rule.init_state(_pick(flat, paths)).param_states
+      rule.init_state(_pick(params, paths)).param_states
       for rule, paths in zip(self.sub_optimizers, selections, strict=True)
     ]
     return OptimizerState(
@@ -342,20 +378,16 @@ class MultiOptimizer(OptimizerDef):
   ) -> tuple[Params, OptimizerState]:
     """Makes one update with every optimizer, each with its own hyperparameters."""
     selections = self._selections(params)
-    flat_params, flat_grads = _flatten(params), _flatten(grads)
-    updated, new_states = dict(flat_params), []
+    inner_states = self._split(state.param_states, selections)
+    updated, new_states = _flatten(params), []
     for rule, hyper, paths, inner in zip(
-      self.sub_optimizers,
-      hyper_params,
-      selections,
-      self._split(state.param_states, selections),
-      strict=True,
+      self.sub_optimizers, hyper_params, selections, inner_states, strict=True
     ):
       new_params, new_state = rule.apply_gradient(
         hyper,
-        _pick(flat_params, paths),
+        _pick(params, paths),
         state.replace(param_states=inner),
-        _pick(flat_grads, paths),
+        _pick(grads, paths),
       )
       updated.update(_flatten(new_params))
       new_states.append(new_state.param_states)
@@ -365,47 +397,131 @@ class MultiOptimizer(OptimizerDef):
     )
 
   def update_hyper_params(self, **hyper_param_overrides: Any) -> list[Any]:
-    """As the base class, each override for all optimizers.
-
-    Args:
-      **hyper_param_overrides: values by name. `hyper_params`, if among them, is a list
-        that replaces the optimizers' own first.
-    """
+    """Applies each override to all optimizers; `hyper_params` is a list here."""
     base = hyper_param_overrides.pop('hyper_params', self.hyper_params)
     return [hyper.replace(**hyper_param_overrides) for hyper in base]
 
   def set_param_axes(self, param_logical_axes: Mapping[str, Any]) -> None:
-    """Tells the axis names to those optimizers that work by them."""
-    flat = _flatten(param_logical_axes)
+    """Passes the axis names to those optimizers that work by them."""
     selections = self._selections(param_logical_axes)
     for rule, paths in zip(self.sub_optimizers, selections, strict=True):
       if hasattr(rule, 'set_param_axes'):
-        rule.set_param_axes(_pick(flat, paths))
+        rule.set_param_axes(_pick(param_logical_axes, paths))
 
   def derive_logical_axes(
     self, optimizer: Optimizer, param_logical_axes: PyTree
   ) -> Optimizer:
-    """As `OptaxWrapper` does; the state of a rule that cannot is replicated."""
+    """See `OptaxWrapper`; states of optimizers without this method are replicated."""
     axes = match_axes(optimizer.target, param_logical_axes)
     selections = self._selections(optimizer.target)
-    flat_params, flat_axes = _flatten(optimizer.target), _flatten(axes)
+    inner_states = self._split(optimizer.state.param_states, selections)
     derived = []
     for rule, paths, inner in zip(
-      self.sub_optimizers,
-      selections,
-      self._split(optimizer.state.param_states, selections),
-      strict=True,
+      self.sub_optimizers, selections, inner_states, strict=True
     ):
       if hasattr(rule, 'derive_logical_axes'):
         part = Optimizer(
           optimizer_def=rule,
           state=optimizer.state.replace(param_states=inner),
-          target=_pick(flat_params, paths),
+          target=_pick(optimizer.target, paths),
         )
-        part = rule.derive_logical_axes(part, _pick(flat_axes, paths))
+        part = rule.derive_logical_axes(part, _pick(axes, paths))
         derived.append(part.state.param_states)
       else:
         derived.append(jax.tree.map(lambda _: None, inner))
     joined = self._join(derived, selections, optimizer.target)
     state = optimizer.state.replace(step=None, param_states=joined)
     return optimizer.replace(state=state, target=axes)
+
+
+# ---- Learning rate schedules ----
+
+
+def create_learning_rate_scheduler(
+  factors: str = 'constant * linear_warmup * rsqrt_decay',
+  base_learning_rate: float = 0.5,
+  warmup_steps: int = 1000,
+  decay_factor: float = 0.5,
+  steps_per_decay: int = 20000,
+  steps_per_cycle: int = 100000,
+  step_offset: int = 0,
+  min_learning_rate: float = 1e-8,
+) -> LearningRateCallable:
+  """Makes a schedule that is a product of factors, reached as a name of `utils`.
+
+  With s = max(0, step - step_offset), w = warmup_steps, and the other parameters by
+  name, the factors are
+
+  - constant: base_learning_rate
+  - linear_warmup: min(1, s / w)
+  - linear_decay: base_learning_rate * min(s / w, 1 + decay_factor * (w - s)), which
+    holds the constant and the warm-up already; decay_factor is the share of the peak
+    lost per step
+  - rsqrt_decay: 1 / sqrt(max(s, w))
+  - rsqrt_normalized_decay: sqrt(w / max(s, w)), 1 until w
+  - decay_every: decay_factor ** floor(s / steps_per_decay)
+  - cosine_decay: 1 until w, then (1 + cos(pi * ((s - w) / steps_per_cycle mod 1))) / 2
+
+  Args:
+    factors: names of factors, joined by '*'.
+    base_learning_rate: see above.
+    warmup_steps: see above, in steps.
+    decay_factor: see above.
+    steps_per_decay: see above, in steps.
+    steps_per_cycle: see above, in steps.
+    step_offset: the step at which the schedule starts.
+    min_learning_rate: the lowest value returned, whatever the factors give.
+
+  Returns:
+    A function from the step to a float32 scalar.
+
+  Raises:
+    ValueError: an unknown factor, or one that divides by 0 steps.
+  """
+
+  def cosine(step):
+    cycles = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle)
+    return jnp.maximum(0.0, 0.5 + 0.5 * jnp.cos(jnp.pi * (cycles % 1.0)))
+
+  def linear_decay(step):
+    fall = 1 + decay_factor * (warmup_steps - step)
+    return base_learning_rate * jnp.minimum(step / warmup_steps, fall)
+
+  known = {
+    'constant': lambda step: base_learning_rate,
+    'linear_warmup': lambda step: jnp.minimum(1.0, step / warmup_steps),
+    'linear_decay': linear_decay,
+    'rsqrt_decay': lambda step: 1 / jnp.sqrt(jnp.maximum(step, warmup_steps)),
+    'rsqrt_normalized_decay': lambda step: jnp.sqrt(
+      warmup_steps / jnp.maximum(step, warmup_steps)
+    ),
+    'decay_every': lambda step: decay_factor ** (step // steps_per_decay),
+    'cosine_decay': cosine,
+  }
+  chosen = [name.strip() for name in factors.split('*')]
+  for name in chosen:
+    if name not in known:
+      raise ValueError(
+        f'Unknown factor {name!r} of a learning rate schedule; the factors are '
+        f'{", ".join(known)}.{gin_utils.nearest(name, known)}'
+      )
+    divisors = {
+      'constant': 1,
+      'decay_every': steps_per_decay,
+      'cosine_decay': steps_per_cycle,
+    }
+    if divisors.get(name, warmup_steps) <= 0:
+      raise ValueError(
+        f'The factor {name!r} divides by a number of steps, which must be above 0. '
+        f'Got: warmup_steps={warmup_steps}, steps_per_decay={steps_per_decay}, '
+        f'steps_per_cycle={steps_per_cycle}.'
+      )
+
+  def learning_rate(step: Int[Array, ''] | int) -> Float[Array, '']:
+    since = jnp.maximum(0, step - step_offset)
+    product = jnp.float32(1.0)
+    for name in chosen:
+      product = product * known[name](since)
+    return jnp.asarray(jnp.maximum(product, min_learning_rate), jnp.float32)
+
+  return learning_rate

@@ -41,7 +41,7 @@ from t5x.inference import (
   InferStepWithRngCallable,
   get_infer_fn,
 )
-from t5x.learning_rate import LearningRateCallable, create_learning_rate_scheduler
+from t5x.optimizers import LearningRateCallable, create_learning_rate_scheduler
 from t5x.params_axes import override_params_axes_names
 from t5x.restore import (
   InitFnCallable,
