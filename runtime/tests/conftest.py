@@ -27,8 +27,7 @@ import array_types  # noqa: E402 - found through the path above.
 array_types.install(
   f't5x.{name}'
   for name in (
-    'adafactor', 'base_model', 'beams', 'decoder_only', 'decoding', 'losses', 'metrics',
-    'models', 'optimizers', 'sampling', 'training.train_step',
+    'adafactor', 'beams', 'decoding', 'losses', 'metrics', 'models', 'optimizers',
     'sampling', 'training.train_step',
   )
 )  # fmt: skip

@@ -1,41 +1,31 @@
 """Models: a Flax module with its vocabularies, loss, metrics and decoding.
 
-The trainer, the evaluator and inference know a model by `BaseModel`.
+The trainer, the evaluator and inference use a model through `BaseModel`.
 """
 
+import abc
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import core as flax_core
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PyTree
+from flax.linen import partitioning as flax_partitioning
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
-from t5x import base_model, decoding
-from t5x.base_model import (
-  BaseModel,
-  BaseTransformerModel,
-  Batch,
-  DecodeFnCallable,
-  LossNormalizingFactor,
-  TokensIdsToLogitsCallable,
-  get_input_vocabulary,
-  get_output_vocabulary,
-)
-from t5x.decoder_only import DecoderOnlyModel, remove_prefix
+from t5x import decoding, losses, optimizers
 from t5x.metrics import MetricsMap, compute_base_metrics, count_packed_examples
 
 if TYPE_CHECKING:
   import seqio
 
-  from t5x import optimizers
-
 __all__ = [
+  'Array',
   'BaseModel',
   'BaseTransformerModel',
   'DecodeFnCallable',
@@ -43,6 +33,8 @@ __all__ = [
   'DecoderParams',
   'EncoderDecoderModel',
   'MetricsMap',
+  'PyTree',
+  'PyTreeDef',
   'TokensIdsToLogitsCallable',
   'compute_base_metrics',
   'count_packed_examples',
@@ -51,15 +43,307 @@ __all__ = [
   'remove_prefix',
 ]
 
+PyTreeDef = jax.tree_util.PyTreeDef
+Batch = Mapping[str, jax.Array]
+LossNormalizingFactor = float | int | str | losses.SpecialLossNormalizingFactor
+
+
+class TokensIdsToLogitsCallable(Protocol):
+  """A model as a decoding function calls it."""
+
+  def __call__(
+    self, decoding_state: decoding.DecodingState
+  ) -> tuple[jax.Array, Mapping[str, Any]]:
+    """Returns logits [rows, vocabulary] of the next token and the new cache."""
+    ...
+
+
+class DecodeFnCallable(Protocol):
+  """A decoding function as a model calls it."""
+
+  def __call__(
+    self,
+    *,
+    inputs: jax.Array,
+    cache: Mapping[str, Any],
+    tokens_to_logits: TokensIdsToLogitsCallable,
+    eos_id: int,
+    num_decodes: int,
+    decode_rng: jax.Array | None,
+    cache_offset: int,
+    **kwargs,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes a batch.
+
+    Args:
+      inputs: int32 [batch, length], a forced prompt where not 0.
+      cache: the model's cache.
+      tokens_to_logits: the model, one token per call.
+      eos_id: end token of the target vocabulary.
+      num_decodes: sequences per example.
+      decode_rng: key for decoding functions that draw.
+      cache_offset: axes before the batch axis of the cache.
+      **kwargs: the caller's `decoder_params`.
+
+    Returns:
+      Sequences [batch, num_decodes, length] and log probabilities
+      [batch, num_decodes], sorted so that the best is the last.
+    """
+    ...
+
+
+class _SeqioConverter:
+  """A class attribute that is a feature converter of seqio.
+
+  It imports seqio, and with it TensorFlow, when the attribute is first read.
+  """
+
+  def __init__(self, name: str):
+    self._name = name
+
+  def __get__(self, instance: Any, owner: type) -> type['seqio.FeatureConverter']:
+    import seqio
+
+    return getattr(seqio, self._name)
+
+
+class BaseModel(abc.ABC):
+  """The interface of any model.
+
+  `FEATURE_CONVERTER_CLS` makes model features from task features. `PROGRESS_METRICS`,
+  {name on the screen: metric}, are reported next to loss and accuracy. Additional
+  parameters of these methods in a subclass need defaults.
+  """
+
+  FEATURE_CONVERTER_CLS: Callable[..., 'seqio.FeatureConverter']
+  PROGRESS_METRICS: Mapping[str, str] = {}
+
+  def __init__(self, optimizer_def: optimizers.OptimizerDefType):
+    self.optimizer_def = optimizer_def
+
+  @abc.abstractmethod
+  def loss_fn(
+    self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
+  ) -> tuple[Float[Array, ''], MetricsMap]:
+    """Computes the loss that is differentiated, and metrics; no key, no dropout."""
+
+  def eval_fn(
+    self, params: PyTree, batch: Batch
+  ) -> tuple[Float[Array, ''], MetricsMap]:
+    """Computes loss and metrics without dropout."""
+    return self.loss_fn(params=params, batch=batch, dropout_rng=None)
+
+  def predict_batch(
+    self, params: PyTree, batch: Batch, rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the predictions of `predict_batch_with_aux` alone."""
+    predictions, _ = self.predict_batch_with_aux(params=params, batch=batch, rng=rng)
+    return predictions
+
+  @abc.abstractmethod
+  def predict_batch_with_aux(
+    self, params: PyTree, batch: Batch, rng: jax.Array | None = None
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Returns predictions for a batch and, by name, values that belong to them."""
+
+  @abc.abstractmethod
+  def score_batch(
+    self, params: PyTree, batch: Batch, return_intermediates: bool = False
+  ) -> Any:
+    """Returns a score per example, and intermediates on request."""
+
+  @abc.abstractmethod
+  def get_initial_variables(
+    self,
+    rng: jax.Array,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    input_types: Mapping[str, Any] | None = None,
+  ) -> Mapping[str, Any]:
+    """Initialises all variables of the module for inputs of these shapes."""
+
+
+class BaseTransformerModel(BaseModel):
+  """A module that turns a batch into logits over an output vocabulary.
+
+  Subclasses define `_compute_logits`, which takes `mutable` if intermediates are to be
+  returned, and the remaining abstract methods of `BaseModel`.
+  """
+
+  def __init__(
+    self,
+    module: nn.Module,
+    input_vocabulary: 'seqio.Vocabulary',
+    output_vocabulary: 'seqio.Vocabulary',
+    optimizer_def: optimizers.OptimizerDefType,
+    decode_fn: DecodeFnCallable | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: LossNormalizingFactor | None = None,
+  ):
+    """Stores its arguments.
+
+    Args:
+      module: the Flax module.
+      input_vocabulary: vocabulary of the inputs.
+      output_vocabulary: vocabulary of the targets.
+      optimizer_def: definition of the optimizer.
+      decode_fn: decoding function.
+      label_smoothing: probability taken from the target and spread over the
+        other tokens.
+      z_loss: weight of the squared log partition function in the loss.
+      loss_normalizing_factor: divisor of the summed loss, a number or one of
+        `losses.SpecialLossNormalizingFactor`; None for no division.
+    """
+    super().__init__(optimizer_def=optimizer_def)
+    self.module = module
+    self._input_vocabulary = input_vocabulary
+    self._output_vocabulary = output_vocabulary
+    self._decode_fn = decode_fn
+    self._label_smoothing = label_smoothing
+    self._z_loss = z_loss
+    self._loss_normalizing_factor = loss_normalizing_factor
+
+  @property
+  def input_vocabulary(self) -> 'seqio.Vocabulary':
+    """Vocabulary of the inputs."""
+    return self._input_vocabulary
+
+  @property
+  def output_vocabulary(self) -> 'seqio.Vocabulary':
+    """Vocabulary of the targets."""
+    return self._output_vocabulary
+
+  @property
+  def decode_fn(self) -> DecodeFnCallable | None:
+    """The decoding function."""
+    return self._decode_fn
+
+  @abc.abstractmethod
+  def _compute_logits(
+    self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None = None
+  ) -> Float[Array, 'batch length vocabulary']:
+    """Computes logits of the decoder targets."""
+
+  def loss_fn(
+    self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
+  ) -> tuple[Float[Array, ''], MetricsMap]:
+    """Computes the cross-entropy of the decoder targets, and metrics."""
+    logits = self._compute_logits(params, batch, dropout_rng)
+    divisor, weights = losses.get_loss_normalizing_factor_and_weights(
+      self._loss_normalizing_factor, batch
+    )
+    targets = batch['decoder_target_tokens']
+    loss, z_loss, _ = losses.compute_weighted_cross_entropy(
+      logits,
+      targets=targets,
+      weights=weights,
+      label_smoothing=self._label_smoothing,
+      z_loss=self._z_loss,
+      loss_normalizing_factor=divisor,
+    )
+    suffix = '_segment_ids'
+    segment_ids = {
+      name.removesuffix(suffix): ids
+      for name, ids in batch.items()
+      if name.endswith(suffix)
+    }
+    # Without packing a row is one example.
+    rows = ('encoder_input_tokens', 'decoder_target_tokens')
+    metrics = self._compute_metrics(
+      logits=logits,
+      targets=targets,
+      mask=weights,
+      loss=loss,
+      z_loss=z_loss,
+      segment_ids=segment_ids or {k: batch[k] != 0 for k in rows if k in batch},
+    )
+    return loss, metrics
+
+  def _compute_metrics(
+    self,
+    logits: Float[Array, 'batch length vocabulary'],
+    targets: Int[Array, 'batch length'],
+    mask: Num[Array, 'batch length'] | None,
+    loss: Float[Array, ''],
+    z_loss: Float[Array, ''] | None = None,
+    segment_ids: Mapping[str, Num[Array, 'batch _'] | Bool[Array, 'batch _']]
+    | None = None,
+  ) -> MetricsMap:
+    """Computes metrics of a training or evaluation step."""
+    return compute_base_metrics(
+      logits=logits,
+      targets=targets,
+      mask=mask,
+      loss=loss,
+      z_loss=z_loss,
+      segment_ids=segment_ids,
+    )
+
+  def score_batch(
+    self, params: PyTree, batch: Batch, return_intermediates: bool = False
+  ) -> Any:
+    """Returns the targets' log probabilities under the model, without z-loss.
+
+    Args:
+      params: the parameters.
+      batch: model features; `decoder_loss_weights` weights the targets.
+      return_intermediates: also return what the module sowed as `intermediates`,
+        to which `decoder` adds `target_tokens`, `loss_weights` and `token_scores`,
+        each in a tuple of one.
+
+    Returns:
+      Scores [batch], or the scores and the intermediates.
+    """
+    targets = batch['decoder_target_tokens'].astype(jnp.int32)
+    weights = batch['decoder_loss_weights']
+    changed = {}
+    if return_intermediates:
+      logits, changed = self._compute_logits(
+        params=params, batch=batch, mutable=['intermediates']
+      )
+    else:
+      logits = self._compute_logits(params=params, batch=batch)
+    logits = jnp.asarray(logits, jnp.float32)
+    # By index: a one-hot matrix would be as large as the logits.
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    token_scores = (target_logits - jax.nn.logsumexp(logits, axis=-1)) * weights
+    scores = token_scores.sum(axis=-1)
+    if not return_intermediates:
+      return scores
+    intermediates = dict(flax_core.unfreeze(changed.get('intermediates', {})))
+    # Values are tuples, as those that `nn.Module.sow` collects.
+    intermediates['decoder'] = {
+      **intermediates.get('decoder', {}),
+      'target_tokens': (targets,),
+      'loss_weights': (weights,),
+      'token_scores': (token_scores,),
+    }
+    return scores, intermediates
+
+  def _cache_offset(self) -> int:
+    """Returns the axes before the cache's batch axis: 1 if layers are scanned."""
+    return int(getattr(self.module, 'scan_layers', False))
+
+  def _decode_options(
+    self, rng: jax.Array | None, decoder_params: Mapping[str, Any] | None
+  ) -> dict[str, Any]:
+    """Returns arguments for the decoding function, with defaults, in a new dict."""
+    options = dict(decoder_params or {})
+    if rng is not None:
+      if options.get('decode_rng') is not None:
+        raise ValueError(
+          "Give the key either as `rng` or as `decoder_params['decode_rng']`. Got "
+          f'both: {rng} / {options["decode_rng"]}.'
+        )
+      options['decode_rng'] = rng
+    if 'eos_id' not in options:
+      options['eos_id'] = self.output_vocabulary.eos_id or 1
+    return options
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderParams:
-  """Defaults of `EncoderDecoderModel.predict_batch_with_aux`.
-
-  Attributes:
-    return_all_decodes: whether all sequences are returned or the best.
-    num_decodes: how many sequences are searched for or drawn.
-  """
+  """Defaults of the parameters of `EncoderDecoderModel.predict_batch_with_aux`."""
 
   return_all_decodes: bool = False
   num_decodes: int = 1
@@ -81,14 +365,14 @@ class EncoderDecoderModel(BaseTransformerModel):
   - optionally `scan_layers`, true if the cache has a leading layer axis.
   """
 
-  FEATURE_CONVERTER_CLS = base_model.SeqioConverter('EncDecFeatureConverter')
+  FEATURE_CONVERTER_CLS = _SeqioConverter('EncDecFeatureConverter')
 
   def __init__(
     self,
     module: nn.Module,
     input_vocabulary: 'seqio.Vocabulary',
     output_vocabulary: 'seqio.Vocabulary',
-    optimizer_def: 'optimizers.OptimizerDefType',
+    optimizer_def: optimizers.OptimizerDefType,
     decode_fn: DecodeFnCallable = decoding.beam_search,
     feature_converter_cls: Callable[..., 'seqio.FeatureConverter'] | None = None,
     label_smoothing: float = 0.0,
@@ -98,17 +382,7 @@ class EncoderDecoderModel(BaseTransformerModel):
   ):
     """See `BaseTransformerModel`.
 
-    Args:
-      module: the Flax module.
-      input_vocabulary: vocabulary of the inputs.
-      output_vocabulary: vocabulary of the targets.
-      optimizer_def: definition of the optimizer.
-      decode_fn: decoding function.
-      feature_converter_cls: in place of the class's FEATURE_CONVERTER_CLS.
-      label_smoothing: probability spread over the other tokens.
-      z_loss: weight of the z-loss.
-      loss_normalizing_factor: what the summed loss is divided by.
-      default_decoder_params: defaults of `predict_batch_with_aux`.
+    `feature_converter_cls` replaces the class's FEATURE_CONVERTER_CLS.
     """
     if feature_converter_cls is not None:
       self.FEATURE_CONVERTER_CLS = feature_converter_cls
@@ -136,8 +410,7 @@ class EncoderDecoderModel(BaseTransformerModel):
       rng: key of the parameters.
       input_shapes: shapes of `encoder_input_tokens`, `decoder_input_tokens` and,
         where the batch has them, `*_positions` and `*_segment_ids`.
-      input_types: their types; tokens are float32 and the others int32 unless
-        named.
+      input_types: their types; by default float32 for tokens, int32 for the others.
 
     Returns:
       All collections of variables, frozen.
@@ -148,13 +421,6 @@ class EncoderDecoderModel(BaseTransformerModel):
       return jnp.ones(input_shapes[name], types.get(name, default_type))
 
     decoder_tokens = ones('decoder_input_tokens', jnp.float32)
-    optional = {
-      f'{side}_{feature}': None
-      for side in ('encoder', 'decoder')
-      for feature in ('positions', 'segment_ids')
-    }
-    for name in optional.keys() & input_shapes.keys():
-      optional[name] = ones(name, jnp.int32)
     variables = self.module.init(
       rng,
       ones('encoder_input_tokens', jnp.float32),
@@ -162,7 +428,10 @@ class EncoderDecoderModel(BaseTransformerModel):
       decoder_tokens,
       decode=False,
       enable_dropout=False,
-      **optional,
+      **{
+        name: ones(name, jnp.int32) if name in input_shapes else None
+        for name in _PACKING_FEATURES
+      },
     )
     return flax_core.freeze(variables)
 
@@ -174,13 +443,7 @@ class EncoderDecoderModel(BaseTransformerModel):
     mutable: Any = False,
     other_variables: PyTree | None = None,
   ) -> Any:
-    """Logits, and the changed variables if `mutable` names collections."""
-    features = ('segment_ids', 'positions')
-    optional = {
-      f'{side}_{feature}': batch.get(f'{side}_{feature}')
-      for feature in features
-      for side in ('encoder', 'decoder')
-    }
+    """Computes logits, and the changed variables if `mutable` names collections."""
     return self.module.apply(
       {'params': params, **(other_variables or {})},
       batch['encoder_input_tokens'],
@@ -190,7 +453,7 @@ class EncoderDecoderModel(BaseTransformerModel):
       enable_dropout=dropout_rng is not None,
       rngs=None if dropout_rng is None else {'dropout': dropout_rng},
       mutable=mutable,
-      **optional,
+      **{name: batch.get(name) for name in _PACKING_FEATURES},
     )
 
   def _compute_logits_from_slice(
@@ -201,12 +464,12 @@ class EncoderDecoderModel(BaseTransformerModel):
     raw_inputs: Int[Array, 'rows input_length'],
     max_decode_length: int,
   ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
-    """Logits after one more token, and the new cache.
+    """Computes logits after one more token, and the new cache.
 
     Args:
       decoding_state: the current token and the cache, rows = batch * beams.
       params: the parameters.
-      encoded_inputs: what the encoder gave, repeated for the beams.
+      encoded_inputs: the encoder's output, repeated for the beams.
       raw_inputs: the encoder's input tokens, for the padding mask.
       max_decode_length: positions of the cache.
     """
@@ -237,7 +500,7 @@ class EncoderDecoderModel(BaseTransformerModel):
 
     Args:
       params: the parameters.
-      encoded_inputs: what the encoder gave.
+      encoded_inputs: the encoder's output.
       encoder_input_tokens: its input tokens, for the padding mask.
       decoder_input_tokens: start token, prompt and padding.
       prefill_decoder_prompt: whether to fill the cache from the prompt.
@@ -271,7 +534,13 @@ class EncoderDecoderModel(BaseTransformerModel):
       prefill_lengths=prompt_lengths,
       method=self.module.decode,
     )
-    return _with_position(changed['cache'], prompt_lengths), prompt_lengths
+    cache = flax_core.unfreeze(changed['cache'])
+    embedder = cache.get('decoder', {}).get('position_embedder')
+    if embedder is not None:
+      embedder['position_embedder_index'] = prompt_lengths
+    if isinstance(changed['cache'], flax_core.FrozenDict):
+      cache = flax_core.freeze(cache)
+    return cache, prompt_lengths
 
   def predict_batch_with_aux(
     self,
@@ -290,7 +559,7 @@ class EncoderDecoderModel(BaseTransformerModel):
       batch: `encoder_input_tokens`, and `decoder_input_tokens`, whose length
         bounds the result and whose content counts only as a prompt.
       rng: key for decoding functions that draw, passed on as `decode_rng`.
-      decoder_params: more arguments for the decoding function, maybe traced; by
+      decoder_params: more arguments for the decoding function, possibly traced; by
         default `eos_id` is the output vocabulary's. Not changed.
       return_all_decodes: return all sequences, the best last, or only the best.
       num_decodes: beams of a beam search, or sequences to draw.
@@ -299,73 +568,61 @@ class EncoderDecoderModel(BaseTransformerModel):
 
     Returns:
       Sequences [batch, length] and `scores` [batch]; if all are returned, both
-      with an axis num_decodes behind the batch. `default_decoder_params` says
-      what happens where the caller does not.
+      with an axis num_decodes after the batch. Parameters left out are those of
+      `default_decoder_params`.
 
     Raises:
-      ValueError: if both `rng` and `decoder_params` bring a key.
+      ValueError: `rng` and `decoder_params` both have a key.
     """
-    options = base_model.decode_options(self, rng, decoder_params)
+    options = self._decode_options(rng, decoder_params)
     defaults = self._default_decoder_params
     if return_all_decodes is None:
       return_all_decodes = defaults.return_all_decodes
     if num_decodes is None:
       num_decodes = defaults.num_decodes
+    encoder_tokens = batch['encoder_input_tokens']
     prompt = jnp.asarray(batch['decoder_input_tokens'])
     # An end token would close the sequence right after the prompt.
     if prompt_with_targets:
       prompt = jnp.where(prompt == self.output_vocabulary.eos_id, 0, prompt)
     else:
       prompt = jnp.zeros_like(prompt)
-    tokens_to_logits, cache, initial_index = self._start_decoding(
-      params, batch['encoder_input_tokens'], prompt, num_decodes
-    )
-    # Only decoding functions that know about prefilling take the argument.
-    if initial_index is not None:
-      options['initial_index'] = initial_index
-    decodes, scores = self._decode_fn(
-      inputs=prompt,
-      cache=cache,
-      tokens_to_logits=tokens_to_logits,
-      num_decodes=num_decodes,
-      cache_offset=base_model.cache_offset(self.module),
-      **options,
-    )
-    return base_model.select_decodes(decodes, scores, return_all_decodes)
-
-  def _start_decoding(
-    self,
-    params: PyTree,
-    encoder_input_tokens: Int[Array, 'batch input_length'],
-    prompt: Int[Array, 'batch length'],
-    num_decodes: int,
-  ) -> tuple[TokensIdsToLogitsCallable, PyTree, Int[Array, ' batch'] | None]:
-    """Encodes the inputs; returns the decoder, its cache and where it begins."""
-    encoded_inputs = self.module.apply(
+    encoded = self.module.apply(
       {'params': params},
-      encoder_input_tokens,
+      encoder_tokens,
       enable_dropout=False,
       method=self.module.encode,
     )
     cache, initial_index = self._compute_kv_cache(
       params,
-      encoded_inputs=encoded_inputs,
-      encoder_input_tokens=encoder_input_tokens,
+      encoded_inputs=encoded,
+      encoder_input_tokens=encoder_tokens,
       decoder_input_tokens=prompt,
       prefill_decoder_prompt=self._can_prefill(),
     )
+    # Only decoding functions that support prefilling take the argument.
+    if initial_index is not None:
+      options['initial_index'] = initial_index
     expand = functools.partial(decoding.flat_batch_beam_expand, beam_size=num_decodes)
-    tokens_to_logits = functools.partial(
-      self._compute_logits_from_slice,
-      params=params,
-      encoded_inputs=expand(encoded_inputs),
-      raw_inputs=expand(encoder_input_tokens),
-      max_decode_length=prompt.shape[1],
+    decodes, scores = self._decode_fn(
+      inputs=prompt,
+      cache=cache,
+      tokens_to_logits=functools.partial(
+        self._compute_logits_from_slice,
+        params=params,
+        encoded_inputs=expand(encoded),
+        raw_inputs=expand(encoder_tokens),
+        max_decode_length=prompt.shape[1],
+      ),
+      num_decodes=num_decodes,
+      cache_offset=self._cache_offset(),
+      **options,
     )
-    return tokens_to_logits, cache, initial_index
+    if return_all_decodes:
+      return decodes, {'scores': scores}
+    return decodes[:, -1], {'scores': scores[:, -1]}
 
   def _can_prefill(self) -> bool:
-    """Whether decoding function and module both know prefilled prompts."""
     if 'initial_index' not in inspect.signature(self.decode_fn).parameters:
       logging.log_first_n(
         logging.INFO, 'Prompts are fed token by token: %s.', 1, self.decode_fn
@@ -373,35 +630,264 @@ class EncoderDecoderModel(BaseTransformerModel):
       return False
     return 'prefill' in inspect.signature(self.module.decode).parameters
 
-  def score_batch(
-    self, params: PyTree, batch: Batch, return_intermediates: bool = False
+
+_PACKING_FEATURES = [
+  f'{side}_{feature}'
+  for feature in ('segment_ids', 'positions')
+  for side in ('encoder', 'decoder')
+]
+
+
+class DecoderOnlyModel(BaseTransformerModel):
+  """A module with a decoder alone: a language model or a prefix language model.
+
+  Inputs and targets are one sequence, `decoder_input_tokens`. In it
+  `decoder_causal_attention` is 1 over the start token and the inputs, that is
+  one position longer than the inputs, and 0 over targets and padding.
+
+  The module provides `__call__(decoder_input_tokens, decoder_target_tokens,
+  decoder_segment_ids, decoder_positions, decoder_causal_attention, decode,
+  enable_dropout, max_decode_length, prefill, prefill_lengths)`, giving logits.
+
+  The decoding function must take `initial_index`, one per row.
+  """
+
+  FEATURE_CONVERTER_CLS = _SeqioConverter('DecoderFeatureConverter')
+
+  def __init__(
+    self,
+    module: nn.Module,
+    vocabulary: 'seqio.Vocabulary',
+    optimizer_def: optimizers.OptimizerDefType,
+    decode_fn: DecodeFnCallable = decoding.temperature_sample,
+    inputs_bidirectional_attention: bool = False,
+    feature_converter_cls: Callable[..., 'seqio.FeatureConverter'] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: LossNormalizingFactor | None = None,
+  ):
+    """See `BaseTransformerModel`.
+
+    With `inputs_bidirectional_attention` the inputs attend to each other both ways,
+    the prefix language model of Raffel et al. 2019 (arXiv:1910.10683), section 3.2.
+    `feature_converter_cls` replaces the class's FEATURE_CONVERTER_CLS.
+    """
+    if feature_converter_cls is not None:
+      self.FEATURE_CONVERTER_CLS = feature_converter_cls
+    self._inputs_bidirectional_attention = inputs_bidirectional_attention
+    super().__init__(
+      module=module,
+      input_vocabulary=vocabulary,
+      output_vocabulary=vocabulary,
+      optimizer_def=optimizer_def,
+      decode_fn=decode_fn,
+      label_smoothing=label_smoothing,
+      z_loss=z_loss,
+      loss_normalizing_factor=loss_normalizing_factor,
+    )
+
+  def get_initial_variables(
+    self,
+    rng: jax.Array,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    input_types: Mapping[str, Any] | None = None,
+  ) -> Mapping[str, Any]:
+    """Initialises the module for the shape of `decoder_input_tokens`.
+
+    Returns:
+      All collections of variables, frozen.
+    """
+    name = 'decoder_input_tokens'
+    tokens = jnp.ones(input_shapes[name], (input_types or {}).get(name, jnp.float32))
+    return flax_core.freeze(self.module.init(rng, tokens, tokens, enable_dropout=False))
+
+  def _get_decoder_causal_attention(
+    self, batch: Batch
+  ) -> Int[Array, 'batch length'] | None:
+    """Returns the positions of bidirectional attention; None for none."""
+    if not self._inputs_bidirectional_attention:
+      return None
+    if 'decoder_causal_attention' not in batch:
+      raise ValueError(
+        'inputs_bidirectional_attention needs the feature decoder_causal_attention, '
+        'which the feature converter makes for tasks with inputs and targets. Got: '
+        f'{sorted(batch)}.'
+      )
+    return batch['decoder_causal_attention']
+
+  def _compute_logits(
+    self,
+    params: PyTree,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+    mutable: Any = False,
+    other_variables: PyTree | None = None,
   ) -> Any:
-    """Log probability of the targets under the model, without z-loss.
+    """Computes logits, and the changed variables if `mutable` names collections."""
+    return self.module.apply(
+      {'params': params, **(other_variables or {})},
+      batch['decoder_input_tokens'],
+      batch['decoder_target_tokens'],
+      decoder_segment_ids=batch.get('decoder_segment_ids'),
+      decoder_positions=batch.get('decoder_positions'),
+      decoder_causal_attention=self._get_decoder_causal_attention(batch),
+      decode=False,
+      enable_dropout=dropout_rng is not None,
+      rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+      mutable=mutable,
+    )
+
+  def _compute_logits_from_slice(
+    self,
+    decoding_state: decoding.DecodingState,
+    params: PyTree,
+    max_decode_length: int,
+  ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
+    """Computes logits after one more token, and the new cache."""
+    token = decoding_state.cur_token
+    logits, changed = self.module.apply(
+      {'params': params, 'cache': decoding_state.cache},
+      token,
+      token,
+      mutable=['cache'],
+      max_decode_length=max_decode_length,
+      decode=True,
+      enable_dropout=False,
+    )
+    return jnp.squeeze(logits, axis=1), changed['cache']
+
+  def _compute_kv_cache(
+    self,
+    params: PyTree,
+    inputs: Int[Array, 'batch length'],
+    causal_attention_mask: Int[Array, 'batch length'],
+  ) -> tuple[PyTree, Int[Array, ' batch']]:
+    """Creates the cache and fills it from the inputs.
+
+    All inputs but the last are stored. The last one is fed again in the first
+    step of decoding, whose output gives the first target.
 
     Args:
       params: the parameters.
-      batch: model features.
-      return_intermediates: whether to return, beside the scores, what the
-        module sowed as `intermediates`; under `decoder` it then also holds
-        `target_tokens`, `loss_weights` and `token_scores`, each in a tuple of
-        one.
+      inputs: start token and inputs, padded with 0.
+      causal_attention_mask: 1 over the start token and the inputs.
 
     Returns:
-      Scores [batch], or the scores and the intermediates.
+      The cache, and the number of inputs, which is the position of the last.
     """
-    return base_model.score_targets(self, params, batch, return_intermediates)
+    lengths = jnp.sum(inputs[:, 1:] != 0, axis=1)
+    ones = jnp.ones_like(inputs)
+    _, changed = self.module.apply(
+      {'params': params},
+      ones,
+      ones,
+      mutable=['cache'],
+      decode=True,
+      enable_dropout=False,
+    )
+    cache = changed['cache']
+    if 'cache_axes' in changed:
+      cache = jax.tree.map(
+        flax_partitioning.with_sharding_constraint,
+        cache,
+        flax_partitioning.get_axis_names(changed['cache_axes']),
+      )
+    _, changed = self.module.apply(
+      {'params': params, 'cache': cache},
+      decoder_input_tokens=inputs,
+      # The mask serves as targets: not 0 over the start token either, so that it is
+      # attended to, and 0 over everything that must not be seen.
+      decoder_target_tokens=causal_attention_mask,
+      decoder_causal_attention=self._get_decoder_causal_attention(
+        {'decoder_causal_attention': causal_attention_mask}
+      ),
+      mutable=['cache'],
+      enable_dropout=False,
+      prefill=True,
+      prefill_lengths=lengths,
+    )
+    return changed['cache'], lengths
+
+  def predict_batch_with_aux(
+    self,
+    params: PyTree,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    *,
+    return_all_decodes: bool = False,
+    num_decodes: int = 1,
+    decoder_params: MutableMapping[str, Any] | None = None,
+  ) -> tuple[Int[Array, '...'], Mapping[str, jax.Array]]:
+    """Continues the inputs of a batch.
+
+    Args:
+      params: the parameters.
+      batch: `decoder_input_tokens`, whose targets are ignored, and
+        `decoder_causal_attention`.
+      rng: see `EncoderDecoderModel.predict_batch_with_aux`.
+      return_all_decodes: see there.
+      num_decodes: see there.
+      decoder_params: see there.
+
+    Returns:
+      The sequences after the inputs, [batch, length] or [batch, num_decodes, length],
+      and `scores`, [batch] or [batch, num_decodes].
+
+    Raises:
+      ValueError: the batch does not mark its inputs, or `rng` and `decoder_params`
+        both have a key.
+    """
+    if 'decoder_causal_attention' not in batch:
+      raise ValueError(
+        'Decoding needs the feature decoder_causal_attention: task_feature_lengths '
+        f'must name both inputs and targets. Got features: {sorted(batch)}.'
+      )
+    # The mask is one longer than the inputs: start token and inputs remain.
+    attended = batch['decoder_causal_attention']
+    inputs = batch['decoder_input_tokens'] * attended
+    cache, initial_index = self._compute_kv_cache(params, inputs, attended)
+    decodes, scores = self._decode_fn(
+      inputs=inputs,
+      cache=cache,
+      tokens_to_logits=functools.partial(
+        self._compute_logits_from_slice,
+        params=params,
+        max_decode_length=inputs.shape[1],
+      ),
+      num_decodes=num_decodes,
+      initial_index=initial_index,
+      cache_offset=self._cache_offset(),
+      **self._decode_options(rng, decoder_params),
+    )
+    if return_all_decodes:
+      # In all decodes of one example the inputs are equally long.
+      lengths = jnp.broadcast_to(initial_index[:, None], decodes.shape[:2])
+      return jax.vmap(remove_prefix)(decodes, lengths), {'scores': scores}
+    return remove_prefix(decodes[:, -1], initial_index), {'scores': scores[:, -1]}
 
 
-def _with_position(cache: PyTree, position: Int[Array, ' batch']) -> PyTree:
-  """The cache with the decoder's position embedder, if any, set to `position`."""
-  decoder = cache.get('decoder', {})
-  if 'position_embedder' not in decoder:
-    return cache
-  frozen = isinstance(cache, flax_core.FrozenDict)
-  decoder = flax_core.unfreeze(decoder)
-  embedder = {**decoder['position_embedder'], 'position_embedder_index': position}
-  changed = {
-    **flax_core.unfreeze(cache),
-    'decoder': {**decoder, 'position_embedder': embedder},
-  }
-  return flax_core.freeze(changed) if frozen else changed
+@jax.vmap
+def remove_prefix(
+  sequence: Int[Array, ' length'], prefix_length: Int[Array, '']
+) -> Int[Array, ' length']:
+  """Drops the first tokens of every row and pads with 0 at the end.
+
+  Args:
+    sequence: int [batch, length].
+    prefix_length: int [batch], the number of tokens to drop.
+
+  Returns:
+    Int [batch, length].
+  """
+  source = jnp.arange(sequence.shape[0]) + prefix_length
+  return jnp.take(sequence, source, mode='fill', fill_value=0)
+
+
+def get_input_vocabulary(model: BaseTransformerModel) -> 'seqio.Vocabulary':
+  """Returns the vocabulary of a model's inputs; for gin, which binds functions."""
+  return model.input_vocabulary
+
+
+def get_output_vocabulary(model: BaseTransformerModel) -> 'seqio.Vocabulary':
+  """Returns the vocabulary of a model's targets; for gin, which binds functions."""
+  return model.output_vocabulary
