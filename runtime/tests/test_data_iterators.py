@@ -1,7 +1,5 @@
-"""The position in the data: saved and restored to the very next batch."""
+"""The training iterator: saved and restored to the very next batch."""
 
-import concurrent.futures
-import logging
 import types
 
 import clu.data.dataset_iterator as clu_iterators
@@ -141,18 +139,6 @@ def test_resumes_at_the_next_batch(tmp_path, taken):
   assert_differ(expected, take(iterator(dataset(seed=6)), 6))
 
 
-def test_a_damaged_file_is_named(tmp_path):
-  path = tmp_path / '1.tfrecord'
-  with tf.io.TFRecordWriter(str(path)) as writer:
-    for _ in range(BATCH):
-      writer.write(b'a record')
-  path.write_bytes(path.read_bytes()[:-3])
-  ds = tf.data.TFRecordDataset(str(path)).map(lambda record: {'targets': record})
-  pattern = 'damaged: (corrupted|truncated) record.* in .*/1.tfrecord.*copy it again'
-  with pytest.raises(OSError, match=pattern):
-    take(iterator(ds.batch(BATCH, drop_remainder=True)), 3)
-
-
 def test_saving_does_not_disturb(tmp_path):
   plain, saving = iterator(), iterator()
   for step in range(4):
@@ -160,22 +146,21 @@ def test_saving_does_not_disturb(tmp_path):
     saving.save(tmp_path / str(step))
 
 
-def test_a_batch_looked_at_is_not_lost(tmp_path):
+def test_a_batch_fetched_ahead_is_not_lost(tmp_path):
   it = iterator()
   take(it, 2)
-  looked_at = it.peek_async().result()
-  assert it.peek() is looked_at
+  it.peek_async()
   it.save(tmp_path / 'before')
-  assert_same(take(it, 1), [looked_at])
+  batches = take(it, 1)
   it.save(tmp_path / 'after')
-  rest = take(it, 2)
+  batches += take(it, 2)
 
   resumed = iterator()
   resumed.restore(tmp_path / 'before')
-  assert_same(take(resumed, 3), [looked_at, *rest])
-  resumed.peek()
+  assert_same(take(resumed, 3), batches)
+  resumed.peek_async()
   resumed.restore(tmp_path / 'after')
-  assert_same(take(resumed, 2), rest)
+  assert_same(take(resumed, 2), batches[1:])
 
 
 def test_files_are_those_of_tf_train_checkpoint(tmp_path):
@@ -195,7 +180,7 @@ def test_files_are_those_of_tf_train_checkpoint(tmp_path):
   assert_same([expected], [{k: v.numpy() for k, v in got.items()}])
 
 
-def test_a_position_of_other_batches_is_told(tmp_path):
+def test_a_state_of_other_batches_is_an_error(tmp_path):
   def numbers(rows):
     ds = tf.data.Dataset.range(100).map(lambda i: {'x': i})
     ds = ds.batch(rows, drop_remainder=True).prefetch(2)
@@ -212,32 +197,8 @@ def test_a_position_of_other_batches_is_told(tmp_path):
   saving.save(tmp_path / 'train_ds')
   other = numbers(4)
   other.restore(tmp_path / 'train_ds')
-  with pytest.raises(ValueError, match=r'train_ds.*batches of \[8\], not \[4\].*anew'):
+  with pytest.raises(ValueError, match='train_ds'):
     take(other, 1)
-
-
-def test_a_first_batch_that_does_not_come_is_told():
-  looking = concurrent.futures.Future()
-
-  class Handler(logging.Handler):
-    def emit(self, record):
-      looking.set_result(record.getMessage())
-
-  handler = Handler()
-  logging.getLogger('absl').addHandler(handler)
-  try:
-    told = data_iterators.first_batch(looking, 'my_task', patience_s=0.0)
-  finally:
-    logging.getLogger('absl').removeHandler(handler)
-  assert "first batch of 'my_task', after 0 s" in told
-  assert 'leaves out all of its examples' in told
-
-
-def test_a_first_batch_that_is_there_is_given_quietly(caplog):
-  looking = concurrent.futures.Future()
-  looking.set_result('batch')
-  assert data_iterators.first_batch(looking, 'my_task', patience_s=0.0) == 'batch'
-  assert not caplog.records
 
 
 def test_reset_starts_again():
@@ -247,28 +208,21 @@ def test_reset_starts_again():
   )
   it = iterator(data.get_dataset(cfg, 0, 1, seqio.EncDecFeatureConverter))
   first = take(it, 2)
-  it.peek()
+  it.peek_async()
   it.reset()
   assert_same(take(it, 2), first)
 
 
-def test_saving_a_look_without_position_is_refused(tmp_path):
-  it = iterator(save_dataset=False)
-  it.peek()
-  with pytest.raises(ValueError, match='save_dataset'):
-    it.save(tmp_path / 'x')
-
-
 def test_prefetches_only_where_no_position_is_kept():
-  sharded = iterator(save_dataset=False)._iterator
-  assert 'Prefetch' in type(sharded._iterator._dataset).__name__
-  sharded = iterator(save_dataset=True)._iterator
-  assert 'Prefetch' not in type(sharded._iterator._dataset).__name__
+  prefetching = iterator(save_dataset=False)._iterator
+  assert 'Prefetch' in type(prefetching._dataset).__name__
+  plain = iterator(save_dataset=True)._iterator
+  assert 'Prefetch' not in type(plain._dataset).__name__
   assert_same(take(iterator(save_dataset=False), 3), take(iterator(), 3))
 
 
 def test_a_pipeline_with_python_in_it_fails_at_once():
-  with pytest.raises(ValueError, match="task 'resume_in_python'.*stateful.*[Cc]ache"):
+  with pytest.raises(ValueError, match='resume_in_python'):
     iterator(dataset('resume_in_python'), task_name='resume_in_python')
   take(iterator(dataset('resume_in_python'), save_dataset=False), 1)
 
@@ -277,7 +231,7 @@ def test_a_stateful_random_operation_fails_at_once():
   noisy = tf.data.Dataset.range(100).map(
     lambda i: {'x': tf.random.uniform([]) + tf.cast(i, tf.float32)}
   )
-  with pytest.raises(ValueError, match='RandomUniform is stateful'):
+  with pytest.raises(ValueError, match='RandomUniform'):
     iterator(noisy.shuffle(10).repeat().batch(BATCH, drop_remainder=True))
 
 
@@ -290,25 +244,21 @@ def test_external_state_can_be_ignored_on_request():
 
 
 @pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_batches_lie_on_the_mesh(shape):
-  part = partitioner(*shape)
-  local = {'tokens': np.arange(BATCH * 3).reshape(BATCH, 3)}
-  placed = data_iterators.shard_batch(local, part, {'tokens': (BATCH, 3)})
-  np.testing.assert_array_equal(placed['tokens'], local['tokens'])
-  rows = BATCH // shape[0]
-  for piece in placed['tokens'].addressable_shards:
-    assert piece.data.shape == (rows, 3)
-    np.testing.assert_array_equal(piece.data, local['tokens'][piece.index])
-
-
-def test_uneven_batches_are_refused():
-  with pytest.raises(ValueError, match='multiple of the data shards'):
-    data_iterators.shard_batch(np.zeros((6, 2)), partitioner(), (6, 2))
+def test_batches_are_spread_over_the_mesh(shape):
+  local = np.arange(BATCH * 3).reshape(BATCH, 3)
+  it = data_iterators.ShardedDatasetIterator(
+    iter([{'tokens': local}]), partitioner(*shape), {'tokens': (BATCH, 3)}
+  )
+  placed = next(it)['tokens']
+  np.testing.assert_array_equal(placed, local)
+  for piece in placed.addressable_shards:
+    assert piece.data.shape == (BATCH // shape[0], 3)
+    np.testing.assert_array_equal(piece.data, local[piece.index])
 
 
 def test_batch_size_must_be_the_layouts():
   layout = types.SimpleNamespace(batch_size=32, shard_id=0, num_shards=2)
-  with pytest.raises(ValueError, match='8 rows.*ask for 16'):
+  with pytest.raises(ValueError, match='8 rows.* 16'):
     data_iterators.prepare_train_iter(
       dataset(),
       partitioner=partitioner(),
@@ -317,8 +267,8 @@ def test_batch_size_must_be_the_layouts():
     )
 
 
-def test_other_types_are_refused():
-  with pytest.raises(ValueError, match='returned a list'):
+def test_other_types_are_errors():
+  with pytest.raises(ValueError, match='list'):
     iterator([1, 2])
 
 
@@ -346,15 +296,10 @@ def test_iterators_of_other_kinds_pass_through(tmp_path):
 
   it = iterator(Counter())
   take(it, 3)
-  it.peek()
+  it.peek_async()
   it.save(tmp_path / 'state')
   assert (tmp_path / 'state').read_text() == '3'
   it.reset()
   it.restore(tmp_path / 'state')
   assert take(it, 1)[0]['n'][0] == 4
   assert it.element_spec == Counter.element_spec
-
-
-def test_the_innermost_iterator_is_reachable():
-  sharded = iterator()._iterator
-  assert isinstance(sharded.iterator, tf.data.Iterator)

@@ -1,6 +1,7 @@
-"""Gin files and bindings: what resolves, what is refused and what is recorded."""
+"""Gin files and bindings: what resolves, what is an error and what is recorded."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -38,18 +39,16 @@ def train(model=None, steps=1, extra=None):
 
 @pytest.fixture(autouse=True)
 def fake_modules(monkeypatch):
-  """Modules made anew for each test, and forgotten by gin after it."""
-  for name, source, says in (
-    ('fakelib', LIBRARY, 'fakelib'),
-    ('fakescript', SCRIPT, '__main__'),  # As a script's own functions do.
-  ):
+  """Fresh modules for each test, which gin forgets after it."""
+  for name, source in (('fakelib', LIBRARY), ('fakescript', SCRIPT)):
     module = types.ModuleType(name)
-    vars(module)['__name__'] = says
     exec(source, vars(module))
     monkeypatch.setitem(sys.modules, name, module)
   gin.clear_config()
   registry, inverse = gin_config._REGISTRY, gin_config._INVERSE_REGISTRY
   selectors, objects = {name for name, _ in registry.items()}, dict(inverse)
+  # As a script does with its own function.
+  gin.configurable(sys.modules['fakescript'].train, module='__main__')
   yield
   gin.clear_config()
   for selector in [name for name, _ in registry.items() if name not in selectors]:
@@ -124,18 +123,6 @@ def test_command_line_reaches_runtime_modules_without_any_import():
   assert gin.get_bindings(optimizers.adamw) == {'b1': 0.5}
 
 
-def test_an_import_of_an_included_file_only_is_to_be_repeated(tmp_path):
-  (tmp_path / 'model.gin').write_text(
-    'from __gin__ import dynamic_registration\nimport fakelib\nfakelib.Model.size = 2\n'
-  )
-  (tmp_path / 'run.gin').write_text(
-    'from __gin__ import dynamic_registration\nimport fakescript\n'
-    f"include '{tmp_path}/model.gin'\nfakescript.train.model = @fakelib.Model()\n"
-  )
-  with pytest.raises(ValueError, match='Add `import fakelib` here'):
-    gin_utils.parse_gin_flags([], [str(tmp_path / 'run.gin')], [])
-
-
 def test_command_line_takes_imports_as_lines(tmp_path):
   parse(
     tmp_path,
@@ -149,85 +136,37 @@ def test_command_line_takes_imports_as_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('text', 'binding', 'message'),
+  ('text', 'binding', 'part'),
   [
-    ('', 'fakelib.Modle.size = 1', "Did you mean 'Model'"),
-    ('', 'fakelib.Model.sizes = 1', "Did you mean 'size'"),
-    ('', 'fakescript.train.x = @fakelib.optimiser()', "mean 'optimizer'"),
-    ('fakelib.Model.sizes = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'size'"),
-    ('fakelib.Modle.size = 1', None, r"(?s)run.gin.*line 5.*Did you mean 'Model'"),
-    ('fakelib.xyzzy.size = 1', None, r'(?s)no attribute xyzzy.*No name in it is near'),
-    ('losses.f.x = 1', None, 'Add `from t5x import losses`'),
-    ('STEPS = 1\nfakescript.train.steps = %STEPS', 'STEP = 2', "mean 'STEPS'"),
-    ('fakescript.train.steps = %STEPS', None, 'never defined: STEPS'),
-    ('', 'STEPS = /tmp/x', "'STEPS = /tmp/x' cannot be read.*text keeps quotes"),
+    ('', 'fakelib.Modle.size = 1', "'Model'"),
+    ('', 'fakelib.Model.sizes = 1', "'size'"),
+    ('', 'fakescript.train.step = 1', "'steps'"),
+    ('', 'fakescript.train.extra = @fakelib.optimiser()', "'optimizer'"),
+    ('STEPS = 1\nfakescript.train.steps = %STEPS', 'STEP = 2', "'STEPS'"),
+    ('fakescript.train.steps = %STEPS', None, 'STEPS'),
+    ('', 'STEPS = /tmp/x', "'STEPS = /tmp/x'"),
+    ('A = [1, 2', None, 'run.gin'),
+    ('fakelib.Model.sizes = 1', None, 'run.gin", line 5'),
   ],
 )
-def test_wrong_names_are_refused_with_the_nearest(tmp_path, text, binding, message):
-  with pytest.raises(ValueError, match=message):
+def test_a_wrong_name_or_value_is_an_error_that_names_it(tmp_path, text, binding, part):
+  with pytest.raises(ValueError, match=re.escape(part)):
     parse(tmp_path, text, *([binding] if binding else []))
 
 
-def test_a_run_file_of_another_script_is_told_from_a_misspelt_name(
-  tmp_path, monkeypatch
-):
-  monkeypatch.setitem(sys.modules, '__main__', sys.modules['fakescript'])
-  with pytest.raises(ValueError, match="(?s)no 'evaluate': .*for another script"):
-    parse(tmp_path, 'fakescript.evaluate.steps = 2')
-  with pytest.raises(ValueError, match="Did you mean 'train'"):
-    parse(tmp_path, 'fakescript.trane.steps = 2')
-
-
-@pytest.mark.parametrize(
-  ('text', 'message'),
-  [
-    (
-      'from t5x import utils, losses',
-      r'(?s)run.gin cannot be read.*line \d.*imports one',
-    ),
-    ('A = runs/x', r'(?s)run.gin cannot be read: mal.*line \d+\). A line'),
-    ('A = [1, 2', 'run.gin cannot be read: .*EOF'),
-  ],
-)
-def test_what_is_no_gin_is_shown_with_its_place(tmp_path, text, message):
-  with pytest.raises(ValueError, match=message):
-    parse(tmp_path, text)
-
-
-def test_no_place_in_memory_is_shown(tmp_path):
-  with pytest.raises(ValueError, match='cannot be read') as caught:
-    parse(tmp_path, '', 'STEPS = runs/x')
-  assert '0x' not in str(caught.value)
-
-
-def test_an_included_file_that_is_no_gin_is_a_binding_that_cannot_be_read(tmp_path):
-  (tmp_path / 'broken.gin').write_text('A = [1, 2')
-  include = f"include '{tmp_path}/broken.gin'"
-  with pytest.raises(ValueError, match='^The binding .include .* cannot be read.*EOF'):
-    parse(tmp_path, '', include)
+def test_a_syntax_error_reports_file_and_line(tmp_path):
+  with pytest.raises(SyntaxError) as caught:
+    parse(tmp_path, 'A = runs/x')
+  assert caught.value.filename.endswith('run.gin') and caught.value.lineno == 5
 
 
 def test_every_missing_macro_is_named_at_once(tmp_path):
   text = 'A = %gin.REQUIRED\nB = %gin.REQUIRED\nC = 1\nfakescript.train.steps = %A\n'
-  with pytest.raises(ValueError, match='not set: A, B'):
+  with pytest.raises(ValueError, match='A, B'):
     parse(tmp_path, text + 'fakescript.train.extra = %B')
 
 
-@pytest.mark.parametrize('order', [1, -1])
-@pytest.mark.parametrize('on_command_line', [False, True])
-def test_binding_on_a_parents_method_is_refused_where_a_subclass_is_used(
-  tmp_path, order, on_command_line
-):
-  lines = [
-    'fakescript.train.model = @fakelib.Child()',
-    'fakelib.Model.predict.num_decodes = 4',
-  ][::order]
-  text, bindings = (lines[0], [lines[1]]) if on_command_line else ('\n'.join(lines), [])
-  with pytest.raises(ValueError, match='Bind (fakelib.)?Child.predict instead'):
-    parse(tmp_path, text, *bindings)
-
-
-def test_binding_on_the_class_in_use_reaches_an_inherited_method(tmp_path):
+def test_a_binding_on_the_class_in_use_reaches_an_inherited_method(tmp_path):
   parse(
     tmp_path,
     'fakescript.train.model = @fakelib.Child()\n',
@@ -236,46 +175,33 @@ def test_binding_on_the_class_in_use_reaches_an_inherited_method(tmp_path):
   assert call_train()[0].predict() == 4
 
 
-def test_command_line_binding_that_nothing_refers_to_is_refused(tmp_path):
+@pytest.mark.parametrize(
+  'binding', ['fakelib.Model.size = 3', 'fakelib.Model.predict.num_decodes = 4']
+)
+def test_a_command_line_binding_on_a_class_that_is_not_used_is_an_error(
+  tmp_path, binding
+):
   used = 'fakescript.train.model = @fakelib.Child()\n'
+  with pytest.raises(ValueError, match='fakelib.Model'):
+    parse(tmp_path, used, binding)
+  gin.clear_config()
   # In a file it is normal: a model's file, replaced by another.
   parse(tmp_path, used + 'fakelib.Model.size = 3\n')
-  gin.clear_config()
-  with pytest.raises(ValueError, match='The class in use is Child'):
-    parse(tmp_path, used, 'fakelib.Model.size = 3')
 
 
-def test_command_line_binding_in_a_scope_that_nothing_opens_is_refused(tmp_path):
-  used = 'fakescript.train.extra = @train/fakelib.optimizer()\n'
-  parse(tmp_path, used, 'train/fakelib.optimizer.rate = 3.0')
-  assert call_train()[2] == 3.0
-  gin.clear_config()
-  with pytest.raises(ValueError, match="Did you mean 'train'"):
-    parse(tmp_path, used, 'trian/fakelib.optimizer.rate = 3.0')
-  gin.clear_config()
-  # A reference without a scope may run in any.
-  parse(
-    tmp_path,
-    'fakescript.train.extra = @fakelib.optimizer()\n',
-    'some/fakelib.optimizer.rate = 3.0',
-  )
-
-
-def test_includes_resolve_in_packages_wherever_one_stands(tmp_path, monkeypatch):
-  (tmp_path / 'elsewhere').mkdir()
-  package = tmp_path / 'site' / 'fakepackage' / 'no_init_here'
+def test_includes_are_found_in_packages(tmp_path, monkeypatch):
+  package = tmp_path / 'site' / 'fakepackage' / 'configs'
   package.mkdir(parents=True)
-  (package.parent / '__init__.py').touch()
+  for folder in (package, package.parent):
+    (folder / '__init__.py').touch()
   (package / 'base.gin').write_text('A = 1\n')
   monkeypatch.syspath_prepend(tmp_path / 'site')
-  monkeypatch.chdir(tmp_path / 'elsewhere')
+  monkeypatch.chdir(tmp_path)
   parse(
-    tmp_path,
-    "include 'fakepackage/no_init_here/base.gin'\nfakescript.train.steps = %A\n",
+    tmp_path, "include 'fakepackage/configs/base.gin'\nfakescript.train.steps = %A\n"
   )
   assert call_train()[1] == 1
-  assert gin_utils.in_packages('t5x/configs/runs/pretrain.gin')
-  with pytest.raises(OSError, match='Unable to open file'):
+  with pytest.raises(OSError, match='fakepackage/nowhere.gin'):
     gin_utils.parse_gin_flags([], ['fakepackage/nowhere.gin'], [])
 
 
@@ -286,15 +212,6 @@ def test_files_of_the_working_folder_come_first(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   gin_utils.parse_gin_flags([], ['gin/a.gin'], [], finalize_config=False)
   assert gin.query_parameter('A/gin.macro.value') == 2
-
-
-def test_search_paths_are_added_once(tmp_path):
-  (tmp_path / 'c.gin').write_text('A = 3\n')
-  before = len(gin_utils.gin_config._LOCATION_PREFIXES)
-  for _ in range(2):
-    gin.clear_config()
-    gin_utils.parse_gin_flags([str(tmp_path)], ['c.gin'], [], finalize_config=False)
-  assert len(gin_utils.gin_config._LOCATION_PREFIXES) == before + 1
 
 
 class Writer:
@@ -326,18 +243,6 @@ def test_config_is_written_and_can_be_read_again(tmp_path):
   assert call_train()[1] == 3
   gin_utils.summarize_gin_config(tmp_path, None, 0)
   assert (tmp_path / 'config.gin').read_text() == written.read_text()
-
-
-def test_show_provenance_is_not_ignored():
-  with pytest.raises(ValueError, match='show_provenance'):
-    gin_utils.get_gin_config_str(show_provenance=True)
-
-
-def test_functions_for_gin_files():
-  assert gin_utils.sum_fn(1, 2) == 3
-  assert gin_utils.bool_fn('') is False
-  assert gin_utils.string_split_fn('a,b,c', ',') == ['a', 'b', 'c']
-  assert gin_utils.string_split_fn('a,b,c', ',', maxsplit=1, index=-1) == 'b,c'
 
 
 def test_adamw_with_a_mask_from_gin(tmp_path):

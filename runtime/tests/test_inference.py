@@ -151,18 +151,15 @@ def test_few_results_wait_on_the_devices(monkeypatch):
   assert started == [0, 0, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def test_datasets_that_cannot_be_inferred_are_refused():
+def test_datasets_without_a_length_or_with_repeated_indices_are_errors():
   infer_fn = inference.get_infer_fn(
     scaled, 8, AXES, partitioning.PjitPartitioner(num_partitions=1)
   )
-  with pytest.raises(ValueError, match='no examples'):
-    infer_fn(dataset(0).enumerate(), STATE)
-  with pytest.raises(ValueError, match='known, finite length'):
-    infer_fn(dataset(3).repeat().enumerate(), STATE)
-  with pytest.raises(ValueError, match='known, finite length'):
-    infer_fn(dataset(3).filter(lambda row: True).enumerate(), STATE)
+  for ds in (dataset(0), dataset(3).repeat(), dataset(3).filter(lambda row: True)):
+    with pytest.raises(ValueError, match='length'):
+      infer_fn(ds.enumerate(), STATE)
   twice = dataset(3).enumerate().concatenate(dataset(1).enumerate())
-  with pytest.raises(ValueError, match='3 of 4 examples'):
+  with pytest.raises(ValueError, match='3 of 4'):
     infer_fn(twice, STATE)
 
 

@@ -1,14 +1,15 @@
 """Command lines, as a user gives them, and how a program ends."""
 
+import logging
 import os
 import subprocess
 import sys
-import types
 import weakref
 
 import gin
 import pytest
 import tensorflow as tf
+from absl import flags
 
 from t5x import checkpoints, launch
 from t5x.training import health
@@ -54,7 +55,7 @@ def test_help_imports_neither_jax_nor_tensorflow():
   [
     ((), 'at least one --gin_file'),
     (('--gin_fil=x.gin',), "Unknown command line flag 'gin_fil'"),
-    (('--gin_file=x.gin',), 'x.gin is not there. Looked in: .,'),
+    (('--gin_file=x.gin',), '--gin_file=x.gin does not exist'),
     (('--gin_file=x.gin', 'extra'), 'Unexpected arguments: extra'),
   ],
 )
@@ -99,14 +100,12 @@ def test_wrong_input_is_one_message(ended, capsys):
     (ValueError(), 'ValueError'),
   ],
 )
-def test_messages_say_what_the_exception_knows(ended, capsys, error, text):
+def test_messages_are_those_of_the_exception(ended, capsys, error, text):
   fail_with(error)
   assert text in capsys.readouterr().err.splitlines()[0]
 
 
-def test_a_traceback_where_asked_for_or_the_code_is_at_fault(
-  ended, capsys, monkeypatch
-):
+def test_bugs_get_a_traceback_and_other_errors_on_request(ended, capsys, monkeypatch):
   fail_with(AttributeError('no x'))
   err = capsys.readouterr().err
   assert 'Traceback' in err and 'ERROR: AttributeError: no x' in err
@@ -116,7 +115,7 @@ def test_a_traceback_where_asked_for_or_the_code_is_at_fault(
   assert ended == [1, 1]
 
 
-def test_a_fault_of_the_code_that_gin_calls_gets_its_traceback(ended, capsys):
+def test_a_bug_in_code_that_gin_calls_gets_its_traceback(ended, capsys):
   gin.clear_config()
   broken = gin.external_configurable(
     lambda part: part.missing, 'broken', module='launch_test'
@@ -128,7 +127,7 @@ def test_a_fault_of_the_code_that_gin_calls_gets_its_traceback(ended, capsys):
   assert ended == [1]
 
 
-def test_an_argument_that_gin_misses_is_one_message(ended, capsys):
+def test_a_missing_argument_of_a_configurable_is_one_message(ended, capsys):
   gin.clear_config()
   needy = gin.external_configurable(lambda part: part, 'needy', module='launch_test')
   with launch.reported_errors():
@@ -148,9 +147,7 @@ def test_an_argument_that_gin_misses_is_one_message(ended, capsys):
     health.NonFiniteLossError(3, None),
   ],
 )
-def test_what_the_libraries_say_of_files_and_losses_is_one_message(
-  ended, capsys, error
-):
+def test_errors_about_files_and_losses_are_one_message(ended, capsys, error):
   fail_with(error)
   assert 'Traceback' not in capsys.readouterr().err
   assert ended == [1]
@@ -168,25 +165,7 @@ def test_the_gin_files_of_the_package_are_found_from_anywhere():
     assert os.path.isfile(os.path.join(root, f't5x/configs/runs/{name}.gin'))
 
 
-def test_gin_files_are_found_in_other_packages_too(tmp_path, monkeypatch, capsys):
-  package = tmp_path / 'fakemodels' / 'configs'
-  package.mkdir(parents=True)
-  (package.parent / '__init__.py').touch()
-  (package / 'base.gin').write_text('A = 1\n')
-  monkeypatch.syspath_prepend(tmp_path)
-
-  def check(name):
-    given = types.SimpleNamespace(gin_file=[name], gin_search_paths=['.'])
-    monkeypatch.setattr(launch, 'FLAGS', given)
-    launch._check_gin_files()
-
-  check('fakemodels/configs/base.gin')
-  with pytest.raises(SystemExit):
-    check('fakemodels/configs/absent.gin')
-  assert 'absent.gin is not there' in capsys.readouterr().err
-
-
-def test_what_is_kept_to_the_end_is_not_taken_apart(ended, monkeypatch):
+def test_objects_are_kept_until_a_script_exits(ended, monkeypatch):
   """Outside of a script nothing is kept: a library would only leak it."""
 
   class Thing:
@@ -201,7 +180,66 @@ def test_what_is_kept_to_the_end_is_not_taken_apart(ended, monkeypatch):
 
   monkeypatch.setattr(launch, '_kept', None)
   main([])
-  monkeypatch.setattr(launch, '_configure_seqio', lambda: None)
+  for name in ('tfds_data_dir', 'seqio_additional_cache_dirs'):
+    if name not in launch.FLAGS:
+      flags.DEFINE_string(name, None, '')
+  launch.FLAGS(['test'])
   launch.run_main(main)
   assert ended == [0]
   assert [ref() is None for ref in alive] == [True, False]
+
+
+# ---- Logs ----
+
+SITE = os.path.join(os.sep, 'x', 'lib', 'python3.11', 'site-packages')
+
+
+def record(path, level=logging.INFO, name='absl', text='hello'):
+  return logging.LogRecord(name, level, path, 1, text, None, None)
+
+
+@pytest.mark.parametrize(
+  'path, level, shown',
+  [
+    (f'{SITE}/orbax/checkpoint/x.py', logging.INFO, False),
+    (f'{SITE}/orbax/checkpoint/x.py', logging.WARNING, False),
+    (f'{SITE}/orbax/checkpoint/x.py', logging.ERROR, True),
+    (f'{SITE}/seqio/dataset_providers.py', logging.INFO, False),
+    (f'{SITE}/seqio/loggers.py', logging.INFO, True),
+    (f'{SITE}/t5x/train.py', logging.INFO, True),
+    (f'{SITE}/somebodys_task/x.py', logging.INFO, True),
+    ('/home/me/t5x/train.py', logging.INFO, True),
+    ('/home/me/tasks.py', logging.WARNING, True),
+  ],
+)
+def test_libraries_are_silent_and_others_are_not(path, level, shown):
+  assert launch._OwnLines().filter(record(path, level)) is shown
+
+
+def test_a_librarys_own_logger_is_silent_wherever_it_is():
+  line = record('/home/me/jax/_src/x.py', logging.WARNING, name='jax._src.x')
+  assert not launch._OwnLines().filter(line)
+
+
+def test_a_line_has_the_time_and_the_level_where_it_matters():
+  line = launch._Line('[1/2] ')
+  assert line.format(record('a.py'))[8:] == ' [1/2] hello'
+  warning = record('a.py', logging.WARNING)
+  assert line.format(warning)[8:] == ' [1/2] WARNING: hello'
+
+
+def test_stderr_is_hidden_unless_something_fails():
+  code = (
+    'import os\nfrom t5x import launch\n'
+    'with launch._hidden_stderr(): os.write(2, b"chatter\\n")\n'
+    'os.write(2, b"between\\n")\n'
+    'try:\n'
+    '  with launch._hidden_stderr():\n'
+    '    os.write(2, b"reason\\n")\n'
+    '    raise ImportError("x")\n'
+    'except ImportError: os.write(2, b"after\\n")\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stderr.splitlines() == ['between', 'reason', 'after']

@@ -80,18 +80,18 @@ def test_tpu_is_not_asked_for_where_it_is_not_used(monkeypatch):
     ({'coordinator_address': 'host'}, "'host'"),
   ],
 )
-def test_refusals(calls, arguments, message):
+def test_contradicting_arguments_are_errors(calls, arguments, message):
   with pytest.raises(ValueError, match=message):
     multihost.initialize(**arguments)
   assert calls == []
 
 
-def test_failure_to_join_says_what_to_do(monkeypatch, calls):
+def test_a_failure_to_join_is_an_error(monkeypatch, calls):
   def fail(**_):
     raise ValueError('no idea')
 
   monkeypatch.setattr(jax.distributed, 'initialize', fail)
-  with pytest.raises(ValueError, match='--process_count=1 to run alone.*no idea'):
+  with pytest.raises(ValueError, match='no idea'):
     multihost.initialize(multiprocess_gpu=True)
 
 

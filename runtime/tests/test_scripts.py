@@ -202,7 +202,7 @@ def test_main_runs_a_script_and_a_dry_run_stops_before_it(tmp_path):
   args = train_command(tmp_path / 'run', steps=2)
   args[2] = 't5x.main'
   lines = call([*args, '--run_mode=train', '--dry_run'])
-  assert 'configuration is right' in lines[-1]
+  assert 'configuration is valid' in lines[-1]
   assert not (tmp_path / 'run').exists()
   lines = call([*args, '--run_mode=train'])
   assert lines[-1].endswith('Finished at step 2.')
@@ -225,9 +225,9 @@ def test_precompile(tmp_path):
 @pytest.mark.parametrize(
   'wrong, message',
   [
-    ({'TRAIN_STPES': 5}, "Did you mean 'TRAIN_STEPS'"),
-    ({'train.eval_perod': 5}, "Did you mean 'eval_period'"),
-    ({'MIXTURE_OR_TASK_NAME': '"tiny_noisd"'}, 'Nearest: tiny_noised'),
+    ({'TRAIN_STPES': 5}, "'TRAIN_STEPS'"),
+    ({'train.eval_perod': 5}, "'eval_period'"),
+    ({'MIXTURE_OR_TASK_NAME': '"tiny_noisd"'}, "'tiny_noised'"),
     ({'MODEL_DIR': '"/dev/null/run"'}, 'model_dir /dev/null/run cannot be written'),
     ({'BATCH_SIZE': 7, 'utils.DatasetConfig.batch_size': 7}, '7'),
   ],

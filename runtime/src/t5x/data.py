@@ -1,73 +1,54 @@
 """From a seqio task or mixture to batches of model features.
 
-What a `DatasetConfig` names is looked up, checked against the task, and turned
-into a `tf.data.Dataset` of this host's share of every batch. Iterating over it
-is the subject of `data_iterators`.
-
-TensorFlow and seqio take seconds to import, so the functions that need them
-import them; reading a configuration does not.
+A `DatasetConfig` names the task; functions here look it up, check it against the
+configuration, and build a `tf.data.Dataset` of this host's share of every batch.
 """
 
-from __future__ import annotations
-
+import concurrent.futures
 import dataclasses
+import functools
+import hashlib
+import importlib
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import gin
 import numpy as np
+import seqio
+import tensorflow as tf
 from absl import logging
 
-from t5x import multihost, task_lookup
+from t5x import gin_utils, multihost
 
-if TYPE_CHECKING:
-  import seqio
-  import tensorflow as tf
-
-# Fields that configure AirIO pipelines, with the values that ask for nothing.
+# Fields that configure AirIO pipelines, with the values that mean nothing.
 _AIRIO_FIELDS = {
   'runtime_preprocessors': (None, ()),
   'num_prefetch_threads': (None,),
   'num_workers': (None, 0),
 }
 
+TaskOrMixture = seqio.Task | seqio.Mixture
+FeatureConverterClass = Callable[..., seqio.FeatureConverter]
+
 
 @dataclasses.dataclass
 class DatasetConfig:
-  """Which task to read, and how to batch it.
+  """Which task to read, and how to batch it."""
 
-  The fields bear T5X's names, because gin files bind them.
-
-  Attributes:
-    mixture_or_task_name: name in seqio's registries, or the Task or Mixture.
-    task_feature_lengths: maximal length of each task feature, in tokens.
-    split: split name; a TFDS source also takes slices such as 'train[:1%]'.
-    batch_size: examples (rows, if packed) in a batch over all hosts.
-    shuffle: whether to shuffle files and examples.
-    seed: seed of shuffling and of random preprocessors. None draws one, the
-      same for all hosts.
-    use_cached: whether to read what `seqio_cache_tasks` wrote.
-    pack: whether to pack several examples into a row.
-    use_custom_packing_ops: handed to the feature converter.
-    module: module to import first, for its tasks. Deprecated.
-    use_memory_cache: whether evaluation batches are kept in memory.
-    trim_output_features: whether features are cut to `task_feature_lengths`.
-    runtime_preprocessors: AirIO only; refused if set.
-    num_prefetch_threads: AirIO only; refused if set.
-    num_workers: AirIO only; refused if set.
-  """
-
-  mixture_or_task_name: str | seqio.Task | seqio.Mixture
-  task_feature_lengths: Mapping[str, int]
-  split: str
-  batch_size: int
+  mixture_or_task_name: str | TaskOrMixture
+  task_feature_lengths: Mapping[str, int]  # in tokens
+  split: str  # a TFDS source also takes slices such as 'train[:1%]'
+  batch_size: int  # over all hosts, in rows
   shuffle: bool
-  seed: int | None
+  seed: int | None  # None draws one, the same for all hosts
   use_cached: bool = False
   pack: bool = False
   use_custom_packing_ops: bool = False
-  module: str | None = None
-  use_memory_cache: bool = True
+  module: str | None = None  # imported first, for its tasks
+  use_memory_cache: bool = True  # for evaluation batches
   trim_output_features: bool = True
   runtime_preprocessors: Sequence[Any] | None = None
   num_prefetch_threads: int | None = None
@@ -77,138 +58,183 @@ class DatasetConfig:
     for field, unset in _AIRIO_FIELDS.items():
       if getattr(self, field) not in unset:
         raise ValueError(
-          f'DatasetConfig.{field} is {getattr(self, field)!r}, but it steers AirIO '
-          f'pipelines only and this runtime reads seqio. Leave it at {unset[0]!r}.'
+          f'DatasetConfig.{field} is {getattr(self, field)!r}, but it configures AirIO '
+          f'pipelines and this runtime reads seqio. Leave it at {unset[0]!r}.'
         )
     # Unset macros arrive here as None or as gin.REQUIRED; those raise elsewhere.
     size = self.batch_size
     if isinstance(size, str | float) or (isinstance(size, int) and size <= 0):
       raise ValueError(
-        f'DatasetConfig.batch_size is {size!r}; it must be a whole number, at least 1.'
+        f'DatasetConfig.batch_size must be an integer, at least 1. Got: {size!r}.'
       )
 
   @property
   def task_name(self) -> str:
-    """Name of the task or mixture, also where the field holds the object."""
+    """Name of the task or mixture, also if the field holds the object."""
     return str(getattr(self.mixture_or_task_name, 'name', self.mixture_or_task_name))
 
 
-class GetDatasetCallable(Protocol):
-  """What `train` takes as `get_dataset_fn`."""
-
-  def __call__(
-    self,
-    cfg: DatasetConfig,
-    shard_id: int,
-    num_shards: int,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
-    num_epochs: int | None = None,
-    continue_from_last_checkpoint: bool = True,
-  ) -> Any: ...
+# What `train` takes as `get_dataset_fn`, `train_eval_get_dataset_fn` and
+# `inference_evaluator_cls`.
+GetDatasetCallable = Callable[..., Any]
+GetEvalDatasetCallable = Callable[..., Mapping[str, Any]]
+EvaluatorConstructor = Callable[..., seqio.Evaluator]
 
 
-class GetEvalDatasetCallable(Protocol):
-  """What `train` takes as `train_eval_get_dataset_fn`."""
-
-  def __call__(
-    self,
-    cfg: DatasetConfig,
-    shard_id: int,
-    num_shards: int,
-    eval_steps: int,
-    feature_converter_cls: Callable[..., seqio.FeatureConverter],
-  ) -> Mapping[str, Any]: ...
+# ---- Tasks ----
 
 
-class EvaluatorConstructor(Protocol):
-  """What builds a `seqio.Evaluator` from the runtime's call."""
-
-  def __call__(
-    self,
-    mixture_or_task_name: str,
-    feature_converter: seqio.FeatureConverter,
-    eval_split: str,
-    use_cached: bool,
-    seed: int | None,
-    sequence_length: Mapping[str, int] | None,
-    log_dir: str | None,
-    use_memory_cache: bool,
-  ) -> seqio.Evaluator: ...
-
-
-def find_provider(cfg: DatasetConfig) -> seqio.Task | seqio.Mixture:
-  """Looks the config's task or mixture up.
-
-  Args:
-    cfg: its `module` is imported first, if set.
-
-  Returns:
-    The registered task or mixture, or the object that the config holds.
+def import_module(module: str) -> None:
+  """Imports a module for the tasks it registers.
 
   Raises:
     ImportError: there is no such module.
+  """
+  if module not in sys.modules:
+    logging.info('Importing module %s for its tasks.', module)
+  try:
+    # The gin files have been read, but the module may register configurables.
+    with gin.unlock_config():
+      importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    if not f'{module}.'.startswith(f'{error.name}.'):
+      raise  # One that the module itself imports.
+    raise ModuleNotFoundError(
+      f'MIXTURE_OR_TASK_MODULE names {module!r}, which Python does not find. It looks '
+      'in the folder that the command runs in, on PYTHONPATH and among the installed '
+      'packages.',
+      name=error.name,
+    ) from error
+
+
+def find_task(name: str | TaskOrMixture) -> TaskOrMixture:
+  """Looks up a task or mixture by name; returns an object as it is.
+
+  Raises:
     ValueError: nothing of that name is registered.
   """
+  if isinstance(name, seqio.DatasetProviderBase):
+    return name
+  known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if name not in known:
+    raise ValueError(
+      f'No task or mixture is called {name!r}.{gin_utils.nearest(str(name), known)} '
+      'Import the module that registers it in the gin file, or correct the name.'
+    )
+  return seqio.get_mixture_or_task(name)
+
+
+def find_provider(cfg: DatasetConfig) -> TaskOrMixture:
+  """Looks up the task or mixture of a config, after importing its module."""
   if cfg.module:
-    task_lookup.import_module(cfg.module)
-  return task_lookup.find(cfg.mixture_or_task_name)
+    import_module(cfg.module)
+  return find_task(cfg.mixture_or_task_name)
 
 
-def _split_names(split: str) -> list[str]:
-  """Names inside a split expression: 'train[:5%]+test' gives train, test."""
-  return [part.split('[')[0].strip() for part in split.split('+')]
+def _has_split(provider: TaskOrMixture, split: str) -> bool:
+  # 'train[:5%]+test' names train and test.
+  names = {part.split('[')[0].strip() for part in split.split('+')}
+  return names <= set(provider.splits)
 
 
-def _has_split(provider: seqio.Task | seqio.Mixture, split: str) -> bool:
-  return set(_split_names(split)) <= set(provider.splits)
+def _check_lengths(
+  provider: TaskOrMixture,
+  lengths: Mapping[str, int] | None,
+  converter_cls: FeatureConverterClass,
+) -> None:
+  features = {*provider.output_features}
+  needed = {*getattr(converter_cls, 'TASK_FEATURES', ())}
+  if lengths is None or needed & features - set(lengths):
+    raise ValueError(
+      f"task_feature_lengths needs a length per feature of '{provider.name}', such as "
+      f'{{{", ".join(f"{name!r}: 512" for name in sorted(features))}}}. '
+      f'Got: {lengths}.'
+    )
+  for name, length in lengths.items():
+    if name not in features | needed:
+      raise ValueError(
+        f"task_feature_lengths has '{name}', not a feature of '{provider.name}'."
+        f'{gin_utils.nearest(name, features | needed)}'
+      )
+    if not isinstance(length, int | np.integer) or length <= 0:
+      raise ValueError(
+        f"task_feature_lengths['{name}'] must be an integer above 0. Got: {length!r}."
+      )
 
 
 def check_dataset_config(
-  cfg: DatasetConfig,
-  num_shards: int,
-  feature_converter_cls: Callable[..., seqio.FeatureConverter],
-) -> seqio.Task | seqio.Mixture:
-  """Checks a config before anything is read.
-
-  Args:
-    cfg: the config.
-    num_shards: into how many shares each batch is cut.
-    feature_converter_cls: converter whose task features are known names too.
-
-  Returns:
-    The task or mixture it names.
+  cfg: DatasetConfig, num_shards: int, feature_converter_cls: FeatureConverterClass
+) -> TaskOrMixture:
+  """Checks a config before anything is read; returns its task or mixture.
 
   Raises:
-    ValueError: the task, the split or a feature does not exist, the batch cannot be
-      cut evenly, or a task is to be cached and is not.
+    ValueError: the task, the split or a feature does not exist, the batch does not
+      divide by the number of shards, or a task is to be cached and is not.
   """
   provider = find_provider(cfg)
   if cfg.batch_size % num_shards:
     raise ValueError(
-      f'Batch size {cfg.batch_size} cannot be cut into {num_shards} equal shards of '
-      f'data; take a multiple of {num_shards}.'
+      f'DatasetConfig.batch_size must be a multiple of the {num_shards} shards of '
+      f'data. Got: {cfg.batch_size}.'
     )
   if not _has_split(provider, cfg.split):
     raise ValueError(
       f"'{provider.name}' has no split '{cfg.split}'; it has "
       f'{", ".join(sorted(provider.splits))}.'
     )
-  task_lookup.check_lengths(provider, cfg.task_feature_lengths, feature_converter_cls)
-  if cfg.use_cached:
-    task_lookup.check_cached(provider)
+  _check_lengths(provider, cfg.task_feature_lengths, feature_converter_cls)
+  for task in seqio.get_subtasks(provider) if cfg.use_cached else ():
+    if not task.cache_dir:
+      searched = ', '.join(map(str, seqio.utils.get_global_cache_dirs())) or 'no folder'
+      raise ValueError(
+        f"USE_CACHED_TASKS is True, and the task '{task.name}' is not cached "
+        f'(searched: {searched}). Set USE_CACHED_TASKS = False, or cache the task with '
+        'seqio_cache_tasks and name the folder with --seqio_additional_cache_dirs.'
+      )
   return provider
 
 
-def _shared_random_seed() -> int:
-  """A seed from the clock that all hosts agree on."""
-  return multihost.broadcast_int(time.time_ns() // 1000 % (2**31 - 1))
+def describe_source(cfg: DatasetConfig) -> dict[str, str]:
+  """Describes the data of a config, to be compared with those of a saved state.
+
+  Returns:
+    `task`, `split`, and `files`: a digest of the names and sizes (not the folders: a
+    corpus may be moved) of all files that seqio knows.
+  """
+  try:
+    tasks = seqio.get_subtasks(find_provider(cfg))
+  except ValueError:  # Something else that a user's `get_dataset_fn` reads.
+    tasks = []
+  lines = [f'{task.name} {line}' for task in tasks for line in _names_sizes(task, cfg)]
+  digest = hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+  return {'task': cfg.task_name, 'split': cfg.split, 'files': digest}
+
+
+def _names_sizes(task: seqio.Task, cfg: DatasetConfig) -> Iterator[str]:
+  def size(path: str) -> str:
+    try:
+      return str(tf.io.gfile.stat(path).length)
+    except tf.errors.OpError:  # Not a file: a function, or a data set with a reader.
+      return ''
+
+  if cfg.use_cached and task.cache_dir:
+    # Written last, with the counts of all that was cached.
+    paths = [seqio.utils.get_cached_info_path(task.cache_dir, cfg.split)]
+  else:
+    paths = task.source.list_shards(cfg.split)
+  with concurrent.futures.ThreadPoolExecutor(32) as threads:
+    for path, length in zip(paths, threads.map(size, paths), strict=True):
+      yield f'{os.path.basename(path)} {length}'
+
+
+# ---- Datasets ----
 
 
 def get_dataset(
   cfg: DatasetConfig,
   shard_id: int,
   num_shards: int,
-  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  feature_converter_cls: FeatureConverterClass,
   num_epochs: int | None = None,
   continue_from_last_checkpoint: bool = False,
 ) -> tf.data.Dataset:
@@ -220,41 +246,39 @@ def get_dataset(
     num_shards: number of shares.
     feature_converter_cls: makes model features of task features.
     num_epochs: how often to go through the data; None never stops.
-    continue_from_last_checkpoint: for dataset functions that find their own
-      position; this one cannot.
+    continue_from_last_checkpoint: for users' functions that restore their own state;
+      must be False here.
 
   Returns:
     A dataset of dicts of [batch_size / num_shards, ...] tensors.
 
   Raises:
-    ValueError: see `check_dataset_config`; or
-      `continue_from_last_checkpoint` is set.
+    ValueError: see `check_dataset_config`.
   """
   if continue_from_last_checkpoint:
     raise ValueError(
-      'continue_from_last_checkpoint=True: get_dataset builds a pipeline from its '
-      'start. Set CheckpointConfig.save.save_dataset = True to go on where the '
-      'checkpoint stopped.'
+      'get_dataset cannot continue_from_last_checkpoint. Set '
+      'CheckpointConfig.save.save_dataset = True to resume the data.'
     )
   rows = cfg.batch_size // num_shards
-  return _opened(cfg, shard_id, num_shards, feature_converter_cls, num_epochs, rows)
+  return _open(cfg, shard_id, num_shards, feature_converter_cls, num_epochs, rows)
 
 
-def _opened(
+def _open(
   cfg: DatasetConfig,
   shard_id: int,
   num_shards: int,
-  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  feature_converter_cls: FeatureConverterClass,
   num_epochs: int | None,
   rows: int,
 ) -> tf.data.Dataset:
-  """As `get_dataset`; tells of `rows` a batch, of which the caller may make batches."""
-  import seqio
-
+  """As `get_dataset`; logs `rows` per batch, which the caller may batch itself."""
   provider = check_dataset_config(cfg, num_shards, feature_converter_cls)
-  seed = _shared_random_seed() if cfg.seed is None else cfg.seed
+  seed = cfg.seed
+  if seed is None:
+    seed = multihost.broadcast_int(time.time_ns() // 1000 % (2**31 - 1))
   logging.info(
-    "Reading '%s' (%s): %d %s a batch on this host, seed %d.",
+    "Reading '%s' (%s): %d %s per batch on this host, seed %d.",
     provider.name,
     cfg.split,
     rows,
@@ -268,64 +292,32 @@ def _opened(
 def get_dataset_inner(
   cfg: DatasetConfig,
   shard_info: seqio.ShardInfo,
-  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  feature_converter_cls: FeatureConverterClass,
   seed: int | None = None,
   num_epochs: int | None = None,
 ) -> tf.data.Dataset:
-  """Builds a dataset for one shard from a seed; see `get_dataset`.
-
-  Args:
-    cfg: what to read; its own `seed` is not looked at.
-    shard_info: which share of the data to read.
-    feature_converter_cls: makes model features of task features.
-    seed: must be the same on all hosts.
-    num_epochs: how often to go through the data; None never stops.
-
-  Returns:
-    A dataset of dicts of [batch_size / num_shards, ...] tensors.
+  """Builds a dataset for one shard from a seed, not `cfg.seed`; see `get_dataset`.
 
   Raises:
-    ValueError: a length is missing.
+    ValueError: the seed is not the same on all hosts.
   """
-  import seqio
-
-  provider = find_provider(cfg)
   if seed is not None:
     multihost.assert_same(np.asarray(seed), 'The data seed (DatasetConfig.seed)')
-  try:
-    return seqio.get_dataset(
-      mixture_or_task_name=provider,
-      task_feature_lengths=cfg.task_feature_lengths,
-      dataset_split=cfg.split,
-      shuffle=cfg.shuffle,
-      num_epochs=num_epochs,
-      feature_converter=feature_converter_cls(
-        pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
-      ),
-      shard_info=shard_info,
-      verbose=False,
-      use_cached=cfg.use_cached,
-      seed=seed,
-      trim_output_features=cfg.trim_output_features,
-      batch_size=cfg.batch_size // shard_info.num_shards,
-    )
-  except KeyError as error:
-    message = _missing_length(error, cfg, provider)
-    if message is None:
-      raise
-    raise ValueError(message) from error
-
-
-def _missing_length(
-  error: KeyError, cfg: DatasetConfig, provider: seqio.Task | seqio.Mixture
-) -> str | None:
-  """What to tell of a KeyError from seqio; None if it is about something else."""
-  missing = error.args[0] if error.args else None
-  if missing not in provider.output_features:
-    return None
-  return (
-    f"task_feature_lengths lacks '{missing}', a feature of '{provider.name}'. Got "
-    f'lengths for {sorted(cfg.task_feature_lengths)}.'
+  return seqio.get_dataset(
+    mixture_or_task_name=find_provider(cfg),
+    task_feature_lengths=cfg.task_feature_lengths,
+    dataset_split=cfg.split,
+    shuffle=cfg.shuffle,
+    num_epochs=num_epochs,
+    feature_converter=feature_converter_cls(
+      pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
+    ),
+    shard_info=shard_info,
+    verbose=False,
+    use_cached=cfg.use_cached,
+    seed=seed,
+    trim_output_features=cfg.trim_output_features,
+    batch_size=cfg.batch_size // shard_info.num_shards,
   )
 
 
@@ -334,7 +326,7 @@ def get_training_eval_datasets(
   shard_id: int,
   num_shards: int,
   eval_steps: int,
-  feature_converter_cls: Callable[..., seqio.FeatureConverter],
+  feature_converter_cls: FeatureConverterClass,
   deterministic: bool = False,
   model_dir: str | None = None,
   start_step: int = 0,
@@ -342,7 +334,7 @@ def get_training_eval_datasets(
   """Builds the datasets that are evaluated with teacher forcing.
 
   A mixture gives a dataset for each task with the split and one for itself. Every
-  host reads all and takes each `num_shards`-th example: no host runs short.
+  host reads all and takes each `num_shards`-th row: no host runs short.
 
   Args:
     cfg: what to read.
@@ -350,8 +342,7 @@ def get_training_eval_datasets(
     num_shards: number of shares.
     eval_steps: batches in each dataset; short data is repeated.
     feature_converter_cls: makes model features of task features.
-    deterministic: refused, as upstream's code for it was never published.
-    model_dir, start_step: only for `deterministic`.
+    deterministic, model_dir, start_step: of T5X; must be left alone here.
 
   Returns:
     Name of the task or mixture -> dataset of `eval_steps` batches, dicts of
@@ -360,56 +351,147 @@ def get_training_eval_datasets(
   Raises:
     ValueError: see `check_dataset_config`; or `deterministic` is set.
   """
-  if deterministic:
-    raise ValueError(
-      'deterministic=True needs a reader that was never published; leave it False.'
-    )
   del model_dir, start_step
-  import seqio
-
+  if deterministic:
+    raise ValueError('deterministic=True is not supported; leave it False.')
   provider = find_provider(cfg)
   if cfg.batch_size % num_shards:
     raise ValueError(
-      f'Evaluation batch size {cfg.batch_size} cannot be cut into {num_shards} equal '
-      f'shards of data; take a multiple of {num_shards}.'
+      f'The batch size of evaluation must be a multiple of the {num_shards} shards of '
+      f'data. Got: {cfg.batch_size}.'
     )
   sources = list(seqio.get_subtasks(provider))
   if isinstance(provider, seqio.Mixture):
     sources.append(provider)
 
+  size = cfg.batch_size // num_shards
   datasets = {}
   for source in sources:
     if not _has_split(source, cfg.split):
       logging.info("'%s' has no split '%s': not evaluated.", source.name, cfg.split)
       continue
-    datasets[source.name] = _eval_batches(
-      dataclasses.replace(cfg, mixture_or_task_name=source, module=None),
-      seqio.ShardInfo(shard_id, num_shards),
-      eval_steps,
-      feature_converter_cls,
+    rows = _open(
+      # One row at a time: rows are dealt to the hosts below.
+      dataclasses.replace(cfg, mixture_or_task_name=source, module=None, batch_size=1),
+      shard_id=0,
+      num_shards=1,
+      feature_converter_cls=feature_converter_cls,
+      # Finite, or a task whose examples are all filtered out would loop forever.
+      num_epochs=eval_steps * cfg.batch_size,
+      rows=size,
     )
+    rows = rows.unbatch().repeat().shard(num_shards, shard_id)
+    batches = rows.batch(size, drop_remainder=True).take(eval_steps)
+    datasets[source.name] = batches.cache() if cfg.use_memory_cache else batches
   return datasets
 
 
-def _eval_batches(
+# ---- Vocabularies ----
+
+
+def get_vocabulary(
   cfg: DatasetConfig,
-  shard_info: seqio.ShardInfo,
-  eval_steps: int,
-  feature_converter_cls: Callable[..., seqio.FeatureConverter],
-) -> tf.data.Dataset:
-  """This host's share of `eval_steps` batches of one task or mixture."""
-  size = cfg.batch_size // shard_info.num_shards
-  rows = _opened(
-    # One row at a time: rows are dealt to the hosts below.
-    dataclasses.replace(cfg, batch_size=1),
-    shard_id=0,
-    num_shards=1,
-    feature_converter_cls=feature_converter_cls,
-    # Finite, or a task whose examples are all filtered out would spin forever.
-    num_epochs=eval_steps * cfg.batch_size,
-    rows=size,
+) -> tuple[seqio.Vocabulary, seqio.Vocabulary]:
+  """Returns the vocabularies of a task's inputs and targets.
+
+  A task without both features has one vocabulary, given twice; pass-through
+  vocabularies count only if there is no other.
+
+  Raises:
+    ValueError: the task lacks inputs or targets and its features disagree.
+  """
+  provider = find_provider(cfg)
+  features = provider.output_features
+  if 'inputs' in features and 'targets' in features:
+    return features['inputs'].vocabulary, features['targets'].vocabulary
+  found = [feature.vocabulary for feature in features.values()]
+  real = [v for v in found if not isinstance(v, seqio.PassThroughVocabulary)]
+  found = real or found
+  if not found or any(other != found[0] for other in found[1:]):
+    raise ValueError(
+      f"'{provider.name}' needs the features 'inputs' and 'targets', or features of "
+      f'one vocabulary. Got: {sorted(features)}.'
+    )
+  return found[0], found[0]
+
+
+def verify_matching_vocabs(cfg: DatasetConfig, model: Any) -> None:
+  """Checks that the model's vocabularies are the task's.
+
+  Raises:
+    ValueError: they differ.
+  """
+  task_side = get_vocabulary(cfg)
+  model_side = (model.input_vocabulary, model.output_vocabulary)
+  for role, in_task, in_model in zip(('input', 'output'), task_side, model_side):
+    if in_task != in_model:
+      raise ValueError(
+        f"The {role} vocabulary of task '{cfg.task_name}' is {in_task}, "
+        f'the model has {in_model}. Give the model the vocabulary of the task.'
+      )
+
+
+def round_vocab_size_to_multiple(
+  vocabulary: seqio.Vocabulary, divisor: int = 128
+) -> int:
+  """Returns the vocabulary's size, rounded up to a multiple of `divisor`."""
+  return -(-vocabulary.vocab_size // divisor) * divisor
+
+
+# ---- Files that no task knows ----
+
+
+def create_task_from_tfexample_file(
+  paths: Sequence[str],
+  file_type: str,
+  inputs_key: str,
+  targets_key: str | None,
+  features: Mapping[str, seqio.Feature],
+  task_id: str | None = None,
+) -> str:
+  """Registers a task over files of tf.train.Example, with one split, 'infer'.
+
+  Args:
+    paths: files or patterns.
+    file_type: 'tfrecord'.
+    inputs_key: the feature with the input text, UTF-8.
+    targets_key: the feature with the target text, to score it; None if there is none.
+    features: 'inputs' and 'targets', with the vocabularies that tokenize the text.
+    task_id: ends the task's name; by default a hash of paths and keys.
+
+  Returns:
+    The task's name.
+
+  Raises:
+    ValueError: no such file, or another file type.
+  """
+  paths = [paths] if isinstance(paths, str) else list(paths)
+  if not tf.io.gfile.glob(paths):
+    raise ValueError(f'No file fits {", ".join(paths)}.')
+  if file_type != 'tfrecord':
+    raise ValueError(f"file_type must be 'tfrecord'. Got: {file_type!r}.")
+  keys = {'inputs': inputs_key}
+  if targets_key:
+    keys['targets'] = targets_key
+  if task_id is None:
+    identity = '\n'.join([*paths, inputs_key, targets_key or ''])
+    task_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
+  name = f'infer_{task_id}'
+  if name in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.remove(name)
+  text = tf.io.FixedLenFeature([], tf.string)
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.TFExampleDataSource(
+      {'infer': paths},
+      feature_description=dict.fromkeys(keys.values(), text),
+      reader_cls=tf.data.TFRecordDataset,
+    ),
+    preprocessors=[
+      # A task needs every output feature; without targets theirs is empty.
+      functools.partial(seqio.preprocessors.rekey, key_map={'targets': None, **keys}),
+      seqio.preprocessors.tokenize_and_append_eos,
+    ],
+    output_features=features,
   )
-  rows = rows.unbatch().repeat().shard(shard_info.num_shards, shard_info.index)
-  batches = rows.batch(size, drop_remainder=True)
-  batches = batches.take(eval_steps)
-  return batches.cache() if cfg.use_memory_cache else batches
+  return name

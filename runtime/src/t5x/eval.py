@@ -36,8 +36,6 @@ from t5x import (
   partitioning,
   restore,
   run_setup,
-  task_lookup,
-  task_vocabularies,
   whole_files,
 )
 from t5x import train_state as train_state_lib
@@ -59,7 +57,7 @@ def _check_is_registered(cfg: data.DatasetConfig) -> None:
     ValueError: the configuration holds a task that is not the registered one.
   """
   provider = data.find_provider(cfg)
-  if task_lookup.find(provider.name) is not provider:
+  if data.find_task(provider.name) is not provider:
     raise ValueError(
       f"DatasetConfig.mixture_or_task_name holds a task '{provider.name}', which is "
       'not the one registered by that name. Register it; evaluation looks it up.'
@@ -79,7 +77,7 @@ class InferenceEvaluator:
     verify_matching_vocabs_fn: Callable[
       [data.DatasetConfig, models.BaseTransformerModel], None
     ]
-    | None = task_vocabularies.verify_matching_vocabs,
+    | None = data.verify_matching_vocabs,
   ):
     """Loads the examples.
 

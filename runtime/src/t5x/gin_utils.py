@@ -4,28 +4,17 @@ import difflib
 import importlib.util
 import inspect
 import os
-import pathlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+import sys
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import gin
-import jax
 from absl import app, logging
-from etils import epath
 from gin import config as gin_config
-from gin import resource_reader
+from gin import config_parser
 
-from t5x import gin_bindings as bindings_module
-
-
-class _TextWriter(Protocol):
-  """What `summarize_gin_config` needs of a `clu.metric_writers.MetricWriter`."""
-
-  def write_texts(self, step: int, texts: dict[str, str]) -> None:
-    """Writes texts by name."""
-
-  def flush(self) -> None:
-    """Returns when all is written."""
+# jax and etils are imported where they are needed: `--help` is answered without them.
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -34,42 +23,188 @@ def nearest(name: str, known: Iterable[str]) -> str:
   return f' Did you mean {close[0]!r}?' if close else ''
 
 
-# ---- Files ----
+# ---- Bindings of the command line ----
+#
+# Gin resolves `models.EncoderDecoderModel` by the imports of the file it stands in. A
+# binding on the command line stands in no file: it gets the imports of all files. Gin
+# has no public way to that, nor to read what is bound: hence three private names of it,
+# which are used in this file only.
 
-_HERE = pathlib.Path(__file__).resolve().parent
-
-
-def in_packages(path: str) -> str | None:
-  """Finds 'package/folder/file.gin' in an importable package, without importing it."""
-  package, _, rest = path.partition('/')
-  if not rest or not package.isidentifier():
-    return None
-  if package == _HERE.name:
-    folders = [str(_HERE)]  # The very package that runs, however it was installed.
-  else:
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-  candidates = (os.path.join(folder, rest) for folder in folders)
-  return next(filter(os.path.isfile, candidates), None)
+_COMMAND_LINE = config_parser.Location(None, 0, None, '')
+_DYNAMIC_REGISTRATION = config_parser.ImportStatement(
+  '__gin__.dynamic_registration', is_from=True, alias=None, location=_COMMAND_LINE
+)
+# Importing one of these would load the running script a second time.
+_SCRIPTS = ('train', 'eval', 'infer', 'precompile', 'main')
 
 
-def _find_files_in_packages() -> None:
-  """Lets gin find files in packages that have folders without `__init__.py`.
+def _imports_of(root: str) -> list[config_parser.ImportStatement]:
+  """The imports of gin files that bind a name, else the runtime's module of it."""
+  found = {s.module: s for s in gin_config._IMPORTS if s.bound_name() == root}
+  if not found and root not in _SCRIPTS and importlib.util.find_spec(f't5x.{root}'):
+    module = f't5x.{root}'
+    return [config_parser.ImportStatement(module, True, None, _COMMAND_LINE)]
+  return [found[module] for module in sorted(found)]
 
-  Gin's own reader imports every folder as a package, and raises a TypeError where one
-  is not; this takes its place.
+
+def _lookup(name: str) -> gin_config.Configurable | None:
+  """Finds what a name means by the imports of all gin files, and registers it.
+
+  Returns:
+    The configurable; None if the name's first part is not imported, so that only gin's
+    registry can know it.
+
+  Raises:
+    ValueError: a module or class lacks the rest of the name, or several have it.
   """
-  ours = (
-    lambda path: open(in_packages(path), encoding='utf-8'),
-    lambda path: bool(in_packages(path)),
-  )
-  readers = gin_config._FILE_READERS
-  for i, (reader, _) in enumerate(readers):
-    if reader is resource_reader.system_path_reader:
-      readers[i] = ours
+  root, *parts = name.split('.')
+  imports = _imports_of(root) if parts else []
+  if not imports:
+    return None
+  if any(s.is_from or s.alias for s in imports):
+    # Different modules of one name; otherwise `import a.b` and `import a.c`.
+    fitting = [s for s in imports if hasattr(sys.modules.get(s.module), parts[0])]
+    if len(fitting) > 1:
+      raise ValueError(
+        f'{name!r} is ambiguous: gin files import {root!r} from '
+        f'{", ".join(s.module for s in fitting)}. Bind it in a gin file.'
+      )
+    imports = fitting or imports[:1]
+  with gin_config._parse_scope() as context:
+    for statement in (_DYNAMIC_REGISTRATION, *imports):
+      context.process_import(statement)
+    direct = imports[0].is_from or imports[0].alias
+    owner = sys.modules[imports[0].module if direct else root]
+    for part in parts:
+      if not hasattr(owner, part):
+        raise ValueError(
+          f'{name!r} does not exist: {owner!r} has no {part!r}.'
+          f'{nearest(part, dir(owner))}'
+        )
+      owner = getattr(owner, part)
+    configurable = context.get_configurable(name)
+  gin_config._IMPORTS.update(context.imports)
+  return configurable
 
 
-_find_files_in_packages()
+class _ResolvingDelegate(gin_config.ParserDelegate):
+  """Resolves references in values by the imports of all gin files."""
+
+  def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
+    scope, slash, name = scoped_selector.rpartition('/')
+    if configurable := _lookup(name):
+      scoped_selector = scope + slash + configurable.selector
+    return super().configurable_reference(scoped_selector, evaluate)
+
+
+def _bind(
+  text: str, skip_unknown: bool | Sequence[str]
+) -> Iterator[tuple[str, gin_config.Configurable | None]]:
+  """Applies a binding; yields (macro's name, None) or ('', what was configured)."""
+  for statement in config_parser.ConfigParser(text, _ResolvingDelegate(skip_unknown)):
+    scope, selector, parameter, value, _ = statement
+    if not parameter:
+      macro = f'{scope}/{selector}' if scope else selector
+      gin.bind_parameter((macro, 'gin.macro', 'value'), value)
+      yield macro, None
+      continue
+    try:
+      configurable = _lookup(selector)
+      full = configurable.selector if configurable else selector
+      function = configurable.wrapped if configurable else gin.get_configurable(full)
+    except ValueError:
+      if skip_unknown is True or (skip_unknown and selector in skip_unknown):
+        continue
+      raise
+    try:
+      gin.bind_parameter((scope, full, parameter), value)
+    except ValueError as error:
+      hint = nearest(parameter, inspect.signature(function).parameters)
+      raise ValueError(f'{error}{hint}') from None
+    yield '', configurable
+
+
+def _apply_command_line(
+  bindings: Sequence[str], skip_unknown: bool | Sequence[str]
+) -> list[tuple[str, str, gin_config.Configurable | None]]:
+  """Applies bindings in order; returns (text, macro or '', configurable) of each."""
+  if any(text.startswith(('import ', 'from ', 'include ')) for text in bindings):
+    gin.parse_config(list(bindings), skip_unknown)  # Lines of a file.
+    return []
+  applied = []
+  for text in bindings:
+    try:
+      applied += [(text, *bound) for bound in _bind(text, skip_unknown)]
+    except (SyntaxError, tokenize.TokenError) as error:
+      raise ValueError(
+        f'The binding {text!r} cannot be read. Write NAME = VALUE with a Python '
+        'literal, @reference or %MACRO; a string keeps quotes of its own inside the '
+        f"shell's: --gin.NAME=\"'text'\"."
+      ) from error
+    except ValueError as error:
+      raise ValueError(f'The binding {text!r}: {error}') from error
+  return applied
+
+
+def _check_macros() -> set[str]:
+  """Checks that all used macros have a value; returns their names.
+
+  Raises:
+    ValueError: names all macros that are undefined, or required and not set.
+  """
+  config = gin_config._CONFIG
+  bound = {
+    scope: values['value']
+    for (scope, selector), values in config.items()
+    if selector == 'gin.macro'
+  }
+  macro = gin.get_configurable('gin.macro')
+  used = {'/'.join(r.scopes) for r in gin_config.iterate_references(config, to=macro)}
+  if undefined := sorted(used - set(bound)):
+    raise ValueError(
+      f'Macros are used and never defined: {", ".join(undefined)}.'
+      f'{nearest(undefined[0], bound)} Set them with --gin.{undefined[0]}=VALUE.'
+    )
+  if unset := sorted(n for n, value in bound.items() if str(value) == '%gin.REQUIRED'):
+    raise ValueError(
+      f'Required and not set: {", ".join(unset)}. Set them in a gin file or with '
+      f'--gin.{unset[0]}=VALUE.'
+    )
+  return used
+
+
+def _check_command_line_acts(
+  applied: Sequence[tuple[str, str, gin_config.Configurable | None]], used: set[str]
+) -> None:
+  """Checks that something uses what the command line binds.
+
+  Raises:
+    ValueError: no value refers to the macro, or to the function or class.
+  """
+  references = {
+    r.configurable.selector for r in gin_config.iterate_references(gin_config._CONFIG)
+  }
+  for text, macro, configurable in applied:
+    if macro and macro not in used:
+      raise ValueError(f'No gin file uses the macro of {text!r}.{nearest(macro, used)}')
+    # What is registered in Python, or belongs to the script, is called from Python.
+    if (
+      configurable is None
+      or not configurable.import_source
+      or configurable.import_source[0].module == '__main__'
+    ):
+      continue
+    target = configurable.selector
+    if configurable.is_method:
+      target = target.rpartition('.')[0]
+    if target not in references:
+      raise ValueError(
+        f'The binding {text!r} has no effect: no other binding refers to @{target}. '
+        'Gin gives a binding to the very class it names, not to its subclasses.'
+      )
+
+
+# ---- Files and flags ----
 
 
 def parse_gin_flags(
@@ -81,42 +216,41 @@ def parse_gin_flags(
 ) -> None:
   """Parses files, then the bindings of the command line, which win.
 
-  A file is looked for in the working folder, in the search paths, then in importable
-  packages ('t5x/configs/runs/pretrain.gin'). Bindings may name whatever the files
-  import, `t5x` modules, and whatever gin has registered.
+  A file is looked for in the working folder, in importable packages
+  ('t5x/configs/runs/pretrain.gin') and in the search paths. Bindings may name whatever
+  the files import, `t5x` modules, and whatever gin has registered.
 
   Args:
     gin_search_paths: folders in which files, and their includes, are looked for.
     gin_files: in order; later ones win.
     gin_bindings: 'scope/name.parameter = value' or 'MACRO = value'.
     skip_unknown: as for `gin.parse_config`.
-    finalize_config: whether to lock the configuration. It is then also checked that
-      nothing required is missing and that no binding is without effect.
+    finalize_config: whether to lock the configuration, after checks that nothing
+      required is missing and that the command line's bindings have an effect.
 
   Raises:
     ValueError: a name is wrong, a required macro is not set, or a binding is without
       effect.
+    SyntaxError: a file is not gin; has its name and the line.
     OSError: a file is not found.
   """
   for folder in gin_search_paths:
-    if folder not in gin_config._LOCATION_PREFIXES:
-      gin.add_config_file_search_path(folder)
+    gin.add_config_file_search_path(folder)
   for path in gin_files or ():
-    with bindings_module.explained(path=path):
+    try:
       gin.parse_config_file(path, skip_unknown)
-  applied = bindings_module.apply_command_line(gin_bindings or (), skip_unknown)
+    except tokenize.TokenError as error:
+      raise ValueError(f'{path} cannot be read: {error}.') from None
+  applied = _apply_command_line(gin_bindings or (), skip_unknown)
   if finalize_config:
-    bindings_module.check_macros(applied)
-    bindings_module.check_parents()
-    bindings_module.check_reached(applied)
-    with bindings_module.explained():
-      gin.finalize()
+    _check_command_line_acts(applied, _check_macros())
+    gin.finalize()
   logging.info(
     'Gin configuration from %s and %d bindings of the command line.',
     ', '.join(gin_files or ()) or 'no file',
     len(gin_bindings or ()),
   )
-  logging.debug('%s', get_gin_config_str())
+  logging.debug('%s', gin.config_str())
 
 
 def rewrite_gin_args(args: Sequence[str]) -> list[str]:
@@ -146,97 +280,30 @@ def run_main(
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
   """Runs `main` under absl, with '--gin.NAME=VALUE' understood."""
-  run_main(
-    main,
-    flags_parser=lambda args: app.parse_flags_with_usage(rewrite_gin_args(args)),
-  )
-
-
-# ---- The record of a configuration ----
-
-
-@gin.configurable
-def get_gin_config_str(show_provenance: bool = False) -> str:
-  """The configuration in gin's own syntax, bound parameters only.
-
-  Args:
-    show_provenance: whether to say where each binding comes from.
-
-  Raises:
-    ValueError: the installed gin cannot show provenance.
-  """
-  if not show_provenance:
-    return gin.config_str()
-  if 'show_provenance' not in inspect.signature(gin.config_str).parameters:
-    raise ValueError(
-      'get_gin_config_str.show_provenance is True, and the installed gin-config does '
-      'not record where bindings come from. Set it to False.'
-    )
-  return gin.config_str(show_provenance=True)
-
-
-def bound_values() -> dict[str, str]:
-  """What gin files and the command line have set, to compare two configurations.
-
-  Returns:
-    {'MACRO' or 'scope/module.function.parameter': the value as gin would write it},
-    without objects that Python code has bound.
-  """
-  found = {}
-  for (scope, selector), values in gin_config._CONFIG.items():
-    for parameter, value in values.items():
-      name = '/'.join(filter(None, (scope, f'{selector}.{parameter}')))
-      if gin_config._REGISTRY[selector].wrapped is gin_config.macro:
-        name = scope
-      if gin_config._is_literally_representable(value):
-        found[name] = gin_config._format_value(value)
-  return found
+  app.run(main, lambda args: app.parse_flags_with_usage(rewrite_gin_args(args)))
 
 
 @gin.register
 def summarize_gin_config(
-  model_dir: str | os.PathLike, summary_writer: _TextWriter | None, step: int
+  model_dir: str | os.PathLike, summary_writer: Any, step: int
 ) -> None:
   """Writes the configuration to MODEL_DIR/config.gin and to TensorBoard.
 
   Args:
-    model_dir: the folder of the run, made if it is not there.
-    summary_writer: where the text goes as 'config'; None for nowhere.
+    model_dir: the folder of the run, made if it does not exist.
+    summary_writer: a `clu.metric_writers.MetricWriter` that gets the text as 'config';
+      None for none.
     step: the step at which TensorBoard shows it.
   """
+  import jax
+  from etils import epath
+
   if jax.process_index() != 0:
     return
-  text = get_gin_config_str()
+  text = gin.config_str()
   folder = epath.Path(model_dir)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.gin').write_text(text)
   if summary_writer is not None:
     summary_writer.write_texts(step, {'config': gin.markdown(text)})
     summary_writer.flush()
-
-
-# ---- Functions for gin files, whose values are literals otherwise ----
-
-
-@gin.configurable
-def sum_fn(var1: Any = gin.REQUIRED, var2: Any = gin.REQUIRED) -> Any:
-  """var1 + var2."""
-  return var1 + var2
-
-
-@gin.configurable
-def bool_fn(var1: Any = gin.REQUIRED) -> bool:
-  """Whether var1 is true."""
-  return bool(var1)
-
-
-@gin.configurable
-def string_split_fn(
-  text: str = gin.REQUIRED,
-  separator: str = gin.REQUIRED,
-  maxsplit: int = -1,
-  index: int | None = None,
-) -> list[str] | str:
-  """The parts of a text between separators, or one of them."""
-  parts = text.split(separator, maxsplit)
-  return parts if index is None else parts[index]

@@ -1,4 +1,4 @@
-"""Predictions or scores for every example of a task, one JSON object a line.
+"""Predictions or scores for every example of a task, one JSON object per line.
 
   python -m t5x.infer --gin_file=MODEL.gin --gin_file=t5x/configs/runs/infer.gin \\
     --gin.CHECKPOINT_PATH="'runs/mine/checkpoint_1000'" \\
@@ -9,7 +9,7 @@
 `--gin.infer.mode` is 'predict' (text), 'score' (log-likelihood of the task's targets)
 or 'predict_with_aux' (text with scores). Results are written every
 `--gin.infer.checkpoint_period` batches; the same command, given again after an
-interruption, goes on behind the last of them. A big split is shared out among jobs with
+interruption, resumes after the last of them. A big split is divided among jobs with
 `--gin.infer.num_shards` and `--shard_id`.
 """
 
@@ -18,15 +18,19 @@ if __name__ == '__main__':
 
   launch.prepare(__doc__, multiprocess=True, shard=True)
 
+import concurrent.futures
 import dataclasses
-import functools
+import hashlib
 import itertools
+import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +43,6 @@ from t5x import (
   checkpoints,
   data,
   gin_utils,
-  infer_settings,
-  infer_writer,
   inference,
   launch,
   models,
@@ -48,64 +50,218 @@ from t5x import (
   partitioning,
   restore,
   run_setup,
-  task_vocabularies,
+  whole_files,
 )
-from t5x.infer_writer import (
-  FailFastThreadPoolExecutor,
-  Inferences,
-  MergeFn,
-  WriteFn,
-  merge_chunks_to_file,
-  write_inferences_to_file,
-)
-from t5x.tfexample_task import create_task_from_tfexample_file
-
-__all__ = [
-  'FailFastThreadPoolExecutor', 'SummarizeConfigFn', 'create_task_from_tfexample_file',
-  'infer', 'merge_chunks_to_file', 'update_measurement_series',
-  'write_inferences_to_file',
-]  # fmt: skip
 
 gfile = tf.io.gfile
 
+# (one prediction or score per example, auxiliary outputs with an entry per example)
+Inferences = tuple[Sequence[Any], Mapping[str, Any]]
+WriteFn = Callable[
+  [str, Inferences, tf.data.Dataset, str, seqio.Vocabulary | None], None
+]
+MergeFn = Callable[[str, str, str, int | None], None]
 
-class SummarizeConfigFn(Protocol):
-  """What writes the configuration down."""
+MODES = ('predict', 'score', 'predict_with_aux')
+# On a chunk, and on the result of a task, of which it holds the settings.
+DONE_MARK = '.COMPLETED'
 
-  def __call__(self, model_dir: str, summary_writer: Any, step: int) -> None: ...
+# Gin files name it `infer_script.create_task_from_tfexample_file`.
+create_task_from_tfexample_file = data.create_task_from_tfexample_file
 
 
-def update_measurement_series(series_name: str, step: int, value: float) -> None:
-  """Called with every timing; a hook that does nothing here.
+# ---- Writing ----
+
+
+def _plain(value: Any) -> Any:
+  """Turns bytes, NumPy and JAX values, and dicts and lists of them, into JSON's."""
+  if isinstance(value, bytes):
+    return value.decode('utf-8', errors='replace')
+  if isinstance(value, Mapping):
+    return {key: _plain(one) for key, one in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(one) for one in value]
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
+    array = np.asarray(value)
+    if array.dtype == jnp.bfloat16:
+      array = array.astype(np.float32)
+    return _plain(array.tolist())
+  return value
+
+
+def _for_each(function: Callable[[list], Any], ids: list) -> Any:
+  """Calls a function on [length] token ids, or on each of [n, length]."""
+  if ids and isinstance(ids[0], list):
+    return [_for_each(function, one) for one in ids]
+  return function(ids)
+
+
+def write_inferences_to_file(
+  path: str,
+  inferences: Inferences,
+  task_ds: tf.data.Dataset,
+  mode: str,
+  vocabulary: seqio.Vocabulary | None = None,
+  json_encoder_cls: type[json.JSONEncoder] = seqio.TensorAndNumpyEncoder,
+  include_all_inputs: bool = False,
+  input_fields_to_include: Sequence[str] | None = None,
+  output_ids: bool = False,
+) -> None:
+  """Writes one JSON object per line: the example's text and what the model made of it.
+
+  The keys are `inputs` and, by mode, `prediction` (and `prediction_tokens`), `score`,
+  `aux`.
 
   Args:
-    series_name: `inference_total_sec`, `writing_examples_per_sec` and the like.
-    step: number of the chunk.
-    value: seconds, or examples a second.
+    path: file to write; it appears when it is whole.
+    inferences: (predictions, aux). Predictions are [length] token ids per example, or
+      [decodes, length] if the model returns several; in mode 'score', numbers. Aux
+      maps names to one value per example, and is empty if the mode has none.
+    task_ds: the task's examples in the same order.
+    mode: 'predict', 'score' or 'predict_with_aux'.
+    vocabulary: turns token ids into text; needed to predict.
+    json_encoder_cls: for values that JSON does not know.
+    include_all_inputs: write every field of the example, not only `*_pretokenized`.
+    input_fields_to_include: write these fields and their `*_pretokenized` twins.
+    output_ids: also write the predicted ids, without padding.
+
+  Raises:
+    ValueError: unknown mode, no vocabulary to predict with, or both ways of choosing
+      fields at once.
   """
-  del series_name, step, value
+  if mode not in MODES:
+    raise ValueError(f'mode must be one of {", ".join(MODES)}. Got: {mode!r}.')
+  predicts = mode != 'score'
+  if predicts and vocabulary is None:
+    raise ValueError(f'mode {mode!r} needs a vocabulary to turn ids into text.')
+  if include_all_inputs and input_fields_to_include is not None:
+    raise ValueError(
+      'include_all_inputs and input_fields_to_include exclude each other; got '
+      f'True and {input_fields_to_include!r}.'
+    )
+  outputs, aux = inferences
+  suffix = '_pretokenized'
+  chosen = input_fields_to_include
+
+  def is_shown(name):
+    if include_all_inputs or (chosen is not None and name in chosen):
+      return True
+    stem = name.removesuffix(suffix)
+    return name.endswith(suffix) and (chosen is None or stem in chosen)
+
+  def is_leaf(x):
+    return isinstance(x, list | np.ndarray)
+
+  with whole_files.whole_file(path) as file:
+    for i, example in enumerate(task_ds.as_numpy_iterator()):
+      row = {'inputs': _plain({k: v for k, v in example.items() if is_shown(k)})}
+      output = _plain(outputs[i])
+      if predicts:
+        row['prediction'] = _for_each(lambda x: _plain(vocabulary.decode(x)), output)
+        if output_ids:
+          row['prediction_tokens'] = _for_each(
+            lambda x: x[: x.index(0)] if 0 in x else x, output
+          )
+      else:
+        row['score'] = output
+      if aux or mode == 'predict_with_aux':
+        row['aux'] = _plain(
+          jax.tree.map(lambda leaf, i=i: leaf[i], aux, is_leaf=is_leaf)
+        )
+      file.write(json.dumps(row, cls=json_encoder_cls, ensure_ascii=False) + '\n')
 
 
-def _in_order(result: Any) -> Inferences:
-  """Sorts what an inference function returned by the examples' indices.
+def merge_chunks_to_file(
+  output_dir: str, output_fname: str, tmp_dir: str, step: int | None
+) -> None:
+  """Joins the chunks of a task into one file, in order.
 
   Args:
-    result: [(index, output), ...], or that and a tree of lists of auxiliary outputs,
-      parallel to it.
+    output_dir: the joined file's folder.
+    output_fname: its name; the chunks are called `<name>-chunk00000` and so on.
+    tmp_dir: the chunks' folder.
+    step: the checkpoint's step; not used here.
+
+  Raises:
+    FileNotFoundError: there is no chunk, or one is missing.
+  """
+  del step
+  # Not glob: a folder's name may contain brackets.
+  is_chunk = re.compile(re.escape(output_fname) + r'-chunk\d{5,}').fullmatch
+  count = sum(map(bool, map(is_chunk, gfile.listdir(tmp_dir))))
+  if not count:
+    raise FileNotFoundError(
+      f'No results in {tmp_dir}: the split has no example, or all were filtered out.'
+    )
+  path = os.path.join(output_dir, output_fname)
+  with whole_files.whole_file(path, 'wb') as joined:
+    for number in range(count):
+      chunk = os.path.join(tmp_dir, f'{output_fname}-chunk{number:05}')
+      if not gfile.exists(chunk):
+        raise FileNotFoundError(f'{chunk} is missing. Delete its folder to start over.')
+      with gfile.GFile(chunk, 'rb') as file:
+        shutil.copyfileobj(file, joined)
+  logging.info('Results: %s', path)
+
+
+# ---- Settings ----
+
+
+def _digest(path: str) -> str:
+  if not os.path.isfile(path):
+    return ''
+  with open(path, 'rb') as file:
+    return f' (sha256 {hashlib.file_digest(file, "sha256").hexdigest()[:16]})'
+
+
+def _describe_settings(cfg: data.DatasetConfig, checkpoint: str) -> dict[str, Any]:
+  """Settings that identify an inference run, with digests of the files they name."""
+  settings = {}
+  for line in gin.config_str(max_line_length=10**9).splitlines():
+    name, bound, value = line.partition(' = ')
+    # Other devices and folders give the same results.
+    if bound and not name.startswith(('INFER_OUTPUT_DIR', 'partitioning.')):
+      settings[name] = value + _digest(value.strip('\'"'))
+  # Orbax notes in this file when a checkpoint was saved.
+  saved_at = _digest(os.path.join(checkpoint, '_CHECKPOINT_METADATA'))
+  return {
+    **settings,
+    **data.describe_source(cfg),
+    'batch_size': cfg.batch_size,
+    'task_feature_lengths': dict(cfg.task_feature_lengths),
+    'checkpoint': checkpoint + saved_at,
+  }
+
+
+def _check_settings(path: str, settings: Mapping[str, Any]) -> bool:
+  """Compares settings with those that an earlier run left in a file.
 
   Returns:
-    The outputs and the auxiliary outputs, both in the examples' order.
+    Whether there is such a file.
+
+  Raises:
+    ValueError: they differ.
   """
-  pairs, aux = result if isinstance(result, tuple) else (result, {})
-  order = np.argsort([index for index, _ in pairs])
+  if not gfile.exists(path):
+    return False
+  with gfile.GFile(path) as file:
+    text = file.read()
+  # T5X leaves an empty file.
+  earlier = json.loads(text) if text else settings
+  changed = [
+    f'{name} was {earlier.get(name)} and is {settings.get(name)}'
+    for name in dict.fromkeys([*earlier, *settings])
+    if earlier.get(name) != settings.get(name)
+  ]
+  if changed:
+    raise ValueError(
+      f'{path} belongs to results of other settings: {"; ".join(changed[:5])}. Restore '
+      'the settings, set another INFER_OUTPUT_DIR, or delete these results.'
+    )
+  return True
 
-  def sort(leaf):
-    return [leaf[i] for i in order]
 
-  def is_leaf(value):
-    return isinstance(value, list | np.ndarray)
-
-  return [pairs[i][1] for i in order], jax.tree.map(sort, aux, is_leaf=is_leaf)
+# ---- Inference ----
 
 
 def _in_memory(examples: Sequence[Any], spec: Any) -> tf.data.Dataset:
@@ -115,178 +271,21 @@ def _in_memory(examples: Sequence[Any], spec: Any) -> tf.data.Dataset:
   ).apply(tf.data.experimental.assert_cardinality(len(examples)))
 
 
-class _ExampleReader:
-  """Reads a task's examples in chunks, from where an earlier run stopped."""
-
-  def __init__(self, dataset: tf.data.Dataset, chunk_size: int):
-    """Opens the dataset.
-
-    Args:
-      dataset: pairs of (task features, model features) of one example.
-      chunk_size: examples in a chunk; the last may be smaller.
-    """
-    self._dataset = dataset
-    self._chunk_size = chunk_size
-    self._iterator = iter(dataset)
-
-  def save(self, stem: str) -> None:
-    """Writes the position behind the last chunk read."""
-    tf.train.Checkpoint(iterator=self._iterator).write(stem)
-
-  def go_to(self, chunk: int, stem: str | None) -> None:
-    """Makes `chunk` the next to be read.
-
-    Args:
-      chunk: number of the chunk.
-      stem: where the position before it was saved; None: the examples before it are
-        read and dropped.
-    """
-    if stem is not None:
-      tf.train.Checkpoint(iterator=self._iterator).read(stem).assert_consumed()
-    elif chunk:
-      self._iterator = iter(self._dataset.skip(chunk * self._chunk_size))
-
-  def chunks(self) -> Iterator[tuple[tf.data.Dataset, tf.data.Dataset]]:
-    """Yields (task features, model features) of the chunks that are left."""
-    task_spec, model_spec = self._dataset.element_spec
-    while pairs := list(itertools.islice(self._iterator, self._chunk_size)):
-      pairs = jax.tree.map(lambda tensor: tensor.numpy(), pairs)
-      yield (
-        _in_memory([task for task, _ in pairs], task_spec),
-        _in_memory([model for _, model in pairs], model_spec),
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class _TaskInference:
-  """What `infer` does with one task: everything that does not change between chunks."""
-
-  infer_fn: Callable[..., Any]
-  read: Callable[[seqio.Task], tf.data.Dataset]
-  convert: Callable[[tf.data.Dataset], tf.data.Dataset]
-  mode: str
-  chunk_size: int
-  write_fn: WriteFn
-  merge_fn: MergeFn | None
-  vocabulary_feature: str
-  saves_position: bool
-  is_share: bool
-  step: int | None
-
-  def __call__(self, task: seqio.Task, output: infer_writer.TaskOutput) -> None:
-    """Infers the chunks of a task that are not there yet, and joins all of them."""
-    first = jax.process_index() == 0
-    done = output.is_complete()
-    if multihost.broadcast(done):
-      logging.info('%s is complete, nothing to do.', output.name)
-      return
-    if first:
-      output.claim()
-    multihost.sync(f'{output.name}:claimed')
-    chunk = multihost.broadcast_int(output.chunks_done())
-    reader = self._reader(task)
-    position = None
-    if self.saves_position and output.has_position(chunk - 1):
-      position = output.position_path(chunk - 1)
-    reader.go_to(chunk, position)
-    if chunk:
-      logging.info('%s goes on behind chunk %d.', output.name, chunk - 1)
-    else:
-      logging.info('%s: starting.', output.name)
-    writer = FailFastThreadPoolExecutor(max_workers=1)
-    try:
-      for chunk, (examples, features) in enumerate(reader.chunks(), start=chunk):
-        inferences = self._infer_chunk(chunk, features)
-        if first:
-          if self.saves_position:
-            reader.save(output.position_path(chunk))
-          writer.submit(self._write_chunk, task, output, chunk, inferences, examples)
-        multihost.sync(f'{output.name}:chunk{chunk:05}')
-    finally:
-      writer.shutdown(wait=True)
-    if first:
-      if self.is_share and not output.chunks_done():
-        logging.warning('%s: this share of the split has no example.', output.name)
-        self._write_chunk(task, output, 0, ([], {}), self.read(task).take(0))
-      output.finish(self.merge_fn, self.step)
-    multihost.sync(f'{output.name}:complete')
-
-  def _reader(self, task: seqio.Task) -> _ExampleReader:
-    examples = self.read(task)
-    pairs = tf.data.Dataset.zip((examples, self.convert(examples)))
-    reader = _ExampleReader(pairs.prefetch(tf.data.AUTOTUNE), self.chunk_size)
-    launch.keep_to_the_end(reader)
-    return reader
-
-  def _infer_chunk(self, chunk: int, features: tf.data.Dataset) -> Inferences:
-    start = time.monotonic()
-    rng = jax.random.fold_in(jax.random.PRNGKey(0), chunk)
-    inferences = _in_order(self.infer_fn(features.enumerate(), rng=rng))
-    _measure('inference', chunk, len(inferences[0]), time.monotonic() - start)
-    return inferences
-
-  def _write_chunk(self, task, output, chunk, inferences, examples) -> None:
-    start = time.monotonic()
-    vocabulary = task.output_features[self.vocabulary_feature].vocabulary
-    path = output.chunk_path(chunk)
-    self.write_fn(path, inferences, examples, self.mode, vocabulary)
-    output.finish_chunk(chunk)
-    _measure('writing', chunk, len(inferences[0]), time.monotonic() - start)
-
-
-def _measure(what: str, chunk: int, examples: int, seconds: float) -> None:
-  """Reports how long a chunk took."""
-  rate = examples / max(seconds, 1e-9)
-  update_measurement_series(f'{what}_total_sec', chunk, seconds)
-  update_measurement_series(f'{what}_examples_per_sec', chunk, rate)
-  if what == 'inference':
-    logging.info(
-      'Chunk %d: %d examples in %.1f s (%.1f a second).', chunk, examples, seconds, rate
+def _chunks(
+  pairs: tf.data.Dataset, iterator: Any, size: int
+) -> Iterator[tuple[tf.data.Dataset, tf.data.Dataset]]:
+  """Yields datasets of (task features, model features), the last one shorter."""
+  task_spec, model_spec = pairs.element_spec
+  while chunk := list(itertools.islice(iterator, size)):
+    chunk = jax.tree.map(lambda tensor: tensor.numpy(), chunk)
+    yield (
+      _in_memory([task for task, _ in chunk], task_spec),
+      _in_memory([model for _, model in chunk], model_spec),
     )
-
-
-def _check_arguments(
-  mode: str,
-  dataset_cfg: data.DatasetConfig,
-  period: int,
-  shard_id: int,
-  num_shards: int,
-) -> None:
-  """Stops at arguments that cannot be meant.
-
-  Raises:
-    ValueError: one of them.
-  """
-  if mode not in infer_writer.MODES:
-    known = ', '.join(infer_writer.MODES)
-    raise ValueError(f'infer.mode must be one of {known}. Got: {mode!r}.')
-  if period is None or period < 1:
-    raise ValueError(
-      f'infer.checkpoint_period must be at least 1 batch. Got: {period!r}.'
-    )
-  if not 0 <= shard_id < num_shards:
-    raise ValueError(
-      f'infer.shard_id must be from 0 to num_shards - 1 = {num_shards - 1}. '
-      f'Got: {shard_id}.'
-    )
-  for field in ('pack', 'shuffle'):
-    if getattr(dataset_cfg, field):
-      raise ValueError(
-        f'infer keeps the examples apart and in order: DatasetConfig.{field} must be '
-        'False. Got: True.'
-      )
-
-
-def _infer_step(model: models.BaseTransformerModel, mode: str) -> Callable[..., Any]:
-  return {
-    'predict': model.predict_batch,
-    'predict_with_aux': model.predict_batch_with_aux,
-    'score': model.score_batch,
-  }[mode]
 
 
 def _checkpoint(cfg: restore.RestoreCheckpointConfig) -> str:
-  """The one checkpoint that a configuration means.
+  """Returns the path of the one checkpoint that a configuration means.
 
   Raises:
     ValueError: it means several, or none.
@@ -321,11 +320,11 @@ def infer(
   ] = restore.TrainStateInitializer,
   fallback_init_rng: int | None = None,
   merge_fn: MergeFn = merge_chunks_to_file,
-  summarize_config_fn: SummarizeConfigFn = gin_utils.summarize_gin_config,
+  summarize_config_fn: Callable[..., None] = gin_utils.summarize_gin_config,
   verify_matching_vocabs_fn: Callable[
     [data.DatasetConfig, models.BaseTransformerModel], None
   ]
-  | None = task_vocabularies.verify_matching_vocabs,
+  | None = data.verify_matching_vocabs,
   output_vocab_feature_name: str = 'targets',
   file_extension: str = 'jsonl',
   keep_aux_as_numpy: bool = False,
@@ -339,18 +338,18 @@ def infer(
     dataset_cfg: which task and split; neither packed nor shuffled.
     restore_checkpoint_cfg: which checkpoint; a single one.
     partitioner: lays parameters and data over the devices.
-    output_dir: where `<task>-<mode>.<extension>-<shard>-of-<shards>` is written.
-    checkpoint_period: batches in a chunk; chunks are what a restart does not repeat.
+    output_dir: folder of `<task>-<mode>.<extension>-<shard>-of-<shards>`.
+    checkpoint_period: batches in a chunk; a restart repeats no finished chunk.
     shard_id: which share of the examples, from 0.
-    num_shards: how many shares there are.
+    num_shards: number of shares.
     merge_chunked_results: whether the chunks are joined at the end. They stay in
       `tmp-<task>-<shard>-of-<shards>/` if not.
     write_fn: writes a chunk.
-    checkpoint_ds_iter: whether the position in the data is saved with each chunk.
-      Without, a restart reads the examples again up to there. Pipelines that keep state
+    checkpoint_ds_iter: whether the dataset state is saved with each chunk. Without,
+      a restart reads the examples again up to there. Pipelines that keep state
       outside TensorFlow cannot save it.
     train_state_initializer_cls: builds the state that is restored.
-    fallback_init_rng: seed of parameters that the checkpoint lacks, where
+    fallback_init_rng: seed of parameters that the checkpoint lacks, if
       `RestoreCheckpointConfig.fallback_to_scratch` allows that.
     merge_fn: joins the chunks.
     summarize_config_fn: writes the configuration down.
@@ -361,17 +360,35 @@ def infer(
     use_orbax: see `restore.create_checkpoint_manager_and_restore`.
 
   Raises:
-    ValueError: an argument makes no sense, the checkpoint is not there, or results of
-      other settings are.
+    ValueError: an argument is invalid, the checkpoint does not exist, or results of
+      other settings do.
   """
   # ---- Arguments ----
-  _check_arguments(mode, dataset_cfg, checkpoint_period, shard_id, num_shards)
+  steps = {
+    'predict': model.predict_batch,
+    'predict_with_aux': model.predict_batch_with_aux,
+    'score': model.score_batch,
+  }
+  if mode not in steps:
+    raise ValueError(f'infer.mode must be one of {", ".join(steps)}. Got: {mode!r}.')
+  if checkpoint_period < 1:
+    raise ValueError(
+      f'infer.checkpoint_period must be at least 1 batch. Got: {checkpoint_period}.'
+    )
+  if not 0 <= shard_id < num_shards:
+    raise ValueError(
+      f'infer.shard_id must be from 0 to num_shards - 1 = {num_shards - 1}. '
+      f'Got: {shard_id}.'
+    )
+  if dataset_cfg.pack or dataset_cfg.shuffle:
+    raise ValueError('infer needs DatasetConfig.pack = False and .shuffle = False.')
   checkpoint = _checkpoint(restore_checkpoint_cfg)
   # Two slashes would make another name of the same folder (but gs:// is meant).
   output_dir = re.sub(r'(?<!:)/{2,}', '/', output_dir)
+  batch_size = dataset_cfg.batch_size
   provider = data.check_dataset_config(
     dataset_cfg,
-    partitioner.get_data_layout(dataset_cfg.batch_size).num_shards,
+    partitioner.get_data_layout(batch_size).num_shards,
     model.FEATURE_CONVERTER_CLS,
   )
   run_setup.open_folder('output_dir', output_dir)
@@ -383,8 +400,9 @@ def infer(
   # ---- Data ----
   converter = model.FEATURE_CONVERTER_CLS(pack=False)
 
-  def read(task_or_mixture: seqio.Task | seqio.Mixture) -> tf.data.Dataset:
-    return task_or_mixture.get_dataset(
+  def read(task_or_mixture: data.TaskOrMixture) -> tf.data.Dataset:
+    """(task features, model features) of this share's examples."""
+    examples = task_or_mixture.get_dataset(
       sequence_length=dataset_cfg.task_feature_lengths,
       split=dataset_cfg.split,
       shuffle=False,
@@ -394,12 +412,12 @@ def infer(
       seed=dataset_cfg.seed,
       trim_output_features=dataset_cfg.trim_output_features,
     )
+    features = converter(
+      examples, task_feature_lengths=dataset_cfg.task_feature_lengths
+    )
+    return tf.data.Dataset.zip((examples, features)).prefetch(tf.data.AUTOTUNE)
 
-  def convert(examples: tf.data.Dataset) -> tf.data.Dataset:
-    return converter(examples, task_feature_lengths=dataset_cfg.task_feature_lengths)
-
-  element_spec = convert(read(provider)).element_spec
-  batch_size = dataset_cfg.batch_size
+  _, element_spec = read(provider).element_spec
 
   # ---- Parameters ----
   initializer = train_state_initializer_cls(
@@ -433,41 +451,100 @@ def infer(
 
   # ---- Inference ----
   infer_fn = inference.get_infer_fn(
-    infer_step=_infer_step(model, mode),
+    infer_step=steps[mode],
     batch_size=batch_size,
     train_state_axes=initializer.train_state_axes,
     partitioner=partitioner,
     keep_aux_as_numpy=keep_aux_as_numpy,
   )
-  infer_task = _TaskInference(
-    infer_fn=functools.partial(infer_fn, train_state=train_state),
-    read=read,
-    convert=convert,
-    mode=mode,
-    chunk_size=batch_size * checkpoint_period,
-    write_fn=write_fn,
-    merge_fn=merge_fn if merge_chunked_results else None,
-    vocabulary_feature=output_vocab_feature_name,
-    saves_position=checkpoint_ds_iter,
-    is_share=num_shards > 1,
-    step=int(checkpoints.get_local_data(train_state.step)),
-  )
-  settings = {
-    **infer_settings.describe(dataset_cfg, checkpoint),
-    'mode': mode,
-    'checkpoint_period': checkpoint_period,
-  }
+  settings = _describe_settings(dataset_cfg, checkpoint)
+  settings |= {'mode': mode, 'checkpoint_period': checkpoint_period}
+  settings = json.loads(json.dumps(settings))  # As they are when read back.
+  first = jax.process_index() == 0
+  chunk_size = batch_size * checkpoint_period
+  share = f'{shard_id:05}-of-{num_shards:05}'
   for task in seqio.get_subtasks(provider):
-    share = f'{shard_id:05}-of-{num_shards:05}'
-    infer_task(
-      task,
-      infer_writer.TaskOutput(
-        output_dir,
-        os.path.join(output_dir, f'tmp-{task.name}-{share}'),
-        f'{task.name}-{mode}.{file_extension}-{share}',
-        settings,
-      ),
+    name = f'{task.name}-{mode}.{file_extension}-{share}'
+    mark = os.path.join(output_dir, name + DONE_MARK)
+    if multihost.broadcast(_check_settings(mark, settings)):
+      logging.info('%s is complete, nothing to do.', name)
+      continue
+
+    # The names of all files in this folder, which modes share, begin with the result's.
+    tmp_dir = os.path.join(output_dir, f'tmp-{task.name}-{share}')
+    stem = os.path.join(tmp_dir, name)
+    begun = _check_settings(f'{stem}-settings.json', settings)
+    multihost.sync(f'{name}:checked')
+    if first and not begun:
+      gfile.makedirs(tmp_dir)
+      with whole_files.whole_file(f'{stem}-settings.json') as file:
+        file.write(json.dumps(settings))
+    done = 0
+    while gfile.exists(f'{stem}-chunk{done:05}{DONE_MARK}'):
+      done += 1
+    done = multihost.broadcast_int(done)
+    logging.info(
+      '%s: %s.', name, f'resuming after {done} chunks' if done else 'starting'
     )
+
+    pairs = read(task)
+    saved = f'{stem}-state{done - 1:05}'
+    has_state = done and gfile.exists(saved + '.index')
+    iterator = iter(pairs if has_state else pairs.skip(done * chunk_size))
+    launch.keep_to_the_end(iterator)
+    state = tf.train.Checkpoint(iterator=iterator)
+    if has_state:
+      state.read(saved).assert_consumed()
+
+    vocabulary = task.output_features[output_vocab_feature_name].vocabulary
+
+    def write(chunk, inferences, examples, stem=stem, vocabulary=vocabulary):
+      path = f'{stem}-chunk{chunk:05}'
+      write_fn(path, inferences, examples, mode, vocabulary)
+      with whole_files.whole_file(path + DONE_MARK):
+        pass
+
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+      writing = None
+      chunks = _chunks(pairs, iterator, chunk_size)
+      for chunk, (examples, features) in enumerate(chunks, done):
+        start = time.monotonic()
+        rng = jax.random.fold_in(jax.random.PRNGKey(0), chunk)
+        result = infer_fn(features.enumerate(), train_state, rng=rng)
+        results, aux = result if isinstance(result, tuple) else (result, {})
+        seconds = time.monotonic() - start
+        rate = len(results) / seconds
+        logging.info(
+          'Chunk %d: %d examples in %.1f s (%.1f per second).',
+          chunk, len(results), seconds, rate,
+        )  # fmt: skip
+        if first:
+          if writing is not None:
+            writing.result()  # Raises what it raised.
+          if checkpoint_ds_iter:
+            state.write(f'{stem}-state{chunk:05}')
+          inferences = [output for _, output in results], aux
+          writing = writer.submit(write, chunk, inferences, examples)
+        multihost.sync(f'{name}:chunk{chunk:05}')
+      if writing is not None:
+        writing.result()
+
+    if first:
+      if num_shards > 1 and not gfile.exists(f'{stem}-chunk00000'):
+        logging.warning('%s: this share of the split has no example.', name)
+        write(0, ([], {}), pairs.map(lambda task, _: task).take(0))
+      if merge_chunked_results:
+        step = int(checkpoints.get_local_data(train_state.step))
+        merge_fn(output_dir, name, tmp_dir, step)
+      with whole_files.whole_file(mark) as file:
+        file.write(json.dumps(settings))
+      if merge_chunked_results:
+        for file_name in gfile.listdir(tmp_dir):
+          if file_name.startswith(name + '-'):
+            gfile.remove(os.path.join(tmp_dir, file_name))
+        if not gfile.listdir(tmp_dir):
+          gfile.rmtree(tmp_dir)
+    multihost.sync(f'{name}:complete')
   logging.info('Done.')
 
 

@@ -1,13 +1,10 @@
-"""Runs a model over a dataset and puts the results in the dataset's order.
-
-Reached by users as `utils.get_infer_fn`.
-"""
+"""Runs a model over a dataset and returns the results in the dataset's order."""
 
 import collections
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,63 +15,16 @@ from jaxtyping import PyTree
 from t5x import multihost, partitioning
 from t5x import train_state as train_state_lib
 
-# Batches whose results may still lie on the devices: one that computes, one
-# that is copied.
+# Batches whose results may be on the devices: one that is computed, one that is copied.
 _IN_FLIGHT = 2
-
 # Index of the rows that only fill up a batch.
 _FILLER = -1
 
-# What an inference step may take beside parameters and batch, by name.
-_OPTIONAL_ARGUMENTS = ('rng', 'flax_mutables')
-
-
-class InferStepWithRngCallable(Protocol):
-  """An inference step that draws."""
-
-  def __call__(
-    self,
-    params: Mapping[str, Any],
-    batch: Mapping[str, jax.Array],
-    rng: jax.Array | None = None,
-    flax_mutables: Mapping[str, Any] | None = None,
-  ) -> PyTree:
-    """Returns a tree of arrays, one row an example."""
-    ...
-
-
-class InferStepWithoutRngCallable(Protocol):
-  """An inference step that draws nothing."""
-
-  def __call__(
-    self,
-    params: Mapping[str, Any],
-    batch: Mapping[str, jax.Array],
-    flax_mutables: Mapping[str, Any] | None = None,
-  ) -> PyTree:
-    """Returns a tree of arrays, one row an example."""
-    ...
-
-
-InferStepCallable = InferStepWithRngCallable | InferStepWithoutRngCallable
-
-# (index, result of that example), and beside them what belongs to the results
-# by name, each a list over the examples.
-InferFnResult = Sequence[tuple[int, PyTree]]
-InferFnWithAuxResult = tuple[InferFnResult, Mapping[str, Sequence[Any]]]
-
-
-class InferFnCallable(Protocol):
-  """What `get_infer_fn` returns."""
-
-  def __call__(
-    self,
-    ds: Any,
-    train_state: train_state_lib.TrainState,
-    rng: jax.Array | None = None,
-  ) -> InferFnResult | InferFnWithAuxResult:
-    """Runs inference over a `tf.data.Dataset` of (index, model features)."""
-    ...
+# A function of parameters and batch, and of `rng` and `flax_mutables` if it has
+# parameters of these names; returns a tree of arrays, one row per example.
+InferStepCallable = Callable[..., PyTree]
+# A function of (dataset of (index, features), train state, rng).
+InferFnCallable = Callable[..., Any]
 
 
 def get_infer_fn(
@@ -90,13 +40,9 @@ def get_infer_fn(
   computes its part, and each gets all results. The last batch is filled up with
   copies, which are dropped.
 
-  A step that returns a pair whose second part is a mapping is one with
-  auxiliary values (`predict_batch_with_aux`, or `score_batch` with
-  intermediates).
-
   Args:
-    infer_step: from parameters and a batch to results; `rng` and
-      `flax_mutables` are passed to a step that has parameters of these names.
+    infer_step: from parameters and a batch to results. A pair whose second part is a
+      mapping is results and auxiliary values (`predict_batch_with_aux`).
     batch_size: examples in a batch, over all hosts.
     train_state_axes: the state's mesh axes.
     partitioner: distributes the step.
@@ -104,7 +50,7 @@ def get_infer_fn(
       they become lists of numbers.
 
   Returns:
-    A function of (dataset, train state, key) that returns (index, result) by
+    A function of (dataset, train state, rng=None) that returns (index, result) by
     rising index, or these and the auxiliary values. Results are numbers and
     nested lists, in trees like those that the step returns.
   """
@@ -113,7 +59,7 @@ def get_infer_fn(
 
   def infer_fn(
     ds: Any, train_state: train_state_lib.TrainState, rng: jax.Array | None = None
-  ) -> InferFnResult | InferFnWithAuxResult:
+  ) -> Any:
     size = _checked_length(ds)
     rows = batch_size // layout.num_shards
     pending = collections.deque()
@@ -139,16 +85,15 @@ def partition_step(
   partitioner: partitioning.BasePartitioner,
   axes: train_state_lib.TrainState,
 ) -> Callable[..., tuple[jax.Array, PyTree]]:
-  """The step over the mesh; it hands the indices through.
+  """Distributes a step, which then also returns the indices it is given.
 
   Inputs are this host's rows; outputs are all rows, on every host.
   """
   parameters = inspect.signature(infer_step).parameters
-  wanted = [name for name in _OPTIONAL_ARGUMENTS if name in parameters]
 
   def step(params, batch, rng, indices, flax_mutables):
     optional = {'rng': rng, 'flax_mutables': flax_mutables}
-    chosen = {name: optional[name] for name in wanted}
+    chosen = {name: x for name, x in optional.items() if name in parameters}
     return indices, infer_step(params, batch, **chosen)
 
   data = partitioner.data_partition_spec
@@ -170,21 +115,13 @@ def partition_step(
 
 
 def _checked_length(ds: Any) -> int:
-  """Number of examples of a dataset, which must be the same on every host.
-
-  Raises:
-    ValueError: if it is unknown, infinite or zero.
-  """
-  try:
-    size = len(ds)
-  except TypeError as error:
+  """Number of examples of a dataset, which must be the same on every host."""
+  size = int(ds.cardinality())
+  if size <= 0:
     raise ValueError(
-      'Inference needs a dataset of known, finite length; apply'
-      ' tf.data.experimental.assert_cardinality, or cache and count it. Got:'
-      f' {error}'
-    ) from error
-  if size == 0:
-    raise ValueError('There is nothing to infer: the dataset has no examples.')
+      'Inference needs a dataset of known, finite length above 0 (see '
+      f'tf.data.experimental.assert_cardinality). Got: {size}.'
+    )
   shapes = jax.tree.map(lambda spec: spec.shape.as_list(), ds.element_spec)
   multihost.assert_same(
     (size, [-1 if n is None else n for n in jax.tree.leaves(shapes)]),
@@ -232,11 +169,7 @@ def _on_host(results: PyTree) -> PyTree:
 def _in_order(
   indices: np.ndarray, outputs: PyTree, size: int
 ) -> tuple[np.ndarray, PyTree]:
-  """Drops what filled up batches and sorts by index.
-
-  Raises:
-    ValueError: if an index is missing or comes twice.
-  """
+  """Drops what filled up batches and sorts by index."""
   order = np.argsort(indices, kind='stable')
   order = order[np.count_nonzero(indices == _FILLER) :]
   indices = indices[order]
@@ -249,9 +182,7 @@ def _in_order(
   return indices, jax.tree.map(lambda x: x[order], outputs)
 
 
-def _as_lists(
-  indices: np.ndarray, outputs: PyTree, keep_aux_as_numpy: bool
-) -> InferFnResult | InferFnWithAuxResult:
+def _as_lists(indices: np.ndarray, outputs: PyTree, keep_aux_as_numpy: bool) -> Any:
   """Splits results by example, and auxiliary values off."""
   aux = None
   if isinstance(outputs, tuple) and len(outputs) == 2:

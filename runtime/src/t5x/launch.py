@@ -1,23 +1,30 @@
-"""How a script starts and ends: flags, quiet logs, gin, error messages, exit.
+"""Command line, logging, error reporting and exit of the scripts.
 
-A script calls `prepare` before it imports anything heavy, so that `--help`, a misspelt
-flag or a missing gin file are answered at once; and `run` with the function that gin
-configures.
+A script calls `prepare` before its heavy imports, so that `--help`, a misspelt flag or
+a missing gin file is answered at once, and `run` with the function that gin configures.
 """
 
 import contextlib
+import gc
+import importlib
+import logging as py_logging
 import os
 import pathlib
 import sys
+import tempfile
 import textwrap
 import traceback
+import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib import util as importlib_util
 from typing import Any, NoReturn
 
+import gin
 from absl import flags, logging
 
 import t5x
-from t5x import fast_imports, quiet
+from t5x import gin_utils
 
 FLAGS = flags.FLAGS
 
@@ -26,16 +33,25 @@ GIN_SEARCH_PATHS = (str(pathlib.Path(__file__).resolve().parent.parent),)
 
 TRACEBACK_VARIABLE = 'T5X_TRACEBACK'
 
-# What wrong input raises; the last is a loss that is not finite. Anything else is a
-# fault of the code, shown in full.
-_INPUT_ERRORS = (ValueError, LookupError, OSError, ImportError, FloatingPointError)
-# TensorFlow's for files; it makes them no OSErrors.
+# What wrong input raises (the last one: a loss that is not finite). Anything else is a
+# bug and gets its traceback.
+_USER_ERRORS = (
+  ValueError, LookupError, OSError, ImportError, SyntaxError, FloatingPointError
+)  # fmt: skip
+# TensorFlow's errors about files, which are not OSErrors.
 _FILE_ERRORS = ('NotFoundError', 'PermissionDeniedError', 'DataLossError')
 
-_GIN_TRAIL = '\n  In call to configurable'
+# Libraries that log about themselves; only their errors are shown.
+_CHATTY = (
+  'absl', 'clu', 'etils', 'flax', 'gin', 'grain', 'jax', 'orbax', 'seqio', 'tensorflow',
+  'tensorflow_datasets', 'tensorstore', 'tf_keras',
+)  # fmt: skip
 
 # See `keep_to_the_end`; None where no script runs.
 _kept: list[Any] | None = None
+
+
+# ---- Command line ----
 
 
 def define_flags(
@@ -44,95 +60,62 @@ def define_flags(
   run_mode: bool = False,
   plan: bool = False,
 ) -> None:
-  """Defines the command line of a script.
-
-  Args:
-    multiprocess: also the flags by which several processes find each other.
-    shard: also `--shard_id`.
-    run_mode: also `--run_mode` and `--dry_run`.
-    plan: also the flags of `precompile`.
-  """
-  if run_mode:
-    flags.DEFINE_enum(
-      'run_mode',
-      None,
-      ['train', 'eval', 'infer', 'precompile', 'export'],
-      'What to run: train, eval, infer or precompile.',
-    )
-    flags.DEFINE_boolean('dry_run', False, 'Read the configuration and stop.')
+  """Defines the flags of all scripts, and the groups of flags that are asked for."""
+  text, boolean, integer = (
+    flags.DEFINE_string, flags.DEFINE_boolean, flags.DEFINE_integer
+  )  # fmt: skip
   flags.DEFINE_multi_string(
-    'gin_file', [], 'A gin file; give the flag again for more. Later files win.'
+    'gin_file', [], 'A gin file; repeat the flag for more. Later files win.'
   )
   flags.DEFINE_multi_string(
     'gin_bindings',
     [],
-    'One more gin binding, after all files. --gin.NAME=VALUE is '
-    'short for --gin_bindings=NAME=VALUE.',
+    'A gin binding, applied after all files. --gin.NAME=VALUE is short for '
+    '--gin_bindings=NAME=VALUE.',
   )
   flags.DEFINE_list(
     'gin_search_paths',
     ['.'],
-    'Folders in which gin files and what they include are '
-    'looked for, separated by commas; the first that has the file wins.',
+    'Folders searched for gin files and their includes, separated by commas; the first '
+    'that has the file wins.',
   )
-  flags.DEFINE_string(
-    'tfds_data_dir', None, 'Where TensorFlow Datasets are, for all tasks.'
-  )
+  text('tfds_data_dir', None, 'Folder of TensorFlow Datasets, for all tasks.')
   flags.DEFINE_list(
-    'seqio_additional_cache_dirs',
-    [],
-    'Further folders in which seqio looks for cached tasks.',
+    'seqio_additional_cache_dirs', [], 'More folders of cached seqio tasks.'
   )
+  if run_mode:
+    modes = ['train', 'eval', 'infer', 'precompile']
+    flags.DEFINE_enum('run_mode', None, modes, 'The script to run.')
+    boolean('dry_run', False, 'Check the configuration and stop.')
   if shard:
-    flags.DEFINE_integer(
-      'shard_id',
-      None,
-      'Which share of the data to work on, from 0; wins over --gin.infer.shard_id.',
-    )
+    help_text = 'The share of the data to infer, from 0; wins over gin.'
+    integer('shard_id', None, help_text)
   if multiprocess:
-    _define_multiprocess_flags()
+    boolean(
+      'multiprocess_gpu',
+      False,
+      'Join several processes into one run. Their number and addresses are detected '
+      '(Slurm, Open MPI, TPU VMs, Kubernetes) unless given below.',
+    )
+    text('coordinator_address', None, 'HOST:PORT of process 0; joins the processes.')
+    integer('process_count', None, 'Number of processes.')
+    integer('process_index', None, 'Number of this process, from 0.')
+    help_text = 'Seconds to wait for the other processes (300).'
+    integer('initialization_timeout', None, help_text)
   if plan:
-    _define_plan_flags()
-
-
-def _define_plan_flags() -> None:
-  flags.DEFINE_string(
-    'topology',
-    None,
-    'What to compile for: v2-8, v3-8, v4-8, v5e-8, v5p-8, v6e-8, cpu:8.',
-  )
-  flags.DEFINE_enum(
-    'step', 'train', ['train', 'eval', 'decode'], 'Which step of the run.'
-  )
-  flags.DEFINE_boolean('find_batch', False, 'Look for the largest batch that fits.')
-  flags.DEFINE_string('json', None, 'Also write the figures to this file.')
-
-
-def _define_multiprocess_flags() -> None:
-  flags.DEFINE_boolean(
-    'multiprocess_gpu',
-    False,
-    'Join several processes into one run. Their number and '
-    'addresses are detected (Slurm, Open MPI, TPU VMs, Kubernetes) unless given below.',
-  )
-  flags.DEFINE_string(
-    'coordinator_address', None, 'HOST:PORT of process 0; joins the processes.'
-  )
-  flags.DEFINE_integer('process_count', None, 'How many processes there are.')
-  flags.DEFINE_integer('process_index', None, 'Which of them this one is, from 0.')
-  flags.DEFINE_integer(
-    'initialization_timeout', None, 'Seconds to wait for the other processes (300).'
-  )
+    known = 'v2-8, v3-8, v4-8, v5e-8, v5p-8, v6e-8, cpu:8'
+    text('topology', None, f'Devices to compile for: {known}.')
+    flags.DEFINE_enum('step', 'train', ['train', 'eval', 'decode'], 'Step to compile.')
+    boolean('find_batch', False, 'Find the largest batch that fits.')
+    text('json', None, 'Also write the figures to this file.')
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-  """Ends the program with one message on stderr."""
   print(f'ERROR: {message}', file=sys.stderr, flush=True)
   raise SystemExit(code)
 
 
-def show_help(description: str) -> NoReturn:
-  """Prints what the script does and its own flags, and ends the program."""
+def _show_help(description: str) -> NoReturn:
   texts = {
     f'--{flag.name}' + ('' if flag.boolean else '=...'): flag.help.partition(';\n')[0]
     for flag in FLAGS.flags_by_module_dict()[__name__]
@@ -143,7 +126,7 @@ def show_help(description: str) -> NoReturn:
     '--gin.MODEL_DIR="\'runs/mine\'".'
   )
   texts['-v=1'] = (
-    'Also show what the libraries log, and where an error came from (so does '
+    'Also show the logs of libraries and the traceback of errors (as does '
     f'{TRACEBACK_VARIABLE}=1 in the environment).'
   )
   print(description.strip())
@@ -154,28 +137,17 @@ def show_help(description: str) -> NoReturn:
   raise SystemExit(0)
 
 
-def _gin_flags_as_bindings(argv: Sequence[str]) -> list[str]:
-  """Writes --gin.NAME=VALUE as --gin_bindings=NAME=VALUE."""
-  if not any(arg.startswith('--gin.') for arg in argv):
-    return list(argv)  # Without an import that takes two seconds.
-  from t5x import gin_utils
-
-  return list(gin_utils.rewrite_gin_args(argv))
-
-
 def _check_gin_files() -> None:
-  """Stops at once where a gin file given on the command line is not there."""
+  """Fails if a gin file is in no search path, nor of a package gin may find it in."""
   roots = [*FLAGS.gin_search_paths, *GIN_SEARCH_PATHS]
   for name in FLAGS.gin_file:
-    if '://' in name or any(os.path.exists(os.path.join(root, name)) for root in roots):
-      continue
-    from t5x import gin_utils  # Takes two seconds, which most names do without.
-
-    if gin_utils.in_packages(name) is None:
-      _fail(
-        f'--gin_file={name} is not there. Looked in: {", ".join(roots)}, and for a '
-        'package of that name.'
-      )
+    package = name.partition('/')[0]
+    if not (
+      '://' in name
+      or any(os.path.exists(os.path.join(root, name)) for root in roots)
+      or (package.isidentifier() and importlib_util.find_spec(package))
+    ):
+      _fail(f'--gin_file={name} does not exist. Searched: {", ".join(roots)}.')
 
 
 def prepare(
@@ -183,7 +155,7 @@ def prepare(
   argv: Sequence[str] | None = None,
   **flags_wanted: bool,
 ) -> None:
-  """Reads the command line and gets ready for the heavy imports.
+  """Reads the command line, sets up logs and imports TensorFlow and seqio.
 
   Args:
     description: what `--help` prints first.
@@ -193,13 +165,13 @@ def prepare(
   argv = list(sys.argv if argv is None else argv)
   define_flags(**flags_wanted)
   if {'--help', '-help', '-h', '-?'} & set(argv[1:]):
-    show_help(description)
+    _show_help(description)
   if any(arg.lstrip('-').startswith('jax_') for arg in argv[1:]):
     import jax
 
     jax.config.config_with_absl()
   try:
-    rest = FLAGS(_gin_flags_as_bindings(argv))
+    rest = FLAGS(gin_utils.rewrite_gin_args(argv))
   except (flags.Error, ValueError) as error:
     _fail(f'{error}\nTry --help.', 2)
   if rest[1:]:
@@ -207,56 +179,135 @@ def prepare(
   if not FLAGS.gin_file and not FLAGS.gin_bindings:
     _fail('Nothing to do: give at least one --gin_file. Try --help.', 2)
   _check_gin_files()
-  quiet.set_up_logging(verbose=FLAGS.verbosity > 0)
-  logging.info('%s from %s', _script_name(), t5x.__file__)
-  _be_the_named_module()
-  with quiet.hidden_stderr():
-    fast_imports.import_tensorflow_and_seqio()
-
-
-def _script_name() -> str:
-  spec = sys.modules['__main__'].__spec__
-  return spec.name if spec else os.path.basename(sys.argv[0])
-
-
-def _be_the_named_module() -> None:
-  """Lets `import t5x.train` find the running script instead of loading it again."""
+  _set_up_logging(verbose=FLAGS.verbosity > 0)
   main = sys.modules['__main__']
-  if main.__spec__ is not None:
-    sys.modules.setdefault(main.__spec__.name, main)
+  name = main.__spec__.name if main.__spec__ else os.path.basename(sys.argv[0])
+  logging.info('%s from %s', name, t5x.__file__)
+  # `import t5x.train` finds the running script instead of loading it again.
+  sys.modules.setdefault(name, main)
+  with _hidden_stderr():
+    _import_tensorflow_and_seqio()
 
 
-def join_processes() -> None:
-  """Joins this process with the others of the run, if there are others."""
-  from t5x import multihost
-
-  multihost.initialize(
-    coordinator_address=FLAGS.coordinator_address,
-    process_count=FLAGS.process_count,
-    process_index=FLAGS.process_index,
-    multiprocess_gpu=FLAGS.multiprocess_gpu,
-    initialization_timeout=FLAGS.initialization_timeout,
-  )
-  import jax
-
-  quiet.name_process(jax.process_index(), jax.process_count())
+# ---- Logs ----
 
 
-def _configure_seqio() -> None:
-  import seqio
+class _OwnLines(py_logging.Filter):
+  """Lets through what our code and the user's logs, and libraries' errors."""
 
-  if FLAGS.tfds_data_dir:
-    seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
-  if FLAGS.seqio_additional_cache_dirs:
-    seqio.add_global_cache_dirs(FLAGS.seqio_additional_cache_dirs)
+  def filter(self, record: py_logging.LogRecord) -> bool:
+    file = record.pathname.rpartition(f'-packages{os.sep}')[2]
+    if file == os.path.join('gin', 'resource_reader.py'):
+      return False  # Reports each search path without the file as an error.
+    # seqio's PyLoggingLogger is chosen in gin: it logs results.
+    if record.levelno >= py_logging.ERROR or file == os.path.join(
+      'seqio', 'loggers.py'
+    ):
+      return True
+    if file != record.pathname:
+      return file.partition(os.sep)[0] not in _CHATTY
+    # Code outside of the installed packages writes to the logger of absl.
+    return record.name == 'absl' or record.name.partition('.')[0] not in _CHATTY
+
+
+class _Line(py_logging.Formatter):
+  """`12:34:56 message`, with the level of warnings and errors."""
+
+  def __init__(self, process: str = ''):
+    super().__init__(f'%(asctime)s {process}%(level)s%(message)s', '%H:%M:%S')
+
+  def format(self, record: py_logging.LogRecord) -> str:
+    above_info = record.levelno > py_logging.INFO
+    record.level = f'{record.levelname}: ' if above_info else ''
+    return super().format(record)
+
+
+def _set_up_logging(verbose: bool) -> None:
+  handler = logging.get_absl_handler()
+  logging.use_absl_handler()
+  logging.use_python_logging(quiet=True)
+  if verbose:
+    return
+  logging.set_verbosity(logging.INFO)
+  # Read by the C++ parts when they are loaded.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
+  handler.setFormatter(_Line())
+  handler.addFilter(_OwnLines())
+  for library in _CHATTY[1:]:
+    warnings.filterwarnings('ignore', module=rf'{library}(\.|$)')
+
+
+@contextlib.contextmanager
+def _hidden_stderr() -> Iterator[None]:
+  """Hides what C++ code prints while it is loaded, unless loading fails."""
+  sys.stderr.flush()
+  screen = os.dup(2)
+  with tempfile.TemporaryFile() as kept:
+    os.dup2(kept.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      kept.seek(0)
+      os.write(screen, kept.read())
+      raise
+    finally:
+      sys.stderr.flush()
+      os.dup2(screen, 2)
+      os.close(screen)
+
+
+# ---- Imports ----
+
+
+class _ImportedAtUse(types.ModuleType):
+  """Stands for a module until one of its public names is used."""
+
+  def __getattr__(self, name: str) -> Any:
+    # TensorFlow looks for marks such as _tf_decorator on everything it exports.
+    if name.startswith('_'):
+      raise AttributeError(name)
+    if name == 'Callback':  # tensorboard looks it up at once and may never call it.
+      return lambda *args, **kwargs: self._import().Callback(*args, **kwargs)
+    return getattr(self._import(), name)
+
+  def _import(self) -> types.ModuleType:
+    if sys.modules.get(self.__name__) is self:
+      del sys.modules[self.__name__]
+    return importlib.import_module(self.__name__)
+
+
+def _import_tensorflow_and_seqio() -> None:
+  """Imports both without Keras, which neither needs and which takes seconds.
+
+  Keras is imported at its first use. Hides accelerators from TensorFlow.
+  """
+  if 'tensorflow' in sys.modules:
+    return
+  gc.disable()  # Imports make many objects and no garbage.
+  before = os.environ.get('TF_USE_LEGACY_KERAS')
+  # Keeps TensorFlow from importing Keras; `tf.keras` reads it again when it is used.
+  os.environ['TF_USE_LEGACY_KERAS'] = '1'
+  import tensorflow as tf
+
+  for name in ('tensorflow_text.python.keras', 'tensorboard.plugins.hparams._keras'):
+    if importlib_util.find_spec(name.partition('.')[0]):
+      sys.modules.setdefault(name, _ImportedAtUse(name))
+  import seqio  # noqa: F401  (for later imports to find it)
+
+  tf.config.set_visible_devices([], 'GPU')
+  del os.environ['TF_USE_LEGACY_KERAS']
+  if before is not None:
+    os.environ['TF_USE_LEGACY_KERAS'] = before
+  gc.enable()
+  gc.freeze()
+
+
+# ---- Running a script ----
 
 
 def configure(function: Callable[..., Any]) -> Callable[..., Any]:
   """Makes `function` configurable as `__main__.<name>` and reads the gin files."""
-  import gin
-
-  from t5x import gin_utils
-
   configurable = gin.configurable(function, module='__main__')
   gin_utils.parse_gin_flags(
     [*FLAGS.gin_search_paths, *GIN_SEARCH_PATHS], FLAGS.gin_file, FLAGS.gin_bindings
@@ -264,51 +315,40 @@ def configure(function: Callable[..., Any]) -> Callable[..., Any]:
   return configurable
 
 
-def _gist(error: BaseException) -> str:
-  """The message of an error, without gin's list of who called whom."""
+def _message(error: BaseException) -> str:
   # KeyError's own text is the repr of its argument.
   keyed = isinstance(error, KeyError) and len(error.args) == 1
-  text = str(error.args[0] if keyed else error).partition(_GIN_TRAIL)[0].strip()
+  text = str(error.args[0] if keyed else error)
+  text = text.partition('\n  In call to configurable')[0].strip()  # Gin's call stack.
   if isinstance(error, ValueError | OSError) and text:
     return text
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
-
-
-def _is_wrong_input(error: BaseException, raised_in: str) -> bool:
-  """Whether an exception is about what the user gave, not a fault of the code.
-
-  Its class tells; or gin raised it, which knows best which argument is missing.
-
-  Args:
-    error: the exception.
-    raised_in: the file of the code that raised it.
-  """
-  tensorflow = sys.modules.get('tensorflow')
-  of_files = tuple(getattr(tensorflow.errors, e) for e in _FILE_ERRORS if tensorflow)
-  by_gin = raised_in.endswith(os.path.join('gin', 'config.py'))
-  return by_gin or isinstance(error, (*_INPUT_ERRORS, *of_files))
 
 
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
   """Turns an exception into one message on stderr and exit code 1.
 
-  Wrong input gets no traceback unless asked for; a fault of the code always does.
+  A user's error gets its traceback only where asked for; a bug always does.
   """
   try:
     yield
   except KeyboardInterrupt:
     _fail('interrupted.', 130)
   except Exception as error:  # Everything: this is the end of the program.
-    wanted = FLAGS.verbosity > 0 or os.environ.get(TRACEBACK_VARIABLE, '0') != '0'
     place = traceback.extract_tb(error.__traceback__)[-1]
-    expected = _is_wrong_input(error, place.filename)
+    tensorflow = sys.modules.get('tensorflow')
+    of_files = tuple(getattr(tensorflow.errors, e) for e in _FILE_ERRORS if tensorflow)
+    # Gin raises TypeError for a missing argument, AttributeError for a wrong name.
+    by_gin = place.filename.endswith(os.path.join('gin', 'config.py'))
+    expected = by_gin or isinstance(error, (*_USER_ERRORS, *of_files))
+    wanted = FLAGS.verbosity > 0 or os.environ.get(TRACEBACK_VARIABLE, '0') != '0'
     if wanted or not expected:
       traceback.print_exc()
     hint = '' if wanted or not expected else f'; {TRACEBACK_VARIABLE}=1 shows more'
     logging.flush()
     print(
-      f'ERROR: {_gist(error)}\n'
+      f'ERROR: {_message(error)}\n'
       f'(raised in {os.path.basename(place.filename)}:{place.lineno}{hint})',
       file=sys.stderr,
       flush=True,
@@ -317,23 +357,19 @@ def reported_errors() -> Iterator[None]:
 
 
 def keep_to_the_end(thing: Any) -> None:
-  """Spares a script the wait for a thing to be taken apart.
+  """Keeps an object alive until a script exits; does nothing outside of one.
 
-  An iterator of tf.data waits, now and then, until its tuning thread wakes up by
-  itself: up to a minute, in which nobody else gets the interpreter.
-
-  Args:
-    thing: what `leave` may find still there. Ignored where no script runs.
+  Destroying an iterator of tf.data can take a minute: it waits for its tuning thread.
   """
   if _kept is not None:
     _kept.append(thing)
 
 
 def leave(code: int) -> NoReturn:
-  """Ends the program at once: everything has been written and closed by now.
+  """Ends the program at once; everything has been written and closed by now.
 
-  Python's own way out waits for idle threads of TensorFlow, Orbax and XLA and takes
-  apart some millions of objects, which takes seconds.
+  Python's own exit takes seconds: it waits for idle threads of TensorFlow, Orbax and
+  XLA and destroys millions of objects.
   """
   import jax
 
@@ -343,6 +379,24 @@ def leave(code: int) -> NoReturn:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
+
+
+def _join_processes() -> None:
+  import jax
+
+  from t5x import multihost
+
+  multihost.initialize(
+    coordinator_address=FLAGS.coordinator_address,
+    process_count=FLAGS.process_count,
+    process_index=FLAGS.process_index,
+    multiprocess_gpu=FLAGS.multiprocess_gpu,
+    initialization_timeout=FLAGS.initialization_timeout,
+  )
+  handler = logging.get_absl_handler().python_handler
+  if jax.process_count() > 1 and isinstance(handler.formatter, _Line):
+    process = f'[{jax.process_index()}/{jax.process_count()}] '
+    handler.setFormatter(_Line(process))
 
 
 def run(function: Callable[..., Any], **overrides: Any) -> NoReturn:
@@ -356,16 +410,17 @@ def run(function: Callable[..., Any], **overrides: Any) -> NoReturn:
 
 
 def run_main(main: Callable[[Sequence[str]], Any]) -> NoReturn:
-  """Joins the processes, calls `main` with the program's name and ends the program.
-
-  Args:
-    main: configures and runs a script.
-  """
+  """Joins the processes, calls `main` with the program's name and ends the program."""
   global _kept
   _kept = []
   with reported_errors():
     if 'multiprocess_gpu' in FLAGS:
-      join_processes()
-    _configure_seqio()
+      _join_processes()
+    if FLAGS.tfds_data_dir or FLAGS.seqio_additional_cache_dirs:
+      import seqio
+
+      if FLAGS.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
+      seqio.add_global_cache_dirs(FLAGS.seqio_additional_cache_dirs)
     main(sys.argv[:1])
   leave(0)

@@ -1,4 +1,4 @@
-"""Several processes, one program: joining them, and what they must agree on."""
+"""Joins the processes of a run, and keeps them in step."""
 
 import os
 import pathlib
@@ -20,26 +20,18 @@ def is_host_0() -> bool:
 
 
 def sync(name: str) -> None:
-  """Waits until every process has come here.
-
-  Args:
-    name: what they wait for; the same in all of them.
-  """
+  """Waits until every process calls this with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def broadcast(value: T) -> T:
-  """Returns what process 0 passed.
-
-  Args:
-    value: a tree of numbers or arrays, of one structure and shape in all processes.
-  """
+  """Returns the tree of numbers or arrays that process 0 passed."""
   return multihost_utils.broadcast_one_to_all(value)
 
 
 def broadcast_int(value: int) -> int:
-  """Returns the integer (of 32 bits) that process 0 passed: a seed, a time."""
+  """Returns the integer (of 32 bits) that process 0 passed."""
   return int(broadcast(np.int32(value)))
 
 
@@ -71,7 +63,7 @@ def initialize(
 
   Decides in this order, before anything else touches JAX:
   1. `process_count` 1: alone, whatever the machine looks like;
-  2. any other argument given: as told, the cluster filling in what is not;
+  2. any other argument given: as given, the cluster filling in the rest;
   3. started by Slurm or Open MPI as one of several tasks, or on a TPU VM: as the
      cluster says;
   4. alone.
@@ -84,15 +76,26 @@ def initialize(
     initialization_timeout: seconds to wait for the others; None for JAX's default.
 
   Raises:
-    ValueError: the arguments contradict each other, or the cluster cannot tell what
+    ValueError: the arguments contradict each other, or the cluster does not know what
       they leave out.
   """
-  _check_arguments(coordinator_address, process_count, process_index)
-  if process_count == 1 or jax.distributed.is_initialized():
+  count = process_count
+  if count is not None and count < 1:
+    raise ValueError(f'process_count must be at least 1. Got: {count}.')
+  if process_index is not None and not 0 <= process_index < (count or np.inf):
+    raise ValueError(
+      'process_index must be at least 0 and below process_count. Got: '
+      f'{process_index} of {count}.'
+    )
+  if coordinator_address is not None and ':' not in coordinator_address:
+    raise ValueError(
+      f'coordinator_address must be HOST:PORT. Got: {coordinator_address!r}.'
+    )
+  if count == 1 or jax.distributed.is_initialized():
     return
   given = {
     'coordinator_address': coordinator_address,
-    'num_processes': process_count,
+    'num_processes': count,
     'process_id': process_index,
   }
   given = {name: value for name, value in given.items() if value is not None}
@@ -107,38 +110,14 @@ def initialize(
     raise ValueError(
       f'Could not join the other processes (found: {cluster or "no cluster"}; given: '
       f'{given or "nothing"}). Give --coordinator_address=HOST:PORT, --process_count '
-      'and --process_index, or --process_count=1 to run alone. JAX says: '
-      f'{error}'
+      f'and --process_index, or --process_count=1 to run alone. JAX: {error}'
     ) from error
   logging.info('Process %d of %d.', jax.process_index(), jax.process_count())
 
 
-def _check_arguments(
-  coordinator_address: str | None,
-  process_count: int | None,
-  process_index: int | None,
-) -> None:
-  if process_count is not None and process_count < 1:
-    raise ValueError(f'process_count must be at least 1. Got: {process_count}.')
-  if process_index is not None and process_index < 0:
-    raise ValueError(f'process_index must be at least 0. Got: {process_index}.')
-  if process_index is not None and process_index >= (process_count or np.inf):
-    raise ValueError(
-      'process_index counts from 0 and must be below process_count. Got: '
-      f'{process_index} of {process_count}.'
-    )
-  if coordinator_address is not None and ':' not in coordinator_address:
-    raise ValueError(
-      f'coordinator_address must be HOST:PORT. Got: {coordinator_address!r}.'
-    )
-
-
 def detect_cluster() -> str | None:
-  """Names the cluster that started this process as one of several, else None.
-
-  Reads the environment and the device files only: no import of a backend, no query to
-  a metadata server, which takes seconds to fail on a machine that has none.
-  """
+  """Names the cluster that started this process as one of several, else None."""
+  # No query to a metadata server, which takes seconds to fail where there is none.
   for name, size in (
     ('Slurm', 'SLURM_STEP_NUM_TASKS'),  # Of this `srun`; an sbatch alone has none.
     ('Open MPI', 'OMPI_COMM_WORLD_SIZE'),

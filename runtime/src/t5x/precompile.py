@@ -35,7 +35,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from t5x import data, data_iterators, models, partitioning, restore, task_vocabularies
+from t5x import data, data_iterators, models, partitioning, restore
 from t5x import trainer as trainer_lib
 from t5x.planning import planner
 from t5x.train import train
@@ -54,7 +54,7 @@ def precompile(
   verify_matching_vocabs_fn: Callable[
     [data.DatasetConfig, models.BaseTransformerModel], None
   ]
-  | None = task_vocabularies.verify_matching_vocabs,
+  | None = data.verify_matching_vocabs,
 ) -> None:
   """Lowers and compiles one training step and writes the program down.
 

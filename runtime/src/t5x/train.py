@@ -31,14 +31,12 @@ from t5x import (
   checkpoints,
   data,
   data_iterators,
-  data_source,
   launch,
   models,
   multihost,
   partitioning,
   restore,
   run_setup,
-  task_vocabularies,
 )
 from t5x import eval as eval_lib
 from t5x import train_state as train_state_lib
@@ -120,7 +118,7 @@ def train(
   verify_matching_vocabs_fn: Callable[
     [data.DatasetConfig, models.BaseTransformerModel], None
   ]
-  | None = task_vocabularies.verify_matching_vocabs,
+  | None = data.verify_matching_vocabs,
   gc_period: int = 0,
 ) -> tuple[int, train_state_lib.TrainState]:
   """Trains a model.
@@ -199,7 +197,7 @@ def train(
     partitioner=partitioner,
     data_layout=layout,
     task_name=train_dataset_cfg.task_name,
-    describe_source=functools.partial(data_source.describe, train_dataset_cfg),
+    describe_source=functools.partial(data.describe_source, train_dataset_cfg),
   )
   launch.keep_to_the_end(train_iter)
   train_eval_datasets = {}
@@ -327,9 +325,8 @@ def train(
       logging.info('Stopped by an action before the first step.')
     else:
       # The pipeline fills its buffers while XLA compiles.
-      warm_up = train_iter.peek_async()
+      train_iter.peek_async()
       trainer.compile_train(data_iterators.get_zeros_batch_like_dataset(train_iter))
-      data_iterators.first_batch(warm_up, train_dataset_cfg.task_name)
       with loop.garbage_collected_by_hand(bool(gc_period)):
         step = loop.train_until_done(
           schedule, first_step, train_iter, trainer, saver, evaluations

@@ -5,6 +5,7 @@ Each is defined in the module of its subject, where the runtime itself takes it 
 
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
+from seqio import TensorBoardLogger
 
 from t5x import multihost
 from t5x.checkpointing.configs import (
@@ -27,6 +28,10 @@ from t5x.data import (
   get_dataset,
   get_dataset_inner,
   get_training_eval_datasets,
+  get_vocabulary,
+  import_module,
+  round_vocab_size_to_multiple,
+  verify_matching_vocabs,
 )
 from t5x.data_iterators import (
   ShardedDatasetIterator,
@@ -35,12 +40,7 @@ from t5x.data_iterators import (
   prepare_train_iter,
 )
 from t5x.gin_utils import run_main
-from t5x.inference import (
-  InferFnCallable,
-  InferStepWithoutRngCallable,
-  InferStepWithRngCallable,
-  get_infer_fn,
-)
+from t5x.inference import InferFnCallable, InferStepCallable, get_infer_fn
 from t5x.optimizers import LearningRateCallable, create_learning_rate_scheduler
 from t5x.params_axes import override_params_axes_names
 from t5x.restore import (
@@ -55,12 +55,6 @@ from t5x.restore import (
 )
 from t5x.run_setup import set_hardware_rng_ops
 from t5x.state_utils import flatten_dict_string_keys
-from t5x.task_lookup import import_module
-from t5x.task_vocabularies import (
-  get_vocabulary,
-  round_vocab_size_to_multiple,
-  verify_matching_vocabs,
-)
 
 __all__ = [
   'CheckpointConfig',
@@ -70,8 +64,6 @@ __all__ = [
   'GetEvalDatasetCallable',
   'InferFnCallable',
   'InferStepCallable',
-  'InferStepWithRngCallable',
-  'InferStepWithoutRngCallable',
   'InitFnCallable',
   'LearningRateCallable',
   'LegacyCheckpointManager',
@@ -81,6 +73,7 @@ __all__ = [
   'RestoreCheckpointConfig',
   'SaveCheckpointConfig',
   'ShardedDatasetIterator',
+  'TensorBoardLogger',
   'TrainStateInitializer',
   'create_checkpoint_manager_and_restore',
   'create_learning_rate_scheduler',
@@ -111,8 +104,6 @@ __all__ = [
   'verify_matching_vocabs',
 ]
 
-InferStepCallable = InferStepWithRngCallable | InferStepWithoutRngCallable
-
 
 def sync_global_devices(name: str) -> None:
   """Waits until every process has come here; `multihost.sync`."""
@@ -126,12 +117,3 @@ def multihost_assert_equal(input_tree: PyTree, fail_message: str = '') -> None:
     ValueError: they did not.
   """
   multihost.assert_same(input_tree, fail_message or 'What was passed')
-
-
-def __getattr__(name: str):
-  # seqio brings TensorFlow; the other names do not need it.
-  if name == 'TensorBoardLogger':
-    import seqio
-
-    return seqio.TensorBoardLogger
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

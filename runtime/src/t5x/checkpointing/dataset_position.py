@@ -18,7 +18,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from t5x import data_source
-from t5x.data_iterators import BEGIN_ANEW
+
+BEGIN_ANEW = (
+  'To restart the data, set utils.SaveCheckpointConfig.save_dataset = False (and, '
+  'if it is True, utils.RestoreCheckpointConfig.restore_dataset = False).'
+)
 
 # Behind the stem of a position's files.
 _SOURCE = '.source.json'
