@@ -95,15 +95,15 @@ def test_p17_a_mixture_goes_on_where_a_checkpoint_was(
   mixture, host, hosts, at, tmp_path
 ):
   # 61 batches are more than an epoch of either corpus, and not a whole number of them.
-  from t5x.checkpointing import dataset_position
+  from t5x import checkpoints
 
-  handler = dataset_position.DatasetCheckpointHandler('train_ds-0', True)
+  handler = checkpoints.DatasetCheckpointHandler('train_ds-0', True)
   through = train_iterator(mixture, host, hosts)
   take(through, at)
-  handler.save(tmp_path, dataset_position.DatasetArgs(through))
+  handler.save(tmp_path, checkpoints.DatasetArgs(through))
   want = take(through, 12)
   resumed = train_iterator(mixture, host, hosts)
-  handler.restore(tmp_path, dataset_position.DatasetArgs(resumed))
+  handler.restore(tmp_path, checkpoints.DatasetArgs(resumed))
   for one, other in zip(take(resumed, 12), want, strict=True):
     assert one.keys() == other.keys()
     for name in one:

@@ -320,7 +320,6 @@ def test_a_revision_of_a_folder_is_refused(model, tmp_path, capsys):
 def test_the_runtime_restores_it(run, model, tmp_path, optimizer):
   """As infer and eval do, and as fine-tuning does, whose optimizer starts fresh."""
   from t5x import optimizers, partitioning, restore
-  from t5x.checkpointing import configs
 
   params = imported(model, tmp_path / 'in')
   config = export_module.bart_config(run_config.read(tmp_path / 'in/config.gin'))
@@ -339,7 +338,7 @@ def test_the_runtime_restores_it(run, model, tmp_path, optimizer):
   )
   state = initializer.from_checkpoint(
     [
-      configs.RestoreCheckpointConfig(
+      restore.RestoreCheckpointConfig(
         path=str(tmp_path / 'in/checkpoint_0'), mode='specific', strict=False
       )
     ],

@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x import (
   checkpoints,
-  checkpoints_utils,
 )
 
 MESH = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('data', 'model'))
@@ -72,7 +71,7 @@ def save_all(folder, steps, between=None, **settings):
     if between:
       between(step)
   made.close()
-  return list(checkpoints_utils.all_steps(folder))
+  return list(checkpoints.all_steps(folder))
 
 
 def assert_restores(folder, step):

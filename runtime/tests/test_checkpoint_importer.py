@@ -1,186 +1,250 @@
-"""Names of Mesh TensorFlow's T5, and a checkpoint of its kind written on the spot."""
+"""The layout before Orbax, written on the spot as T5X wrote it."""
 
+import flax.serialization
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
+from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x import checkpoint_importer
+from t5x import checkpoint_importer, checkpoints
+from t5x.checkpoints import DamagedCheckpointError, Destination
 
-NAMES = {
-  'shared/embedding': 'target/token_embedder/embedding',
-  'shared/embedding_slot_vr': 'state/param_states/token_embedder/embedding/v_row',
-  'encoder/embedding': 'target/encoder/token_embedder/embedding',
-  'transformer/embedding_slot_v': (
-    'state/param_states/decoder/token_embedder/embedding/v'
-  ),
-  'encoder/block_003/layer_000/SelfAttention/q': (
-    'target/encoder/layers_3/attention/query/kernel'
-  ),
-  'decoder/block_011/layer_000/SelfAttention/o_slot_vc': (
-    'state/param_states/decoder/layers_11/self_attention/out/kernel/v_col'
-  ),
-  'decoder/block_000/layer_001/EncDecAttention/k': (
-    'target/decoder/layers_0/encoder_decoder_attention/key/kernel'
-  ),
-  'transformer/block_000/layer_000/SelfAttention/v': (
-    'target/decoder/layers_0/self_attention/value/kernel'
-  ),
-  'encoder/block_000/layer_001/DenseReluDense/wi/kernel': (
-    'target/encoder/layers_0/mlp/wi/kernel'
-  ),
-  'decoder/block_002/layer_002/DenseReluDense/wi_1/kernel_slot_v': (
-    'state/param_states/decoder/layers_2/mlp/wi_1/kernel/v'
-  ),
-  'decoder/block_002/layer_002/DenseReluDense/wo/kernel': (
-    'target/decoder/layers_2/mlp/wo/kernel'
-  ),
-  'encoder/block_000/layer_001/layer_norm/scale': (
-    'target/encoder/layers_0/pre_mlp_layer_norm/scale'
-  ),
-  'decoder/block_000/layer_001/rms_norm/scale': (
-    'target/decoder/layers_0/pre_cross_attention_layer_norm/scale'
-  ),
-  'transformer/block_000/layer_001/layer_norm/scale': (
-    'target/decoder/layers_0/pre_mlp_layer_norm/scale'
-  ),
-  'encoder/final_layer_norm/scale': 'target/encoder/encoder_norm/scale',
-  'transformer/rms_norm/scale': 'target/decoder/decoder_norm/scale',
-  'decoder/logits/kernel': 'target/decoder/logits_dense/kernel',
-  'global_step': 'state/step',
+STATE = {
+  'state': {
+    'step': np.int32(7),
+    'param_states': {'enc': {'kernel': {'v_row': np.ones(4, np.float32)}}},
+  },
+  'target': {
+    'enc': {
+      'kernel': np.arange(32, dtype=np.float32).reshape(4, 8),
+      'half': np.arange(8, dtype=jnp.bfloat16),
+    },
+    'bias': np.array([1.5, -2.5], np.float32),  # Not partitioned: in the index.
+  },
 }
+IN_INDEX = {'state/step', 'target/bias', 'state/param_states/enc/kernel/v_row'}
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_names(name):
-  got = checkpoint_importer.t5_importer.apply({name: 5})
-  assert got == {NAMES[name]: 5}
-
-
-def test_unknown_names_are_all_named():
-  with pytest.raises(ValueError, match='2 variables: a/b, c'):
-    checkpoint_importer.t5_importer.apply({'c': 1, 'a/b': 2, 'global_step': 3})
-
-
-def test_rules_of_ones_own():
-  translator = checkpoint_importer.CheckpointTranslator()
-
-  @translator.add(r'(\w+)/w')
-  def weight(opts, key, val, layer):
-    return f'{opts["prefix"]}/{layer}', val + 1
-
-  @translator.add(r'drop/.*')
-  def drop(opts, key, val):
-    return None, None
-
-  got = translator.apply({'a/w': 1, 'drop/x/w': 2}, prefix='p')
-  assert got == {'p/a': 2}
-  # A pattern must match the whole name.
-  with pytest.raises(ValueError, match='a/w/more'):
-    translator.apply({'a/w/more': 1}, prefix='p')
-  assert weight and drop
-
-
-TF_VARIABLES = {
-  'global_step': np.int64(3),
-  'shared/embedding': np.ones((4, 2), np.float32),
-  'shared/embedding_slot_vr': np.full(4, 2.0, np.float32),
-  'shared/embedding_slot_vc': np.full(2, 3.0, np.float32),
-  'encoder/block_000/layer_000/SelfAttention/relative_attention_bias': np.ones(
-    (2, 3), np.float32
-  ),
-  'encoder/block_000/layer_000/SelfAttention/relative_attention_bias_slot_v': np.ones(
-    (2, 3), np.float32
-  ),
-}
-
-
-def wanted_state():
-  placeholder = np.zeros(1, np.float32)
-  return {
-    'state': {
-      'step': np.int32(0),
-      'param_states': {
-        'token_embedder': {
-          'embedding': {
-            'v_row': np.zeros(4, np.float32),
-            'v_col': np.zeros(2, np.float32),
-            'v': placeholder,
-            'm': placeholder,
-          }
-        },
-        'encoder': {
-          'relpos_bias': {
-            'rel_embedding': {
-              'v_row': placeholder,
-              'v_col': placeholder,
-              'v': np.zeros((2, 3), np.float32),
-              'm': placeholder,
-            }
-          }
-        },
+def write(folder, state=STATE, version=3, driver='file', old_paths=False):
+  """Writes what T5X's first Checkpointer wrote."""
+  folder.mkdir(parents=True)
+  index = {}
+  for name, value in flax.traverse_util.flatten_dict(state, sep='/').items():
+    if name in IN_INDEX or value is None:
+      index[name] = value
+      continue
+    path = name.replace('/', '.')
+    spec = {
+      'driver': 'zarr',
+      'dtype': value.dtype.name,
+      'kvstore': {'driver': 'file', 'path': str(folder / path) + '/'},
+      'metadata': {
+        'shape': list(value.shape),
+        'chunks': [max(1, n // 2) for n in value.shape],
+        'compressor': {'id': 'gzip', 'level': 1},
       },
-    },
-    'target': {
-      'token_embedder': {'embedding': np.zeros((4, 2), np.float32)},
-      'encoder': {'relpos_bias': {'rel_embedding': np.zeros((2, 3), np.float32)}},
-    },
-  }
+    }
+    tensorstore.open(spec, create=True).result().write(value).result()
+    spec['kvstore'] = {'driver': driver}
+    if driver == 'gcs':
+      spec['kvstore']['bucket'] = 't5x-dummy-bucket'
+    (spec if old_paths else spec['kvstore'])['path'] = path
+    index[name] = spec
+  tree = flax.traverse_util.unflatten_dict(index, sep='/')
+  contents = {'version': version, 'optimizer': tree}
+  packed = flax.serialization.msgpack_serialize(contents)
+  (folder / 'checkpoint').write_bytes(packed)
 
 
-@pytest.fixture(scope='module')
-def tf_checkpoint(tmp_path_factory):
-  import tensorflow as tf
-
-  prefix = str(tmp_path_factory.mktemp('mtf') / 'model.ckpt-3')
-  with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-    for name, value in TF_VARIABLES.items():
-      tf.compat.v1.get_variable(name, initializer=value)
-    session.run(tf.compat.v1.global_variables_initializer())
-    tf.compat.v1.train.Saver().save(session, prefix, write_meta_graph=False)
-  return prefix
+def assert_equal(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_a_checkpoint_is_restored(tf_checkpoint):
-  restore = checkpoint_importer.restore_from_t5_checkpoint
-  state = restore(wanted_state(), tf_checkpoint)
-  assert jax.tree.structure(state) == jax.tree.structure(wanted_state())
-  flat = flax.traverse_util.flatten_dict(state, sep='/')
-  assert flat['state/step'] == 3 and flat['state/step'].dtype == np.int32
-  # Positions that only block 0 has are those of all blocks.
-  np.testing.assert_array_equal(
-    flat['target/encoder/relpos_bias/rel_embedding'], np.ones((2, 3))
+@pytest.mark.parametrize('driver', ['file', 'gfile', 'gcs'])
+@pytest.mark.parametrize('old_paths', [False, True])
+def test_reads_what_t5x_wrote_wherever_it_was_written(tmp_path, driver, old_paths):
+  write(tmp_path / 'checkpoint_7', driver=driver, old_paths=old_paths)
+  # Paths are relative: the folder may have been moved.
+  moved = (tmp_path / 'checkpoint_7').rename(tmp_path / 'checkpoint_8')
+  assert_equal(checkpoints.load_t5x_checkpoint(str(moved)), STATE)
+
+
+def test_finds_the_checkpoint(tmp_path):
+  for step in (5, 10):
+    state = {**STATE, 'state': {**STATE['state'], 'step': np.int32(step)}}
+    write(tmp_path / f'checkpoint_{step}', state)
+
+  def step_of(*args):
+    return checkpoints.load_t5x_checkpoint(*args)['state']['step']
+
+  assert step_of(str(tmp_path)) == 10
+  assert step_of(str(tmp_path), 5) == 5
+  assert step_of(str(tmp_path / 'checkpoint_5')) == 5
+  assert step_of(str(tmp_path / 'checkpoint_5/checkpoint')) == 5
+  with pytest.raises(ValueError, match='checkpoint_6'):
+    step_of(str(tmp_path), 6)
+  with pytest.raises(ValueError, match='nowhere'):
+    step_of(str(tmp_path / 'nowhere'))
+
+
+def test_describes_without_reading(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  (tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0').unlink()
+  tree = checkpoint_importer.saved_tree(tmp_path / 'checkpoint_7')
+  kernel = tree['target']['enc']['kernel']
+  assert (kernel.shape, kernel.dtype, kernel.name) == (
+    (4, 8),
+    np.float32,
+    'target/enc/kernel',
   )
-  entry = 'state/param_states/token_embedder/embedding/'
-  np.testing.assert_array_equal(flat[entry + 'v_row'], np.full(4, 2.0))
-  np.testing.assert_array_equal(flat[entry + 'v'], np.zeros(1))
-  lazy = restore(wanted_state(), tf_checkpoint, lazy_parameters=True)
-  embedding = lazy['target']['token_embedder']['embedding']
-  assert isinstance(embedding, checkpoint_importer.LazyArray)
-  np.testing.assert_array_equal(embedding.get(), np.ones((4, 2)))
+  assert tree['state']['step'] == 7
 
 
-def test_positions_of_each_block_stay_there():
-  name = 'encoder/block_{:03}/layer_000/SelfAttention/relative_attention_bias'
-  data = checkpoint_importer.t5_importer.apply({name.format(i): i for i in (0, 1)})
-  assert checkpoint_importer._share_positions(data) == {
-    'target/encoder/layers_0/relpos_bias/rel_embedding': 0,
-    'target/encoder/layers_1/relpos_bias/rel_embedding': 1,
+def test_casts_parameters_only(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  state = checkpoints.load_t5x_checkpoint(str(tmp_path), restore_dtype=jnp.bfloat16)
+  assert state['target']['enc']['kernel'].dtype == jnp.bfloat16
+  assert state['target']['bias'].dtype == jnp.bfloat16
+  kept = state['state']['param_states']['enc']['kernel']['v_row']
+  assert kept.dtype == np.float32
+
+
+def test_each_device_reads_its_part(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  kernel = checkpoint_importer.saved_tree(tmp_path / 'checkpoint_7')
+  kernel = kernel['target']['enc']['kernel']
+  mesh = jax.make_mesh((2, 4), ('data', 'model'))
+  for spec in (
+    PartitionSpec(None, 'model'),
+    PartitionSpec('data', 'model'),
+    PartitionSpec(),
+  ):
+    got = kernel.read(NamedSharding(mesh, spec), jnp.bfloat16)
+    assert got.sharding.spec == spec and got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, STATE['target']['enc']['kernel'])
+
+
+def destination(state=STATE, **kwargs):
+  mesh = jax.make_mesh((2, 4), ('data', 'model'))
+  axes = {'target': {'enc': {'kernel': PartitionSpec(None, 'model')}}}
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+  return Destination(shapes, axes, mesh, **kwargs)
+
+
+def test_a_train_state_is_laid_on_the_mesh(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  wanted = destination(dtype=jnp.bfloat16)
+  state = checkpoints.read_state(tmp_path / 'checkpoint_7', wanted)
+  assert_equal(state, STATE)
+  kernel = state['target']['enc']['kernel']
+  assert kernel.sharding == NamedSharding(wanted.mesh, PartitionSpec(None, 'model'))
+  assert kernel.dtype == state['target']['bias'].dtype == jnp.bfloat16
+  assert state['state']['param_states']['enc']['kernel']['v_row'].dtype == np.float32
+
+
+def test_a_train_state_of_other_names_and_more_parts(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  other = {
+    'state': STATE['state'],
+    'target': {'encoder': STATE['target']['enc'], 'new': np.ones(2, np.float32)},
   }
 
+  def rename(saved, wanted):
+    assert set(wanted['target']) == {'encoder', 'new'}
+    return {**saved, 'target': {'encoder': saved['target']['enc']}}
 
-def test_other_models_are_refused(tf_checkpoint):
-  restore = checkpoint_importer.restore_from_t5_checkpoint
-  state = wanted_state()
-  state['target']['more'] = np.zeros(1)
-  with pytest.raises(ValueError, match='Missing: target/more'):
-    restore(state, tf_checkpoint, strict=False)
-  state = wanted_state()
-  del state['target']['encoder']
-  with pytest.raises(ValueError, match='Not in the model: target/encoder/relpos_bias'):
-    restore(state, tf_checkpoint)
-  assert 'encoder' not in restore(state, tf_checkpoint, strict=False)['target']
-  state = wanted_state()
-  state['target']['token_embedder']['embedding'] = np.zeros((5, 2))
-  with pytest.raises(ValueError, match=r'is \(4, 2\), the model has \(5, 2\)'):
-    restore(state, tf_checkpoint)
+  read = checkpoints.read_state
+  with pytest.raises(ValueError, match='target/new'):
+    read(tmp_path / 'checkpoint_7', destination(other), [rename])
+  got = read(tmp_path / 'checkpoint_7', destination(other), [rename], other)
+  assert_equal(got, other)
+  other['target']['encoder'] = {**STATE['target']['enc'], 'kernel': np.ones((2, 2))}
+  with pytest.raises(ValueError, match='another model'):
+    read(tmp_path / 'checkpoint_7', destination(other), [rename], other)
+
+
+def test_transformations(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+
+  def rename(saved, wanted):
+    assert wanted == {}
+    return {'target': {'encoder': saved['target']['enc']}}
+
+  load = checkpoints.load_t5x_checkpoint
+  state = load(str(tmp_path), state_transformation_fns=[rename])
+  assert set(state) == {'target'}
+  np.testing.assert_array_equal(
+    state['target']['encoder']['kernel'], STATE['target']['enc']['kernel']
+  )
+  assert 'state' in load(str(tmp_path), state_transformation_fns=[rename], remap=False)
+
+
+def test_lazy_parameters(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  state = checkpoints.load_t5x_checkpoint(
+    str(tmp_path), restore_dtype=jnp.bfloat16, lazy_parameters=True
+  )
+  kernel = state['target']['enc']['kernel']
+  assert isinstance(kernel, checkpoints.LazyArray)
+  assert kernel.shape == (4, 8) and kernel.nbytes == 64
+  values = kernel.get()
+  assert values.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(values, STATE['target']['enc']['kernel'])
+  assert state['target']['bias'].get().dtype == jnp.bfloat16
+
+
+def test_states_of_no_optimizer_are_kept_as_none(tmp_path):
+  state = {'state': {'param_states': {'a': None}}, 'target': {'a': np.ones(3)}}
+  write(tmp_path / 'checkpoint_1', state)
+  got = checkpoints.load_t5x_checkpoint(str(tmp_path))
+  assert got['state']['param_states'] == {'a': None}
+
+
+def test_unsupported_and_damaged_indices(tmp_path):
+  load = checkpoints.load_t5x_checkpoint
+  write(tmp_path / 'checkpoint_1', version=1)
+  with pytest.raises(ValueError, match='version 1'):
+    load(str(tmp_path))
+  write(tmp_path / 'checkpoint_2')
+  index = tmp_path / 'checkpoint_2' / 'checkpoint'
+  index.write_bytes(index.read_bytes()[:200])
+  with pytest.raises(DamagedCheckpointError, match='checkpoint_2'):
+    load(str(tmp_path))
+  index.write_text('model_checkpoint_path: "model.ckpt-0"')
+  with pytest.raises(DamagedCheckpointError, match='checkpoint_2'):
+    load(str(tmp_path))
+  write(tmp_path / 'checkpoint_3', {'target': {'a': np.ones(3, np.uint16)}})
+  with pytest.raises(ValueError, match='uint16'):
+    load(str(tmp_path))
+
+
+def test_damaged_arrays_are_named(tmp_path):
+  write(tmp_path / 'checkpoint_7')
+  metadata = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '.zarray'
+  kernel = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0'
+  kernel.write_bytes(b'nonsense')
+  with pytest.raises(DamagedCheckpointError, match='target/enc/kernel'):
+    checkpoints.load_t5x_checkpoint(str(tmp_path))
+  metadata.unlink()
+  with pytest.raises(DamagedCheckpointError, match='target/enc/kernel'):
+    checkpoints.load_t5x_checkpoint(str(tmp_path))
+
+
+def test_a_lazy_array_reads_on_demand():
+  reads = []
+
+  def read():
+    reads.append(1)
+    return np.ones((2, 3), np.float32)
+
+  lazy = checkpoint_importer.LazyArray((2, 3), np.float32, read)
+  assert (lazy.shape, lazy.dtype, lazy.nbytes) == ((2, 3), np.float32, 24)
+  half = lazy.astype(jnp.bfloat16)
+  assert half.nbytes == 12 and not reads
+  assert half.get().dtype == jnp.bfloat16
+  assert lazy.get().dtype == np.float32
+  assert len(reads) == 2

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import shutil
 
 import flax.linen as nn
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +25,7 @@ from saved_states import (
   write_previous_layout,
 )
 
-from t5x import checkpoints, checkpoints_utils, restore
-from t5x.checkpointing import manager as checkpoint_manager
+from t5x import checkpoints, restore
 
 
 def test_from_scratch_is_sharded_and_reproducible():
@@ -47,7 +48,7 @@ def test_a_checkpoint_is_read_on_other_meshes(tmp_path, mesh):
   assert_equal(state, saved)
   wi = state.params['wi']
   assert wi.sharding.shard_shape(wi.shape) == (16 // mesh[0], 32 // mesh[1])
-  # And it trains on.
+  # And it can be trained.
   grads = jax.tree.map(jnp.ones_like, state.params)
   assert int(state.apply_gradient(grads, learning_rate=0.1).step) == 11
 
@@ -56,7 +57,7 @@ def test_step_zero_is_found(tmp_path):
   saved = write(tmp_path, 0)[0]
   state, _ = resume(tmp_path)
   assert_equal(state, saved)
-  assert checkpoints_utils.latest_step(tmp_path) == 0
+  assert checkpoints.latest_step(tmp_path) == 0
 
 
 def test_modes(tmp_path):
@@ -70,7 +71,7 @@ def test_modes(tmp_path):
   assert_equal(start.from_checkpoint([restore_cfg(tmp_path)]), saved[20])
   specific = restore_cfg(folders[1], mode='specific')
   assert_equal(start.from_checkpoint([specific]), saved[10])
-  with pytest.raises(ValueError, match='3 checkpoints match'):
+  with pytest.raises(ValueError, match='checkpoint_20'):
     start.from_checkpoint([restore_cfg(tmp_path, mode='all')])
 
 
@@ -99,17 +100,14 @@ def test_from_scratch_where_there_is_no_checkpoint(tmp_path):
   assert_equal(found, saved)
 
 
-@pytest.mark.parametrize(
-  'path, message',
-  [('nowhere', 'is no folder'), ('checkpoint_10', "Set mode = 'specific'")],
-)
-def test_folders_that_are_none(tmp_path, path, message):
+@pytest.mark.parametrize('path', ['nowhere', 'checkpoint_10'])
+def test_mode_latest_takes_a_folder_of_checkpoints(tmp_path, path):
   write(tmp_path, 10)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=path):
     restore.get_first_valid_restore_config_and_paths([restore_cfg(tmp_path / path)])
 
 
-def test_a_missing_checkpoint_names_those_there(tmp_path):
+def test_missing_checkpoint_lists_the_existing_ones(tmp_path):
   write(tmp_path, 10, 20)
   cfg = restore_cfg(tmp_path / 'checkpoint_15', mode='specific')
   with pytest.raises(FileNotFoundError, match=r'checkpoint_15.*\[10, 20\]'):
@@ -229,7 +227,7 @@ def test_fallback_to_scratch_initialises_what_is_dropped(tmp_path):
     np.testing.assert_array_equal(value, source[name])
   lm_head = state.params['lm_head']
   assert lm_head.sharding.shard_shape(lm_head.shape) == (16, 4)
-  with pytest.raises(ValueError, match='no random key'):
+  with pytest.raises(ValueError, match='fallback_init_rng'):
     resume(tmp_path, start, assignment_map=drop, fallback_to_scratch=True)
   with pytest.raises(ValueError, match='without assignment_map'):
     resume(tmp_path, start, rng=rng, fallback_to_scratch=True)
@@ -268,34 +266,6 @@ def test_state_transformations_act_both_ways(tmp_path):
   np.testing.assert_array_equal(state.params['wi'], 0)
 
 
-def test_the_interface_from_before_orbax(tmp_path):
-  state, manager = resume_without_checkpoint(tmp_path)
-  assert state is None
-  saved = state_at(10)
-  manager.save(saved)
-  assert manager.all_steps() == [10]
-  manager.wait_until_finished()
-  manager.close()
-  state, manager = resume(tmp_path, save=save_cfg(), use_orbax=False)
-  assert_equal(state, saved)
-  path = str(tmp_path / 'checkpoint_10')
-  assert_equal(manager.restore([path], restore_cfg(tmp_path)), saved)
-  assert manager.latest_step() == 10
-
-
-def resume_without_checkpoint(folder):
-  start = initializer()
-  return restore.create_checkpoint_manager_and_restore(
-    start,
-    start._partitioner,
-    restore_cfg(folder),
-    None,
-    None,
-    save_checkpoint_cfg=save_cfg(),
-    model_dir=str(folder),
-  )
-
-
 def test_the_previous_layout_is_read_by_the_same_means(tmp_path):
   saved = state_at(10)
   write_previous_layout(tmp_path / 'checkpoint_10', saved)
@@ -309,7 +279,7 @@ def test_the_previous_layout_is_read_by_the_same_means(tmp_path):
     assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
   )
   np.testing.assert_array_equal(renamed.params['lm_head'], saved.params['head'])
-  # A run goes on from it in the new layout.
+  # A run resumes from it and saves in the new layout.
   _, manager = resume(tmp_path, save=save_cfg())
   assert manager.all_steps() == [10]
   manager.save(state_at(20))
@@ -317,45 +287,202 @@ def test_the_previous_layout_is_read_by_the_same_means(tmp_path):
   assert_equal(resume(tmp_path)[0], state_at(20))
 
 
-def test_tensorflow_checkpoints_go_to_the_importer(tmp_path, monkeypatch):
-  saved = state_at(10)
-  got = []
+# -- Damaged checkpoints --
 
-  def read(state_dict, path, *, strict, translator):
-    assert state_dict.keys() == saved.state_dict().keys()
-    got.append((path, strict, translator))
-    return jax.tree.map(np.asarray, saved.state_dict())
 
-  monkeypatch.setattr(
-    checkpoint_manager.checkpoint_importer, 'restore_from_t5_checkpoint', read
-  )
-  for step in (5, 10):
-    (tmp_path / f'model.ckpt-{step}.index').write_text('')
-  (tmp_path / 'checkpoint').write_text(
-    'model_checkpoint_path: "model.ckpt-10"\n'
-    'all_model_checkpoint_paths: "model.ckpt-5"\n'
-    'all_model_checkpoint_paths: "model.ckpt-10"\n'
-  )
-  path = str(tmp_path / 'model.ckpt-10')
-  for cfg in (
-    restore_cfg(path, mode='specific', strict=False),
-    restore_cfg(tmp_path, dtype='bfloat16'),
-  ):
-    state = initializer().from_checkpoint([cfg])
-  assert got == [(path, False, None), (path, True, None)]
-  assert state.params['wi'].dtype == jnp.bfloat16
-  assert state.params['wi'].sharding.shard_shape((16, 32)) == (4, 16)
-  every = initializer().from_checkpoints([restore_cfg(tmp_path, mode='all')])
-  assert [p for _, p in every] == [str(tmp_path / f'model.ckpt-{s}') for s in (5, 10)]
-  with pytest.raises(ValueError, match='Convert it first'):
-    initializer().from_checkpoint(
-      [restore_cfg(path, mode='specific', state_transformation_fns=[len])]
-    )
+def spoil(folder, how):
+  state = folder / 'state'
+  if how == 'no state':
+    shutil.rmtree(state)
+  elif how == 'no description':
+    (state / '_METADATA').unlink()
+  elif how == 'no manifest':
+    (state / 'manifest.ocdbt').unlink()
+  elif how == 'truncated data':
+    largest = max((f for f in state.rglob('d/*')), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  elif how == 'flipped bits':
+    for file in state.rglob('d/*'):
+      content = bytearray(file.read_bytes())
+      content[len(content) // 2] ^= 255
+      file.write_bytes(bytes(content))
+
+
+DAMAGES = [
+  'no state',
+  'no description',
+  'no manifest',
+  'truncated data',
+  'flipped bits',
+]
+
+
+@pytest.mark.parametrize('how', DAMAGES)
+def test_a_damaged_newest_checkpoint_is_reported_and_skipped(tmp_path, how, caplog):
+  saved = write(tmp_path, 10, 20, 30)
+  spoil(tmp_path / 'checkpoint_30', how)
+  state, manager = resume(tmp_path, save=save_cfg())
+  assert_equal(state, saved[20])
+  assert 'checkpoint_30' in caplog.text and 'damaged' in caplog.text
+  # Step 30 can be saved again.
+  assert (tmp_path / 'damaged_checkpoint_30').is_dir()
+  assert manager.all_steps() == [10, 20]
+  manager.save(saved[30])
+  manager.close()
+  assert_equal(resume(tmp_path)[0], saved[30])
+
+
+def test_a_folder_named_with_a_slash_is_the_same_folder(tmp_path):
+  saved = write(tmp_path, 10, 20)
+  spoil(tmp_path / 'checkpoint_20', 'no state')
+  state, manager = resume(f'{tmp_path}/', save=save_cfg())
+  manager.close()
+  assert_equal(state, saved[10])
+  assert (tmp_path / 'damaged_checkpoint_20').is_dir()
+
+
+def test_readers_leave_damaged_checkpoints_where_they_are(tmp_path):
+  saved = write(tmp_path, 10, 20)
+  spoil(tmp_path / 'checkpoint_20', 'no manifest')
+  state, _ = resume(tmp_path)
+  assert_equal(state, saved[10])
+  assert_equal(initializer().from_checkpoint([restore_cfg(tmp_path)]), saved[10])
+  names = sorted(p.name for p in tmp_path.iterdir())
+  assert names == ['checkpoint_10', 'checkpoint_20']
+
+
+def test_a_damaged_checkpoint_given_by_path_is_an_error(tmp_path):
+  write(tmp_path, 10, 20)
+  spoil(tmp_path / 'checkpoint_20', 'no manifest')
+  cfg = restore_cfg(tmp_path / 'checkpoint_20', mode='specific')
+  with pytest.raises(checkpoints.DamagedCheckpointError, match='checkpoint_20'):
+    initializer().from_checkpoint([cfg])
+
+
+def test_a_run_folder_is_not_taken_for_a_damaged_checkpoint(tmp_path):
+  write(tmp_path, 10, 20)
+  cfg = restore_cfg(tmp_path, mode='specific')
+  with pytest.raises(ValueError, match='checkpoint_20'):
+    initializer().from_checkpoint([cfg])
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path):
+  write(tmp_path, 10, 20)
+  for step in (10, 20):
+    spoil(tmp_path / f'checkpoint_{step}', 'no manifest')
+  with pytest.raises(checkpoints.DamagedCheckpointError, match=r'\[10, 20\]'):
+    resume(tmp_path, save=save_cfg())
+  assert (tmp_path / 'checkpoint_20').is_dir()
+
+
+def test_another_model_is_not_taken_for_damage(tmp_path):
+  write(tmp_path, 10, 20)
+  with pytest.raises(ValueError, match='another model'):
+    resume(tmp_path, initializer(net=Net(width=64)), save=save_cfg())
+  assert checkpoints.all_steps(tmp_path) == [10, 20]
+
+
+def test_a_damaged_checkpoint_of_the_previous_layout_is_skipped(tmp_path):
+  write_previous_layout(tmp_path / 'checkpoint_10', state_at(10))
+  write_previous_layout(tmp_path / 'checkpoint_20', state_at(20))
+  index = tmp_path / 'checkpoint_20' / 'checkpoint'
+  index.write_bytes(index.read_bytes()[:100])
+  assert_equal(resume(tmp_path)[0], state_at(10))
+
+
+# -- Configurations --
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'dtype': 'float16'}, 'float16'),
+    ({'period': -1}, '-1'),
+    ({'keep': 0}, 'keep'),
+    ({'checkpoint_steps': [5, -2]}, r'\[-2\]'),
+    ({'keep_dataset_checkpoints': 1}, 'save_dataset is False'),
+  ],
+)
+def test_bad_save_configurations(changes, message):
+  with pytest.raises(ValueError, match=message):
+    restore.SaveCheckpointConfig(**changes)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [({'mode': 'newest'}, 'newest'), ({'dtype': 'int8'}, 'int8')],
+)
+def test_bad_restore_configurations(changes, message):
+  with pytest.raises(ValueError, match=message):
+    restore_cfg('x', **changes)
+
+
+def manager_of(folder, **changes):
   start = initializer()
-  checkpoints.Checkpointer(
-    start.global_train_state_shape, start._partitioner, str(tmp_path / 'new')
-  ).convert_from_tf_checkpoint(path)
-  assert_equal(resume(tmp_path / 'new')[0], saved)
+  return restore.create_orbax_checkpoint_manager(
+    save_cfg=save_cfg(**changes),
+    train_state=start.global_train_state_shape,
+    partitioner=start._partitioner,
+    model_dir=str(folder),
+  )
+
+
+def saved_steps(folder, metrics=None, **changes):
+  """Saves steps 0, 10, ... 50 and returns those that are left."""
+  manager = manager_of(folder, **changes)
+  for step in range(0, 60, 10):
+    manager.save(state_at(step), metrics={k: v[step // 10] for k, v in metrics.items()})
+  manager.close()
+  return checkpoints.all_steps(folder)
+
+
+METRICS = {'train/accuracy': [1, 6, 2, 5, 3, 4], 'eval/loss': [6, 2, 5, 1, 4, 3]}
+
+
+def test_keep_reaches_the_manager(tmp_path):
+  assert saved_steps(tmp_path, METRICS, keep=3) == [30, 40, 50]
+
+
+def test_save_best_checkpointer_reaches_the_manager(tmp_path):
+  cls = checkpoints.SaveBestCheckpointer
+  kept = saved_steps(tmp_path / 'a', METRICS, checkpointer_cls=cls, keep=2)
+  assert kept == [10, 30, 50]
+  cls = functools.partial(
+    cls, metric_name_to_monitor='eval/loss', metric_mode='min', force_keep_period=40
+  )
+  kept = saved_steps(tmp_path / 'b', METRICS, checkpointer_cls=cls, keep=1)
+  assert kept == [0, 30, 40, 50]
+
+
+def test_save_best_checkpointer_bound_by_gin(tmp_path):
+  gin.clear_config()
+  try:
+    with gin.unlock_config():
+      gin.parse_config("""
+        checkpoints.SaveBestCheckpointer.metric_name_to_monitor = 'eval/loss'
+        checkpoints.SaveBestCheckpointer.metric_mode = 'min'
+        checkpoints.SaveBestCheckpointer.keep = 1
+      """)
+    cls = checkpoints.SaveBestCheckpointer
+    assert saved_steps(tmp_path, METRICS, checkpointer_cls=cls) == [30, 50]
+  finally:
+    gin.clear_config()
+
+
+def test_other_managers_may_be_given(tmp_path):
+  got = {}
+  start = initializer()
+  restore.create_orbax_checkpoint_manager(
+    save_cfg=save_cfg(
+      checkpoint_manager_cls=lambda **kw: got.update(kw), dtype='bfloat16'
+    ),
+    train_state=start.global_train_state_shape,
+    partitioner=start._partitioner,
+    model_dir='somewhere',
+  )
+  assert got['directory'] == 'somewhere'
+  assert got['save_dtype'] == 'bfloat16' and got['period'] == 10
+  assert 'keep' not in got and 'checkpoint_steps' not in got
 
 
 def test_model_info(tmp_path):

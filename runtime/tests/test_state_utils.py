@@ -1,4 +1,4 @@
-"""Nested state dicts, taken apart, joined and renamed."""
+"""Nested state dicts: flattening and renaming."""
 
 import pytest
 
@@ -12,39 +12,6 @@ def test_tensorstore_specs_are_leaves():
   flat = state_utils.flatten_state_dict(tree)
   assert flat == {'target/a': SPEC, 'target/b': 1}
   assert 'state' in state_utils.flatten_state_dict(tree, keep_empty_nodes=True)
-  assert state_utils.tensorstore_leaf(None, SPEC | {'dtype': 'float32'})
-  assert not state_utils.tensorstore_leaf(None, {'driver': 'zarr'})
-
-
-def test_name_tree():
-  assert state_utils.get_name_tree({'a': {'b': 1}}) == {'a': {'b': 'a/b'}}
-
-
-def test_intersect_and_merge():
-  mine = {'a': 1, 'b': {'c': 2, 'd': 3}}
-  assert state_utils.intersect_state(mine, {'b': {'c': 0}}) == {'b': {'c': 2}}
-  fresh = {'b': {'c': 9, 'e': 8}}
-  merged = state_utils.merge_state(mine, fresh)
-  assert merged == {'a': 1, 'b': {'c': 2, 'd': 3, 'e': 8}}
-  merged = state_utils.merge_state(mine, fresh, overwrite=True)
-  assert merged == {'a': 1, 'b': {'c': 9, 'd': 3, 'e': 8}}
-  assert mine == {'a': 1, 'b': {'c': 2, 'd': 3}}
-
-
-def test_few_names_are_listed_and_many_counted(caplog):
-  state_utils.intersect_state({'target': {'a': 1, 'b': {'c': 2}}}, {})
-  assert caplog.messages == [
-    'Not restored, not in the checkpoint: target/a, target/b/c'
-  ]
-  caplog.clear()
-  moments = {f'layer_{i}': {'mu': 0, 'nu': 0} for i in range(5)}
-  state_utils.intersect_state(
-    {'state': {'param_states': moments, 'step': 0}, 'target': {'a': 1}}, {'target': 0}
-  )
-  assert caplog.messages[-1] == (
-    'Not restored, not in the checkpoint: 10 in state/param_states, 1 in state/step, '
-    '1 in target/a (-v=1 lists them)'
-  )
 
 
 def assign(saved, wanted, rules, **kwargs):
@@ -85,9 +52,9 @@ def test_first_rule_wins():
 
 
 def test_bad_rules():
-  with pytest.raises(ValueError, match="to 'nope', which the checkpoint does not"):
+  with pytest.raises(ValueError, match='nope'):
     assign({'a': 1}, {'a': 0}, [('a', 'nope')])
-  with pytest.raises(ValueError, match="Unused: 'zzz'"):
+  with pytest.raises(ValueError, match='zzz'):
     assign({'a': 1}, {'a': 0}, [('zzz', 'a')])
   assert assign({'a': 1}, {'a': 0}, [('zzz', 'a')], require_all_rules_match=False)
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from t5x import checkpoints_utils
+from t5x import checkpoints
 
 SCRIPT = pathlib.Path(__file__).with_name('two_process_checkpoints.py')
 
@@ -39,7 +39,7 @@ def run(folder, mode):
 def test_save_and_restore(tmp_path):
   folder = tmp_path / 'model'
   written = run(folder, 'write')
-  assert checkpoints_utils.all_steps(folder) == [2, 3]
+  assert checkpoints.all_steps(folder) == [2, 3]
   positions = sorted(
     str(p.relative_to(folder / 'checkpoint_3'))
     for p in (folder / 'checkpoint_3').glob('dataset/process_*/*.index')

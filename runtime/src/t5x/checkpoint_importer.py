@@ -1,312 +1,181 @@
-"""Imports T5 checkpoints of Mesh TensorFlow under the names of T5X's T5.
+"""Arrays that are read on demand, and the checkpoint layout from before Orbax.
 
-TensorFlow is imported when a checkpoint is opened, not before.
+Most published T5X checkpoints have that layout: a folder `checkpoint_<step>` with a
+file `checkpoint`, a msgpack map of `version` and `optimizer`, the state dict. Its
+leaves are small arrays, stored in place, or specifications of zarr arrays, one folder
+each (`target.encoder.layers_0...`), with paths relative to the checkpoint.
 """
 
-import re
-from collections.abc import Callable, Mapping
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
-import flax.traverse_util
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
+from etils import epath
+from flax import traverse_util
 
-from t5x.checkpointing.lazy_arrays import (
-  LazyArray,
-  LazyAwaitableArray,
-  LazyThreadPoolArray,
-)
+from t5x import state_utils
 
-__all__ = [
-  'CheckpointTranslator',
-  'LazyArray',
-  'LazyAwaitableArray',
-  'LazyThreadPoolArray',
-  'load_tf_ckpt',
-  'restore_from_t5_checkpoint',
-  't5_importer',
-]
-
-_Renamed = tuple[str | None, Any]
+INDEX_FILE = 'checkpoint'
+# Version 2 kept bfloat16 as uint16; version 1 and plain Flax files (0) had other trees.
+_OLDEST_VERSION = 2
+_THREADS = 16
 
 
-class CheckpointTranslator:
-  """Renames variables by rules: the first whose pattern matches the whole name."""
+class DamagedCheckpointError(OSError):
+  """A checkpoint exists but cannot be read."""
 
-  def __init__(self):
-    self.rules = []
 
-  def add(self, pattern: str) -> Callable[[Callable[..., _Renamed]], Callable]:
-    """Decorates a rule.
+class LazyArray:
+  """A shape, a dtype, and a function that reads the values."""
+
+  def __init__(self, shape: Sequence[int], dtype: Any, get_fn: Callable[[], Any]):
+    self.shape = tuple(shape)
+    self.dtype = jnp.dtype(dtype)
+    self._get_fn = get_fn
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+  def astype(self, dtype: Any) -> 'LazyArray':
+    """The same array, cast when it is read."""
+    return LazyArray(self.shape, dtype, self.get)
+
+  def get(self) -> Any:
+    """Reads the values."""
+    return self._get_fn().astype(self.dtype, copy=False)
+
+  def __repr__(self) -> str:
+    return f'{type(self).__name__}({self.shape}, {self.dtype})'
+
+
+class StoredArray(LazyArray):
+  """A zarr array of a checkpoint."""
+
+  def __init__(
+    self, name: str, shape: Sequence[int], dtype: Any, kvstore: Mapping[str, Any]
+  ):
+    super().__init__(shape, dtype, self.read)
+    self.name = name
+    self._kvstore = kvstore  # TensorStore's specification of the folder
+
+  @functools.cached_property
+  def _store(self):
+    import tensorstore  # Takes half a second that other readers need not spend.
+
+    spec = {'driver': 'zarr', 'kvstore': self._kvstore}
+    try:
+      store = tensorstore.open(spec, open=True).result()
+    except ValueError as error:
+      raise DamagedCheckpointError(
+        f"'{self.name}' cannot be read from '{self._kvstore['path']}': {error}"
+      ) from error
+    if tuple(store.shape) != self.shape:
+      raise DamagedCheckpointError(
+        f"'{self.name}' has shape {self.shape} in the index and {tuple(store.shape)} "
+        'on disk.'
+      )
+    return store
+
+  def read(
+    self, sharding: jax.sharding.Sharding | None = None, dtype: Any = None
+  ) -> np.ndarray | jax.Array:
+    """Reads the values, for each device its own part only.
 
     Args:
-      pattern: a regular expression, matched against the whole name.
-
-    Returns:
-      A decorator of functions (opts, key, val, *groups) -> (new name, value); a name of
-      None drops the variable.
-    """
-
-    def register(rule):
-      self.rules.append((re.compile(pattern), rule))
-      return rule
-
-    return register
-
-  def apply(self, flatdict: Mapping[str, Any], **opts: Any) -> dict[str, Any]:
-    """Renames all variables.
-
-    Args:
-      flatdict: name -> value.
-      **opts: handed to the rules.
-
-    Returns:
-      New name -> value.
+      sharding: where they go; None for a NumPy array of all.
+      dtype: what they are cast to; None keeps the dtype on disk.
 
     Raises:
-      ValueError: no rule matches some names.
+      DamagedCheckpointError: the files are missing or damaged.
     """
-    renamed, unmatched = {}, []
-    for key, value in flatdict.items():
-      for pattern, rule in self.rules:
-        if match := pattern.fullmatch(key):
-          new_key, new_value = rule(opts, key, value, *match.groups())
-          if new_key is not None:
-            renamed[new_key] = new_value
-          break
-      else:
-        unmatched.append(key)
-    if unmatched:
-      raise ValueError(
-        f'No rule for {len(unmatched)} variables: {", ".join(sorted(unmatched))}. '
-        'Add rules, or drop them with a rule that returns the name None.'
-      )
-    return renamed
+
+    @functools.cache  # Replicas ask for the same part; a slice cannot be a key.
+    def part(bounds):
+      try:
+        values = self._store[tuple(slice(*b) for b in bounds)].read().result()
+      except ValueError as error:
+        raise DamagedCheckpointError(
+          f"'{self.name}' cannot be read: {error}"
+        ) from error
+      return np.asarray(values).astype(dtype or self.dtype, copy=False)
+
+    def at(index):
+      return part(tuple(s.indices(n)[:2] for s, n in zip(index, self.shape)))
+
+    if sharding is None:
+      return at((slice(None),) * self.ndim)
+    return jax.make_array_from_callback(self.shape, sharding, at)
 
 
-t5_importer = CheckpointTranslator()
-
-SLOT_MAP = {'_slot_vc': 'v_col', '_slot_vr': 'v_row', '_slot_v': 'v'}
-# A decoder alone is called transformer there.
-TOWER_MAP = {'transformer': 'decoder'}
-_TOWER = r'(encoder|decoder|transformer)'
-_LAYER = _TOWER + r'/block_(\d+)/layer_'
-
-
-def _name(*parts: str, slot: str) -> str:
-  """Joins a parameter's path, or that of a statistic Adafactor keeps for it."""
-  if not slot:
-    return '/'.join(['target', *parts])
-  return '/'.join(['state/param_states', *parts, SLOT_MAP[slot]])
-
-
-def _tower(encdec: str) -> str:
-  return TOWER_MAP.get(encdec, encdec)
-
-
-def _block(encdec: str, blocknum: str) -> tuple[str, str]:
-  return _tower(encdec), f'layers_{int(blocknum)}'
-
-
-@t5_importer.add(r'global_step')
-def global_step(opts: Any, key: str, val: Any) -> _Renamed:
-  """The step, as an int32 that is read right away."""
-  del opts, key
-  if isinstance(val, LazyArray):
-    val = val.astype(np.int32).get()
-  return 'state/step', val
-
-
-@t5_importer.add(r'shared/embedding(\w*)')
-def shared_embeddings(opts: Any, key: str, val: Any, slot: str) -> _Renamed:
-  """The embedding that encoder and decoder share."""
-  del opts, key
-  return _name('token_embedder', 'embedding', slot=slot), val
-
-
-@t5_importer.add(_TOWER + r'/embedding(\w*)')
-def separate_embeddings(
-  opts: Any, key: str, val: Any, encdec: str, slot: str
-) -> _Renamed:
-  """An embedding of the encoder's or the decoder's own."""
-  del opts, key
-  return _name(_tower(encdec), 'token_embedder', 'embedding', slot=slot), val
-
-
-@t5_importer.add(_LAYER + r'000/SelfAttention/relative_attention_bias(\w*)')
-def rel_embeddings(
-  opts: Any, key: str, val: Any, encdec: str, blocknum: str, slot: str
-) -> _Renamed:
-  """Relative positions, as if each block had its own; mended once all are seen."""
-  del opts, key
-  return _name(*_block(encdec, blocknum), 'relpos_bias/rel_embedding', slot=slot), val
-
-
-@t5_importer.add(_LAYER + r'\d+/(SelfAttention|EncDecAttention)/(q|k|v|o)(\w*)')
-def attention_layers(
-  opts: Any,
-  key: str,
-  val: Any,
-  encdec: str,
-  blocknum: str,
-  attntype: str,
-  qkvo: str,
-  slot: str,
-) -> _Renamed:
-  """A projection of an attention."""
-  del opts, key
-  module = 'self_attention'
-  if encdec == 'encoder':
-    module = 'attention'
-  elif attntype == 'EncDecAttention':
-    module = 'encoder_decoder_attention'
-  projection = {'q': 'query', 'k': 'key', 'v': 'value', 'o': 'out'}[qkvo]
-  return _name(*_block(encdec, blocknum), module, projection, 'kernel', slot=slot), val
-
-
-@t5_importer.add(_LAYER + r'\d+/DenseReluDense/(wi|wo)(?:_(\d+))?/kernel(\w*)')
-def mlpblock(
-  opts: Any,
-  key: str,
-  val: Any,
-  encdec: str,
-  blocknum: str,
-  io_name: str,
-  io_num: str | None,
-  slot: str,
-) -> _Renamed:
-  """A projection of a feed-forward layer; gated ones have two inputs, numbered."""
-  del opts, key
-  projection = f'{io_name}_{io_num}' if io_num else io_name
-  return _name(*_block(encdec, blocknum), 'mlp', projection, 'kernel', slot=slot), val
-
-
-@t5_importer.add(_LAYER + r'(\d+)/(?:layer|rms)_norm/scale(\w*)')
-def layernorms(
-  opts: Any,
-  key: str,
-  val: Any,
-  encdec: str,
-  blocknum: str,
-  lyrnum: str,
-  slot: str,
-) -> _Renamed:
-  """The norm before a block's attention or feed-forward layer, by its number."""
-  del opts, key
-  before = {
-    'encoder': ('attention', 'mlp'),
-    'decoder': ('self_attention', 'cross_attention', 'mlp'),
-    'transformer': ('self_attention', 'mlp'),
-  }[encdec][int(lyrnum)]
-  norm = f'pre_{before}_layer_norm'
-  return _name(*_block(encdec, blocknum), norm, 'scale', slot=slot), val
-
-
-@t5_importer.add(_TOWER + r'/(?:final_layer|rms)_norm/scale(\w*)')
-def final_layernorms(opts: Any, key: str, val: Any, encdec: str, slot: str) -> _Renamed:
-  """The norm at the end of the encoder or the decoder."""
-  del opts, key
-  tower = _tower(encdec)
-  return _name(tower, f'{tower}_norm', 'scale', slot=slot), val
-
-
-@t5_importer.add(r'(?:decoder|transformer)/logits/kernel(\w*)')
-def final_logits(opts: Any, key: str, val: Any, slot: str) -> _Renamed:
-  """The projection to the vocabulary."""
-  del opts, key
-  return _name('decoder', 'logits_dense', 'kernel', slot=slot), val
-
-
-def _share_positions(data: Mapping[str, Any]) -> dict[str, Any]:
-  """Moves relative positions out of block 0 if no other has any: all share them."""
-  in_block = re.compile(r'layers_(\d+)/relpos_bias')
-  blocks = {m[1] for m in map(in_block.search, data) if m}
-  if blocks - {'0'}:
-    return dict(data)
-  return {in_block.sub('relpos_bias', name): value for name, value in data.items()}
-
-
-def _with_unused_statistics(data: Mapping[str, Any]) -> dict[str, Any]:
-  """Adds the placeholders of what T5X's Adafactor does not use for a parameter."""
-  placeholders = {}
-  for name in data:
-    if not name.startswith('target/'):
-      continue
-    entry = 'state/param_states/' + name.removeprefix('target/')
-    kept = {s for s in ('v', 'v_row', 'v_col', 'm') if f'{entry}/{s}' in data}
-    if kept:
-      for unused in {'v', 'v_row', 'v_col', 'm'} - kept:
-        placeholders[f'{entry}/{unused}'] = np.zeros((1,), np.float32)
-  return {**data, **placeholders}
-
-
-def load_tf_ckpt(path: str) -> dict[str, LazyThreadPoolArray]:
-  """Opens a TensorFlow checkpoint.
-
-  Args:
-    path: a folder, or the prefix `.../model.ckpt-<step>`.
-
-  Returns:
-    Variable -> array that is read when asked for.
-  """
-  import tensorflow as tf  # Seconds, which nobody else here should spend.
-
-  reader = tf.train.load_checkpoint(path)
-  dtypes = reader.get_variable_to_dtype_map()
-  return {
-    name: LazyThreadPoolArray(
-      shape,
-      jnp.dtype(dtypes[name].as_numpy_dtype),
-      lambda name=name: np.asarray(reader.get_tensor(name)),
+def _stored(name: str, spec: Mapping[str, Any], folder: str) -> StoredArray:
+  """Describes an array by its specification in the index of a folder."""
+  dtype = jnp.dtype(spec.get('dtype', spec['metadata'].get('dtype')))
+  if spec['driver'] != 'zarr' or dtype == np.uint16:
+    raise ValueError(
+      f"'{name}' is stored as {dtype} by driver '{spec['driver']}'; only zarr is read, "
+      'and bfloat16 kept as uint16 is not. Save it with a later T5X.'
     )
-    for name, shape in reader.get_variable_to_shape_map().items()
-  }
+  path = spec['kvstore'].get('path', spec.get('path'))  # TensorStore 0.1.13: latter
+  if folder.startswith('gs://'):
+    bucket, _, inner = folder.removeprefix('gs://').partition('/')
+    path = os.path.join(inner, path, '')
+    kvstore = {'driver': 'gcs', 'bucket': bucket, 'path': path}
+  else:
+    kvstore = {'driver': 'file', 'path': os.path.join(folder, path, '')}
+  return StoredArray(name, spec['metadata']['shape'], dtype, kvstore)
 
 
-def restore_from_t5_checkpoint(
-  state_dict: Mapping[str, Any],
-  path: str,
-  lazy_parameters: bool = False,
-  strict: bool = True,
-  translator: CheckpointTranslator | None = None,
-) -> dict[str, Any]:
-  """Reads a T5 of Mesh TensorFlow as the state of a T5X model with Adafactor.
-
-  Args:
-    state_dict: the state, for its names and shapes.
-    path: a folder, or the prefix `.../model.ckpt-<step>`.
-    lazy_parameters: whether to leave arrays to be read when asked for.
-    strict: whether a variable that the state has not is an error. What the state has
-      and the checkpoint has not is always one.
-    translator: the rules; None for those of T5 and T5 1.1.
+def saved_tree(folder: epath.Path) -> dict[str, Any]:
+  """Reads the index of a checkpoint.
 
   Returns:
-    The state dict with the checkpoint's values.
+    The state dict (`state`, `target`, ...) with a `StoredArray`, a NumPy array or None
+    for each leaf.
 
   Raises:
-    ValueError: names or shapes do not fit.
+    ValueError: it is of a version that is not supported.
+    DamagedCheckpointError: it is not an index.
   """
-  translator = translator or t5_importer
-  data = translator.apply(load_tf_ckpt(path))
-  data = _with_unused_statistics(_share_positions(data))
-  wanted = flax.traverse_util.flatten_dict(state_dict, sep='/')
-  missing, extra = sorted(wanted.keys() - data), sorted(data.keys() - wanted)
-  if missing or (strict and extra):
+  path = folder / INDEX_FILE
+  try:
+    contents = flax.serialization.msgpack_restore(path.read_bytes())
+    version = contents.get('version', 0)
+  except (msgpack.exceptions.UnpackException, ValueError, AttributeError) as error:
+    raise DamagedCheckpointError(
+      f"'{path}' is not the index of a T5X checkpoint, or damaged: {error}"
+    ) from error
+  if version < _OLDEST_VERSION or 'optimizer' not in contents:
     raise ValueError(
-      f'{path!r} is of another model. Missing: {", ".join(missing) or "nothing"}. '
-      f'Not in the model: {", ".join(extra) or "nothing"}.'
+      f"'{path}' has version {version}; versions from {_OLDEST_VERSION} are supported."
     )
-  wrong = [
-    f'{name} is {tuple(np.shape(data[name]))}, the model has {tuple(np.shape(leaf))}'
-    for name, leaf in wanted.items()
-    if tuple(np.shape(data[name])) != tuple(np.shape(leaf))
-  ]
-  if wrong:
-    raise ValueError(f'{path!r} is of another model: {"; ".join(wrong)}.')
-  chosen = {name: data[name] for name in wanted}
-  if not lazy_parameters:
-    chosen = jax.tree.map(
-      lambda leaf: leaf.get() if isinstance(leaf, LazyArray) else leaf, chosen
-    )
-  return flax.traverse_util.unflatten_dict(chosen, sep='/')
+  flat = state_utils.flatten_state_dict(contents['optimizer'], keep_empty_nodes=True)
+  leaves = {
+    name: _stored(name, leaf, os.fspath(folder)) if isinstance(leaf, Mapping) else leaf
+    for name, leaf in flat.items()
+  }
+  return traverse_util.unflatten_dict(leaves, sep='/')
+
+
+def read_all(
+  leaves: Mapping[str, Any], read: Callable[[str, StoredArray], Any]
+) -> dict[str, Any]:
+  """Replaces each `StoredArray` by read(name, array), several at a time."""
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    pending = {
+      name: pool.submit(read, name, leaf)
+      for name, leaf in leaves.items()
+      if isinstance(leaf, StoredArray)
+    }
+    return {**leaves, **{name: future.result() for name, future in pending.items()}}

@@ -1,81 +1,71 @@
-"""Checkpoints: T5X's names for what reads and writes them.
+"""Checkpoints: saving, retention and restoring with Orbax.
 
-The work is done in the package `checkpointing`; here are the older interface,
-`Checkpointer`, on top of the same layout, and the names that gin files and scripts look
-for in this module.
+A checkpoint is `MODEL_DIR/checkpoint_<step>` with an item `state`, the train state
+`{state: {param_states, step}, target: params}`, and an item `dataset`, the state of the
+training iterator. It is written in the background under a temporary name and renamed
+when it is complete; what is deleted is renamed first. A process killed at any time
+therefore leaves only complete checkpoints under their names. The layout that T5X wrote
+before Orbax is read too (`checkpoint_importer`).
 """
 
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import clu.data.dataset_iterator as clu_iterators
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers as policies
 
-from t5x import checkpoints_utils
-from t5x.checkpointing.best_metrics import populate_metrics_for_steps
-from t5x.checkpointing.dataset_position import (
-  DataPositionError,
-  DatasetArgs,
-  DatasetCheckpointHandler,
-)
-from t5x.checkpointing.lazy_arrays import (
-  LazyArray,
-  LazyAwaitableArray,
-  LazyThreadPoolArray,
-)
-from t5x.checkpointing.manager import (
-  CheckpointSaveError,
-  OrbaxCheckpointManagerInterface,
-)
-from t5x.checkpointing.old_layout import find_checkpoint, load_t5x_checkpoint
-from t5x.checkpointing.reading import DamagedCheckpointError
-from t5x.checkpoints_utils import (
-  all_dataset_checkpoint_steps,
-  all_steps,
-  get_checkpoint_dir,
-  get_checkpoint_prefix,
-  get_step_from_checkpoint_dir,
-  latest_step,
+from t5x import checkpoint_importer, multihost, state_utils
+from t5x.checkpoint_importer import DamagedCheckpointError, LazyArray
+
+PyTreeDef = jax.tree_util.PyTreeDef
+
+_STATE = 'state'
+_DATASET = 'dataset'
+# Deleted checkpoints are moved to this folder of the model's folder first.
+_TRASH = 'deleting'
+# Seconds after which a host stops waiting for the others to finish a save.
+_SAVE_TIMEOUT = 600
+# How many names an error message lists.
+_SHOWN = 8
+
+_RESTART_DATA = (
+  'To restart the data instead, set utils.SaveCheckpointConfig.save_dataset = False '
+  '(and utils.RestoreCheckpointConfig.restore_dataset = False if it is True).'
 )
 
-__all__ = [
-  'CheckpointManagerConstructor',
-  'CheckpointSaveError',
-  'Checkpointer',
-  'CheckpointerConstructor',
-  'DamagedCheckpointError',
-  'DataPositionError',
-  'DatasetArgs',
-  'DatasetCheckpointHandler',
-  'LazyArray',
-  'LazyAwaitableArray',
-  'LazyThreadPoolArray',
-  'OrbaxCheckpointManagerInterface',
-  'RestoreStateTransformationFn',
-  'SaveBestCheckpointer',
-  'SaveStateTransformationFn',
-  'all_dataset_checkpoint_steps',
-  'all_steps',
-  'find_checkpoint',
-  'get_checkpoint_dir',
-  'get_checkpoint_prefix',
-  'get_local_data',
-  'get_step_from_checkpoint_dir',
-  'latest_step',
-  'load_t5x_checkpoint',
-  'populate_metrics_for_steps',
-]
+
+class CheckpointSaveError(OSError):
+  """A checkpoint could not be written; earlier ones are intact."""
+
+
+class DatasetStateError(ValueError):
+  """A saved dataset state is missing, or of another pipeline or other data."""
 
 
 class SaveStateTransformationFn(Protocol):
-  """Changes a state before it is saved."""
+  """Changes a state dict and its `ParameterInfo`s before they are saved."""
 
   def __call__(self, state_dict: Any, parameter_infos: Any) -> tuple[Any, Any]: ...
 
 
 class RestoreStateTransformationFn(Protocol):
-  """Gives a saved state under the names of the present model."""
+  """Changes a saved state dict to the names of the current model."""
 
   def __call__(
     self, state_dict: Any, target_state_dict: Any, *, is_resuming: bool = False
@@ -83,230 +73,516 @@ class RestoreStateTransformationFn(Protocol):
 
 
 def get_local_data(x: Any) -> Any:
-  """This host's part of a global array; anything else as it is."""
+  """Returns this host's part of a global array; anything else unchanged."""
   if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
     return x.addressable_data(0)
   return x
 
 
-class Checkpointer:
-  """Saves and restores the checkpoints of one folder, waiting for each write.
+# -- Folders -------------------------------------------------------------------
 
-  T5X's interface from before Orbax. It writes Orbax's layout too.
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Makes a path absolute, as Orbax requires."""
+  text = os.fspath(path)
+  return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
+def get_checkpoint_dir(checkpoints_dir: epath.PathLike, step: int) -> str:
+  """Returns `<checkpoints_dir>/checkpoint_<step>`."""
+  return os.path.join(checkpoints_dir, f'checkpoint_{step}')
+
+
+def step_in_name(path: epath.PathLike) -> int | None:
+  """Returns the step in a checkpoint's path, or None if it is not one's name."""
+  name = os.path.basename(os.fspath(path).rstrip('/'))
+  match = re.fullmatch(r'checkpoint_(\d+)', name)
+  return int(match[1]) if match else None
+
+
+def all_steps(checkpoints_dir: epath.PathLike) -> list[int]:
+  """Returns the steps of the complete checkpoints in a folder, ascending."""
+  root = epath.Path(checkpoints_dir)
+  if not root.is_dir():
+    return []
+  folders = [folder for folder in root.iterdir() if step_in_name(folder) is not None]
+  if os.fspath(root).startswith('gs://'):
+    # A folder cannot be renamed there, so Orbax marks complete ones with a file.
+    marks = ('commit_success.txt', checkpoint_importer.INDEX_FILE)
+    folders = [f for f in folders if any((f / mark).exists() for mark in marks)]
+  return sorted(step_in_name(folder) for folder in folders)
+
+
+def is_checkpoint(path: epath.PathLike) -> bool:
+  """Whether a path is that of a complete checkpoint."""
+  return step_in_name(path) in all_steps(absolute(path).parent)
+
+
+def latest_step(checkpoints_dir: epath.PathLike) -> int | None:
+  """Returns the step of the newest complete checkpoint, or None."""
+  return max(all_steps(checkpoints_dir), default=None)
+
+
+# -- Restoring arrays ----------------------------------------------------------
+
+
+def _cast(name: str, dtype: Any, wanted: Any) -> np.dtype:
+  """The dtype to save or restore an array in: only floating parameters are cast."""
+  is_parameter = name.startswith('target/') and jnp.issubdtype(dtype, jnp.floating)
+  return np.dtype(wanted if wanted and is_parameter else dtype)
+
+
+def _map_named(
+  function: Callable[[str, Any], Any], tree: Any, name: tuple[str, ...] = ()
+) -> Any:
+  """Maps function('/'-joined name, leaf) over nested dicts; None stays."""
+  if isinstance(tree, Mapping):
+    return {k: _map_named(function, v, (*name, k)) for k, v in tree.items()}
+  return None if tree is None else function('/'.join(name), tree)
+
+
+def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """'/'-joined name -> leaf, without None."""
+  flat = state_utils.flatten_state_dict(tree)
+  return {name: leaf for name, leaf in flat.items() if leaf is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+  """Which arrays to restore, and where to.
+
+  Attributes:
+    state_dict: nested dict of arrays or their shapes.
+    axes: the nested dict with a PartitionSpec or None (replicated) for each leaf.
+    mesh: the devices.
+    dtype: what parameters are cast to; None keeps their dtype on disk.
   """
 
-  def __init__(
-    self,
-    train_state: Any,
-    partitioner: Any,
-    checkpoints_dir: str,
-    dataset_iterator: Any = None,
-    *,
-    keep: int | None = None,
-    save_dtype: Any = np.float32,
-    restore_dtype: Any = None,
-    keep_dataset_checkpoints: int | None = None,
-  ):
-    """Prepares a folder; nothing is written until `save`.
+  state_dict: Mapping[str, Any]
+  axes: Mapping[str, Any]
+  mesh: jax.sharding.Mesh
+  dtype: Any = None
+
+  def sharding(self, name: str) -> NamedSharding:
+    spec: Any = self.axes
+    for key in name.split('/'):
+      spec = spec.get(key) if isinstance(spec, Mapping) else None
+    return NamedSharding(self.mesh, PartitionSpec() if spec is None else spec)
+
+  def cast(self, name: str, dtype: Any) -> np.dtype:
+    return _cast(name, dtype, self.dtype)
+
+  def place(self, name: str, value: Any) -> jax.Array:
+    """Puts a value on the mesh, cast."""
+    sharding = self.sharding(name)
+    if isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
+      value = value.astype(self.cast(name, value.dtype))
+      return jax.device_put(value, sharding)
+    value = np.asarray(value)
+    value = value.astype(self.cast(name, value.dtype))
+    return jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedArray:
+  """An array in an Orbax checkpoint, not yet read."""
+
+  path: tuple[str, ...]
+  shape: tuple[int, ...]
+  dtype: Any
+
+
+def _saved_tree(folder: epath.Path) -> dict[str, Any]:
+  """Describes the state in an Orbax checkpoint: a nested dict of `_SavedArray`."""
+  try:
+    tree = ocp.PyTreeCheckpointHandler(use_ocdbt=True).metadata(folder).tree
+  except Exception as error:
+    raise DamagedCheckpointError(f"'{folder}' is unreadable: {error}") from error
+  return _map_named(
+    lambda name, leaf: _SavedArray(
+      tuple(name.split('/')), tuple(getattr(leaf, 'shape', ()) or ()), leaf.dtype
+    ),
+    tree,
+  )
+
+
+def _read_orbax(
+  folder: epath.Path, sources: Mapping[str, _SavedArray], destination: Destination
+) -> dict[str, jax.Array]:
+  """Reads arrays; several names may share one on disk."""
+  restore_args: dict[tuple[str, ...], Any] = {}
+  for name, source in sources.items():
+    dtype = destination.cast(name, source.dtype)
+    if source.path in restore_args:
+      dtype = source.dtype  # Cast for each name after reading.
+    restore_args[source.path] = ocp.ArrayRestoreArgs(
+      sharding=destination.sharding(name), dtype=dtype
+    )
+  try:
+    tree = ocp.PyTreeCheckpointHandler(use_ocdbt=True).restore(
+      folder,
+      args=ocp.args.PyTreeRestore(
+        item=traverse_util.unflatten_dict(dict.fromkeys(restore_args, 0)),
+        restore_args=traverse_util.unflatten_dict(restore_args),
+        partial_restore=True,
+      ),
+    )
+  except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    raise DamagedCheckpointError(f"'{folder}' is unreadable: {error}") from error
+  read = traverse_util.flatten_dict(tree)
+  return {
+    name: destination.place(name, read[source.path]) for name, source in sources.items()
+  }
+
+
+def _listed(texts: Sequence[str], separator: str = ', ') -> str:
+  more = f' and {len(texts) - _SHOWN} more' if len(texts) > _SHOWN else ''
+  return separator.join(sorted(texts)[:_SHOWN]) + more
+
+
+def _choose(
+  where: epath.Path,
+  available: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  fallback: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Finds the source of every array: the checkpoint or else the fallback."""
+  wrong = [
+    f'{name} is {tuple(np.shape(available[name]))}, the model has {tuple(leaf.shape)}'
+    for name, leaf in wanted.items()
+    if name in available and tuple(np.shape(available[name])) != tuple(leaf.shape)
+  ]
+  if wrong:
+    raise ValueError(
+      f"Checkpoint '{where}' is of another model: {_listed(wrong, '; ')}. Configure "
+      'the model as it was trained, or drop these with '
+      'RestoreCheckpointConfig.assignment_map and fallback_to_scratch.'
+    )
+  missing = [n for n in wanted if n not in available and n not in fallback]
+  if missing:
+    unused = _listed([name for name in available if name not in wanted])
+    raise ValueError(
+      f"Checkpoint '{where}' lacks {len(missing)} of {len(wanted)} arrays: "
+      f'{_listed(missing)}. Its unused entries: {unused or "none"}. Map the names with '
+      'RestoreCheckpointConfig.assignment_map, or initialise these with '
+      'fallback_to_scratch.'
+    )
+  return {name: available.get(name, fallback.get(name)) for name in wanted}
+
+
+def read_state(
+  folder: epath.Path,
+  destination: Destination,
+  transformations: Sequence[RestoreStateTransformationFn] = (),
+  fallback_state: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Reads the train state of a checkpoint in either layout.
+
+  Args:
+    folder: `checkpoint_<step>`.
+    destination: what is wanted, and where it goes.
+    transformations: applied to the saved state dict, in order, before any array is
+      read.
+    fallback_state: state dict for what the checkpoint lacks.
+
+  Returns:
+    Nested dict of arrays on the mesh.
+
+  Raises:
+    ValueError: the checkpoint is of another model.
+    DamagedCheckpointError: it cannot be read.
+  """
+  if (folder / _STATE).is_dir():
+    tree = _saved_tree(folder / _STATE)
+  elif (folder / checkpoint_importer.INDEX_FILE).exists():
+    tree = checkpoint_importer.saved_tree(folder)
+  elif steps := all_steps(folder):
+    raise ValueError(
+      f"'{folder}' is the folder of a run with checkpoints of steps {steps}. Give one "
+      f'of them: {get_checkpoint_dir(folder, steps[-1])}.'
+    )
+  else:
+    raise DamagedCheckpointError(f"'{folder}' is not a T5X checkpoint, or damaged.")
+  for transform in transformations:
+    tree = transform(tree, destination.state_dict)
+  wanted = _leaves(destination.state_dict)
+  fallback = state_utils.flatten_state_dict(fallback_state or {})
+  chosen = _choose(folder, _leaves(tree), wanted, fallback)
+  in_orbax = {n: leaf for n, leaf in chosen.items() if isinstance(leaf, _SavedArray)}
+  values = _read_orbax(folder / _STATE, in_orbax, destination) if in_orbax else {}
+  others = checkpoint_importer.read_all(
+    {name: leaf for name, leaf in chosen.items() if name not in in_orbax},
+    lambda name, leaf: leaf.read(
+      destination.sharding(name), destination.cast(name, leaf.dtype)
+    ),
+  )
+  for name, value in others.items():
+    is_read = isinstance(chosen[name], checkpoint_importer.StoredArray)
+    values[name] = value if is_read else destination.place(name, value)
+  return _map_named(lambda name, _: values[name], destination.state_dict)
+
+
+def load_t5x_checkpoint(
+  path: str,
+  step: int | None = None,
+  state_transformation_fns: Sequence[RestoreStateTransformationFn] = (),
+  remap: bool = True,
+  restore_dtype: Any = None,
+  lazy_parameters: bool = False,
+) -> dict[str, Any]:
+  """Reads a checkpoint of the layout before Orbax, whatever model it is of.
+
+  Args:
+    path: a model's folder, a checkpoint's folder, or its file `checkpoint`.
+    step: which checkpoint of a model's folder; None for the newest.
+    state_transformation_fns: functions of (saved state dict, {}), in order, applied
+      before any array is read.
+    remap: whether to apply them.
+    restore_dtype: what parameters are cast to; None keeps their dtype on disk.
+    lazy_parameters: whether to return `LazyArray`s instead of NumPy arrays.
+
+  Raises:
+    ValueError: the checkpoint does not exist.
+    DamagedCheckpointError: it is damaged.
+  """
+  folder = absolute(path)
+  if folder.name == checkpoint_importer.INDEX_FILE and folder.is_file():
+    folder = folder.parent
+  elif step is not None or all_steps(folder):
+    step = latest_step(folder) if step is None else step
+    folder = epath.Path(get_checkpoint_dir(folder, step))
+  if not (folder / checkpoint_importer.INDEX_FILE).is_file():
+    raise ValueError(
+      f"'{folder}' is not a T5X checkpoint from before Orbax. Newer ones are read by "
+      'OrbaxCheckpointManagerInterface.'
+    )
+  tree = checkpoint_importer.saved_tree(folder)
+  for transform in state_transformation_fns if remap else ():
+    tree = transform(tree, {})
+
+  def lazy(name, leaf):
+    read = leaf.get if isinstance(leaf, LazyArray) else lambda: leaf
+    return LazyArray(leaf.shape, _cast(name, leaf.dtype, restore_dtype), read)
+
+  flat = state_utils.flatten_state_dict(tree, keep_empty_nodes=True)
+  if not lazy_parameters:
+    flat = checkpoint_importer.read_all(flat, lambda _, leaf: leaf.get())
+  for name, leaf in flat.items():
+    if hasattr(leaf, 'shape'):
+      flat[name] = lazy(name, leaf) if lazy_parameters else lazy(name, leaf).get()
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+# -- Dataset state -------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _TfIterator:
+  """A bare `tf.data.Iterator` with the two methods of clu's iterators."""
+
+  iterator: Any
+
+  def save(self, filename: str):
+    import tensorflow as tf
+
+    tf.train.Checkpoint(ds=self.iterator).write(filename)
+
+  def restore(self, filename: str):
+    import tensorflow as tf
+
+    tf.train.Checkpoint(ds=self.iterator).read(filename).assert_consumed()
+
+
+def _with_save(iterator: Any) -> Any:
+  is_clu = isinstance(iterator, clu_iterators.DatasetIterator)
+  return iterator if is_clu else _TfIterator(iterator)
+
+
+def _check_readable(stem: epath.Path):
+  """Reads all of a TensorFlow checkpoint, so that damage is found before it is used."""
+  import tensorflow as tf
+
+  try:
+    dtypes = tf.train.load_checkpoint(os.fspath(stem)).get_variable_to_dtype_map()
+    tf.raw_ops.RestoreV2(
+      prefix=os.fspath(stem),
+      tensor_names=list(dtypes),
+      shape_and_slices=[''] * len(dtypes),
+      dtypes=list(dtypes.values()),
+    )
+  except Exception as error:
+    raise DamagedCheckpointError(f"'{stem}' is unreadable: {error}") from error
+
+
+def _check_source(note: epath.Path, source: Mapping[str, str]):
+  """Compares the data that a state was saved for with those of the run."""
+  saved = json.loads(note.read_text())
+  differing = [
+    f"{field} was '{saved.get(field)}', now '{source[field]}'"
+    for field in source
+    if saved.get(field) != source[field]
+  ]
+  if differing:
+    raise DatasetStateError(
+      f"Dataset state '{note.parent}' was saved for different data: "
+      f'{", ".join(differing)}. Resume with the original data or use a new MODEL_DIR. '
+      f'{_RESTART_DATA}'
+    )
+
+
+class DatasetCheckpointHandler(ocp.CheckpointHandler):
+  """Saves and restores the state of this host's training iterator.
+
+  The files are those of `tf.train.Checkpoint`, named as upstream names them:
+  `dataset/train_ds-<shard>-of-<shards>.*`, or, if several processes write,
+  `dataset/process_<i>-of-<n>/train_ds-…`. If the iterator has an attribute `source`, a
+  dict that describes its data, it is written to `train_ds-….source.json` and compared
+  when the state is restored; upstream does neither.
+  """
+
+  def __init__(self, checkpoint_filename: str, should_write_dataset_ckpt: bool):
+    """Initialises the handler.
 
     Args:
-      train_state: state of arrays or of their shapes.
-      partitioner: lays restored arrays on the mesh.
-      checkpoints_dir: the folder.
-      dataset_iterator: iterator whose position is saved and restored.
-      keep: how many checkpoints to keep; None keeps all.
-      save_dtype: what parameters are cast to on disk.
-      restore_dtype: what restored parameters are cast to; None leaves them.
-      keep_dataset_checkpoints: in how many the position in the data is kept.
+      checkpoint_filename: stem of the shard's files.
+      should_write_dataset_ckpt: whether this host writes; of several hosts that read
+        the same shard, one does.
     """
-    self.checkpoints_dir = checkpoints_dir
-    self.keep = keep
-    self.restore_dtype = restore_dtype
-    self.keep_dataset_checkpoints = keep_dataset_checkpoints
-    self._arguments = dict(
-      train_state=train_state,
-      partitioner=partitioner,
-      dataset_iterator=dataset_iterator,
-      save_dtype=save_dtype,
+    self._filename = checkpoint_filename
+    self._writes = should_write_dataset_ckpt
+
+  def save(self, directory: epath.Path, args: 'DatasetArgs'):
+    if not self._writes:
+      return
+    if jax.process_count() > 1:
+      directory = directory / f'process_{jax.process_index()}-of-{jax.process_count()}'
+      directory.mkdir()
+    _with_save(args.item).save(os.fspath(directory / self._filename))
+    if source := getattr(args.item, 'source', None):
+      (directory / f'{self._filename}.source.json').write_text(json.dumps(source))
+
+  def _find(self, folder: epath.Path) -> epath.Path:
+    """The stem of this shard's files, whichever process wrote them."""
+    places = (folder, *sorted(folder.glob('process_*')))
+    for place in places:
+      if any(place.glob(self._filename + '*')):
+        return place / self._filename
+    prefix = self._filename.split('-')[0]
+    others = {f.name.split('.')[0] for p in places for f in p.glob(prefix + '-*')}
+    if others:
+      raise DatasetStateError(
+        f"'{folder}' has the dataset states {', '.join(sorted(others))}, not "
+        f'{self._filename}: the number of data shards was different. Resume with as '
+        f'many hosts as before. {_RESTART_DATA}'
+      )
+    raise DatasetStateError(
+      f"'{folder}' has no dataset state; the checkpoint was saved without "
+      f'save_dataset. {_RESTART_DATA}'
     )
 
-  def manager_options(self) -> dict[str, Any]:
-    """Settings that an Orbax manager takes over from this class."""
-    return {}
-
-  def _manager(self) -> OrbaxCheckpointManagerInterface:
-    return OrbaxCheckpointManagerInterface(
-      self.checkpoints_dir,
-      period=None,
-      keep=self.keep,
-      restore_dtype=self.restore_dtype,
-      keep_dataset_checkpoints=self.keep_dataset_checkpoints,
-      **self._arguments,
-      **self.manager_options(),
-    )
-
-  def all_steps(self) -> Sequence[int]:
-    """Steps of the checkpoints in the folder, ascending."""
-    return checkpoints_utils.all_steps(self.checkpoints_dir)
-
-  def all_dataset_checkpoint_steps(self) -> Sequence[int]:
-    """Steps of those that hold a position in the data, ascending."""
-    return checkpoints_utils.all_dataset_checkpoint_steps(self.checkpoints_dir)
-
-  def latest_step(self) -> int | None:
-    """The newest step, or None."""
-    return checkpoints_utils.latest_step(self.checkpoints_dir)
-
-  def save(
-    self,
-    train_state: Any,
-    state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
-    *,
-    concurrent_gb: int = 128,
-  ):
-    """Saves a checkpoint and waits until it is whole.
-
-    Args:
-      train_state: what to save.
-      state_transformation_fns: applied to it in order.
-      concurrent_gb: no longer needed: Orbax bounds what is in flight itself.
+  def restore(self, directory: epath.Path, args: 'DatasetArgs') -> Any:
+    """Restores the iterator in place; all hosts that read a shard read its one file.
 
     Raises:
-      CheckpointSaveError: it could not be written.
+      DatasetStateError: there is no state for this shard, or it is of another pipeline
+        or of other data.
+      DamagedCheckpointError: the files are incomplete or damaged.
     """
-    del concurrent_gb
-    manager = self._manager()
-    manager.save(train_state, state_transformation_fns)
-    manager.close()
+    stem = self._find(epath.Path(directory))
+    note = stem.parent / f'{stem.name}.source.json'
+    source = getattr(args.item, 'source', None)
+    if source and note.exists():
+      _check_source(note, source)
+    if not stem.exists():  # iterators other than TensorFlow's may write one file
+      _check_readable(stem)
+    try:
+      _with_save(args.item).restore(os.fspath(stem))
+    except Exception as error:
+      raise DatasetStateError(
+        f"Dataset state '{stem}' does not fit the data pipeline: {error}. Task, batch "
+        'size, lengths, packing and preprocessors must be those it was saved with. '
+        f'{_RESTART_DATA}'
+      ) from error
+    return args.item
 
-  def restore(
-    self,
-    step: int | None = None,
-    path: str | None = None,
-    state_transformation_fns: Sequence[RestoreStateTransformationFn] = (),
-    fallback_state: Mapping[str, Any] | None = None,
-    lazy_parameters: bool = False,
-  ) -> Any:
-    """Restores a train state; see `OrbaxCheckpointManagerInterface.restore`."""
-    return self._manager().restore(
-      step, path, fallback_state, state_transformation_fns, lazy_parameters
-    )
 
-  def restore_from_tf_checkpoint(
-    self, path_or_dir: str, strict: bool = True, translator: Any = None
-  ) -> Any:
-    """See `OrbaxCheckpointManagerInterface.restore_from_tf_checkpoint`."""
-    return self._manager().restore_from_tf_checkpoint(path_or_dir, strict, translator)
+@ocp.args.register_with_handler(
+  DatasetCheckpointHandler, for_save=True, for_restore=True
+)
+@dataclasses.dataclass
+class DatasetArgs(ocp.args.CheckpointArgs):
+  """The iterator to save or to restore."""
 
-  def convert_from_tf_checkpoint(
-    self,
-    path_or_dir: str,
-    *,
-    state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
-    concurrent_gb: int = 16,
-    translator: Any = None,
-  ):
-    """Saves a T5 of Mesh TensorFlow as a checkpoint in the folder.
+  item: Any = None
 
-    Args:
-      path_or_dir: a folder or the prefix `.../model.ckpt-<step>`.
-      state_transformation_fns: applied before saving.
-      concurrent_gb: handed to `save`.
-      translator: rules for the names; None for those of T5 and T5 1.1.
-    """
-    state = self.restore_from_tf_checkpoint(path_or_dir, translator=translator)
-    self.save(state, state_transformation_fns, concurrent_gb=concurrent_gb)
+
+# -- The manager ---------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class ParameterInfo:
+  """Describes an array to save-time transformations.
+
+  Attributes:
+    name: '/'-joined name in the train state.
+    mesh_axes: its PartitionSpec.
+  """
+
+  name: str
+  mesh_axes: Any
+
+
+def _step_of(train_state: Any) -> int:
+  return int(get_local_data(train_state.step))
+
+
+def _savable(leaf: Any) -> Any:
+  """An array as Orbax takes it: read, and not of one host if there are several."""
+  if isinstance(leaf, LazyArray):
+    return leaf.get()
+  if jax.process_count() > 1 and isinstance(leaf, jax.Array):
+    return np.asarray(leaf) if leaf.is_fully_addressable else leaf
+  return leaf
+
+
+def _check_at_least_1(**values: int | None):
+  for name, value in values.items():
+    if value is not None and value < 1:
+      raise ValueError(f'{name} must be at least 1, or None. Got: {value}.')
+
+
+def _free_bytes(directory: epath.Path) -> float:
+  """Free bytes of the disk; infinite on remote file systems."""
+  path = os.fspath(directory)
+  return math.inf if '://' in path else shutil.disk_usage(path).free
 
 
 @gin.configurable(module='t5x.checkpoints')
-class SaveBestCheckpointer(Checkpointer):
-  """Keeps the checkpoints that are best by a metric, and the newest.
+class OrbaxCheckpointManagerInterface:
+  """The checkpoints of one model folder.
 
-  Bind it to `SaveCheckpointConfig.checkpointer_cls`. The metric is read from the
-  run's TensorBoard files, so it may be written after the checkpoint.
+  Args:
+    directory: the model's folder.
+    train_state: state of arrays or of their shapes, for names and axes.
+    partitioner: has `mesh`, `get_mesh_axes`, `get_data_layout`.
+    dataset_iterator: training iterator whose state is saved and restored.
+    save_dtype: what parameters are cast to on disk; None keeps their dtype.
+    restore_dtype: what restored parameters are cast to; None keeps their dtype.
+    keep: how many checkpoints to keep; None keeps all.
+    period: steps between saves. The training loop decides when to save; with neither
+      a period nor checkpoint_steps, the folder is not touched before the first save.
+    checkpoint_steps: further steps to save at; see `period`.
+    keep_dataset_checkpoints: how many of the newest keep the dataset state; None: all.
+    force_keep_period: checkpoints at its multiples are never removed.
+    metric_name_to_monitor: keep the best by this metric, and the newest, instead of
+      the newest only.
+    metric_mode: whether 'max' or 'min' is best.
+    keep_checkpoints_without_metrics: whether those saved without the metric are kept.
   """
 
   def __init__(
-    self,
-    train_state: Any,
-    partitioner: Any,
-    checkpoints_dir: str,
-    dataset_iterator: Any = None,
-    *,
-    keep: int | None = None,
-    save_dtype: Any = np.float32,
-    restore_dtype: Any = None,
-    metric_name_to_monitor: str = 'train/accuracy',
-    metric_mode: str = 'max',
-    keep_checkpoints_without_metrics: bool = True,
-    force_keep_period: int | None = None,
-    keep_dataset_checkpoints: int | None = None,
-  ):
-    """Prepares a folder; see `Checkpointer` for the arguments not listed.
-
-    Args:
-      train_state: state of arrays or of their shapes.
-      partitioner: lays restored arrays on the mesh.
-      checkpoints_dir: the folder.
-      dataset_iterator: iterator whose position is saved and restored.
-      keep: how many of the best to keep, beside the newest; None keeps all.
-      save_dtype: what parameters are cast to on disk.
-      restore_dtype: what restored parameters are cast to.
-      metric_name_to_monitor: `<subfolder>/<TensorBoard tag>`.
-      metric_mode: whether 'max' or 'min' is best.
-      keep_checkpoints_without_metrics: whether those without a metric are kept.
-      force_keep_period: checkpoints at its multiples are never removed.
-      keep_dataset_checkpoints: in how many the position in the data is kept.
-
-    Raises:
-      ValueError: metric_mode is neither.
-    """
-    if metric_mode not in ('max', 'min'):
-      raise ValueError(f"metric_mode is '{metric_mode}'; it must be 'max' or 'min'.")
-    super().__init__(
-      train_state,
-      partitioner,
-      checkpoints_dir,
-      dataset_iterator,
-      save_dtype=save_dtype,
-      restore_dtype=restore_dtype,
-      keep=keep,
-      keep_dataset_checkpoints=keep_dataset_checkpoints,
-    )
-    self._ranking = dict(
-      metric_name_to_monitor=metric_name_to_monitor,
-      metric_mode=metric_mode,
-      keep_checkpoints_without_metrics=keep_checkpoints_without_metrics,
-      force_keep_period=force_keep_period,
-    )
-
-  def manager_options(self) -> dict[str, Any]:
-    """How to rank, for an Orbax manager."""
-    return dict(self._ranking)
-
-
-class CheckpointerConstructor(Protocol):
-  """What builds a `Checkpointer`."""
-
-  def __call__(
-    self,
-    train_state: Any,
-    partitioner: Any,
-    checkpoints_dir: str,
-    dataset_iterator: Any = None,
-    *,
-    keep: int | None = None,
-    save_dtype: Any = np.float32,
-    restore_dtype: Any = None,
-    keep_dataset_checkpoints: int | None = None,
-  ) -> Checkpointer: ...
-
-
-@gin.configurable(module='t5x.checkpoints')
-class CheckpointManagerConstructor(Protocol):
-  """What builds a checkpoint manager."""
-
-  def __call__(
     self,
     directory: str,
     train_state: Any,
@@ -315,39 +591,419 @@ class CheckpointManagerConstructor(Protocol):
     save_dtype: Any = None,
     restore_dtype: Any = None,
     keep: int | None = None,
-    period: int | None = None,
-    force_keep_period: int | None = None,
+    period: int | None = 1,
     checkpoint_steps: Sequence[int] | None = None,
-  ) -> OrbaxCheckpointManagerInterface: ...
+    keep_dataset_checkpoints: int | None = None,
+    force_keep_period: int | None = None,
+    metric_name_to_monitor: str | None = None,
+    metric_mode: str = 'max',
+    keep_checkpoints_without_metrics: bool = True,
+  ):
+    """Initialises the manager; the arguments are explained at the class.
 
-
-def manager_options_of(
-  checkpointer_cls: Callable[..., Any], **arguments: Any
-) -> dict[str, Any]:
-  """What a configured checkpointer class asks of an Orbax manager.
-
-  The class is called rather than looked at: gin and `functools.partial` wrap it,
-  and only the instance knows what was bound.
-
-  Args:
-    checkpointer_cls: of a `SaveCheckpointConfig`.
-    **arguments: train_state, partitioner, checkpoints_dir.
-
-  Returns:
-    Keyword arguments of `OrbaxCheckpointManagerInterface`.
-
-  Raises:
-    ValueError: it builds something that is no `Checkpointer`.
-  """
-  built = checkpointer_cls(**arguments)
-  if not isinstance(built, Checkpointer):
-    raise ValueError(
-      f'checkpointer_cls builds a {type(built).__name__}, which is no '
-      't5x.checkpoints.Checkpointer: its settings would be lost. Bind '
-      'SaveCheckpointConfig.checkpoint_manager_cls instead.'
+    Raises:
+      ValueError: an argument is out of range.
+      CheckpointSaveError: checkpoints are to be saved and the folder is not writable.
+    """
+    _check_at_least_1(
+      keep=keep,
+      keep_dataset_checkpoints=keep_dataset_checkpoints,
+      force_keep_period=force_keep_period,
     )
-  options = built.manager_options()
-  for name in ('keep', 'keep_dataset_checkpoints'):
-    if getattr(built, name) is not None:
-      options[name] = getattr(built, name)
-  return options
+    if metric_mode not in ('max', 'min'):
+      raise ValueError(f"metric_mode must be 'max' or 'min'. Got: '{metric_mode}'.")
+    self._directory = absolute(directory)
+    self._train_state = train_state
+    self._partitioner = partitioner
+    self._dataset_iterator = dataset_iterator
+    self._save_dtype = np.dtype(save_dtype) if save_dtype else None
+    self._restore_dtype = np.dtype(restore_dtype) if restore_dtype else None
+    self._keep_dataset = keep_dataset_checkpoints
+    self._metric = metric_name_to_monitor
+    self._metric_mode = metric_mode
+    if metric_name_to_monitor is None:
+      kept = [policies.LatestN(keep)]
+    else:
+      best = policies.BestN(
+        get_metric_fn=self._rank,
+        reverse=metric_mode == 'min',
+        n=keep,
+        keep_checkpoints_without_metrics=keep_checkpoints_without_metrics,
+      )
+      kept = [policies.LatestN(1), best]
+    if force_keep_period:
+      kept.append(policies.EveryNSteps(force_keep_period))
+    self._preservation = policies.AnyPreservationPolicy(kept)
+    layout = partitioner.get_data_layout()
+    self._dataset_handler = DatasetCheckpointHandler(
+      f'train_ds-{layout.shard_id:03}-of-{layout.num_shards:03}',
+      layout.is_first_host_in_replica_set,
+    )
+    self._manager: ocp.CheckpointManager | None = None
+    self._finisher: concurrent.futures.ThreadPoolExecutor | None = None
+    self._finishing: concurrent.futures.Future | None = None
+    if period or checkpoint_steps:
+      self._open()
+
+  def _rank(self, metrics: Mapping[str, float]) -> float:
+    value = metrics[self._metric]
+    worst = -math.inf if self._metric_mode == 'max' else math.inf
+    return worst if math.isnan(value) else value
+
+  @property
+  def directory(self) -> epath.Path:
+    """The model's folder."""
+    return self._directory
+
+  def _folder(self, step: int) -> epath.Path:
+    return epath.Path(get_checkpoint_dir(self._directory, step))
+
+  def all_steps(self) -> Sequence[int]:
+    """Steps of complete checkpoints and of the one being written, ascending."""
+    if self._manager is None:
+      return all_steps(self._directory)
+    return sorted(self._manager.all_steps())
+
+  def latest_step(self) -> int | None:
+    """The newest step, or None."""
+    return max(self.all_steps(), default=None)
+
+  # -- Saving ------------------------------------------------------------------
+
+  def _open(self):
+    """Opens the folder for saving and removes what a killed run left in it."""
+    try:
+      if multihost.is_host_0():
+        for leftover in self._directory.glob(f'{_TRASH}*'):
+          leftover.rmtree()
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          step_prefix='checkpoint',
+          cleanup_tmp_directories=True,
+          todelete_subdir=_TRASH,
+          preservation_policy=self._preservation,
+          best_fn=self._rank if self._metric else None,
+          best_mode=self._metric_mode,
+          async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
+        ),
+        item_handlers={
+          _STATE: ocp.PyTreeCheckpointHandler(use_ocdbt=True),
+          _DATASET: self._dataset_handler,
+        },
+      )
+    except OSError as error:
+      raise CheckpointSaveError(
+        f"Checkpoints cannot be written to '{self._directory}': {error}. Make the "
+        'folder writable, or choose another MODEL_DIR.'
+      ) from error
+    self._finisher = concurrent.futures.ThreadPoolExecutor(1, 't5x_checkpoint')
+
+  def save(
+    self,
+    train_state: Any,
+    state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
+    metrics: Mapping[str, float] | None = None,
+  ) -> bool:
+    """Starts to write a checkpoint; the rest happens in the background.
+
+    The state may be changed or donated as soon as this returns. All hosts call it.
+
+    Args:
+      train_state: what to save.
+      state_transformation_fns: applied to the state dict in order.
+      metrics: metrics of this state; process 0's are stored if they have
+        `metric_name_to_monitor`.
+
+    Returns:
+      False if a checkpoint of this step exists, which is left as it is.
+
+    Raises:
+      CheckpointSaveError: this save or the previous one failed.
+    """
+    self.wait_until_finished()
+    if self._manager is None:
+      self._open()
+    step = _step_of(train_state)
+    if step in self.all_steps():
+      logging.info('%s exists and is not written again.', self._folder(step))
+      return False
+    state_dict = _map_named(lambda _, x: _savable(x), train_state.state_dict())
+    axes = self._destination()
+    infos = _map_named(
+      lambda name, _: ParameterInfo(name, axes.sharding(name).spec), state_dict
+    )
+    for transform in state_transformation_fns:
+      state_dict, infos = transform(state_dict, infos)
+
+    def save_arg(name, x):
+      dtype = x.dtype if hasattr(x, 'dtype') else np.result_type(x)
+      return ocp.SaveArgs(dtype=_cast(name, dtype, self._save_dtype))
+
+    save_args = _map_named(save_arg, state_dict)
+    self._check_space(state_dict, save_args)
+    items = {_STATE: ocp.args.PyTreeSave(state_dict, save_args=save_args)}
+    if self._dataset_iterator is not None:
+      items[_DATASET] = DatasetArgs(self._dataset_iterator)
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**items),
+        metrics=self._monitored(metrics),
+        force=True,
+      )
+    except Exception as error:
+      raise self._failure(step, error) from error
+    self._finishing = self._finisher.submit(self._finish, step)
+    return True
+
+  def _monitored(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+    """The monitored metric of process 0; None if it has none."""
+    if self._metric is None:
+      return None
+    has_metric = self._metric in (metrics or {})
+    value = float(metrics[self._metric]) if has_metric else 0.0
+    if jax.process_count() > 1:
+      has_metric, value = multihost.broadcast((np.int32(has_metric), np.float32(value)))
+    return {self._metric: float(value)} if has_metric else None
+
+  def _check_space(self, state_dict: Any, save_args: Any):
+    """Checks that the disk can hold the checkpoint before anything is written."""
+    needed = sum(
+      np.size(x) * args.dtype.itemsize
+      for x, args in zip(jax.tree.leaves(state_dict), jax.tree.leaves(save_args))
+    )
+    free = _free_bytes(self._directory) if multihost.is_host_0() else math.inf
+    is_full = free < needed
+    if jax.process_count() > 1:
+      is_full = bool(multihost.broadcast(np.int32(is_full)))
+    if is_full:
+      raise CheckpointSaveError(
+        f"A checkpoint in '{self._directory}' needs {needed / 1e9:.3g} GB; "
+        f'{free / 1e9:.3g} GB are free. Free some space, or lower '
+        'SaveCheckpointConfig.keep.'
+      )
+
+  def _failure(self, step: int, error: Exception) -> CheckpointSaveError:
+    """Describes a failed save; the next one, if any, opens the folder again."""
+    self._manager = None
+    return CheckpointSaveError(
+      f"Checkpoint '{self._folder(step)}' could not be written: {error}. The disk has "
+      f'{_free_bytes(self._directory) / 1e9:.3g} GB free; earlier checkpoints are '
+      'intact.'
+    )
+
+  def _finish(self, step: int):
+    """Waits for the files, then removes what is too old. Runs in the background."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._failure(step, error) from error
+    if not multihost.is_host_0():
+      return
+    trash = self._directory / _TRASH
+    try:
+      if self._keep_dataset:
+        steps = [s for s in all_steps(self._directory) if self._has_dataset(s)]
+        for old in steps[: -self._keep_dataset]:
+          trash.mkdir(exist_ok=True)
+          (self._folder(old) / _DATASET).rename(trash / f'{_DATASET}_{old}')
+      if trash.exists():
+        trash.rmtree()
+    except OSError as error:
+      # The new checkpoint is complete; the next save tries again.
+      logging.warning('Old checkpoints could not be removed: %s', error)
+
+  def _has_dataset(self, step: int) -> bool:
+    return (self._folder(step) / _DATASET).exists()
+
+  def wait_until_finished(self):
+    """Waits for the checkpoint being written.
+
+    Raises:
+      CheckpointSaveError: it could not be written.
+    """
+    if self._finishing is not None:
+      finishing, self._finishing = self._finishing, None
+      finishing.result()
+
+  def close(self):
+    """Waits for the checkpoint being written and ends the background work.
+
+    Raises:
+      CheckpointSaveError: it could not be written.
+    """
+    try:
+      self.wait_until_finished()
+    finally:
+      if self._manager is not None:
+        self._manager.close()
+        self._manager = None
+      if self._finisher is not None:
+        self._finisher.shutdown()
+
+  # -- Restoring ---------------------------------------------------------------
+
+  def set_aside(self, step: int):
+    """Renames a damaged checkpoint, so that its step can be saved again."""
+    folder = self._folder(step)
+    target = folder.parent / f'damaged_{folder.name}'
+    if multihost.is_host_0():
+      if target.exists():
+        target.rmtree()
+      folder.rename(target)
+    multihost.sync(f't5x_set_aside_{step}')
+    logging.error('Renamed the damaged checkpoint to %s.', target)
+
+  def _destination(self) -> Destination:
+    return Destination(
+      self._train_state.state_dict(),
+      self._partitioner.get_mesh_axes(self._train_state).state_dict(),
+      self._partitioner.mesh,
+      self._restore_dtype,
+    )
+
+  def restore(
+    self,
+    step: int | None = None,
+    path: str | None = None,
+    fallback_state: Mapping[str, Any] | None = None,
+    state_transformation_fns: Sequence[RestoreStateTransformationFn] = (),
+    lazy_parameters: bool = False,
+  ) -> Any:
+    """Restores a train state, and the iterator's state if there is an iterator.
+
+    Args:
+      step: which checkpoint of this folder; the newest if neither is given.
+      path: a checkpoint anywhere, instead.
+      fallback_state: state dict for arrays that the checkpoint lacks.
+      state_transformation_fns: applied to the saved state dict in order.
+      lazy_parameters: for T5X's callers; arrays are always read.
+
+    Returns:
+      The train state, sharded over the partitioner's mesh.
+
+    Raises:
+      FileNotFoundError: the checkpoint does not exist.
+      ValueError: it is of another model, or its dataset state of another pipeline.
+      DamagedCheckpointError: it cannot be read.
+    """
+    del lazy_parameters
+    if path is not None:
+      folder = absolute(path)
+      if folder.name == checkpoint_importer.INDEX_FILE and folder.is_file():
+        folder = folder.parent
+    else:
+      step = latest_step(self._directory) if step is None else step
+      folder = self._directory if step is None else self._folder(step)
+    if path is None and step is None or not folder.exists():
+      parent = self._directory if path is None else folder.parent
+      found = f'It has steps {steps}' if (steps := all_steps(parent)) else 'It has none'
+      raise FileNotFoundError(
+        f"Checkpoint '{folder.name}' was not found in '{parent}'. {found}."
+      )
+    state_dict = read_state(
+      folder, self._destination(), state_transformation_fns, fallback_state
+    )
+    if self._dataset_iterator is not None:
+      is_orbax = (folder / _STATE).is_dir()
+      self._dataset_handler.restore(
+        folder / _DATASET if is_orbax else folder, DatasetArgs(self._dataset_iterator)
+      )
+    return self._train_state.restore_state(state_dict)
+
+
+class Checkpointer(OrbaxCheckpointManagerInterface):
+  """Saves and restores the checkpoints of one folder, waiting for each write.
+
+  T5X's interface from before Orbax; it writes Orbax's layout too.
+  """
+
+  def __init__(
+    self,
+    train_state: Any,
+    partitioner: Any,
+    checkpoints_dir: str,
+    dataset_iterator: Any = None,
+    *,
+    save_dtype: Any = np.float32,
+    restore_dtype: Any = None,
+    **retention: Any,
+  ):
+    """Initialises the checkpointer; nothing is written before the first save.
+
+    Args:
+      train_state: state of arrays or of their shapes.
+      partitioner: has `mesh`, `get_mesh_axes`, `get_data_layout`.
+      checkpoints_dir: the folder.
+      dataset_iterator: iterator whose state is saved and restored.
+      save_dtype: what parameters are cast to on disk.
+      restore_dtype: what restored parameters are cast to; None keeps their dtype.
+      **retention: `keep` and `keep_dataset_checkpoints` of
+        `OrbaxCheckpointManagerInterface`.
+    """
+    super().__init__(
+      checkpoints_dir,
+      train_state,
+      partitioner,
+      dataset_iterator,
+      save_dtype,
+      restore_dtype,
+      period=None,
+      **retention,
+    )
+    self.retention = {k: v for k, v in retention.items() if v is not None}
+
+  def save(
+    self,
+    train_state: Any,
+    state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
+    metrics: Mapping[str, float] | None = None,
+    *,
+    concurrent_gb: int = 128,
+  ) -> bool:
+    """Saves a checkpoint and waits for it; Orbax needs no `concurrent_gb`."""
+    del concurrent_gb
+    saved = super().save(train_state, state_transformation_fns, metrics)
+    self.wait_until_finished()
+    return saved
+
+
+@gin.configurable(module='t5x.checkpoints')
+class SaveBestCheckpointer(Checkpointer):
+  """Keeps the best checkpoints by a metric, and the newest.
+
+  Bind it to `SaveCheckpointConfig.checkpointer_cls`. Takes the arguments of
+  `Checkpointer` and of `OrbaxCheckpointManagerInterface` that concern retention.
+  """
+
+  def __init__(
+    self,
+    train_state: Any,
+    partitioner: Any,
+    checkpoints_dir: str,
+    dataset_iterator: Any = None,
+    *,
+    metric_name_to_monitor: str = 'train/accuracy',
+    metric_mode: str = 'max',
+    keep_checkpoints_without_metrics: bool = True,
+    force_keep_period: int | None = None,
+    keep: int | None = None,
+    save_dtype: Any = np.float32,
+    restore_dtype: Any = None,
+    keep_dataset_checkpoints: int | None = None,
+  ):
+    super().__init__(
+      train_state,
+      partitioner,
+      checkpoints_dir,
+      dataset_iterator,
+      save_dtype=save_dtype,
+      restore_dtype=restore_dtype,
+      metric_name_to_monitor=metric_name_to_monitor,
+      metric_mode=metric_mode,
+      keep_checkpoints_without_metrics=keep_checkpoints_without_metrics,
+      force_keep_period=force_keep_period,
+      keep=keep,
+      keep_dataset_checkpoints=keep_dataset_checkpoints,
+    )

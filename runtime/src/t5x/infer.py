@@ -39,7 +39,6 @@ import tensorflow as tf
 from absl import logging
 
 from t5x import (
-  checkpoint_utils,
   checkpoints,
   data,
   gin_utils,
@@ -290,7 +289,7 @@ def _checkpoint(cfg: restore.RestoreCheckpointConfig) -> str:
   Raises:
     ValueError: it means several, or none.
   """
-  if isinstance(cfg.path, str) and checkpoint_utils.whole_checkpoint(cfg.path):
+  if isinstance(cfg.path, str) and checkpoints.is_checkpoint(cfg.path):
     return cfg.path  # Whatever the mode: T5X looks at the path alone.
   _, paths = restore.get_first_valid_restore_config_and_paths([cfg])
   if len(paths) != 1:

@@ -1,11 +1,9 @@
-"""Train states from scratch or from checkpoints, on the mesh.
+"""Train states, random or from checkpoints, on the mesh; and what configures them."""
 
-Also the names under which T5X's users know this: the configurations live in
-`checkpointing.configs`, the list of variables in `model_info`.
-"""
-
+import dataclasses
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.core
@@ -16,34 +14,9 @@ from etils import epath
 from flax.core import scope as flax_scope
 from jax.experimental import multihost_utils
 
-from t5x import checkpoints, checkpoints_utils, state_utils, train_state
-from t5x.checkpointing.configs import (
-  AssignmentMap,
-  CheckpointConfig,
-  RestoreCheckpointConfig,
-  SaveCheckpointConfig,
-  get_fallback_state,
-  get_first_valid_restore_config_and_paths,
-)
-from t5x.checkpointing.old_interface import LegacyCheckpointer, LegacyCheckpointManager
-from t5x.model_info import log_model_info
+from t5x import checkpoints, multihost, state_utils, train_state
 
-__all__ = [
-  'AssignmentMap',
-  'CheckpointConfig',
-  'InitFnCallable',
-  'LegacyCheckpointManager',
-  'LegacyCheckpointer',
-  'RestoreCheckpointConfig',
-  'SaveCheckpointConfig',
-  'TrainStateInitializer',
-  'create_checkpoint_manager_and_restore',
-  'create_orbax_checkpoint_manager',
-  'get_fallback_state',
-  'get_first_valid_restore_config_and_paths',
-  'log_model_info',
-  'restore',
-]
+_RESTORE_MODES = ('specific', 'latest', 'all')
 
 
 class InitFnCallable(Protocol):
@@ -57,59 +30,184 @@ class InitFnCallable(Protocol):
   ) -> flax_scope.FrozenVariableDict: ...
 
 
-def _is_tensorflow(path: str) -> bool:
-  """Whether a path is the prefix of a TensorFlow checkpoint's files."""
-  return epath.Path(path + '.index').exists()
+# -- Configuration -------------------------------------------------------------
 
 
-def _restore_one(
-  manager: Any,
-  path: str,
-  cfg: RestoreCheckpointConfig,
-  fallback_state: Mapping[str, Any] | None,
-) -> Any:
-  """Restores a checkpoint of whatever kind."""
-  if _is_tensorflow(path):
-    if cfg.state_transformation_fns:
-      raise ValueError(
-        f"'{path}' is a checkpoint of TensorFlow: neither assignment_map nor "
-        'state_transformation_fns apply to it. Convert it first, with '
-        'Checkpointer.convert_from_tf_checkpoint.'
-      )
-    return manager.restore_from_tf_checkpoint(path, strict=cfg.strict)
-  logging.info('Restoring %s.', path)
-  return manager.restore(
-    path=path,
-    fallback_state=fallback_state,
-    state_transformation_fns=cfg.state_transformation_fns,
+def _check_dtype(owner: str, dtype: str | None, known: Sequence[str]):
+  if dtype is not None and dtype not in known:
+    raise ValueError(f"{owner}.dtype must be None or one of {known}. Got: '{dtype}'.")
+
+
+@dataclasses.dataclass
+class SaveCheckpointConfig:
+  """When and how to save.
+
+  Attributes:
+    dtype: what parameters are cast to on disk: 'float32', 'bfloat16', or None for
+      unchanged. Optimizer states are never cast.
+    period: steps between checkpoints, counted from step 0; 0 or None for none.
+    checkpoint_steps: further steps to save at.
+    keep: how many checkpoints to keep; None keeps all.
+    keep_dataset_checkpoints: how many of the newest keep the dataset state; None: all.
+    save_dataset: whether to save the dataset state.
+    checkpointer_cls: `SaveBestCheckpointer` keeps the best by a metric.
+    state_transformation_fns: applied to the state dict, in order, before it is saved.
+    checkpoint_manager_cls: builds the manager that saves.
+  """
+
+  dtype: str | None = 'float32'
+  period: int | None = None
+  checkpoint_steps: Sequence[int] | None = None
+  keep: int | None = None
+  keep_dataset_checkpoints: int | None = None
+  save_dataset: bool = False
+  checkpointer_cls: Callable[..., checkpoints.Checkpointer] = checkpoints.Checkpointer
+  state_transformation_fns: Sequence[checkpoints.SaveStateTransformationFn] = (
+    dataclasses.field(default_factory=list)
+  )
+  checkpoint_manager_cls: Callable[..., Any] = (
+    checkpoints.OrbaxCheckpointManagerInterface
   )
 
+  def __post_init__(self):
+    _check_dtype('SaveCheckpointConfig', self.dtype, ('float32', 'bfloat16'))
+    if self.keep is not None and self.keep < 1:
+      raise ValueError(
+        f'SaveCheckpointConfig.keep must be at least 1, or None. Got: {self.keep}.'
+      )
+    negative = [s for s in (self.period or 0, *(self.checkpoint_steps or ())) if s < 0]
+    if negative:
+      raise ValueError(
+        'SaveCheckpointConfig.period and checkpoint_steps must not be negative. Got: '
+        f'{negative}.'
+      )
+    if self.keep_dataset_checkpoints is not None and not self.save_dataset:
+      raise ValueError(
+        'SaveCheckpointConfig.keep_dataset_checkpoints is '
+        f'{self.keep_dataset_checkpoints}, but save_dataset is False. Set save_dataset '
+        'to True, or leave keep_dataset_checkpoints unset.'
+      )
 
-def restore(
-  checkpoint_manager: Any,
-  paths: Sequence[str] | None,
-  restore_cfg: RestoreCheckpointConfig | None,
-  fallback_state: Mapping[str, Any] | None = None,
-) -> Any:
-  """Restores checkpoints by a configuration.
+
+@dataclasses.dataclass(frozen=True)
+class AssignmentMap:
+  """An assignment map as a transformation of restored states."""
+
+  rules: Sequence[tuple[str, str | None]]
+
+  def __call__(
+    self,
+    state_dict: Mapping[str, Any],
+    target_state_dict: Mapping[str, Any],
+    *,
+    is_resuming: bool = False,
+  ) -> Mapping[str, Any]:
+    return state_utils.apply_assignment_map(
+      state_dict, target_state_dict, self.rules, is_resuming=is_resuming
+    )
+
+
+@dataclasses.dataclass
+class RestoreCheckpointConfig:
+  """What to restore.
+
+  Attributes:
+    path: a checkpoint (mode 'specific') or a folder of them; or several.
+    mode: 'specific' takes `path`, 'latest' the newest in the folder, 'all' one after
+      the other.
+    assignment_map: pairs (pattern, replacement) of regular expressions. A name of
+      this model that matches the pattern is read from the checkpoint's name that
+      the replacement gives; None drops it.
+    strict: whether every optimizer state must be in the checkpoint. If not, those it
+      lacks are initialised.
+    fallback_to_scratch: whether what the checkpoint lacks (after the assignment map)
+      is initialised.
+    dtype: what parameters are cast to: 'float32', 'bfloat16', 'float16', or None for
+      as saved.
+    restore_dataset: whether to restore the dataset state.
+    checkpointer_cls: for T5X's configurations; `checkpoint_manager_cls` reads.
+    state_transformation_fns: applied to the saved state dict, in order. The assignment
+      map is put in front of them.
+    checkpoint_manager_cls: builds the manager that reads.
+  """
+
+  path: str | Sequence[str]
+  mode: str = 'latest'
+  assignment_map: Sequence[tuple[str, str | None]] | None = None
+  strict: bool = True
+  fallback_to_scratch: bool = False
+  dtype: str | None = None
+  restore_dataset: bool = False
+  checkpointer_cls: Callable[..., checkpoints.Checkpointer] = checkpoints.Checkpointer
+  state_transformation_fns: Sequence[checkpoints.RestoreStateTransformationFn] = ()
+  checkpoint_manager_cls: Callable[..., Any] = (
+    checkpoints.OrbaxCheckpointManagerInterface
+  )
+
+  def __post_init__(self):
+    if self.mode not in _RESTORE_MODES:
+      raise ValueError(
+        f'RestoreCheckpointConfig.mode must be one of {_RESTORE_MODES}. Got: '
+        f"'{self.mode}'."
+      )
+    _check_dtype(
+      'RestoreCheckpointConfig', self.dtype, ('float32', 'bfloat16', 'float16')
+    )
+    # `dataclasses.replace` runs this again: the map must not double.
+    others = [
+      fn for fn in self.state_transformation_fns if not isinstance(fn, AssignmentMap)
+    ]
+    if self.assignment_map is not None:
+      self.state_transformation_fns = (AssignmentMap(self.assignment_map), *others)
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+  """Saving and restoring; None for neither."""
+
+  save: SaveCheckpointConfig | None = None
+  restore: RestoreCheckpointConfig | None = None
+
+
+def _checkpoints_in(folder: str) -> list[str]:
+  """Paths of the checkpoints in a folder, oldest first."""
+  steps = checkpoints.all_steps(folder)
+  if not epath.Path(folder).is_dir() or (
+    not steps and checkpoints.step_in_name(folder) is not None
+  ):
+    raise ValueError(
+      "RestoreCheckpointConfig.mode 'latest' and 'all' take a folder of checkpoints. "
+      f"Got: '{folder}'. For a single checkpoint, set mode = 'specific'."
+    )
+  return [checkpoints.get_checkpoint_dir(folder, step) for step in steps]
+
+
+def get_first_valid_restore_config_and_paths(
+  restore_cfgs: Sequence[RestoreCheckpointConfig],
+) -> tuple[RestoreCheckpointConfig | None, Sequence[str]]:
+  """Finds the first configuration that has something to restore.
 
   Args:
-    checkpoint_manager: what reads.
-    paths: the checkpoints.
-    restore_cfg: names, dtypes and so on.
-    fallback_state: state dict for what the checkpoints lack.
+    restore_cfgs: in order of precedence. One of mode 'specific' always counts.
 
   Returns:
-    The train state; a list of them for several paths; None if there is no
-    configuration.
+    (the configuration, its checkpoints, oldest first), or (None, []).
+
+  Raises:
+    ValueError: a folder to look in does not exist, or is a checkpoint itself.
   """
-  if restore_cfg is None or paths is None:
-    return None
-  states = [
-    _restore_one(checkpoint_manager, path, restore_cfg, fallback_state)
-    for path in paths
-  ]
-  return states[0] if len(states) == 1 else states
+  for cfg in restore_cfgs:
+    paths = [cfg.path] if isinstance(cfg.path, str) else list(cfg.path)
+    if cfg.mode == 'specific':
+      return cfg, paths
+    for folder in paths:
+      if found := _checkpoints_in(folder):
+        return cfg, found if cfg.mode == 'all' else found[-1:]
+      logging.info('No checkpoints in %s.', folder)
+  return None, []
+
+
+# -- Train states --------------------------------------------------------------
 
 
 class TrainStateInitializer:
@@ -128,13 +226,13 @@ class TrainStateInitializer:
     partitioner: Any,
     input_types: Mapping[str, Any] | None = None,
   ):
-    """Works out the shapes and axes of the state; nothing is computed yet.
+    """Derives the shapes and axes of the state; nothing is computed yet.
 
     Args:
       optimizer_def: the optimizer; None for a state for inference only.
       init_fn: usually a model's `get_initial_variables`.
       input_shapes: feature -> shape of the global batch.
-      partitioner: lays the state on the mesh.
+      partitioner: lays the state out on the mesh.
       input_types: feature -> dtype; None for float32.
     """
 
@@ -152,14 +250,7 @@ class TrainStateInitializer:
     self.train_state_axes = partitioner.get_mesh_axes(self.global_train_state_shape)
 
   def from_scratch(self, init_rng: Any) -> train_state.TrainState:
-    """Initialises a state where it will live, without a detour over one device.
-
-    Args:
-      init_rng: random key.
-
-    Returns:
-      The state.
-    """
+    """Initialises a state directly on the devices where it will stay."""
     logging.info('Initialising parameters from scratch.')
     initialize = self._partitioner.partition(
       self._initialize,
@@ -178,17 +269,14 @@ class TrainStateInitializer:
 
     Args:
       restore_cfgs: in order of precedence.
-      ds_iter: iterator to be moved to the saved position, where the configuration
-        says so.
+      ds_iter: iterator whose state is restored if the configuration asks for it.
       init_rng: random key for what a checkpoint lacks.
 
     Yields:
-      (state, path of its checkpoint); nothing where there is no checkpoint. In
-      mode 'latest', a damaged checkpoint is reported and the one before is taken.
+      (state, path of its checkpoint); nothing if there are no checkpoints. In mode
+      'latest', a damaged checkpoint is reported and the one before is taken.
     """
     cfg, paths = get_first_valid_restore_config_and_paths(restore_cfgs)
-    if cfg is None:
-      return
     fallback = _fallback(self, cfg, init_rng)
     for path in paths:
       reader = create_orbax_checkpoint_manager(
@@ -208,25 +296,14 @@ class TrainStateInitializer:
     ds_iter: Any = None,
     init_rng: Any = None,
   ) -> train_state.TrainState | None:
-    """Restores one checkpoint, if there is one.
-
-    Args:
-      ckpt_cfgs: in order of precedence.
-      ds_iter: see `from_checkpoints`.
-      init_rng: see `from_checkpoints`.
-
-    Returns:
-      The state or None.
+    """Restores one checkpoint, or returns None if there is none.
 
     Raises:
       ValueError: there are several.
     """
     found = list(self.from_checkpoints(ckpt_cfgs, ds_iter=ds_iter, init_rng=init_rng))
     if len(found) > 1:
-      raise ValueError(
-        f'{len(found)} checkpoints match where one is wanted: '
-        f'{", ".join(path for _, path in found)}.'
-      )
+      raise ValueError(f'Expected one checkpoint. Got: {[path for _, path in found]}.')
     return found[0][0] if found else None
 
   def from_checkpoint_or_scratch(
@@ -236,16 +313,7 @@ class TrainStateInitializer:
     init_rng: Any,
     ds_iter: Any = None,
   ) -> train_state.TrainState:
-    """Restores one checkpoint, or initialises a state where there is none.
-
-    Args:
-      ckpt_cfgs: in order of precedence.
-      init_rng: random key.
-      ds_iter: see `from_checkpoints`.
-
-    Returns:
-      The state.
-    """
+    """Restores one checkpoint, or initialises a state if there is none."""
     restored = self.from_checkpoint(ckpt_cfgs, ds_iter=ds_iter, init_rng=init_rng)
     return self.from_scratch(init_rng) if restored is None else restored
 
@@ -255,31 +323,42 @@ def _fallback(
   cfg: RestoreCheckpointConfig | None,
   init_rng: Any,
 ) -> Mapping[str, Any] | None:
-  """What to take where a checkpoint lacks something; None for nothing.
+  """State dict to take what a checkpoint lacks from, or None.
 
   1. `fallback_to_scratch`: anything.
   2. `strict` is False: the optimizer's states, if there is an optimizer.
   """
-
-  def initial(rng):
-    return initializer.from_scratch(rng).state_dict()
-
-  if cfg is None or cfg.strict or cfg.fallback_to_scratch:
-    return get_fallback_state(cfg, initial, init_rng)
+  if cfg is None or cfg.strict and not cfg.fallback_to_scratch:
+    return None
+  if cfg.fallback_to_scratch:
+    if not cfg.state_transformation_fns:
+      raise ValueError(
+        'RestoreCheckpointConfig.fallback_to_scratch is True without assignment_map or '
+        'state_transformation_fns, so a misspelt name would silently start from '
+        'scratch. Name what the checkpoint lacks, for instance with '
+        "assignment_map = ((r'target/new_head/.*', None),)."
+      )
+    if init_rng is None:
+      raise ValueError(
+        'RestoreCheckpointConfig.fallback_to_scratch is True without a random key to '
+        'initialise from. In eval and infer, set fallback_init_rng.'
+      )
+    return initializer.from_scratch(init_rng).state_dict()
   shapes = initializer.global_train_state_shape.state_dict()
   if not state_utils.flatten_state_dict(shapes['state'].get('param_states') or {}):
     return None
   # An optimizer's first state does not depend on the key.
-  fresh = initial(jax.random.PRNGKey(0) if init_rng is None else init_rng)
+  fresh = initializer.from_scratch(
+    jax.random.PRNGKey(0) if init_rng is None else init_rng
+  ).state_dict()
   return {'state': {'param_states': fresh['state']['param_states']}}
 
 
 def _folder_of(checkpoint: str) -> epath.Path:
-  """The folder that a checkpoint lies in."""
-  return checkpoints_utils.absolute(checkpoint).parent
+  return checkpoints.absolute(checkpoint).parent
 
 
-def _all_hosts(succeeded: bool) -> bool:
+def _on_all_hosts(succeeded: bool) -> bool:
   if jax.process_count() == 1:
     return succeeded
   return bool(multihost_utils.process_allgather(np.asarray(succeeded)).all())
@@ -295,31 +374,35 @@ def _restore_newest_readable(
 
   Returns:
     (the train state, the path it came from, steps of damaged checkpoints).
-
-  Raises:
-    DamagedCheckpointError: none can be read.
   """
-  if cfg.mode != 'latest' or _is_tensorflow(path):
-    return _restore_one(manager, path, cfg, fallback_state), path, []
-  folder, newest = checkpoints_utils.get_step_from_checkpoint_dir(path)
+  candidates = [path]
+  if cfg.mode == 'latest':
+    folder, newest = _folder_of(path), checkpoints.step_in_name(path)
+    steps = [step for step in checkpoints.all_steps(folder) if step <= newest]
+    candidates = [checkpoints.get_checkpoint_dir(folder, s) for s in reversed(steps)]
   damaged, problem = [], None
-  steps = [step for step in checkpoints_utils.all_steps(folder) if step <= newest]
-  for step in reversed(steps):
-    taken = os.fspath(checkpoints_utils.get_checkpoint_dir(folder, step))
+  for candidate in candidates:
+    logging.info('Restoring %s.', candidate)
     state = None
     try:
-      state = _restore_one(manager, taken, cfg, fallback_state)
+      state = manager.restore(
+        path=candidate,
+        fallback_state=fallback_state,
+        state_transformation_fns=cfg.state_transformation_fns,
+      )
     except checkpoints.DamagedCheckpointError as error:
+      if cfg.mode != 'latest':
+        raise
       problem = error
-      logging.error("Checkpoint '%s' is damaged: %s", taken, error)
-    if _all_hosts(state is not None):
+      logging.error("Checkpoint '%s' is damaged: %s", candidate, error)
+    if _on_all_hosts(state is not None):
       if damaged:
-        logging.error("Took '%s' instead.", taken)
-      return state, taken, damaged
-    damaged.append(step)
+        logging.error("Restored '%s' instead.", candidate)
+      return state, candidate, damaged
+    damaged.append(checkpoints.step_in_name(candidate))
   raise checkpoints.DamagedCheckpointError(
     f"No checkpoint in '{folder}' can be read (steps {steps}). Restore the folder "
-    'from a copy, or move these checkpoints away to begin anew.'
+    'from a copy, or move these checkpoints away to start from scratch.'
   ) from problem
 
 
@@ -338,65 +421,29 @@ def create_orbax_checkpoint_manager(
     save_cfg: how to save; None for a manager that only reads.
     restore_cfg: how to restore.
     train_state: state of arrays or of their shapes.
-    partitioner: lays restored arrays on the mesh.
-    ds_iter: training iterator; used if a configuration wants its position.
+    partitioner: lays restored arrays out on the mesh.
+    ds_iter: training iterator; used if a configuration wants its state.
     model_dir: the folder.
-
-  Returns:
-    The manager.
-
-  Raises:
-    ValueError: the configurations disagree about the class of the manager.
   """
-  cfgs = [cfg for cfg in (save_cfg, restore_cfg) if cfg is not None]
-  if not cfgs:
-    raise ValueError('A checkpoint manager needs a save or a restore configuration.')
-  cls = cfgs[0].checkpoint_manager_cls
-  if cls is not cfgs[-1].checkpoint_manager_cls:
-    raise ValueError(
-      'SaveCheckpointConfig and RestoreCheckpointConfig have different '
-      f'checkpoint_manager_cls: {cls}, {cfgs[-1].checkpoint_manager_cls}.'
-    )
-  with_position = bool(
-    (save_cfg and save_cfg.save_dataset)
-    or (restore_cfg and restore_cfg.restore_dataset)
-  )
-  options = dict(period=None)
+  options: dict[str, Any] = dict(period=None)
+  with_dataset = bool(restore_cfg and restore_cfg.restore_dataset)
   if save_cfg is not None:
-    options = checkpoints.manager_options_of(
-      save_cfg.checkpointer_cls,
-      train_state=train_state,
-      partitioner=partitioner,
-      checkpoints_dir=model_dir,
-    )
+    # Called rather than inspected: gin and `functools.partial` wrap the class.
+    options = save_cfg.checkpointer_cls(train_state, partitioner, model_dir).retention
     options |= dict(period=save_cfg.period, save_dtype=save_cfg.dtype)
     # What is unset may be bound to the manager's class itself.
     for name in ('keep', 'checkpoint_steps', 'keep_dataset_checkpoints'):
       if getattr(save_cfg, name) is not None:
         options[name] = getattr(save_cfg, name)
+    with_dataset |= save_cfg.save_dataset
   if restore_cfg is not None:
     options['restore_dtype'] = restore_cfg.dtype
-  return cls(
+  return (save_cfg or restore_cfg).checkpoint_manager_cls(
     directory=model_dir,
     train_state=train_state,
     partitioner=partitioner,
-    dataset_iterator=ds_iter if with_position else None,
+    dataset_iterator=ds_iter if with_dataset else None,
     **options,
-  )
-
-
-def _saving_manager(
-  save_cfg: SaveCheckpointConfig,
-  restore_cfg: RestoreCheckpointConfig | None,
-  use_orbax: bool,
-  **common: Any,
-) -> Any:
-  """What saves: an Orbax manager, or the interface from before."""
-  if use_orbax:
-    return create_orbax_checkpoint_manager(save_cfg=save_cfg, **common)
-  shapes = common.pop('train_state')
-  return LegacyCheckpointManager(
-    save_cfg=save_cfg, restore_cfg=restore_cfg, train_state_shape=shapes, **common
   )
 
 
@@ -409,27 +456,28 @@ def create_checkpoint_manager_and_restore(
   save_checkpoint_cfg: SaveCheckpointConfig | None = None,
   model_dir: str | None = None,
   ds_iter: Any = None,
-  use_orbax: bool = False,
+  use_orbax: bool = True,
 ) -> tuple[Any, Any]:
   """Restores a checkpoint, if one is given, and builds the manager for more.
 
-  In mode 'latest', a damaged checkpoint is reported and the one before is taken;
-  where the run saves into that folder, the damaged one is renamed.
+  In mode 'latest', a damaged checkpoint is reported and the one before is taken; if
+  the run saves into that folder, the damaged one is renamed.
 
   Args:
     train_state_initializer: knows the state's shapes.
-    partitioner: lays restored arrays on the mesh.
+    partitioner: lays restored arrays out on the mesh.
     restore_checkpoint_cfg: how to restore.
     restore_path: the checkpoint; None restores nothing.
     fallback_init_rng: random key for what the checkpoint lacks.
     save_checkpoint_cfg: how to save; None for a manager that only reads.
-    model_dir: the run's folder; by default that of the configuration.
+    model_dir: the run's folder; by default that of the checkpoint.
     ds_iter: the training iterator.
-    use_orbax: False writes before it returns, as T5X did before Orbax.
+    use_orbax: for T5X's callers; Orbax's layout is written in any case.
 
   Returns:
     (the train state or None, the manager).
   """
+  del use_orbax
   if model_dir is None:
     path = _folder_of(restore_path) if restore_path else restore_checkpoint_cfg.path
     model_dir = os.fspath(path)
@@ -453,10 +501,62 @@ def create_checkpoint_manager_and_restore(
     )
   if save_checkpoint_cfg is None:
     return state, reader
-  manager = _saving_manager(
-    save_checkpoint_cfg, restore_checkpoint_cfg, use_orbax, **common
-  )
-  if damaged and _folder_of(restore_path) == checkpoints_utils.absolute(model_dir):
+  if damaged and _folder_of(restore_path) == checkpoints.absolute(model_dir):
     for step in damaged:
-      logging.error('Renamed the damaged checkpoint to %s.', reader.set_aside(step))
-  return state, manager
+      reader.set_aside(step)
+  return state, create_orbax_checkpoint_manager(save_cfg=save_checkpoint_cfg, **common)
+
+
+# -- model-info.txt ------------------------------------------------------------
+
+
+def _lookup(tree: Any, name: str) -> Any:
+  for key in name.split('/'):
+    tree = tree.get(key) if isinstance(tree, Mapping) else None
+  return tree
+
+
+def _variable_lines(
+  state_dict: Any, logical_axes: Any, mesh_axes: Any
+) -> Iterator[str]:
+  for name, leaf in state_utils.flatten_state_dict(state_dict).items():
+    if leaf is None:
+      yield f'Variable {name:80} None'
+      continue
+    names = _lookup(logical_axes, name)
+    spec = _lookup(mesh_axes, name)
+    shape = str(tuple(leaf.shape))
+    if names is not None and len(names) == len(leaf.shape):
+      axes = ', '.join(f'{axis}={size}' for axis, size in zip(names, leaf.shape))
+      shape = f'({axes})'
+    yield (
+      f'Variable {name:80} size {math.prod(leaf.shape):<12} shape {shape:40} '
+      f'partition spec {None if spec is None else tuple(spec)}'
+    )
+
+
+def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any):
+  """Writes names, sizes, shapes and shardings of a state, on the first host.
+
+  Args:
+    log_file: the file; None only logs the number of parameters.
+    full_train_state: state of arrays or of their shapes.
+    partitioner: has `get_logical_axes` and `get_mesh_axes`.
+  """
+  if not multihost.is_host_0():
+    return
+  state_dict = full_train_state.state_dict()
+  parameters = state_utils.flatten_state_dict(state_dict['target'])
+  total = sum(math.prod(leaf.shape) for leaf in parameters.values() if leaf is not None)
+  logging.info('The model has %s parameters.', f'{total:,}')
+  if log_file is None:
+    return
+  logical = partitioner.get_logical_axes(full_train_state).state_dict()
+  mesh = partitioner.get_mesh_axes(full_train_state).state_dict()
+  lines = {
+    section: _variable_lines(state_dict[section], logical[section], mesh[section])
+    for section in ('target', 'state')
+  }
+  total_line = f'Total number of parameters: {total}'
+  text = [*lines['target'], total_line, '', *lines['state'], '']
+  epath.Path(log_file).write_text('\n'.join(text))

@@ -8,17 +8,6 @@ from jaxtyping import PyTree
 from seqio import TensorBoardLogger
 
 from t5x import multihost
-from t5x.checkpointing.configs import (
-  CheckpointConfig,
-  RestoreCheckpointConfig,
-  SaveCheckpointConfig,
-  get_fallback_state,
-  get_first_valid_restore_config_and_paths,
-)
-from t5x.checkpointing.save_schedule import (
-  find_first_checkpoint_step,
-  find_next_checkpoint_step,
-)
 from t5x.checkpoints import get_local_data
 from t5x.data import (
   DatasetConfig,
@@ -44,14 +33,15 @@ from t5x.inference import InferFnCallable, InferStepCallable, get_infer_fn
 from t5x.optimizers import LearningRateCallable, create_learning_rate_scheduler
 from t5x.params_axes import override_params_axes_names
 from t5x.restore import (
+  CheckpointConfig,
   InitFnCallable,
-  LegacyCheckpointer,
-  LegacyCheckpointManager,
+  RestoreCheckpointConfig,
+  SaveCheckpointConfig,
   TrainStateInitializer,
   create_checkpoint_manager_and_restore,
   create_orbax_checkpoint_manager,
+  get_first_valid_restore_config_and_paths,
   log_model_info,
-  restore,
 )
 from t5x.run_setup import set_hardware_rng_ops
 from t5x.state_utils import flatten_dict_string_keys
@@ -66,8 +56,6 @@ __all__ = [
   'InferStepCallable',
   'InitFnCallable',
   'LearningRateCallable',
-  'LegacyCheckpointManager',
-  'LegacyCheckpointer',
   'PartitionSpec',
   'PyTree',
   'RestoreCheckpointConfig',
@@ -78,12 +66,9 @@ __all__ = [
   'create_checkpoint_manager_and_restore',
   'create_learning_rate_scheduler',
   'create_orbax_checkpoint_manager',
-  'find_first_checkpoint_step',
-  'find_next_checkpoint_step',
   'flatten_dict_string_keys',
   'get_dataset',
   'get_dataset_inner',
-  'get_fallback_state',
   'get_first_valid_restore_config_and_paths',
   'get_infer_fn',
   'get_local_data',
@@ -96,7 +81,6 @@ __all__ = [
   'multihost_assert_equal',
   'override_params_axes_names',
   'prepare_train_iter',
-  'restore',
   'round_vocab_size_to_multiple',
   'run_main',
   'set_hardware_rng_ops',

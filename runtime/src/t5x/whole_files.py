@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and folders that take them."""
+"""Files that appear complete or not at all, and folders to write them to."""
 
 import contextlib
 import uuid
@@ -9,38 +9,30 @@ from etils import epath
 
 
 def make_writable(folder: epath.PathLike) -> None:
-  """Makes a folder, if it is not there, and tries to write in it.
+  """Makes a folder if needed and tries to write to it.
 
   Raises:
     OSError: it cannot be made or written to.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  # Of a name of its own: several programs may share the folder.
-  trial = folder / f'.writable-{uuid.uuid4().hex[:8]}'
-  trial.write_text('')
-  trial.unlink()
+  probe = folder / f'.writable-{uuid.uuid4().hex[:8]}'  # others may share the folder
+  probe.write_text('')
+  probe.unlink()
 
 
 @contextlib.contextmanager
 def whole_file(path: epath.PathLike, mode: str = 'w') -> Iterator[IO[Any]]:
-  """Opens a file for writing, which appears under its name once the body has ended.
+  """Opens a file for writing that appears under its name when the body has ended.
 
-  Until then it is `<path>.<random>.part`, which goes if the body raises: two programs
-  that write the same file do not meet.
-
-  Args:
-    path: the file; one that is there is replaced.
-    mode: 'w' or 'wb'.
-
-  Yields:
-    The open file.
+  Until then it is `<path>.<random>.part`, which is removed if the body raises. An
+  existing file is replaced.
   """
   target = epath.Path(path)
   unfinished = target.parent / f'{target.name}.{uuid.uuid4().hex[:8]}.part'
   try:
     with unfinished.open(mode) as file:
-      file.write(b'' if 'b' in mode else '')  # A remote file of no write is no file.
+      file.write(b'' if 'b' in mode else '')  # Remote files exist after a write only.
       yield file
     unfinished.replace(target)
   except BaseException:
