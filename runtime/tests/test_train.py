@@ -98,7 +98,7 @@ def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(whole_run, tmp_p
 
 def test_going_on_with_another_task_is_refused(tmp_path):
   run(tmp_path, total_steps=5)
-  with pytest.raises(ValueError, match="the task was 'tiny_copy' and is 'tiny_noised'"):
+  with pytest.raises(ValueError, match='tiny_copy.*tiny_noised'):
     run(tmp_path, task='tiny_noised')
   anew = tiny.checkpoint_config(save_dataset=False)
   step, _ = run(tmp_path, task='tiny_noised', checkpoint_cfg=anew)

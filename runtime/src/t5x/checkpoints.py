@@ -427,7 +427,8 @@ def _check_source(note: epath.Path, source: Mapping[str, str]):
   if differing:
     raise DatasetStateError(
       f"Dataset state '{note.parent}' was saved for different data: "
-      f'{", ".join(differing)}. Resume with the original data or use a new MODEL_DIR. '
+      f'{", ".join(differing)} (files: a digest of their names and sizes). Resume with '
+      'the original data or use a new MODEL_DIR. '
       f'{_RESTART_DATA}'
     )
 
@@ -619,7 +620,7 @@ class OrbaxCheckpointManagerInterface:
     self._save_dtype = np.dtype(save_dtype) if save_dtype else None
     self._restore_dtype = np.dtype(restore_dtype) if restore_dtype else None
     self._keep_dataset = keep_dataset_checkpoints
-    self._metric = metric_name_to_monitor
+    self.metric_name_to_monitor = metric_name_to_monitor
     self._metric_mode = metric_mode
     if metric_name_to_monitor is None:
       kept = [policies.LatestN(keep)]
@@ -646,7 +647,7 @@ class OrbaxCheckpointManagerInterface:
       self._open()
 
   def _rank(self, metrics: Mapping[str, float]) -> float:
-    value = metrics[self._metric]
+    value = metrics[self.metric_name_to_monitor]
     worst = -math.inf if self._metric_mode == 'max' else math.inf
     return worst if math.isnan(value) else value
 
@@ -683,7 +684,7 @@ class OrbaxCheckpointManagerInterface:
           cleanup_tmp_directories=True,
           todelete_subdir=_TRASH,
           preservation_policy=self._preservation,
-          best_fn=self._rank if self._metric else None,
+          best_fn=self._rank if self.metric_name_to_monitor else None,
           best_mode=self._metric_mode,
           async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
         ),
@@ -759,13 +760,13 @@ class OrbaxCheckpointManagerInterface:
 
   def _monitored(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
     """The monitored metric of process 0; None if it has none."""
-    if self._metric is None:
+    if self.metric_name_to_monitor is None:
       return None
-    has_metric = self._metric in (metrics or {})
-    value = float(metrics[self._metric]) if has_metric else 0.0
+    has_metric = self.metric_name_to_monitor in (metrics or {})
+    value = float(metrics[self.metric_name_to_monitor]) if has_metric else 0.0
     if jax.process_count() > 1:
       has_metric, value = multihost.broadcast((np.int32(has_metric), np.float32(value)))
-    return {self._metric: float(value)} if has_metric else None
+    return {self.metric_name_to_monitor: float(value)} if has_metric else None
 
   def _check_space(self, state_dict: Any, save_args: Any):
     """Checks that the disk can hold the checkpoint before anything is written."""
