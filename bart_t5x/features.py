@@ -1,8 +1,8 @@
-"""From task features to what the model is fed: one feature more, and fuller rows.
+"""Feature converter: adds BART's noise codes and packs rows by first fit.
 
 seqio's packer closes a row as soon as the next example does not fit. This one keeps
-rows open and puts each example into the first that has room for it (first fit), which
-at typical document lengths fills 97 % of the slots and more, not 80–86 %.
+rows open and puts each example into the first row with room for it (first fit). At
+typical document lengths that fills 97 % of the slots or more, instead of 80–86 %.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from bart_t5x.tensors import do_not_convert
 NOISED = 'targets_noised'
 DECODER_NOISED = 'decoder_targets_noised'
 
-# Examples placed at a time, and rows that stay open from one time to the next.
+# Examples placed at a time, and rows that stay open between windows.
 WINDOW = 256
 OPEN_ROWS = 64
 
@@ -23,25 +23,15 @@ _INT_VECTOR = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
 
 
 class BartFeatureConverter(seqio.EncDecFeatureConverter):
-  """Encoder-decoder features, packed by first fit.
+  """`seqio.EncDecFeatureConverter` with packing by first fit.
 
-  Gives what `seqio.EncDecFeatureConverter` gives. If the task has the feature
-  `targets_noised` (see `noise`), it gives `decoder_targets_noised` besides.
+  A task feature `targets_noised` (see `noise`), as long as `targets`, becomes the model
+  feature `decoder_targets_noised`.
   """
 
   def __call__(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
-    """Converts a dataset.
-
-    Args:
-      ds: with `inputs` and `targets`, int32 [n], perhaps `targets_noised`, int32, as
-        long as `targets`.
-      task_feature_lengths: of `inputs` and `targets`.
-
-    Returns:
-      A dataset of model features with static shapes.
-    """
     lengths = dict(task_feature_lengths)
     if type(self) is BartFeatureConverter and NOISED in ds.element_spec:
       lengths[NOISED] = lengths['targets']
@@ -63,11 +53,8 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
     return super()._pack_or_pad(ds, packed_lengths)
 
   def _validate_dataset(self, ds: tf.data.Dataset, *args, **kwargs) -> tf.data.Dataset:
-    """See `seqio.FeatureConverter._validate_dataset`.
-
-    Its assertions on each example take longer than all of packing. Where this class
-    packs, `pack_first_fit` checks the examples' lengths, and those of rows are static.
-    """
+    # seqio's assertions on each example take longer than all of packing. Where this
+    # class packs, `pack_first_fit` checks lengths, and those of rows are static.
     checks = self._apply_length_check
     self._apply_length_check = checks and not self._packs_first_fit
     try:
@@ -87,7 +74,7 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
 
 
 class _NoisedFeatureConverter(BartFeatureConverter):
-  """The same for tasks that have the codes."""
+  """For tasks that have the codes."""
 
   TASK_FEATURES = {**BartFeatureConverter.TASK_FEATURES, NOISED: _INT_VECTOR}
   MODEL_FEATURES = {**BartFeatureConverter.MODEL_FEATURES, DECODER_NOISED: _INT_VECTOR}
@@ -115,8 +102,8 @@ def pack_first_fit(
   """Packs examples into rows of fixed lengths, each into the first row with room.
 
   Rows close in the order in which they were opened, when more than `open_rows` are
-  open; at the dataset's end all close. Features of one length share one layout:
-  `targets_noised` lies as `targets` does.
+  open; all close at the dataset's end. `inputs` has a layout of its own, all other
+  features share that of `targets`.
 
   Args:
     ds: of examples with the features of `lengths`, int32 [n], no element negative.
@@ -125,19 +112,19 @@ def pack_first_fit(
     open_rows: rows that stay open.
 
   Returns:
-    A dataset of rows: each feature int32 [length], zeros behind; and for `inputs` and
-    `targets` `…_segment_ids` (from 1, 0 on padding) and `…_positions`. Reading it
-    raises InvalidArgumentError where an example is longer than its row, or features
-    of one layout differ in length.
+    A dataset of rows: each feature int32 [length], zero-padded; and for `inputs` and
+    `targets` `…_segment_ids` (from 1, 0 on padding) and `…_positions`. Iteration raises
+    InvalidArgumentError where an example is longer than its row, or features of one
+    layout differ in length.
   """
   groups = {'inputs': ['inputs'], 'targets': [k for k in lengths if k != 'inputs']}
   caps = {group: lengths[group] for group in groups}
 
   windows = _windows(ds, lengths, window)
   state = {
-    # Slots taken in each open row (inputs, targets), and examples in it.
+    # For each open row: slots taken (inputs, targets) and number of examples.
     'used': tf.zeros([0, 3], tf.int32),
-    # A row's slots: its features, then segment id and position.
+    # For each slot: the features, then segment id and position.
     **{k: tf.zeros([0, caps[k], len(groups[k]) + 2], tf.int32) for k in groups},
   }
 
@@ -161,10 +148,9 @@ def pack_first_fit(
 def _windows(
   ds: tf.data.Dataset, lengths: Mapping[str, int], window: int
 ) -> tf.data.Dataset:
-  """Examples in windows of `window`, and after them an empty one.
+  """Batches of `window` examples, int32 [examples, n], then an empty one.
 
-  A window holds each feature as int32 [examples, n], with -1 behind an example's end:
-  padding takes a tenth of the time of ragged batches.
+  Padded with -1: that takes a tenth of the time of ragged batches.
   """
 
   @do_not_convert
@@ -184,7 +170,7 @@ def _place_window(
   caps: Mapping[str, int],
   open_rows: int,
 ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-  """One step of the scan: the new state, and the rows that are finished.
+  """One step of the scan: the new state and the finished rows.
 
   An empty window closes all rows.
   """
@@ -222,14 +208,11 @@ def _sizes(batch: Mapping[str, tf.Tensor], keys: Sequence[str], cap: int) -> tf.
       longest,
       cap,
       f"an example's {keys[0]} are longer than TASK_FEATURE_LENGTHS[{keys[0]!r}] = "
-      f'{cap}: the task has to cut them, or the rows must be longer',
+      f'{cap}: cut them in the task or increase the length',
     )
   ]
   for key, size in zip(keys[1:], sizes[1:], strict=True):
-    message = (
-      f'{key} and {keys[0]} of an example differ in length; the task must give one '
-      f'of {key} for each of {keys[0]}'
-    )
+    message = f'{key} and {keys[0]} of an example must have the same length'
     checks.append(tf.debugging.assert_equal(size, sizes[0], message))
   with tf.control_dependencies([check for check in checks if check is not None]):
     return tf.identity(sizes[0])
@@ -238,7 +221,7 @@ def _sizes(batch: Mapping[str, tf.Tensor], keys: Sequence[str], cap: int) -> tf.
 def _first_fit(
   used: tf.Tensor, sizes: tf.Tensor, caps: Sequence[int]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """Gives each example, in turn, the first row in which all of it fits.
+  """Assigns each example, in turn, the first row in which all of it fits.
 
   Args:
     used: int32 [rows, 3], with one empty row for each example at the end.
@@ -246,7 +229,7 @@ def _first_fit(
     caps: three upper bounds of `used`.
 
   Returns:
-    The new `used`, and int32 [examples, 4]: row, and `used` of that row before.
+    The new `used`, and int32 [examples, 4]: the row, and its `used` before.
   """
   count = tf.shape(sizes)[0]
   free = tf.constant(caps, tf.int32)

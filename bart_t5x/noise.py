@@ -1,18 +1,18 @@
-"""BART's noise: what becomes of one clean piece of text (arXiv 1910.13461, 2.2).
+"""BART's noise, applied to one clean piece of text (arXiv 1910.13461, section 2.2).
 
-Everything here is TensorFlow on one 1-D example and has no state: equal arguments give
-equal results, in eager mode and inside `tf.data`.
+Everything here is stateless TensorFlow on one 1-D example: equal arguments give equal
+results, eagerly and inside `tf.data`.
 
-A text on its way through the noise is a vector of *references*, int32 [m]. A positive
-number is a position in the clean text (`<s>` is position 0, the text's own tokens are
-1 … n); a negative number is minus the id of a token that the noise put there, `<mask>`
-or a random one. Each transformation maps references to references. So none needs to
-know the tokens, and at the end it is known of every source token where it came from,
-and of every target token whether it can still be copied. `<s>` and `</s>` are not among
-the references: nothing can touch them.
+Text passes through the noise as a vector of *references*, int32 [m]. A positive number
+is a position in the clean text (`<s>` is position 0, the text's own tokens are 1 … n).
+A negative number is minus the id of a token that the noise inserted, `<mask>` or a
+random one. Each transformation maps references to references without looking at the
+tokens. In the end the references give the origin of every source token, and whether
+a target token can be copied. `<s>` and `</s>` are not among them: no transformation
+can touch them.
 
-Text infilling is in `spans`, the other transformations are here. Each draws from its
-own seed, two int64.
+`spans` implements text infilling; the other transformations are here. Each draws from
+its own seed, int64 [2].
 """
 
 import dataclasses
@@ -32,63 +32,54 @@ COPIED = 1
 INFILLED = 2
 END = 3
 
-# One stream of random numbers for each transformation.
+# Each transformation draws from its own stream of random numbers.
 _PERMUTE, _INFILL, _RANDOM, _MASK, _DELETE, _INSERT, _ROTATE = range(7)
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Which noise, and how much. gin binds each field (gin/denoising.gin).
+  """Which noise to apply and how much of it; gin/denoising.gin explains each field.
 
-  The transformations come in this order: permutation, infilling, masks, deletion,
+  Transformations are applied in this order: permutation, infilling, masks, deletion,
   insertion, random tokens, rotation. The defaults are the paper's choice for large
   models: all sentences permuted, 30 % of the tokens infilled, spans of mean 3.
-
-  Attributes:
-    permute_ratio: share of the sentences that change places among themselves.
-    permute_last: whether the last sentence is one of them.
-    infill_ratio: share of the units that spans cover, rounded up, in each example.
-    span_mean: mean of the Poisson distribution of span lengths, in units, at least 1.
-    insertions: whether a span of length 0 inserts a mask. Otherwise it does nothing.
-    replace_length: what a span becomes: 1 one mask, 0 nothing, -1 one mask a token.
-      An insertion is one mask in any case.
-    whole_words: whether a unit is a word, not a token. Where a few very long words make
-      up a text, spans that pass them by can leave a source longer than the encoder;
-      such a text gets spans of tokens instead (see `corrupt`).
-    overlap: whether spans may overlap, as in fairseq. They then cover less than
-      `infill_ratio`, and a span that begins inside another leaves no mask.
-    merge_adjacent: whether spans that touch leave one mask together. Only with
-      `overlap` and `replace_length` 1.
-    mask_ratio: share of the tokens that become masks, one by one.
-    delete_ratio: share of the tokens that are deleted.
-    insert_ratio: masks inserted at random places, as a share of the tokens.
-    random_ratio: chance of each mask to become a random ordinary token instead.
-    rotate_probability: chance of an example to begin at a random token.
   """
 
+  # Share of the sentences that are shuffled among themselves, and whether the last
+  # sentence is among them.
   permute_ratio: float = 1.0
   permute_last: bool = True
+  # Share of the units that spans cover, rounded up in each example, and the mean of
+  # the Poisson distribution of span lengths, in units.
   infill_ratio: float = 0.3
   span_mean: float = 3.0
+  # Whether a span of length 0 inserts a mask; otherwise it does nothing.
   insertions: bool = True
+  # A span becomes one mask (1), nothing (0) or one mask per token (-1). An insertion
+  # is always one mask.
   replace_length: int = 1
+  # Units are words rather than tokens. A few very long words can leave a source longer
+  # than the encoder; such a text gets spans of tokens instead (see `corrupt`).
   whole_words: bool = False
+  # Spans may overlap, as in fairseq. They then cover less than `infill_ratio`, and a
+  # span that begins inside another leaves no mask.
   overlap: bool = False
+  # Touching spans share a mask. Needs `overlap` and `replace_length` 1.
   merge_adjacent: bool = False
+  # Shares of single tokens masked, deleted, and of masks inserted at random places.
   mask_ratio: float = 0.0
   delete_ratio: float = 0.0
   insert_ratio: float = 0.0
+  # Probability that a mask becomes a random ordinary token.
   random_ratio: float = 0.0
+  # Probability that an example is rotated to begin at a random token.
   rotate_probability: float = 0.0
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.name.endswith(('_ratio', '_probability')) and not 0 <= value <= 1:
-        raise ValueError(
-          f'noise.Recipe.{field.name} is a share between 0 and 1. Got: {value}'
-        )
+    for name, value in dataclasses.asdict(self).items():
+      if name.endswith(('_ratio', '_probability')) and not 0 <= value <= 1:
+        raise ValueError(f'noise.Recipe.{name} must be between 0 and 1. Got: {value}')
     if self.span_mean < 1:
       raise ValueError(
         'noise.Recipe.span_mean must be at least 1: below, most spans are insertions '
@@ -96,8 +87,8 @@ class Recipe:
       )
     if self.replace_length not in (-1, 0, 1):
       raise ValueError(
-        'noise.Recipe.replace_length is 1 (one mask a span), 0 (none) or -1 (one a '
-        f'token). Got: {self.replace_length}'
+        'noise.Recipe.replace_length must be 1 (one mask per span), 0 (none) or -1 '
+        f'(one per token). Got: {self.replace_length}'
       )
     if self.merge_adjacent and not (self.overlap and self.replace_length == 1):
       raise ValueError(
@@ -107,46 +98,29 @@ class Recipe:
 
 
 class Noised(NamedTuple):
-  """What `corrupt` returns, for a clean text of n tokens.
+  """The result of `corrupt` for a clean text of n tokens."""
 
-  Attributes:
-    source: int32 [m], `<s>` … `</s>` with the noise in it.
-    target: int32 [n + 2], `<s>`, the clean text, `</s>`.
-    codes: int32 [n + 2], whether a target token is in the source: `COPIED` or
-      `INFILLED`, and `END` for the `</s>`.
-    references: int32 [m - 2], of the source's interior.
-    dropped: int32 scalar, interior elements of the source that found no room.
-    in_tokens: bool scalar, whether spans are of tokens although the recipe says words,
-      for those left a source that was too long.
-  """
-
-  source: tf.Tensor
-  target: tf.Tensor
-  codes: tf.Tensor
-  references: tf.Tensor
-  dropped: tf.Tensor
-  in_tokens: tf.Tensor
+  source: tf.Tensor  # int32 [m]: `<s>` … `</s>`, with the noise in it
+  target: tf.Tensor  # int32 [n + 2]: `<s>`, the clean text, `</s>`
+  codes: tf.Tensor  # int32 [n + 2]: COPIED or INFILLED, and END for the `</s>`
+  references: tf.Tensor  # int32 [m - 2]: of the source without `<s>` and `</s>`
+  dropped: tf.Tensor  # int32: source tokens cut off for lack of room
+  in_tokens: tf.Tensor  # bool: spans are of tokens although the recipe says words
 
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-  """What the noise needs to know of a vocabulary.
-
-  Attributes:
-    bos, eos, mask: ids of `<s>`, `</s>` and `<mask>`.
-    ordinary: int32 [v], the ids that may stand in for a mask.
-    word_start: bool [vocabulary], whether a token begins a word.
-  """
+  """The token ids that the noise uses."""
 
   bos: int
   eos: int
   mask: int
-  ordinary: np.ndarray
-  word_start: np.ndarray
+  ordinary: np.ndarray  # int32 [v]: ids that may replace a mask
+  word_start: np.ndarray  # bool [vocabulary]: whether a token begins a word
 
   @classmethod
   def of(cls, vocabulary) -> 'Ids':
-    """Of a `BartVocabulary`."""
+    """Reads the ids of a `BartVocabulary`."""
     ordinary = np.setdiff1d(
       np.arange(vocabulary.vocab_size, dtype=np.int32),
       np.asarray(vocabulary.special_ids, dtype=np.int32),
@@ -172,18 +146,14 @@ def corrupt(
 
   Args:
     tokens: int32 [n], ordinary ids, without `<s>` and `</s>`.
-    sentence_starts: int32 [s], where sentences begin: strictly increasing, the first
-      is 0 (none if n is 0).
+    sentence_starts: int32 [s], strictly increasing from 0 (empty if n is 0).
     seed: int64 [2].
-    recipe: what to do.
+    recipe: the noise.
     ids: of the vocabulary.
-    encoder_length: the most tokens that the source may have; None for any number. Of
-      a recipe with `whole_words`, a text whose source would be longer gets its noise
-      with tokens for units, from the same seed: `longest_source` bounds that. What
-      still has no room is left out before the `</s>` and counted in `dropped`.
-
-  Returns:
-    The source, the target, and how they hang together.
+    encoder_length: maximal length of the source; None for no limit. With
+      `whole_words`, a text whose source would be longer is noised again with tokens as
+      units, from the same seed; `longest_source` bounds that. Tokens that still have no
+      room are cut off before the `</s>` and counted in `dropped`.
   """
   refs = _noised(tokens, sentence_starts, seed, recipe, ids)
   in_tokens = tf.constant(False)
@@ -211,7 +181,7 @@ def _noised(
   recipe: Recipe,
   ids: Ids,
 ) -> tf.Tensor:
-  """References behind all of a recipe's transformations, int32 [m], however many."""
+  """Applies all transformations: references, int32 [m]."""
   refs = permuted(tf.size(tokens), sentence_starts, seed, recipe)
   if recipe.infill_ratio:
     starts = _word_starts(tokens, sentence_starts, refs, ids, recipe)
@@ -245,7 +215,7 @@ def _noised(
 def permuted(
   size: tf.Tensor, sentence_starts: tf.Tensor, seed: tf.Tensor, recipe: Recipe
 ) -> tf.Tensor:
-  """The references of `size` tokens behind the first step, int32 [size]."""
+  """The references of `size` tokens after sentence permutation, int32 [size]."""
   if not recipe.permute_ratio:
     return tf.range(1, size + 1)
   order = permute_sentences(
@@ -266,15 +236,10 @@ def span_lengths(
   ids: Ids,
   in_tokens: tf.Tensor | bool = False,
 ) -> tf.Tensor:
-  """The lengths that `corrupt` draws for the same arguments, for statistics.
+  """The span lengths that `corrupt` draws for the same arguments, int32 [k].
 
-  Args:
-    tokens, sentence_starts, seed, recipe, ids: as for `corrupt`.
-    in_tokens: what it said, see `Noised`.
-
-  Returns:
-    int32 [k], in units: words with `whole_words` and not `in_tokens`, else tokens; 0 is
-    an insertion. Empty without infilling.
+  They are in words with `whole_words` (unless `corrupt` returned `in_tokens`), else in
+  tokens; 0 is an insertion.
   """
   if not recipe.infill_ratio:
     return tf.zeros([0], tf.int32)
@@ -300,11 +265,10 @@ def _assemble(
   in_tokens: tf.Tensor,
 ) -> Noised:
   target = tf.concat([[ids.bos], tokens, [ids.eos]], 0)
-  # A new token's reference is no position: it stands for any, here that of `<s>`.
+  # A new token's reference is not a position; any will do, here that of `<s>`.
   clean = tf.gather(target, tf.maximum(refs, 0))
   source = tf.concat([[ids.bos], tf.where(refs > 0, clean, -refs), [ids.eos]], 0)
-  # Each position is in the source once or not at all. Those of new tokens, which are
-  # negative, do not count.
+  # Each position occurs once or not at all; negative ones, of new tokens, don't count.
   copies = sums_at(refs - 1, tf.ones_like(refs), tf.size(tokens))
   codes = INFILLED - copies  # COPIED where there is one
   codes = tf.concat([[COPIED], codes, [END]], 0)
@@ -321,20 +285,12 @@ def permute_sentences(
   ratio: float,
   last: bool = True,
 ) -> tf.Tensor:
-  """Shuffles `ceil(ratio · s)` of the s sentences among themselves.
+  """Shuffles `ceil(ratio · s)` of s sentences among themselves.
 
-  The chosen sentences fall on one another's places in an order drawn from all orders,
-  fixed points included.
-
-  Args:
-    size: int32 scalar n, tokens of the text.
-    sentence_starts: int32 [s].
-    seed: int64 [2].
-    ratio: share of the sentences, above 0.
-    last: whether the last sentence takes part.
+  All orders of the chosen sentences are equally likely, fixed points included.
 
   Returns:
-    int32 [n]: for each place the index of the token that comes there.
+    int32 [size]: for each place the index of the token that moves there.
   """
   count = tf.size(sentence_starts)
   movable = count if last else tf.maximum(count - 1, 0)
@@ -360,7 +316,7 @@ def _word_starts(
   ids: Ids,
   recipe: Recipe,
 ) -> tf.Tensor | None:
-  """Where words begin in the (permuted) text; None if units are tokens."""
+  """Word starts in the (permuted) text; None if units are tokens."""
   if not recipe.whole_words:
     return None
   # A sentence begins a word, with or without a space before it.
@@ -408,7 +364,7 @@ def randomize_masks(
 
 
 def rotate(refs: tf.Tensor, seed: tf.Tensor, probability: float) -> tf.Tensor:
-  """With a probability, makes the text begin at a random one of its elements."""
+  """With a probability, rotates the text to begin at a random element."""
   uniform = uniform_draws(2, seed)
   size = tf.size(refs)
   begin = tf.cast(uniform[1] * tf.cast(size, tf.float32), tf.int32)
@@ -427,19 +383,19 @@ def _choose_clean(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
 
 
 def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
-  """The encoder length that a recipe needs, by trying.
+  """Estimates the encoder length that a recipe needs, by simulation.
 
-  Units are taken as tokens. Spans of words mostly cover more; a text of which they
-  cover so little that it would not fit is given spans of tokens by `corrupt`.
+  Units are taken as tokens: spans of words mostly cover more, and `corrupt` falls back
+  to tokens where they cover too little.
 
   Args:
     recipe: the noise.
     length: of the clean piece with `<s>` and `</s>`.
-    draws: how often to try.
+    draws: number of simulated examples.
 
   Returns:
-    A length, with `<s>` and `</s>`: the longest seen, or six standard deviations above
-    the mean if that is more; about one piece in a hundred million is longer.
+    A length with `<s>` and `</s>`: the longest seen, or six standard deviations above
+    the mean if that is more. About one piece in a hundred million is longer.
   """
   recipe = dataclasses.replace(
     recipe, permute_ratio=0, whole_words=False, random_ratio=0, rotate_probability=0

@@ -1,13 +1,13 @@
-"""Where Norwegian sentences begin, bokmål and nynorsk, as offsets into the text.
+"""Norwegian sentence boundaries, bokmål and nynorsk, as offsets into the text.
 
-The text is never changed: cut at the offsets and joined again it is the same, for the
-white space before a sentence belongs to that sentence.
+The text is never changed: a sentence includes the white space before it, so the pieces
+add up to the text.
 
-Rules rather than a model: a stop ends a sentence unless what stands before it
-(abbreviation, ordinal, initial, the number of a heading) or behind it (a small letter)
-says otherwise. Measured on the 300 cases written by hand in tests/data/sentences_no.tsv
-(62 of them nynorsk) by benchmarks/sentences.py: boundaries right, and cases without a
-fault, of all and of the nynorsk ones.
+Rules rather than a model: a stop ends a sentence unless what comes before it (an
+abbreviation, ordinal, initial, heading number) or after it (a lower-case letter) says
+otherwise. Boundaries, and cases without an error (all / nynorsk), on the 300
+hand-written cases of tests/data/sentences_no.tsv (62 in nynorsk), by
+benchmarks/sentences.py:
 
     method                                      precision  recall    F1  cases  nynorsk
     a regular expression: [.!?], white space        0.465   0.870 0.606  45.3%    48.4%
@@ -22,14 +22,14 @@ fault, of all and of the nynorsk ones.
     these rules, before they had seen the cases     0.978   0.984 0.981  97.7%
     these rules                                     1.000   1.000 1.000   100%     100%
 
-The last line is no estimate, the rules were mended on these cases; the one before is a
-kind one, since rules and cases have the same author. In running text the faults that
-remain are mostly headings without a stop that run into what follows ("Kapittel 2 § 4").
+The last row is on the tuning set; the row above is optimistic (same author). In running
+text most remaining errors are headings without a stop that run into the next sentence
+("Kapittel 2 § 4").
 """
 
 import re
 
-# Abbreviations that want a continuation: what follows belongs to the same sentence.
+# Abbreviations that need a continuation: what follows belongs to the same sentence.
 _BINDING = frozenset(
   """
   adm. adr. alm. ang. ank. anm. ann. apr. arr. art. asst. aug. avd. avg. avl. bd.
@@ -47,12 +47,12 @@ _BINDING = frozenset(
   vs. årg. årh. øv.
   """.split()
 )
-# Those of them that are words too, and then end a sentence as any word does.
+# Those that are also words, and then can end a sentence.
 _ALSO_WORDS = frozenset(
   'ann. art. eks. el. fork. ing. komm. maks. off. par. pres. red. ref. res. sp. '
   'tab.'.split()
 )
-# Abbreviations that may stand last: they end a sentence before a capital letter.
+# Abbreviations that may come last: they end a sentence before a capital letter.
 _CLOSING = frozenset(
   """
   a.m. a.s. cm. co. corp. d.d. d.e. d.y. d.å. daa. e.kr. e.l. e.m. em. etc. f.kr. f.m.
@@ -65,13 +65,13 @@ _MONTHS = frozenset(
   'januar februar mars marts april mai maj juni juli august september oktober october '
   'november desember december'.split()
 )
-# Nouns that an ordinal stands before, with a capital letter.
+# Capitalised nouns that follow an ordinal.
 _ORDINAL_NOUNS = frozenset(
   'divisjon johannesbrev juledag kongebok korinterbrev krønikebok mosebok mosebog '
   'petersbrev påskedag pinsedag samuelsbok tessalonikerbrev timoteusbrev verdenskrig '
   'verdskrig'.split()
 )
-# Words that, with a capital letter, begin a sentence far more often than a name.
+# Capitalised words that begin a sentence far more often than a name.
 _STARTERS = frozenset(
   """
   Alle Allerede Alt Andre At Av Bare Begge Berre Både Da De Dei Den Denne Der Deretter
@@ -83,15 +83,15 @@ _STARTERS = frozenset(
   Siden Sjå Sjølv Skal Slik Slike Som Så Til Tross Under Utan Uten Ved Vi Vil Vår Våre
   """.split()
 )
-# What a paragraph sign stands behind where it refers to a paragraph, and does not
-# head one: "etter § 4", "veglova § 4", "første ledd, § 4".
+# Words before a section sign that refers to a section rather than heading one:
+# "etter § 4", "veglova § 4", "første ledd, § 4".
 _REFERENCE = re.compile(
   r'.*(?:[,;(/]|lov(?:en|a|as|ens)?|forskrift(?:en|a|ens)?|konvensjonen)|\d+|jfr?\.|cf\.|'
   r'alle|av|både|eller|enn|er|etter|for|fra|frå|før|gjelder|gjeld|i|med|mot|når|og|'
   r'om|også|på|samt|se|sjå|som|til|under|ved|ledd|første|andre|annet|tredje|ny|nye',
   re.IGNORECASE,
 )
-# What may stand before a number at the head of a heading: "§ 4. Om …".
+# The number of a heading, with what may precede it: "§ 4. Om …".
 _HEADING = re.compile(
   r'\s*(?:[«"(\[]\s*)?'
   r'(?:(?:§§?|kapittel|kapitel|kap\.|artikkel|art\.|del|punkt|pkt\.|nr\.|vedlegg|bok|'
@@ -101,16 +101,16 @@ _HEADING = re.compile(
 )
 _CLOSERS = '»"”“’\')\\]'
 _OPENERS = '«"“”„‘\'(\\['
-# A stop that white space follows, or the last character of a line without one.
-# (A run of stops is looked at once, not from each of its stops: it may be long.)
+# A stop followed by white space, or the last character of a line without a stop.
+# (Possessive: a long run of stops is scanned once, not from each of its stops.)
 _CANDIDATE = re.compile(
   rf'(?<![.!?…])[.!?…]++[{_CLOSERS}]*+(?=\s)|[^\s.!?…](?=[^\S\n]*+\n)'
 )
-# White space, then what may open a sentence, then its first telling character.
+# White space, then what may open a sentence, then its first word or character.
 _NEXT = re.compile(rf'(\s++)((?:[{_OPENERS}]|[–—•*·-]++\s*+)*+)(\w++|§|\S)')
 _BLANK_LINE = re.compile(r'\n[^\S\n]*\n')
 _LIST_ITEM = re.compile(r'[•*·–—-]|\d+[.)]|[a-zæøå]\)|§')
-# A line that ends like this goes on in the next.
+# A line that ends with one of these continues on the next line.
 _OPEN_ENDS = frozenset(
   'og i på til av for med som at er den det de en et ei ein eit om ved fra frå hos mot '
   'eller men å der når hvis dersom etter før under over mellom mr dr herr fru'.split()
@@ -118,25 +118,17 @@ _OPEN_ENDS = frozenset(
 
 
 def sentence_starts(text: str) -> list[int]:
-  """Offsets, in characters, at which the text's sentences begin.
+  """Character offsets at which sentences begin: strictly increasing from 0.
 
-  A sentence begins where the one before it ends, so with the white space between them.
-  Blank lines and the beginnings of list items end a sentence too, also one without a
-  full stop.
-
-  Args:
-    text: one document.
-
-  Returns:
-    Strictly increasing offsets, the first 0; empty where the text holds no more than
-    white space.
+  Blank lines and the beginnings of list items end a sentence too, even without a stop.
+  Empty where the text is all white space.
   """
   if not text or text.isspace():
     return []
   starts = [0]
   for match in _CANDIDATE.finditer(text):
     following = _NEXT.match(text, match.end())
-    if following is None:  # nothing but white space is left
+    if following is None:  # only white space is left
       break
     if _ends(text, starts[-1], match, following):
       starts.append(match.end())
@@ -144,10 +136,7 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def split_sentences(text: str) -> list[str]:
-  """The text cut at `sentence_starts`; `''.join` gives it back.
-
-  White space alone is one piece, so that nothing is lost.
-  """
+  """Cuts text at `sentence_starts`. All white space is one piece: nothing is lost."""
   starts = sentence_starts(text) or ([0] if text else [])
   return [text[a:b] for a, b in zip(starts, [*starts[1:], None])]
 
@@ -163,7 +152,7 @@ def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
     if stop[0] not in '.!?…':
       return _line_ends(text, start, match.end(), following)
   if word[0].islower():
-    # An item of a list, its letter small; but not the rest of what someone says.
+    # A list item in lower case; but not the rest of a quotation.
     return new_line and bool(opener) and opener[0] in '•*·-–'
   if not (word[0].isalnum() or word[0] == '§'):
     return False
@@ -173,7 +162,7 @@ def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
 
 
 def _line_ends(text: str, start: int, end: int, following: re.Match) -> bool:
-  """Whether a line without a stop is a sentence: a heading, an item of a list."""
+  """Whether a line without a stop is a sentence: a heading or list item."""
   if _LIST_ITEM.match(text, following.start(2)):
     return True
   if not following.group(3)[0].isupper() or text[end - 1] in ',;-–':
@@ -183,21 +172,14 @@ def _line_ends(text: str, start: int, end: int, following: re.Match) -> bool:
 
 
 def _full_stop_ends(text: str, start: int, end: int, following: re.Match) -> bool:
-  """Whether a single full stop, just before `end`, is the end of its sentence.
-
-  Args:
-    text: the document.
-    start: where the sentence began.
-    end: offset behind the full stop.
-    following: of `_NEXT`: a word that begins with a capital letter, a digit or §.
-  """
+  """Whether a single full stop just before `end` ends the sentence begun at `start`."""
   _, opener, word = following.groups()
   words = text[max(start, end - 60) : end].split()
   last = words[-1].lstrip('«"“”„‘\'([–—-')
   before = words[-2] if len(words) > 1 else ''
   bare = last[:-1]
   if end - start < 40:
-    # The number or letter that a heading or an item of a list begins with.
+    # The number or letter of a heading or list item.
     heading = _HEADING.match(text, start, end)
     if heading and heading.end() == end:
       return False
@@ -212,7 +194,7 @@ def _full_stop_ends(text: str, start: int, end: int, following: re.Match) -> boo
 
 
 def _number_ends(number: str, before: str, opener: str, word: str) -> bool:
-  """Whether "17." ends a sentence, or is the ordinal number of what follows."""
+  """Whether "17." ends a sentence rather than being an ordinal."""
   if len(number) > 2 or opener:
     return True
   if word.lower() in _MONTHS or word.lower() in _ORDINAL_NOUNS:
@@ -223,7 +205,7 @@ def _number_ends(number: str, before: str, opener: str, word: str) -> bool:
 
 
 def _word_ends(last: str, word: str) -> bool:
-  """Whether the full stop of `last` ends a sentence, or only abbreviates it."""
+  """Whether the full stop of `last` ends a sentence rather than abbreviating."""
   number_follows = word[0].isdigit()
   parts = last[:-1].split('.')
   if len(parts) > 1 and parts[0].isalpha() and len(parts[0]) == 1:
@@ -236,5 +218,5 @@ def _word_ends(last: str, word: str) -> bool:
     return lower in _ALSO_WORDS and word in _STARTERS
   if len(parts[0]) == 1 and len(parts) == 1:  # "bokstav a."
     return not number_follows
-  # Storgt. 5: streets are abbreviated as they please.
+  # Storgt. 5: street names have abbreviations of their own.
   return not (number_follows and lower.endswith('gt.'))

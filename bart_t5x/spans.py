@@ -1,9 +1,9 @@
-"""Text infilling: which spans of a text a mask stands for (arXiv 1910.13461, 2.2).
+"""Text infilling: covers spans of a text by masks (arXiv 1910.13461, section 2.2).
 
-Spans cover a share of the units, tokens or words, of a text; each becomes one `<mask>`
-(or none, or one a token), and one of length 0 inserts a `<mask>`. The texts are vectors
-of references, see `noise`. Draws are made apart from the placing, so that a test can
-give the same draws to a reference implementation.
+Spans cover a share of a text's units (tokens or words). Each becomes one `<mask>` (or
+none, or one per token), and one of length 0 inserts a `<mask>`. Texts are vectors of
+references, see `noise`. Drawing is separate from placing, so that tests can give the
+same draws to a reference implementation.
 """
 
 import math
@@ -29,8 +29,8 @@ def infill(
 
   Args:
     refs: int32 [n].
-    unit_starts: int32 [u], where units (words) begin, the first at 0; None if each
-      element is a unit.
+    unit_starts: int32 [u], first indices of units (words), from 0; None if each element
+      is a unit.
     seed: int64 [2].
     mask: id of `<mask>`.
     ratio: share of the units.
@@ -66,14 +66,10 @@ def infill(
 def draw_spans(
   units: tf.Tensor, seed: tf.Tensor, ratio: float, mean: float, insertions: bool
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """Draws what `infill` needs for k spans.
-
-  Args:
-    units: int32 scalar, how many there are.
-    seed, ratio, mean, insertions: as for `infill`.
+  """Draws k spans for `infill`.
 
   Returns:
-    int32 [k + 1], running sums of the spans' lengths from 0; float32 [k], for the
+    int32 [k + 1], cumulative span lengths from 0; float32 [k], uniform draws for the
     places of spans that do not overlap.
   """
   budget = ceil_share(ratio, units)
@@ -85,17 +81,17 @@ def draw_spans(
 
 
 def span_edges(uniform: tf.Tensor, budget: tf.Tensor, mean: float) -> tf.Tensor:
-  """Poisson span lengths, drawn until their sum reaches the budget.
+  """Draws Poisson span lengths until their sum reaches the budget.
 
-  The span that crosses the budget is clipped, so the sum is exact.
+  The last span is clipped, so the sum is exact.
 
   Args:
-    uniform: float32 [d] in [0, 1), a draw a span; more than will be needed.
+    uniform: float32 [d] in [0, 1), one draw per span; more than will be needed.
     budget: int32 scalar, units to cover.
     mean: of the Poisson distribution.
 
   Returns:
-    int32 [k + 1]: running sums of the k lengths, from 0 to `budget`.
+    int32 [k + 1]: cumulative sums of the k lengths, from 0 to `budget`.
   """
   lengths = tf.raw_ops.Bucketize(input=uniform, boundaries=_poisson_cdf(mean))
   before = tf.cumsum(lengths, exclusive=True)
@@ -104,17 +100,10 @@ def span_edges(uniform: tf.Tensor, budget: tf.Tensor, mean: float) -> tf.Tensor:
 
 
 def span_gaps(uniform: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
-  """Where spans go: for each one the number of kept units before it.
+  """Places spans: for each one the number of kept units before it, int32 [k], sorted.
 
-  Each of the `kept + 1` gaps is equally likely for each span. Spans in one gap are
-  adjacent and stay apart: each leaves its own mask.
-
-  Args:
-    uniform: float32 [k] in [0, 1).
-    kept: int32 scalar, units that no span covers.
-
-  Returns:
-    int32 [k], sorted.
+  Each of the `kept + 1` gaps is equally likely for each span. Spans in the same gap are
+  adjacent but stay apart: each leaves its own mask.
   """
   falling = tf.math.top_k(uniform, tf.size(uniform)).values
   return kept - tf.cast(falling * tf.cast(kept + 1, tf.float32), tf.int32)
@@ -137,8 +126,8 @@ def replace_spans(
   else:
     masks = tf.maximum(lengths, 1)
     most = tf.maximum(tf.reduce_max(lengths), 1)
-  # Masks lie ready behind the text. Then the result is stretches of the two by turns:
-  # what is kept before a span, and its masks; at last what is kept behind all spans.
+  # Append masks to the text. The result then alternates ranges of the two: the kept
+  # elements before a span, and its masks; in the end, the elements after all spans.
   ready = tf.concat([refs, tf.fill([most], -mask)], 0)
   size = tf.shape(refs)
   behind = tf.zeros_like(ends) + size
@@ -158,7 +147,7 @@ def _replace_overlapping(
 ) -> tf.Tensor:
   """Replaces spans [begins, ends) with distinct begins, in any order."""
   size = tf.size(refs)
-  # How many spans cover each element.
+  # Number of spans that cover each element.
   ones = tf.ones_like(begins)
   begun = sums_at(begins, ones, size + 1)
   cover = tf.cumsum(begun - sums_at(ends, ones, size + 1))[:size]
@@ -176,7 +165,7 @@ def _replace_overlapping(
 
 
 def insert_at(refs: tf.Tensor, gaps: tf.Tensor, mask: int) -> tf.Tensor:
-  """Inserts a mask after each of so many elements (int32 [k], sorted)."""
+  """Inserts a mask after each given number of elements (int32 [k], sorted)."""
   return replace_spans(refs, gaps, gaps, 1, mask)
 
 
@@ -189,27 +178,24 @@ def uniform_draws(count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
 
 
 def uniform_pairs(count: tf.Tensor, seed: tf.Tensor) -> list[tf.Tensor]:
-  """Two vectors, the halves of `uniform_draws(2 * count, seed)`."""
+  """The two halves of `uniform_draws(2 * count, seed)`."""
   return tf.unstack(_uniform(tf.stack([2, count]), seed))
 
 
 def _uniform(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-  """The raw op: a quarter of the public one's cost."""
+  # The raw op takes a quarter of the time of tf.random.stateless_uniform.
   return tf.raw_ops.StatelessRandomUniform(shape=shape, seed=seed, dtype=tf.float32)
 
 
 def ceil_share(ratio: float, count: tf.Tensor) -> tf.Tensor:
-  """`ceil(ratio · count)` as on paper, for an int32 tensor.
-
-  In floating point 0.07 · 100 is 7.000000000000001; here it is 7.
-  """
+  """`ceil(ratio · count)` of an int32 tensor, where 0.07 · 100 is 7 exactly."""
   if ratio == 1:
     return count
   return tf.cast(tf.math.ceil(tf.cast(count, tf.float64) * ratio - 1e-9), tf.int32)
 
 
 def _poisson_cdf(mean: float) -> list[float]:
-  """P(X ≤ 0), P(X ≤ 1) … until the tail is below float32's resolution."""
+  """P(X ≤ 0), P(X ≤ 1) …, until the tail is below float32's resolution."""
   total, term, cdf = 0.0, math.exp(-mean), []
   for k in range(1, 10_000):
     total += term
@@ -221,9 +207,9 @@ def _poisson_cdf(mean: float) -> list[float]:
 
 
 def _most_draws(budget: tf.Tensor, mean: float) -> tf.Tensor:
-  """Span lengths to draw so that their sum reaches the budget, beyond doubt.
+  """A number of span lengths whose sum is certain to reach the budget.
 
-  Their expected sum is at least 2 · budget + 40; it falls short of the budget with a
-  probability below 1e-17 (and `span_edges` then lengthens the last span).
+  Their expected sum is at least 2 · budget + 40; the probability of falling short is
+  below 1e-17 (`span_edges` then lengthens the last span).
   """
   return (2 * budget + 40) // math.floor(mean) + 1

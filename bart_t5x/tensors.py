@@ -1,38 +1,38 @@
-"""Small TensorFlow functions on vectors, for what runs inside `tf.data`.
+"""Small TensorFlow functions on vectors, for use inside `tf.data`.
 
-They take fewer operations than their public likes, or fewer that copy: at some hundred
-microseconds an example, those are what is paid for.
+They take fewer operations, or copy less, than their public counterparts: an example's
+noise takes some hundred microseconds, most of it the fixed cost of operations.
 """
 
 from collections.abc import Callable
 
 import tensorflow as tf
 
-# Keeps a function from AutoGraph, which looks through all that it calls for `if` and
-# `for` over tensors. There are none here, and looking took most of a run's first ten
-# seconds.
+# Without it, AutoGraph searches a function and all its callees for `if` and `for` over
+# tensors. There are none, and the search took most of a run's first ten seconds.
 do_not_convert = tf.autograph.experimental.do_not_convert
 
 
 def joined_ranges(begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
-  """The numbers of the ranges [begins, ends) after each other, int32 [k] each."""
+  """Concatenates the ranges [begins, ends), int32 [k] each."""
   return tf.raw_ops.RaggedRange(
     starts=begins, limits=ends, deltas=1, Tsplits=tf.int32
   ).rt_dense_values
 
 
 def select(values: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
-  """The values for which `chosen` holds: `tf.boolean_mask` in fewer operations."""
+  """The values for which `chosen` is true (`tf.boolean_mask`)."""
   return tf.gather(values, places(chosen))
 
 
 def places(chosen: tf.Tensor) -> tf.Tensor:
-  """Where `chosen` [n] holds, int64 [k]. (A reshape copies nothing, a slice does.)"""
+  """Indices at which `chosen` [n] is true, int64 [k]."""
+  # A reshape copies nothing, a slice does.
   return tf.reshape(tf.where(chosen), [-1])
 
 
 def sums_at(places: tf.Tensor, values: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-  """A vector of `size` zeros with values added at places; negative places are none."""
+  """Zeros [size] with values added at places; negative places are ignored."""
   return tf.math.unsorted_segment_sum(values, places, size)
 
 
@@ -42,11 +42,11 @@ def replace_if(
   function: Callable[..., tf.Tensor],
   arguments: tuple[tf.Tensor, ...],
 ) -> tf.Tensor:
-  """`function(*arguments)` where the condition holds, else the values, int32 [n].
+  """`function(*arguments)` if the condition is true, else `values`, int32 [n].
 
-  For what is rare: `tf.cond` would be dissolved in the graph around it, and then each
-  operation there, run or not, has its part in the control flow (a seventh of the
-  noise's time). The raw op calls a function, or does not.
+  Cheap where the condition is rarely true. `tf.cond` would be inlined, and each of its
+  operations then takes part in the control flow, run or not: a seventh of the noise's
+  time. The raw op calls a function, or does not.
   """
   if tf.executing_eagerly():
     return tf.cond(condition, lambda: function(*arguments), lambda: values)

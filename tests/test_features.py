@@ -247,7 +247,7 @@ def test_longer_examples_than_the_rows_are_refused():
 def test_codes_that_are_not_one_for_each_target_are_refused():
   made = examples(20)
   made[7]['targets_noised'] = made[7]['targets_noised'][1:]
-  with pytest.raises(tf.errors.InvalidArgumentError, match='differ in length'):
+  with pytest.raises(tf.errors.InvalidArgumentError, match='same length'):
     converted(made, {'inputs': 64, 'targets': 64})
 
 
