@@ -1,18 +1,17 @@
-"""Shows what a task makes of its data: examples, packed rows, and the noise applied.
+"""Shows what a task makes of its data: examples, packed rows, and statistics.
 
     python -m bart_t5x.inspect --task=norwegian_denoising_mini --num_examples=5
 
-Denoising tasks are taken apart: which span each mask stands for, which sentences
-changed places, what was inserted. Of other tasks the texts and their ids are shown. A
-table at the end sums up: the share that was masked, span lengths beside the Poisson
-distribution, padding, tokens that were cut off. Of a mixture each task is shown, with
-as many examples as its rate allows, and the rows that they share.
+Of denoising tasks it shows what each mask stands for, which sentences were moved and
+what was inserted; of other tasks the texts and their ids. A table at the end sums up:
+the share of masked tokens, span lengths next to the Poisson distribution, padding, and
+tokens that were cut off. Of a mixture each task is shown, with as many examples as its
+rate allows, and the rows that they share.
 """
 
 import argparse
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 import os
@@ -25,9 +24,8 @@ from bart_t5x.cli import UsageError
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _DEFAULT_GIN = os.path.join(_ROOT, 'gin', 'denoising.gin')
-
-_BAR_WIDTH = 40
 _CODES = {'mask': '33', 'new': '31', 'moved': '36', 'infilled': '32', 'faint': '2'}
+_BAR_WIDTH = 120
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,14 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     '--num_summed',
     type=int,
     default=1000,
-    help='examples of which the table is made (default: 1000)',
+    help='examples that the table sums up (default: 1000)',
   )
   add(
     '--inputs_length',
     type=int,
     default=1024,
-    help='default: 1024. Noise shortens long texts, but may lengthen short ones: '
-    'targets under some 60 tokens need inputs longer than they are',
+    help='default: 1024. Noise shortens long texts, but can lengthen short ones: '
+    'targets under some 60 tokens need longer inputs',
   )
   add('--targets_length', type=int, default=1024, help='default: 1024')
   add(
@@ -66,20 +64,19 @@ def _parser() -> argparse.ArgumentParser:
     '--cache_dir',
     action='append',
     default=[],
-    help='folder in which to look for it; may be repeated',
+    help='folder with such caches; may be repeated',
   )
   add('--seed', type=int, default=0, help='of noise and order (default: 0)')
   add(
     '--gin_file',
     action='append',
-    default=None,
     help='noise recipe, gin/noise/….gin; may be repeated (default: gin/denoising.gin)',
   )
   add(
     '--module',
     action='append',
-    default=[],
-    help='module that registers the task, beside `tasks`; may be repeated',
+    default=['tasks'],
+    help='module that registers the task, besides `tasks`; may be repeated',
   )
   add(
     '--color',
@@ -90,8 +87,15 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+def wants_color(choice: str, terminal: bool) -> bool:
+  """Decides on 'auto' by https://no-color.org."""
+  if choice != 'auto':
+    return choice == 'always'
+  return terminal and not os.environ.get('NO_COLOR')
+
+
 class Painter:
-  """Marks text by colour, or by brackets where there is none."""
+  """Marks text by colour, or by brackets without colour."""
 
   def __init__(self, color: bool):
     self._color = color
@@ -108,15 +112,15 @@ class Painter:
 def spans_of(
   references: Sequence[int], permuted: Sequence[int]
 ) -> Iterator[tuple[list[int], list[int]]]:
-  """The new tokens between kept ones, and the positions that are missing there.
+  """Pairs new tokens with the clean positions that they replace.
 
   Args:
     references: of a source, see `noise`.
-    permuted: the clean positions as the permutation has put them.
+    permuted: clean positions in the order after permutation.
 
   Yields:
-    Pairs (ids of new tokens, clean positions missing at this place). Where spans touch,
-    several new tokens stand for all of the positions together.
+    (ids of new tokens, clean positions missing there). Where spans touch, several new
+    tokens stand for all of the positions together.
   """
   place = {position: i for i, position in enumerate(permuted)}
   new, at = [], 0
@@ -131,7 +135,6 @@ def spans_of(
 
 
 def _unrotated(references: Sequence[int], place: Mapping[int, int]) -> Sequence[int]:
-  """References that begin with the text's beginning, however they were rotated."""
   last = -1
   for i, reference in enumerate(references):
     if reference > 0:
@@ -142,18 +145,13 @@ def _unrotated(references: Sequence[int], place: Mapping[int, int]) -> Sequence[
 
 
 def sentence_order(permuted: Sequence[int], starts: Sequence[int]) -> list[int]:
-  """Numbers of the sentences, from 0, as the permutation has put them.
-
-  Args:
-    permuted: clean positions, from 1.
-    starts: token offsets, from 0, at which sentences begin.
-  """
+  """Numbers of the sentences, from 0, in the order after permutation."""
   number = {start + 1: i for i, start in enumerate(starts)}
   return [number[position] for position in permuted if position in number]
 
 
 def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
-  """What became of one document's piece."""
+  """Shows a traced denoising example."""
   target = example['targets'].tolist()
   references = example['references'].tolist()
   permuted = example['permuted'].tolist()
@@ -162,20 +160,23 @@ def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
   def text(positions):
     return vocabulary.decode([target[p] for p in positions])
 
-  source = [_run(*run, vocabulary, paint) for run in _runs(references, target)]
-  clean = [
-    paint('infilled', text(run)) if code == 2 else text(run)
-    for code, run in _grouped(range(1, len(target) - 1), example['targets_noised'])
-  ]
-  lines = [
-    paint(
-      'faint',
-      f'document {example["example_id"]}, piece {example["piece"]}, epoch '
-      f'{example["epoch"]}: {len(target)} tokens, source {len(references) + 2}',
-    ),
-    '  target  ' + ''.join(clean),
-    '  source  ' + ''.join(source),
-  ]
+  def new_token(token):
+    if token == vocabulary.mask_id:
+      return paint('mask', '<mask>')
+    return paint('new', vocabulary.decode([token]))
+
+  clean = ''
+  codes = example['targets_noised']
+  for code, run in itertools.groupby(range(1, len(target) - 1), lambda p: codes[p]):
+    clean += paint('infilled', text(run)) if code == 2 else text(run)
+  source = ''
+  for kept, run in itertools.groupby(references, lambda reference: reference > 0):
+    source += text(run) if kept else ''.join(new_token(-r) for r in run)
+  title = (
+    f'document {example["example_id"]}, piece {example["piece"]}, epoch '
+    f'{example["epoch"]}: {len(target)} tokens, source {len(references) + 2}'
+  )
+  lines = [paint('faint', title), f'  target  {clean}', f'  source  {source}']
   if sentences != sorted(sentences):
     numbers = ' '.join(str(s + 1) for s in sentences)
     lines.append('  order   ' + paint('moved', f'sentences {numbers}'))
@@ -190,36 +191,11 @@ def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
   return lines
 
 
-def _runs(references, target) -> Iterator[tuple[str, list[int]]]:
-  """Source tokens in runs of one kind: kept, mask or another new one."""
-
-  def kind(reference):
-    return 'kept' if reference > 0 else 'new'
-
-  for name, group in itertools.groupby(references, kind):
-    yield name, [target[r] if r > 0 else -r for r in group]
-
-
-def _run(kind: str, ids: list[int], vocabulary, paint: Painter) -> str:
-  if kind == 'kept':
-    return vocabulary.decode(ids)
-  mask = vocabulary.mask_id
-  return ''.join(
-    paint('mask', '<mask>') if i == mask else paint('new', vocabulary.decode([i]))
-    for i in ids
-  )
-
-
-def _grouped(positions, codes) -> Iterator[tuple[int, list[int]]]:
-  for code, group in itertools.groupby(positions, lambda p: int(codes[p])):
-    yield code, list(group)
-
-
-# Other tasks.
+# Other tasks, and rows.
 
 
 def text_lines(example: Mapping, features: Mapping, number: int) -> list[str]:
-  """Texts and ids of an example of any task."""
+  """Shows the texts and ids of any example."""
   lines = [f'example {number}']
   for name, feature in features.items():
     if name not in example:
@@ -239,11 +215,8 @@ def text_lines(example: Mapping, features: Mapping, number: int) -> list[str]:
   return lines
 
 
-# Rows.
-
-
 def row_lines(row: Mapping, vocabulary, number: int) -> list[str]:
-  """What is packed with what."""
+  """Shows which examples share a packed row."""
   lines = []
   segments = row['decoder_segment_ids']
   for segment in range(1, int(segments.max()) + 1):
@@ -251,146 +224,116 @@ def row_lines(row: Mapping, vocabulary, number: int) -> list[str]:
     source = int((row['encoder_segment_ids'] == segment).sum())
     begin = vocabulary.decode(ids[:12].tolist())
     lines.append(f'  {len(ids):5} targets, {source:5} inputs  {begin!r} …')
-  slots = segments.size
   full = int((segments > 0).sum())
-  head = f'row {number}: {len(lines)} examples, {full:,} of {slots:,} target slots'
-  return [head, *lines]
+  head = f'row {number}: {len(lines)} examples, {full:,} of {segments.size:,} '
+  return [head + 'target slots', *lines]
 
 
 # The table.
 
 
-def summary_lines(examples: Sequence[Mapping], rows: Sequence[Mapping], recipe):
-  """The noise actually applied, and how full the rows are.
+@dataclasses.dataclass
+class View:
+  """One task: its examples as dicts of numpy arrays (traced if it denoises)."""
 
-  Args:
-    examples: of a denoising task, traced; or of any other one.
-    rows: packed model features.
-    recipe: the noise, or None.
+  task: Any
+  examples: list[Mapping]
+  shown: int  # number of examples to show
+  recipe: Any = None  # the noise, if it denoises
 
-  Returns:
-    Lines of text.
-  """
-  lines = [f'{"examples":28} {len(examples):>10,}']
 
-  def add(label, value):
-    lines.append(f'{label:28} {value:>10}')
+def _table_row(label: str, value: str, note: str = '') -> str:
+  return f'{label:28} {value:>10}' + (f'  ({note})' if note else '')
 
+
+def summary_lines(view: View, rows: Sequence[Mapping]) -> list[str]:
+  """The table: lengths, padding, and the noise applied."""
+  examples = view.examples
+  lines = [_table_row('examples', f'{len(examples):,}')]
   for name in ('inputs', 'targets'):
     sizes = [len(e[name]) for e in examples if name in e and e[name].ndim == 1]
     if sizes:
-      add(f'{name}, mean length', f'{sum(sizes) / len(sizes):.1f}')
-      add(f'{name}, longest', f'{max(sizes):,}')
+      lines.append(_table_row(f'{name}, mean length', f'{sum(sizes) / len(sizes):.1f}'))
+      lines.append(_table_row(f'{name}, longest', f'{max(sizes):,}'))
   for side in ('encoder', 'decoder'):
     key = f'{side}_segment_ids'
     slots = sum(row[key].size for row in rows)
     if slots:
       used = sum(int((row[key] > 0).sum()) for row in rows)
-      add(f'padding, {side}', f'{1 - used / slots:.2%}')
-  if recipe is None:
-    cut = [v for e in examples for k, v in e.items() if k.endswith('_truncated')]
-    add('tokens cut off', f'{sum(map(int, cut)):,}')
-    return lines
-  return lines + noise_lines(examples, recipe)
+      lines.append(_table_row(f'padding, {side}', f'{1 - used / slots:.2%}'))
+  if view.recipe is None:
+    cut = sum(int(v) for e in examples for k, v in e.items() if k.endswith('truncated'))
+    return [*lines, _table_row('tokens cut off', f'{cut:,}')]
+  mask_id = view.task.output_features['targets'].vocabulary.mask_id
+  return lines + _noise_lines(examples, view.recipe, mask_id)
 
 
-def noise_lines(examples: Sequence[Mapping], recipe) -> list[str]:
-  """The rows of the table that tell of the noise, and the histogram of its spans."""
-  lines = []
-
-  def add(label, value, wanted=''):
-    lines.append(f'{label:28} {value:>10}{wanted and f"  ({wanted})"}')
-
+def _noise_lines(examples: Sequence[Mapping], recipe, mask_id: int) -> list[str]:
   tokens = sum(len(e['targets']) - 2 for e in examples)
   infilled = sum(int((e['targets_noised'] == 2).sum()) for e in examples)
   new = sum(int((e['references'] < 0).sum()) for e in examples)
-  masks = sum(int((e['inputs'] == e['mask_id']).sum()) for e in examples)
+  masks = sum(int((e['inputs'] == mask_id).sum()) for e in examples)
   source = sum(len(e['inputs']) - 2 for e in examples)
   moved = sum(bool((e['permuted'][1:] < e['permuted'][:-1]).any()) for e in examples)
   lengths = [length for e in examples for length in e['span_lengths'].tolist()]
-  unit = 'words' if recipe.whole_words else 'tokens'
-  add(
-    'tokens masked',
-    f'{infilled / max(tokens, 1):.2%}',
-    f'infill_ratio {recipe.infill_ratio:.0%} of {unit}',
-  )
-  add('source shorter by', f'{1 - source / max(tokens, 1):.2%}')
-  add('sentences permuted', f'{moved / max(len(examples), 1):.2%}', 'of the examples')
-  add('spans', f'{len(lengths):,}')
-  add('insertions', f'{lengths.count(0):,}')
-  add(
-    'masks replaced at random',
-    f'{1 - masks / max(new, 1):.2%}',
-    f'random_ratio {recipe.random_ratio:.0%}',
-  )
-  if recipe.whole_words:
-    by_tokens = sum(bool(e['in_tokens']) for e in examples)
-    add('spans of tokens, not words', f'{by_tokens:,}', 'examples with too long words')
   dropped = [int(e['dropped']) for e in examples]
+  unit = 'words' if recipe.whole_words else 'tokens'
+  lines = [
+    _table_row(
+      'tokens masked',
+      f'{infilled / max(tokens, 1):.2%}',
+      f'infill_ratio {recipe.infill_ratio:.0%} of {unit}',
+    ),
+    _table_row('source shorter by', f'{1 - source / max(tokens, 1):.2%}'),
+    _table_row(
+      'sentences permuted', f'{moved / max(len(examples), 1):.2%}', 'of the examples'
+    ),
+    _table_row('spans', f'{len(lengths):,}'),
+    _table_row('insertions', f'{lengths.count(0):,}'),
+    _table_row(
+      'masks replaced at random',
+      f'{1 - masks / max(new, 1):.2%}',
+      f'random_ratio {recipe.random_ratio:.0%}',
+    ),
+  ]
+  if recipe.whole_words:
+    in_tokens = sum(bool(e['in_tokens']) for e in examples)
+    note = 'examples with very long words'
+    lines.append(_table_row('spans of tokens, not words', f'{in_tokens:,}', note))
   cut = sum(count > 0 for count in dropped)
-  add('source tokens cut off', f'{sum(dropped):,}', f'of {cut:,} examples')
-  return [*lines, '', *histogram_lines(lengths, recipe.span_mean)]
+  lines.append(
+    _table_row('source tokens cut off', f'{sum(dropped):,}', f'of {cut:,} examples')
+  )
+  return [*lines, '', *_histogram_lines(lengths, recipe.span_mean)]
 
 
-def histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
-  """Span lengths beside the Poisson distribution from which they were drawn."""
+def _histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
   if not lengths:
     return []
   unit = 'span length (0: insertion)'
   lines = [f'{unit:28} {"seen":>8} {"Poisson":>8}  # seen, | Poisson']
   for k in range(min(max(lengths), math.ceil(3 * mean)) + 1):
-    seen = sum(length == k for length in lengths) / len(lengths)
+    seen = lengths.count(k) / len(lengths)
     expected = math.exp(k * math.log(mean) - mean - math.lgamma(k + 1))
-    seen_at, expected_at = (round(share * _BAR_WIDTH * 3) for share in (seen, expected))
-    bar = ('#' * seen_at).ljust(expected_at + 1)
-    bar = f'{bar[:expected_at]}|{bar[expected_at + 1 :]}'
-    lines.append(f'{k:28} {seen:8.3f} {expected:8.3f}  {bar}')
-  lines.append("An example's last span is cut to its budget, so short ones are more.")
+    at = round(expected * _BAR_WIDTH)
+    bar = ('#' * round(seen * _BAR_WIDTH)).ljust(at + 1)
+    lines.append(f'{k:28} {seen:8.3f} {expected:8.3f}  {bar[:at]}|{bar[at + 1 :]}')
+  lines.append("An example's last span is clipped, so there are more short ones.")
   return lines
 
 
 # Data.
 
 
-@dataclasses.dataclass
-class View:
-  """What is shown of one task.
-
-  Attributes:
-    task: the seqio task.
-    examples: as dicts of numpy arrays; traced if the task denoises.
-    shown: how many of them are shown.
-    recipe: the noise; None if the task does not denoise.
-  """
-
-  task: Any
-  examples: list[Mapping]
-  shown: int
-  recipe: Any = None
-
-
 def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
-  """The examples of a task, or of each task of a mixture, and packed rows.
-
-  Args:
-    args: as the command line's parser gives them.
-
-  Returns:
-    A view of each task, and rows as dicts of numpy arrays.
-
-  Raises:
-    UsageError: there is no such split.
-    FileNotFoundError: there is no corpus.
-    ValueError: there is no such task, lengths and noise do not go together, or a file
-      is damaged.
-  """
+  """Views of a task, or of each task of a mixture, and packed rows."""
   import seqio
 
   from bart_t5x import data
   from bart_t5x.features import BartFeatureConverter
 
   provider = data.find_task(
-    args.task, remedy='Check --task, and name the module that registers it by --module.'
+    args.task, hint='Check --task, and name the module that registers it by --module.'
   )
   if args.split not in provider.splits:
     raise UsageError(
@@ -409,41 +352,18 @@ def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
     share = rate / sum(rates)
     traced, recipe = _traced(task)
     examples = traced.get_dataset(lengths, args.split, **kwargs)
-    examples = _read(examples.take(math.ceil(count * share)), [task], args)
-    if recipe:
-      mask = task.output_features['targets'].vocabulary.mask_id
-      examples = [{**example, 'mask_id': mask} for example in examples]
+    examples = list(examples.take(math.ceil(count * share)).as_numpy_iterator())
     views.append(View(task, examples, math.ceil(args.num_examples * share), recipe))
   packed = provider.get_dataset(lengths, args.split, **kwargs).take(count)
   rows = BartFeatureConverter(pack=True)(packed, lengths)
-  return views, _read(rows, tasks, args)
-
-
-def _read(dataset, tasks: Sequence, args: argparse.Namespace) -> list[Mapping]:
-  """A dataset's elements; says which file is damaged where one is."""
-  import tensorflow as tf
-
-  from bart_t5x import data
-
-  try:
-    return list(dataset.as_numpy_iterator())
-  except tf.errors.DataLossError as e:
-    for task in tasks:
-      if isinstance(task, data.EpochTask):
-        source = task.source_of(args.split, args.use_cached)
-        data.check_records(source.list_shards(args.split))
-    raise OSError(f'a file of the task is damaged: {e.message}') from e
+  return views, list(rows.as_numpy_iterator())
 
 
 def _traced(task) -> tuple[Any, Any]:
-  """A denoising task whose examples tell how they came about, and its recipe.
+  """A denoising task with `trace`, and its recipe; another task as it is, and None."""
+  from bart_t5x import data, noise, preprocessors
 
-  Any other task is returned as it is, and None.
-  """
-  from bart_t5x import noise, preprocessors
-  from bart_t5x.data import EpochTask
-
-  if not isinstance(task, EpochTask):
+  if not isinstance(task, data.EpochTask):
     return task, None
   *steps, denoise = task.preprocessors
   if getattr(denoise, 'func', denoise) is not preprocessors.denoise:
@@ -453,39 +373,36 @@ def _traced(task) -> tuple[Any, Any]:
   return task.replace(preprocessors=steps), recipe
 
 
-def bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
-  """Reads gin files (without any, the default recipe), then bindings.
-
-  Raises:
-    UsageError: a file is not there.
-    ValueError: a file or a binding is wrong; the message tells the nearest name.
-  """
+def _bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
   from t5x import gin_utils
 
   if files is None:
     files = [_DEFAULT_GIN] if os.path.exists(_DEFAULT_GIN) else []
   for name in files:
     if not any(os.path.exists(os.path.join(root, name)) for root in ('.', _ROOT)):
-      raise UsageError(f'--gin_file={name} is not there. Looked in: ., {_ROOT}.')
+      raise UsageError(f'--gin_file={name} was not found in . or {_ROOT}')
   gin_utils.parse_gin_flags([_ROOT], files, bindings, finalize_config=False)
 
 
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints everything."""
   cli.import_tensorflow()
+  import tensorflow as tf
+
   from bart_t5x import data
 
   cli.quiet_warnings()
-  # Before gin binds: a module may bring functions that it is to know.
-  importlib.import_module('tasks')
-  for module in args.module:
+  for module in args.module:  # before gin binds: it may register configurables
     data.import_tasks(module, '--module')
-  bind_gin(args.gin_file, bindings)
+  _bind_gin(args.gin_file, bindings)
   if args.cache_dir:
     import seqio
 
     seqio.add_global_cache_dirs(args.cache_dir)
-  views, rows = load(args)
+  try:
+    views, rows = load(args)
+  except tf.errors.DataLossError as e:
+    raise OSError(f'a file of the task is damaged: {e.message}') from e
   paint = Painter(wants_color(args.color, sys.stdout.isatty()))
   for view in views:
     if len(views) > 1:
@@ -505,18 +422,11 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
       print(f'task {view.task.name} (padding: of the mixture)')
     if view.recipe:
       print(f'noise: {view.recipe}\n')
-    print('\n'.join(summary_lines(view.examples, rows, view.recipe)))
-
-
-def wants_color(choice: str, terminal: bool) -> bool:
-  """Whether to colour: 'always', 'never', or 'auto' (see https://no-color.org)."""
-  if choice != 'auto':
-    return choice == 'always'
-  return terminal and not os.environ.get('NO_COLOR')
+    print('\n'.join(summary_lines(view, rows)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns its exit code."""
+  """Runs the command; returns its exit status."""
   cli.quiet_libraries()
   args, rest = _parser().parse_known_args(argv)
   bindings = [a.removeprefix('--gin.') for a in rest if a.startswith('--gin.')]

@@ -1,15 +1,14 @@
-"""From documents to model examples: seqio preprocessors over `noise`.
+"""seqio preprocessors: from documents or texts to model examples.
 
-    documents   tokens, sentence_starts, example_id, and the stamps seed and epoch;
-                some at a time, for an element costs more than a short document
+    documents   tokens, sentence_starts, example_id, seed and epoch, in batches: a
+                dataset's element costs more than a short document
       split_documents: pieces of at most the target length, cut at sentence ends
     pieces      the same and `piece`, the piece's number in its document
       denoise: the noise of the recipe that gin binds, `<s>` … `</s>`
     examples    inputs, targets, targets_noised
 
-`tokenize_documents` makes documents of text, for `seqio_cache_tasks`: the same ones as
-`bart_t5x.prepare` makes. `tokenize_for_bart` is for tasks from text to text:
-fine-tuning, fill-in.
+`tokenize_documents` makes the same documents from text as `bart_t5x.prepare`, for
+`seqio_cache_tasks`. `tokenize_for_bart` is for text-to-text tasks.
 """
 
 from collections.abc import Mapping
@@ -22,14 +21,13 @@ from bart_t5x import documents, noise
 from bart_t5x.data import EPOCH, SEED
 from bart_t5x.tensors import do_not_convert, select
 
-# Odd numbers that keep apart what goes into one seed (wrap-around is wanted).
+# Odd multipliers that combine numbers into one seed (wrapping around is intended).
 _MIX_SEED = -0x61C8864680B583EB
 _MIX_EPOCH = 0x2545F4914F6CDD1D
 _MIX_PIECE = 0x369DEA0F31A53F85
 
-# Texts that are tokenized together: of short ones most of the time is a step's fixed
-# cost.
-_TEXTS_AT_ONCE = 64
+# Texts tokenized together: for short ones most of the time is a step's fixed cost.
+_TEXTS_PER_BATCH = 64
 
 
 def tokenize_documents(
@@ -37,17 +35,17 @@ def tokenize_documents(
 ) -> tf.data.Dataset:
   """Makes the documents that `bart_t5x.prepare` would make of the same texts.
 
-  Runs Python for each document and cannot be saved as part of an iterator: for what
-  comes before a `seqio.CacheDatasetPlaceholder(required=True)`.
+  Runs Python for each document and cannot be saved as part of an iterator, so it goes
+  before a `seqio.CacheDatasetPlaceholder(required=True)`.
 
   Args:
-    dataset: of examples with a scalar string `text`, or of scalar strings, such as the
-      lines of a `seqio.TextLineDataSource`.
-    output_features: of which the vocabulary of `targets` is read.
+    dataset: of examples with a string `text`, or of strings, such as the lines of a
+      `seqio.TextLineDataSource`.
+    output_features: with the vocabulary, as that of `targets`.
 
   Returns:
-    A dataset of `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id` int64
-    scalar; texts of white space only are left out.
+    A dataset of `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id` int64.
+    Texts that are all white space are left out.
   """
   tokenizer = output_features['targets'].vocabulary.tokenizer
 
@@ -85,14 +83,14 @@ def split_documents(
   where the piece is full.
 
   Args:
-    dataset: of documents, some at a time, as `EpochTask` gives them: `tokens` and
-      `sentence_starts`, ragged int32 [documents, (n)], and `example_id`, `seed`,
-      `epoch`, int64 [documents].
-    sequence_length: of which `targets` is read.
+    dataset: batches of documents from `EpochTask`: `tokens` and `sentence_starts`,
+      ragged int32 [documents, (n)], and `example_id`, `seed`, `epoch`, int64
+      [documents].
+    sequence_length: with the length of `targets`.
 
   Returns:
-    A dataset of pieces, one at a time: `tokens` int32 [n], `sentence_starts` int32 [s],
-    `example_id`, `seed`, `epoch` and `piece`, int64 scalars, the last from 0.
+    A dataset of single pieces: `tokens` int32 [n], `sentence_starts` int32 [s], and
+    int64 scalars `example_id`, `seed`, `epoch` and `piece`, which counts from 0.
   """
   room = _lengths(sequence_length)[1] - 2
 
@@ -100,7 +98,8 @@ def split_documents(
   def split(batch):
     tokens = batch['tokens'].with_row_splits_dtype(tf.int32)
     bounds = tokens.row_splits
-    starts = _flat_starts(batch['sentence_starts'], bounds)
+    starts = batch['sentence_starts']
+    starts = starts.flat_values + tf.repeat(bounds[:-1], starts.row_lengths())
     cuts = cut_points(bounds, starts, room)
     document = tf.searchsorted(bounds, cuts[:-1], side='right') - 1
     first_piece = tf.searchsorted(cuts, tf.gather(bounds, document))
@@ -118,17 +117,12 @@ def split_documents(
   return dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
 
 
-def _flat_starts(starts: tf.RaggedTensor, bounds: tf.Tensor) -> tf.Tensor:
-  """Sentence starts of documents that lie behind each other, int32 [s]."""
-  return starts.flat_values + tf.repeat(bounds[:-1], starts.row_lengths())
-
-
 def _rows(values: tf.Tensor, splits: tf.Tensor) -> tf.RaggedTensor:
   return tf.RaggedTensor.from_row_splits(values, splits, validate=False)
 
 
 def _sorted_once(values: tf.Tensor) -> tf.Tensor:
-  """The different ones among values [n], in their order."""
+  """The distinct values, sorted."""
   values = tf.sort(values)
   is_first = tf.ones_like(values[:1], tf.bool)
   is_new = tf.concat([is_first, values[1:] > values[:-1]], 0)
@@ -136,21 +130,20 @@ def _sorted_once(values: tf.Tensor) -> tf.Tensor:
 
 
 def cut_points(bounds: tf.Tensor, sentence_starts: tf.Tensor, room: int) -> tf.Tensor:
-  """Where documents that lie behind each other are cut.
+  """Bounds of the pieces of concatenated documents.
 
   Args:
-    bounds: int32 [documents + 1], from 0 on: each begins where another ends.
+    bounds: int32 [documents + 1], of the documents, from 0.
     sentence_starts: int32 [s], counted from the first document's beginning.
-    room: the most tokens of a piece.
+    room: maximal length of a piece.
 
   Returns:
-    int32 [pieces + 1], strictly increasing: the pieces' bounds, all of `bounds` among
-    them.
+    int32 [pieces + 1], strictly increasing, a superset of `bounds`.
   """
   ends = tf.sort(tf.concat([bounds, sentence_starts], 0))
 
   def following(i, cuts, cut):
-    # One more piece of each document; a finished one stays where it ends.
+    # One more piece of each document; finished documents stay at their end.
     limit = tf.minimum(cut + room, bounds[1:])
     fitting = tf.gather(ends, tf.searchsorted(ends, limit, side='right') - 1)
     cut = tf.where(fitting > cut, fitting, limit)
@@ -173,22 +166,21 @@ def denoise(
 ) -> tf.data.Dataset:
   """Makes a denoising example of each piece.
 
-  The noise of a piece depends on its `seed`, `epoch`, `example_id` and `piece` only.
+  The noise depends on the piece's `seed`, `epoch`, `example_id` and `piece` only.
 
   Args:
     dataset: of pieces, see `split_documents`.
     sequence_length: of `inputs` and `targets`.
-    output_features: of which the vocabulary of `targets` is read.
-    recipe: the noise; None for `noise.Recipe()` with what gin binds to it when the
-      dataset is built.
-    trace: whether examples also tell how they came about, for people to look at:
-      `references`, `permuted`, `span_lengths` and `in_tokens` (see `noise`), and
-      `sentence_starts`.
+    output_features: with the vocabulary, as that of `targets`.
+    recipe: the noise; None for `noise.Recipe()` with gin's bindings when the dataset
+      is built.
+    trace: whether examples also have `references`, `permuted`, `span_lengths` and
+      `in_tokens` (see `noise`) and `sentence_starts`, for `bart_t5x.inspect`.
 
   Returns:
-    A dataset with `inputs` int32 [m], `targets` int32 [n + 2], `targets_noised` int32
-    [n + 2], `dropped` int32 scalar (source tokens that found no room), and the piece's
-    `example_id`, `piece` and `epoch`.
+    A dataset with `inputs` int32 [m], `targets` and `targets_noised` int32 [n + 2],
+    `dropped` int32 (source tokens that found no room), and the piece's `example_id`,
+    `piece` and `epoch`.
 
   Raises:
     ValueError: the encoder is too short for the noise.
@@ -200,14 +192,8 @@ def denoise(
 
   @do_not_convert
   def corrupt(piece):
-    drawn_from = (
-      piece['tokens'],
-      piece['sentence_starts'],
-      piece_seed(piece),
-      recipe,
-      ids,
-    )
-    noised = noise.corrupt(*drawn_from, encoder_length)
+    tokens, starts, seed = piece['tokens'], piece['sentence_starts'], piece_seed(piece)
+    noised = noise.corrupt(tokens, starts, seed, recipe, ids, encoder_length)
     example = {
       'inputs': noised.source,
       'targets': noised.target,
@@ -215,26 +201,23 @@ def denoise(
       'dropped': noised.dropped,
       **{k: piece[k] for k in ('example_id', 'piece', EPOCH)},
     }
-    return {**example, **_trace(noised, *drawn_from)} if trace else example
+    if trace:
+      example |= {
+        'references': noised.references,
+        'in_tokens': noised.in_tokens,
+        'permuted': noise.permuted(tf.size(tokens), starts, seed, recipe),
+        'sentence_starts': starts,
+        'span_lengths': noise.span_lengths(
+          tokens, starts, seed, recipe, ids, noised.in_tokens
+        ),
+      }
+    return example
 
   return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _trace(noised: noise.Noised, tokens, starts, seed, recipe, ids) -> dict:
-  """How an example came about, of what `noise.corrupt` was given and has made."""
-  return {
-    'references': noised.references,
-    'in_tokens': noised.in_tokens,
-    'permuted': noise.permuted(tf.size(tokens), starts, seed, recipe),
-    'sentence_starts': starts,
-    'span_lengths': noise.span_lengths(
-      tokens, starts, seed, recipe, ids, noised.in_tokens
-    ),
-  }
-
-
 def _check_room(recipe: noise.Recipe, encoder_length: int, decoder_length: int) -> None:
-  """Refuses noise that outgrows the encoder."""
+  """Raises a ValueError if noised sources can be longer than the encoder."""
   longest = noise.longest_source(recipe, decoder_length)
   if longest > encoder_length:
     raise ValueError(
@@ -258,10 +241,10 @@ def tokenize_for_bart(
   output_features: Mapping[str, seqio.Feature],
   sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-  """Turns text into ids as a pre-trained BART knows them: `<s>` … `</s>`.
+  """Tokenizes text as in pre-training: `<s>` … `</s>`.
 
-  seqio's `tokenize` and `append_eos` would leave out the `<s>`. What is longer than
-  its feature's length loses its last tokens before the `</s>`.
+  seqio's `tokenize` and `append_eos` would leave out the `<s>`. A text longer than its
+  feature's length loses its last tokens before the `</s>`.
 
   Args:
     dataset: of examples in which output features are scalar strings; other features
@@ -271,43 +254,57 @@ def tokenize_for_bart(
 
   Returns:
     The dataset with int32 [n] in place of each text, the text itself as
-    `<feature>_pretokenized`, and `<feature>_truncated`, int32 scalar: how many tokens
-    it lost.
+    `<feature>_pretokenized`, and the number of tokens cut as `<feature>_truncated`.
 
   Raises:
-    ValueError: a feature's vocabulary has no `<s>`, or its length has no room for it.
+    ValueError: a feature's vocabulary has no `<s>`, or its length is below 2.
   """
-  _check_room_for_ends(output_features, sequence_length or {})
+  lengths = sequence_length or {}
+  _check_room_for_ends(output_features, lengths)
   spec = dataset.element_spec
   texts = [n for n in output_features if n in spec and spec[n].dtype == tf.string]
 
   @do_not_convert
   def tokenize(examples):
-    made = {n: examples[n] for n in texts}
-    return {**examples, **_tokenized(made, output_features, sequence_length or {})}
+    out = dict(examples)
+    for name in texts:
+      vocabulary = output_features[name].vocabulary
+      ids = vocabulary.encode_tf(examples[name])
+      limit = lengths.get(name)
+      kept = ids if limit is None else ids[:, : limit - 2]
+      first = tf.fill([ids.nrows(), 1], vocabulary.bos_id)
+      last = tf.fill([ids.nrows(), 1], vocabulary.eos_id)
+      out[name] = tf.concat([first, kept, last], 1)
+      out[f'{name}_pretokenized'] = examples[name]
+      lost = ids.row_lengths() - kept.row_lengths()
+      out[f'{name}_truncated'] = tf.cast(lost, tf.int32)
+    return out
 
   @do_not_convert
   def tokenize_one(example):
     made = tokenize({name: example[name][tf.newaxis] for name in texts})
     return {**example, **{name: rows[0] for name, rows in made.items()}}
 
-  if not _can_be_batched(spec):
+  if not all(
+    isinstance(one, tf.TensorSpec) and one.shape.is_fully_defined()
+    for one in tf.nest.flatten(spec)
+  ):
+    # Elements of varying shape would not come out of a batch as they went in.
     return dataset.map(tokenize_one, num_parallel_calls=tf.data.AUTOTUNE)
   cardinality = int(dataset.cardinality())
-  dataset = dataset.batch(_TEXTS_AT_ONCE)
+  dataset = dataset.batch(_TEXTS_PER_BATCH)
   dataset = dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-  # A row of a ragged tensor becomes a tensor for whoever looks at the element's type.
+  # Makes plain tensors of a ragged tensor's rows, in the element's type too.
   dataset = dataset.map(do_not_convert(dict), num_parallel_calls=tf.data.AUTOTUNE)
   if cardinality == tf.data.UNKNOWN_CARDINALITY:
     return dataset
-  # Batches have forgotten it.
   return dataset.apply(tf.data.experimental.assert_cardinality(cardinality))
 
 
 def _check_room_for_ends(
   output_features: Mapping[str, seqio.Feature], sequence_length: Mapping[str, int]
 ) -> None:
-  """Refuses features that cannot begin with `<s>` and end with `</s>`."""
+  """Raises a ValueError for features that cannot hold `<s>` and `</s>`."""
   for name, feature in output_features.items():
     if not isinstance(getattr(feature.vocabulary, 'bos_id', None), int):
       raise ValueError(
@@ -322,42 +319,12 @@ def _check_room_for_ends(
       )
 
 
-def _tokenized(
-  texts: Mapping[str, tf.Tensor],
-  features: Mapping[str, seqio.Feature],
-  sequence_length: Mapping[str, int],
-) -> dict[str, tf.Tensor | tf.RaggedTensor]:
-  """What `tokenize_for_bart` makes of strings [k]: ids [k, (n)] and what goes along."""
-  out = {}
-  for name, strings in texts.items():
-    vocabulary = features[name].vocabulary
-    ids = vocabulary.encode_tf(strings)
-    limit = sequence_length.get(name)
-    kept = ids if limit is None else ids[:, : limit - 2]
-    lost = ids.row_lengths() - kept.row_lengths()
-    first = tf.fill([ids.nrows(), 1], vocabulary.bos_id)
-    last = tf.fill([ids.nrows(), 1], vocabulary.eos_id)
-    out[name] = tf.concat([first, kept, last], 1)
-    out[f'{name}_pretokenized'] = strings
-    out[f'{name}_truncated'] = tf.cast(lost, tf.int32)
-  return out
-
-
-def _can_be_batched(spec: Mapping[str, tf.TypeSpec]) -> bool:
-  """Whether elements may be batched and come out of the batch as they were."""
-  return all(
-    isinstance(one, tf.TensorSpec) and one.shape.is_fully_defined()
-    for one in tf.nest.flatten(spec)
-  )
-
-
 def _lengths(sequence_length: Mapping[str, int] | None) -> tuple[int, int]:
   """The lengths of `inputs` and `targets`."""
   lengths = sequence_length or {}
-  missing = {'inputs', 'targets'} - set(lengths)
-  if missing:
+  if not {'inputs', 'targets'} <= set(lengths):
     raise ValueError(
-      'A denoising task must know the length of inputs and targets, with <s> and </s>: '
+      'A denoising task needs the lengths of inputs and targets, with <s> and </s>: '
       f"TASK_FEATURE_LENGTHS = {{'inputs': 1024, 'targets': 1024}}. Got: {lengths}"
     )
   if lengths['targets'] < 3:

@@ -105,11 +105,6 @@ def test_shards_that_were_cut_off_or_damaged_are_noticed(corpus_dir, tmp_path):
   source = CorpusSource(str(copy))
   with pytest.raises(tf.errors.DataLossError, match='corrupted record'):
     list(source.get_dataset())
-  # TensorFlow does not say which file it was.
-  with pytest.raises(ValueError, match='00002-of-00004.* damaged .*Copy it again'):
-    data.check_records(source.list_shards('train'))
-  path.write_bytes(whole)
-  data.check_records(source.list_shards('train'))
 
 
 def stamp(dataset):
@@ -159,7 +154,7 @@ def test_epochs_come_in_different_orders(task):
 def test_p17_later_epochs_resume_in_their_order(task, tmp_path, monkeypatch):
   # Buffers so small that most of what follows has not been read at the checkpoint.
   monkeypatch.setattr(data, '_SHUFFLED_DOCUMENTS', 16)
-  monkeypatch.setattr(data, '_DOCUMENTS_A_BATCH', 4)
+  monkeypatch.setattr(data, '_DOCUMENTS_PER_BATCH', 4)
 
   def begin():
     return iter(task.get_dataset(None, shuffle=True, seed=11, num_epochs=5))

@@ -2,9 +2,14 @@
 
 import sys
 
+import numpy as np
 import pytest
+import seqio
 
-from bart_t5x import metrics
+from bart_t5x import metrics, noise
+from bart_t5x.features import BartFeatureConverter
+from bart_t5x.vocabularies import load_vocabulary
+from tasks import pretrain
 
 
 def test_perfect_texts_score_100():
@@ -19,16 +24,6 @@ def test_half_of_the_texts_exact():
   assert scores['chrf'] == pytest.approx(50.0)
 
 
-def test_nothing_to_compare_is_an_error():
-  with pytest.raises(ValueError, match='split is empty'):
-    metrics.reconstruction([], [])
-
-
-def test_lengths_must_agree():
-  with pytest.raises(ValueError):
-    metrics.reconstruction(['a', 'b'], ['a'])
-
-
 def test_classes_by_hand():
   targets = ['ja', 'ja', 'nei', 'nei']
   scores = metrics.classification(targets, ['ja', 'nei', 'nei', 'nei'], ('ja', 'nei'))
@@ -40,14 +35,14 @@ def test_classes_by_hand():
   assert scores['unknown_labels'] == 0.0
 
 
-def test_generated_text_that_is_no_label_is_wrong_and_counted():
+def test_unknown_labels_are_wrong_and_counted():
   scores = metrics.classification(['ja', 'nei'], ['ja', 'kanskje'], ('ja', 'nei'))
   assert scores['accuracy'] == scores['unknown_labels'] == 50.0
   # F1: ja 1, nei 0. The unknown text is no third class.
   assert scores['macro_f1'] == 50.0
 
 
-def test_a_target_that_is_no_label_is_an_error():
+def test_unknown_target_raises():
   with pytest.raises(ValueError, match='kanskje'):
     metrics.classification(['kanskje'], ['ja'], ('ja', 'nei'))
 
@@ -109,7 +104,7 @@ def test_translations_at_known_values():
     (metrics.summarisation, 'rouge_score.rouge_scorer', 'rouge-score'),
   ],
 )
-def test_a_missing_library_is_named(metric, module, package, monkeypatch):
+def test_missing_library_is_named(metric, module, package, monkeypatch):
   monkeypatch.setitem(sys.modules, module, None)
   with pytest.raises(ImportError, match=f'need {package}: pip install'):
     metric(['a'], ['a'])
@@ -125,14 +120,14 @@ def test_summaries_by_hand():
   assert scores['rouge_l'] == pytest.approx(scores['rouge_lsum_max'])
 
 
-def test_sentences_of_a_summary_are_compared_one_by_one():
+def test_summaries_by_sentence():
   """In another order, the sentences are all found, but not as one line."""
   scores = metrics.summarisation([['e f g . a b c']], ['a b c . e f g'])
   assert scores['rouge_lsum_max'] == pytest.approx(100)
   assert scores['rouge_l'] == pytest.approx(50)
 
 
-def test_a_text_without_a_summary_is_an_error():
+def test_text_without_summary_raises():
   with pytest.raises(ValueError, match='no right summary'):
     metrics.summarisation([[]], ['x'])
 
@@ -140,6 +135,7 @@ def test_a_text_without_a_summary_is_an_error():
 @pytest.mark.parametrize(
   'metric',
   [
+    metrics.reconstruction,
     metrics.classification,
     metrics.entity_spans,
     metrics.question_answering,
@@ -152,3 +148,108 @@ def test_every_metric_needs_pairs(metric):
     metric([], [])
   with pytest.raises(ValueError, match='1 targets, but 2 predictions'):
     metric(['a'], ['a', 'b'])
+
+
+# ---- Denoising ----
+
+PARTS = [('Kari gikk ', False), ('ut av', True), (' huset og ', False), ('lo.', True)]
+
+
+def test_parts_of_a_text(corpus_dir):
+  vocabulary = load_vocabulary(corpus_dir)
+  ids = np.array([1, *vocabulary.encode('Åse og barna på sjø'), 2])
+  words = ['Åse', ' og', ' barna', ' på', ' sjø']
+  sizes = [len(vocabulary.encode(word)) for word in words]
+  flags = np.repeat([1, 2, 2, 1, 2], sizes)
+  codes = np.concatenate([[1], flags, [noise.END]])
+  assert metrics.parts_of(ids, codes, vocabulary) == [
+    ('Åse', False),
+    (' og barna', True),
+    (' på', False),
+    (' sjø', True),
+  ]
+
+
+def test_reproduced_text_scores_100():
+  scores = metrics.denoising([PARTS], ['Kari gikk ut av huset og lo.'])
+  assert scores == pytest.approx(
+    {
+      'exact_match': 100,
+      'chrf': 100,
+      'infilled_exact_match': 100,
+      'infilled_chrf': 100,
+      'infilled_spans': 2,
+    }
+  )
+
+
+@pytest.mark.parametrize(
+  ('prediction', 'spans'),
+  [
+    ('Kari gikk ut av huset og lo.', ['ut av', 'lo .']),
+    ('Kari gikk forbi huset og gråt', ['forbi', 'gråt']),
+    # Nothing was written for the first, much for the second.
+    ('Kari gikk huset og lo og lo.', ['', 'lo og lo .']),
+    # The context after the first span is lost: it extends to the next word found.
+    ('Kari gikk ut av hytta og lo.', ['ut av hytta', 'lo .']),
+    # No word is found again: all of the text stands for each span.
+    ('hei', ['hei', 'hei']),
+    ('', ['', '']),
+  ],
+)
+def test_counterparts_are_between_copied_words(prediction, spans):
+  pairs = metrics.aligned_spans(PARTS, prediction)
+  assert [wanted for wanted, _ in pairs] == ['ut av', 'lo .']
+  assert [found for _, found in pairs] == spans
+
+
+def test_half_of_the_spans_exact():
+  scores = metrics.denoising([PARTS], ['Kari gikk ut av huset og gråt.'])
+  assert scores['exact_match'] == 0
+  assert scores['infilled_exact_match'] == 50
+  assert 50 < scores['infilled_chrf'] < 100
+
+
+def test_partly_masked_word_counts_as_masked():
+  parts = [('sjo', False), ('kolade', True), (' er godt', False)]
+  assert metrics.aligned_spans(parts, 'sjokolade er godt') == [
+    ('sjokolade', 'sjokolade')
+  ]
+
+
+def test_no_spans():
+  scores = metrics.denoising([[('Hei der.', False)]], ['Hei der.'])
+  assert scores['exact_match'] == 100
+  assert scores['infilled_spans'] == scores['infilled_chrf'] == 0
+  with pytest.raises(ValueError, match='split is empty'):
+    metrics.denoising([], [])
+
+
+def test_seqio_evaluates_a_denoising_task(corpus_dir):
+  """The postprocessor gets the codes; right answers score 100."""
+  task = pretrain.add_denoising_task(
+    'infill_test', corpus_dir, noise.Recipe(whole_words=True)
+  )
+  try:
+    lengths = {'inputs': 64, 'targets': 64}
+    evaluator = seqio.Evaluator(
+      'infill_test',
+      BartFeatureConverter(pack=False),
+      eval_split='validation',
+      sequence_length=lengths,
+      num_examples=8,
+      seed=1,
+    )
+    examples = list(evaluator.cached_task_datasets['infill_test'].as_numpy_iterator())
+    answers = [
+      (i, np.pad(example['targets'], (0, 64 - len(example['targets']))))
+      for i, example in enumerate(examples)
+    ]
+    results, _ = evaluator.evaluate(
+      compute_metrics=True, step=1, predict_fn=lambda dataset: answers
+    )
+    scores = results.result()['infill_test']
+  finally:
+    seqio.TaskRegistry.remove(task.name)
+  assert scores['infilled_spans'] > 8
+  assert scores['infilled_exact_match'] == scores['exact_match'] == 100

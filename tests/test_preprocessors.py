@@ -323,7 +323,7 @@ def test_features_that_are_no_text_pass(features):
 @pytest.mark.parametrize('batched', [True, False])
 def test_many_texts_keep_their_order_and_companions(features, batched):
   vocabulary = features['inputs'].vocabulary
-  count = 3 * preprocessors._TEXTS_AT_ONCE + 5
+  count = 3 * preprocessors._TEXTS_PER_BATCH + 5
   words = ['snø ' * (i % 7) + f'sjø {i}' for i in range(count)]
   texts = {
     'inputs': words,
