@@ -1,50 +1,32 @@
-"""Fill-in: text with `<mask>` in, the text that BART makes of it out.
+"""Fill-in: a pre-trained BART completes texts with `<mask>`, without fine-tuning.
 
-What a pre-trained BART does out of the box, with no fine-tuning. The inputs are those
-of a file (see `input_file`), which gin names (`gin/infer.gin` does, as INPUT_FILE).
+The inputs are the lines of a file that gin names (see `input_file`; in gin/infer.gin
+as INPUT_FILE).
 """
 
 import os
 
 import seqio
-import tensorflow as tf
 
-from bart_t5x import preprocessors, vocabularies
 from bart_t5x.data import data_root
+from bart_t5x.vocabularies import load_vocabulary
 from tasks import input_file
-from tasks.text_to_text import TextTask
-
-
-def _inputs(
-  split: str, shuffle_files: bool = False, seed: int | None = None
-) -> tf.data.Dataset:
-  """The only split there is: the file that gin names."""
-  del split, shuffle_files, seed
-  return input_file.dataset()
+from tasks.text_to_text import TextSource, TextTask, add_ends
 
 
 def add_fill_in_task(name: str, corpus_dir: str) -> seqio.Task:
-  """Registers a fill-in task with the vocabulary of a corpus.
-
-  Args:
-    name: of the task.
-    corpus_dir: the folder that `prepare` made, of which the vocabulary is used.
-
-  Returns:
-    The task, registered; importing needs no file.
-  """
+  """Registers a fill-in task with the vocabulary of a prepared corpus."""
+  features = {
+    # Here `<mask>` is the token; in a corpus it would be five characters.
+    'inputs': seqio.Feature(load_vocabulary(corpus_dir, templates=True), add_eos=True),
+    'targets': seqio.Feature(load_vocabulary(corpus_dir), add_eos=True),
+  }
   return seqio.TaskRegistry.add(
     name,
     task_cls=TextTask,
-    source=seqio.FunctionDataSource(dataset_fn=_inputs, splits=['test']),
-    preprocessors=[preprocessors.tokenize_for_bart],
-    output_features={
-      # Here `<mask>` is the token; in a corpus it would be five characters.
-      'inputs': seqio.Feature(
-        vocabularies.load_vocabulary(corpus_dir, templates=True), add_eos=True
-      ),
-      'targets': seqio.Feature(vocabularies.load_vocabulary(corpus_dir), add_eos=True),
-    },
+    source=TextSource(lambda split: input_file.dataset(), ['test'], features),
+    preprocessors=[add_ends],
+    output_features=features,
     metric_fns=[],
   )
 

@@ -1,8 +1,8 @@
-"""Norwegian tasks to fine-tune and evaluate on, all from text to text.
+"""Norwegian text-to-text tasks for fine-tuning and evaluation.
 
 Each is registered with the vocabulary of `<data root>/no` and, as `<name>_mini`, with
-that of `<data root>/mini`; importing this needs no file and no network. `readers` says
-how gin chooses between files and the Hub. `add_text_to_text_task` registers one's own.
+that of `<data root>/mini`, without reading files or the network. `readers` explains how
+gin chooses between files and the Hub.
 
 | name                   | inputs, targets                         | metric        |
 |------------------------|-----------------------------------------|---------------|
@@ -17,11 +17,11 @@ how gin chooses between files and the Hub. `add_text_to_text_task` registers one
 Mixtures: scala and norne (both written standards, in equal parts), and sammendrag
 (trains on no_sammendrag, evaluates on NorSumm).
 
-What is known of the data sets was read in the publishers' READMEs, in data set cards
-and in the code of benchmarks that read them. The data itself was never at hand, so the
-first run from the Hub may meet a column that was renamed; the message then lists the
-columns. Figures of other models are those of NorBench's leaderboard of encoder-decoder
-models (t5_leaderboard.md in https://github.com/ltgoslo/norbench; means of five runs).
+The descriptions follow the publishers' READMEs, data set cards and the code of
+benchmarks. The data sets themselves have not been read, so the first run from the Hub
+may find a renamed column; the error message then lists the columns. Scores of other
+models are from NorBench's leaderboard of encoder-decoder models (t5_leaderboard.md in
+https://github.com/ltgoslo/norbench; means of five runs).
 """
 
 import functools
@@ -37,12 +37,12 @@ from tasks.text_to_text import add_text_to_text_task
 
 __all__ = ['add_text_to_text_task']
 
-# The prepared corpora whose vocabulary a task is registered with, by its suffix.
+# The prepared corpus whose vocabulary a task has, by the suffix of its name.
 _CORPORA = {'': 'no', '_mini': 'mini'}
 
 
 def _add(name: str, download: str, hub: HubDataset | None = None, **task):
-  """Registers a task of `readers.records` for both vocabularies."""
+  """Registers a task over `readers.records` for each vocabulary."""
 
   def read(split):
     return readers.records(name, split, hub, download)
@@ -53,7 +53,7 @@ def _add(name: str, download: str, hub: HubDataset | None = None, **task):
 
 
 def _add_mixture(name: str, *tasks: str):
-  """Registers a mixture of tasks, in equal parts, for both vocabularies."""
+  """Registers a mixture of tasks in equal parts for each vocabulary."""
   for suffix in _CORPORA:
     members = [task + suffix for task in tasks]
     seqio.MixtureRegistry.add(name + suffix, members, default_rate=1.0)
@@ -87,13 +87,12 @@ def add_scala() -> None:
 
   Sentences of the Universal Dependencies treebanks, half of them with two neighbours
   swapped or a word left out. Source: on the Hub EuroEval/scala-nb and scala-nn (1,024 /
-  256 / 2,048 sentences; columns text, corruption_type, label). Licence: none
-  that we saw; the text is that of the treebanks. Splits: train, val (here validation),
-  test. Files: `text` and `label`, correct or incorrect; jsonl, tsv or
-  parquet.
+  256 / 2,048 sentences; columns text, corruption_type, label). Licence: not stated; the
+  text is that of the treebanks. Splits: train, val (here validation), test. Files:
+  `text` and `label`, correct or incorrect; jsonl, tsv or parquet.
 
-  Metric: MCC and macro F1 over the two classes, as in EuroEval. Figures of T5 models
-  were not found; NorBench's linguistic acceptability is another data set (NoCoLa).
+  Metric: MCC and macro F1 over the two classes, as in EuroEval. No scores of T5 models
+  were found; NorBench's linguistic acceptability is another data set (NoCoLa).
   """
   for language in ('nb', 'nn'):
     _add(
@@ -113,14 +112,14 @@ def add_norne() -> None:
   Source: https://github.com/ltgoslo/norne, files `ud/nob/no_bokmaal-ud-train.conllu`,
   -dev (here validation) and -test, and `ud/nno/no_nynorsk-ud-…`. On the Hub a sample
   only, EuroEval/norne-nb-mini and norne-nn-mini (1,024 / 256 / 2,048 sentences, with
-  PROD, EVT and DRV made MISC: its figures are not those of the whole). Licence: the
-  annotations are CC0, the texts are not theirs to license. Files: `tokens` and their
-  IOB2 `labels`; conllu (tags are `name=B-PER` in the last column), jsonl or parquet.
+  PROD, EVT and DRV made MISC, so scores differ from those on the whole). Licence: CC0
+  for the annotations only, not for the texts. Files: `tokens` and their IOB2 `labels`;
+  conllu (tags are `name=B-PER` in the last column), jsonl or parquet.
 
-  Seven types, GPE_LOC being LOC and GPE_ORG being ORG. Inputs are the tokens with
-  blanks between them, targets `PER: Kari Dahl | LOC: Oslo` in the order of the text,
-  or `ingen`. Metric: exact span F1 (type and words), see `metrics.entity_spans`.
-  NorBench gives figures of encoders only.
+  Seven types, with GPE_LOC as LOC and GPE_ORG as ORG. Inputs are the tokens joined by
+  spaces, targets `PER: Kari Dahl | LOC: Oslo` in the order of the text, or `ingen`.
+  Metric: exact span F1 (type and words), see `metrics.entity_spans`. NorBench has
+  scores of encoders only.
   """
   for language in ('nb', 'nn'):
     _add(
@@ -142,10 +141,10 @@ def add_norquad() -> None:
   columns id, context, question, answers). Licence: CC0 1.0. Splits: train, validation,
   test, the publishers' own. Files: a SQuAD file (json), or its questions with
   `context`, `question` and `answers` as jsonl or parquet. Paragraphs are long: set
-  TASK_FEATURE_LENGTHS accordingly, what is longer is cut and counted.
+  TASK_FEATURE_LENGTHS accordingly; longer ones are cut and counted.
 
-  Metric: exact match and F1 as of SQuAD 1.1, the best of all answers, as in NorBench,
-  which gives figures of encoders only.
+  Metric: exact match and F1 of SQuAD 1.1, the best of all answers, as in NorBench,
+  which has scores of encoders only.
   """
   _add(
     'norquad',
@@ -166,7 +165,7 @@ def add_nb_nn() -> None:
   https://github.com/ltgoslo/norbench, or any other parallel text. Licence: see the
   resources' pages, https://www.nb.no/sprakbanken/. Splits: train, dev (here
   validation), test. Files: `nb` and `nn`, the same sentence; tsv, jsonl or parquet.
-  NorBench's files have no line with the names of the columns:
+  NorBench's files lack the line with the names of the columns:
 
       (printf 'nb\\tnn\\n'; gunzip -c nb_nn_dev.tsv.gz) > …/nb_nn/validation.tsv
 
@@ -187,20 +186,20 @@ def add_sammendrag() -> None:
 
   NoSammendrag. Source: on the Hub norkart/no-sammendrag (train only; columns document,
   summary), and a sample with splits, EuroEval/no-sammendrag-mini (1,024 / 256 / 2,048;
-  columns text, target_text), which is read here. Licence: none that we saw.
+  columns text, target_text), which is read here. Licence: not stated.
 
-  NorSumm (Touileb et al. 2025, arXiv 2501.07718): three summaries of each article, by
-  people, in both written standards. Source: https://github.com/SamiaTouileb/NorSumm,
-  Data/NorSumm_dev.json (here validation) and NorSumm_test.json, which are read as they
-  are; on the Hub SamiaT/NorSumm, configurations nb and nn (columns id, article,
-  summaries). Licence: see the repository. There is no training split.
+  NorSumm (Touileb et al. 2025, arXiv 2501.07718): three human summaries of each
+  article in both written standards, without a training split. Source:
+  https://github.com/SamiaTouileb/NorSumm, Data/NorSumm_dev.json (here validation) and
+  NorSumm_test.json, read as they are; on the Hub SamiaT/NorSumm, configurations nb and
+  nn (columns id, article, summaries). Licence: see the repository.
 
   Files: `article` (or `document`, `text`), and `summaries` (or `summaries_nb`,
-  `summary`, `target_text`); json, jsonl or parquet. Articles want TASK_FEATURE_LENGTHS
+  `summary`, `target_text`); json, jsonl or parquet. Articles need TASK_FEATURE_LENGTHS
   of 1024 inputs and 256 targets.
 
   Metric: ROUGE-L as NorSumm and EuroEval compute it, see `metrics.summarisation`; their
-  other metric, BERTScore, needs a model and is left out. Figures of T5 models were not
+  other metric, BERTScore, needs a model and is left out. No scores of T5 models were
   found.
   """
   _add(

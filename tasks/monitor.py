@@ -1,9 +1,8 @@
-"""Which metric tells the best checkpoint of a fine-tuning run, and which that is.
+"""The metric that decides on the best checkpoint of a fine-tuning run.
 
 Each text task names its headline metric (`add_text_to_text_task`); of a mixture the
-first task that has one is followed. gin/finetune.gin binds `headline.task` and
-`headline.metric` to MIXTURE_OR_TASK_NAME and METRIC (None for the task's own); here
-are the forms in which T5X asks for them.
+first task that has one counts. gin/finetune.gin binds `headline.task` and
+`headline.metric` to MIXTURE_OR_TASK_NAME and METRIC (None for the task's own).
 """
 
 import json
@@ -19,8 +18,7 @@ from bart_t5x import metrics
 from bart_t5x.data import find_task
 from tasks import text_to_text
 
-# The split that is evaluated while training.
-_VALIDATION = 'validation'
+_VALIDATION = 'validation'  # the split that is evaluated while training
 
 
 @gin.configurable(module='tasks.monitor')
@@ -30,21 +28,17 @@ def headline(
   module: str | None = None,
   check_libraries: bool = False,
 ) -> tuple[str, str]:
-  """The task to follow, and its metric.
+  """The task to monitor, and its metric.
 
   Args:
     task: a task or mixture.
     metric: of the task; None for the one it was registered with.
-    module: to be imported before, if it registers the task.
-    check_libraries: whether the metrics must be there, of all tasks of a mixture.
+    module: imported first, if it registers the task.
+    check_libraries: raise an ImportError if a metric of any task needs a library that
+      is not installed.
 
   Returns:
     (task, metric): of a mixture, one of its tasks.
-
-  Raises:
-    ImportError: a metric needs a library that is not installed.
-    ValueError: there is no such task, or no metric is named and none of the tasks has
-      one of its own.
   """
   members = [
     member
@@ -62,19 +56,15 @@ def headline(
       f'{task!r} cannot be evaluated: it has no split {_VALIDATION!r} with metrics'
     )
   raise ValueError(
-    f'{task!r} does not say by which metric its best checkpoint is told. Name it: '
+    f'{task!r} has no metric to choose the best checkpoint by. Name it: '
     '--gin.METRIC="\'accuracy\'"'
   )
 
 
 def tensorboard_name() -> str:
-  """The headline as the checkpoint manager looks for it in a run's folder.
+  """The headline's tag, as the checkpoint manager looks for it in a run's folder.
 
-  Asked for when a run starts, so it also sees to it that the run will not end at its
-  first evaluation for want of a library.
-
-  Raises:
-    ImportError, ValueError: see `headline`.
+  Called when a run starts, so it also checks the libraries of the metrics.
   """
   task, metric = headline(check_libraries=True)
   return f'inference_eval/{task}/eval/{metric}'
@@ -82,17 +72,11 @@ def tensorboard_name() -> str:
 
 @gin.configurable(module='tasks.monitor')
 def best_checkpoint(path: str) -> str:
-  """The checkpoint of a fine-tuning run that its headline tells to be the best.
+  """The best checkpoint of a fine-tuning run by its headline metric, first if equal.
 
   Args:
     path: of a run, such as `runs/norne_nb`; or of one checkpoint, which is returned as
       it is.
-
-  Returns:
-    The path of a checkpoint that is there; of equally good ones the first.
-
-  Raises:
-    FileNotFoundError: the run has no checkpoint with the metric.
   """
   if re.search(r'checkpoint_\d+/*$', path):
     return path
@@ -101,24 +85,23 @@ def best_checkpoint(path: str) -> str:
   if not tf.io.gfile.exists(results):
     raise FileNotFoundError(
       f'{path!r} is neither a checkpoint (…/checkpoint_<step>) nor the folder of a run '
-      f'that has evaluated {task!r}: there is no {results}'
+      f'that has evaluated {task!r}: {results} does not exist'
     )
   with tf.io.gfile.GFile(results) as f:
     evaluations = [json.loads(line) for line in f if line.strip()]
-  # NaN is no value: it would be neither more nor less than any.
   values = {
     e['step']: e[metric]
     for e in evaluations
     if metric in e and not math.isnan(e[metric])
   }
-  there = {
+  kept = {
     step: folder
     for step in values
     if tf.io.gfile.exists(folder := os.path.join(path, f'checkpoint_{step}'))
   }
-  if not there:
+  if not kept:
     raise FileNotFoundError(
       f'{path!r} has no checkpoint with a value of {metric!r}. {results} has values at '
       f'the steps {sorted(values)}.'
     )
-  return there[max(there, key=lambda step: (values[step], -step))]
+  return kept[max(kept, key=lambda step: (values[step], -step))]

@@ -1,6 +1,6 @@
-"""The denoising tasks, and how to register one for a corpus of one's own.
+"""The denoising tasks, and `add_denoising_task` for other corpora.
 
-Importing this needs no file: corpus and tokenizer are read when data is asked for.
+Corpus and tokenizer are read when data is asked for, not on import.
 """
 
 import functools
@@ -13,7 +13,7 @@ from bart_t5x import metrics, noise, preprocessors
 from bart_t5x.data import CorpusSource, EpochTask, data_root
 from bart_t5x.vocabularies import load_vocabulary
 
-# Examples kept to draw from: noised pieces, about 11 kB each at length 1024.
+# Buffer of noised pieces, about 11 kB each at length 1024.
 SHUFFLE_BUFFER_SIZE = 2048
 
 
@@ -29,13 +29,12 @@ def add_denoising_task(
 
   Args:
     name: of the task.
-    corpus_dir: output folder of `python -m bart_t5x.prepare`; may come later.
-    recipe: the noise. None for the one that gin binds (`noise.Recipe`), so that the
-      run's gin files decide.
-    source: of examples with a scalar string `text`, for a corpus too large for one
-      machine: `seqio_cache_tasks` tokenizes it, with the tokenizer in `corpus_dir`,
-      and training then needs USE_CACHED_TASKS = True. None for the prepared corpus.
-    shuffle_buffer_size: examples from which the next one is drawn.
+    corpus_dir: output folder of `python -m bart_t5x.prepare`; need not exist yet.
+    recipe: the noise; None for `noise.Recipe` as the run's gin files bind it.
+    source: of examples with a string `text`, for a corpus too large for one machine:
+      `seqio_cache_tasks` tokenizes it, with the tokenizer in `corpus_dir`, and training
+      then needs USE_CACHED_TASKS = True. None for the prepared corpus.
+    shuffle_buffer_size: of examples.
     metric_fns: for evaluation by generation; predictions are texts, targets
       `metrics.Parts`.
 
@@ -75,20 +74,16 @@ def add_denoising_task(
   )
 
 
-def _add_norwegian_tasks() -> None:
-  for name, corpus in (
-    ('norwegian_denoising', 'no'),
-    ('norwegian_denoising_mini', 'mini'),
-    ('norwegian_denoising_nb', 'nb'),
-    ('norwegian_denoising_nn', 'nn'),
-  ):
-    add_denoising_task(name, os.path.join(data_root(), corpus))
-  # Both corpora must have one vocabulary: `prepare --tokenizer_file` sees to it.
-  # Nynorsk, of which there is less, is a quarter of the examples.
-  seqio.MixtureRegistry.add(
-    'norwegian_denoising_nb_nn',
-    [('norwegian_denoising_nb', 3), ('norwegian_denoising_nn', 1)],
-  )
-
-
-_add_norwegian_tasks()
+for _name, _corpus in {
+  'norwegian_denoising': 'no',
+  'norwegian_denoising_mini': 'mini',
+  'norwegian_denoising_nb': 'nb',
+  'norwegian_denoising_nn': 'nn',
+}.items():
+  add_denoising_task(_name, os.path.join(data_root(), _corpus))
+# Both corpora must have one vocabulary (`prepare --tokenizer_file`). Nynorsk, of which
+# there is less, is a quarter of the examples.
+seqio.MixtureRegistry.add(
+  'norwegian_denoising_nb_nn',
+  [('norwegian_denoising_nb', 3), ('norwegian_denoising_nn', 1)],
+)

@@ -1,4 +1,4 @@
-"""From the records of the registered tasks to inputs and targets as text."""
+"""Converts records of the registered tasks to inputs and targets."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,27 +19,27 @@ _ENTITY_TYPE_OF = {'GPE_LOC': 'LOC', 'GPE_ORG': 'ORG'}
 
 
 def _prompt(task: str, text: str) -> str:
-  """The text behind the task's name; an empty text stays one, so that it is counted."""
+  """`task: text`; an empty text stays empty, so that it is counted."""
   return f'{task}: {text}' if text.strip() else ''
 
 
 def sentiment_to_text(record: Record) -> dict[str, str]:
-  """A review and its class, or its rating, in the columns of any of the sources.
+  """A review and its sentiment.
 
-  `text` with `label` (negative, neutral or fair, positive) or `rating` (a die, 1 to 6);
-  or `review` with `sentiment` (0 negative, 1 fair, 2 positive).
+  `text` or `review`; and `label` (negative, neutral or fair, positive), `sentiment` (0
+  negative, 1 fair, 2 positive) or `rating` (1 to 6).
   """
   if 'label' in record:
     label = _named(record['label'], _SENTIMENT_OF, SENTIMENTS)
   elif 'sentiment' in record:
     sentiment = int(record['sentiment'])
     if not 0 <= sentiment <= 2:
-      raise ValueError(f'a sentiment is 0, 1 or 2. Got: {sentiment}')
+      raise ValueError(f'sentiment must be 0, 1 or 2. Got: {sentiment}')
     label = SENTIMENTS[sentiment]
   else:
     rating = int(record['rating'])
     if not 1 <= rating <= 6:
-      raise ValueError(f'a rating is the throw of a die, 1 to 6. Got: {rating}')
+      raise ValueError(f'rating must be 1 to 6. Got: {rating}')
     label = SENTIMENTS[(rating - 1) // 2]
   text = _first_of(record, ('text', 'review'))
   return {'inputs': _prompt('stemning', text), 'targets': label}
@@ -79,7 +79,7 @@ def entities_to_text(record: Record) -> dict[str, str]:
 
 
 def question_to_text(record: Record) -> dict[str, str]:
-  """`question`, `context`, `answers`; trained on the first answer, scored on all."""
+  """`question`, `context`, `answers`: trained on the first answer, scored on all."""
   answers = record['answers']
   if isinstance(answers, Mapping):
     answers = list(answers['text'])
@@ -92,14 +92,11 @@ def question_to_text(record: Record) -> dict[str, str]:
 
 
 def summary_to_text(record: Record, summaries: str = 'summaries') -> dict[str, str]:
-  """An article and its summaries; trained on the first summary, scored on all.
+  """An article and its summaries: trained on the first summary, scored on all.
 
-  Args:
-    record: with the article as `article`, `document` or `text`, and its summaries as
-      a list under `summaries` or under the name given (of texts, or of objects such
-      as {"summary1": …}, as NorSumm's files have it), or one of them as `summary` or
-      `target_text`.
-    summaries: the name of the list.
+  The article is `article`, `document` or `text`. Its summaries are a list `summaries`
+  (or under the name given), of texts or of objects such as {"summary1": …}, as in
+  NorSumm's files; or one text, `summary` or `target_text`.
   """
   found = record.get('summaries', record.get(summaries))
   if found is None:
@@ -116,23 +113,23 @@ def summary_to_text(record: Record, summaries: str = 'summaries') -> dict[str, s
 
 
 def _with_references(texts: Sequence[str]) -> dict[str, str]:
-  """The first right text as target, and all of them for `references_of`."""
+  """The first text as target, and all of them for `references_of`."""
   return {'targets': texts[0] if texts else '', 'references': json.dumps(texts)}
 
 
 def references_of(text: str, example: Mapping, is_target: bool = False, **unused):
-  """A generated text stripped; for a target, the list of all right texts."""
+  """A prediction stripped; for a target, the list of all right texts."""
   del unused
   return json.loads(example['references']) if is_target else text.strip()
 
 
 def translation_to_text(record: Record) -> dict[str, str]:
-  """`nb` and `nn`, the same sentence in both."""
+  """`nb` and `nn`: the same sentence in Bokmål and Nynorsk."""
   return {'inputs': _prompt('til nynorsk', record['nb']), 'targets': record['nn']}
 
 
 def _named(label: Any, names: Mapping[str, str], known: Sequence[str]) -> str:
-  """Our name of a label, by its English or its own name."""
+  """Our name of a label given in English or by our name."""
   name = names.get(str(label), str(label))
   if name not in known:
     raise ValueError(
@@ -142,10 +139,10 @@ def _named(label: Any, names: Mapping[str, str], known: Sequence[str]) -> str:
 
 
 def _first_of(record: Record, names: Sequence[str]) -> Any:
-  """The first of the columns that a record has."""
+  """The first of these columns that a record has."""
   for name in names:
     if name in record:
       return record[name]
   raise ValueError(
-    f'it has none of the columns {", ".join(names)}. Got: {", ".join(sorted(record))}'
+    f'none of the columns {", ".join(names)}. Got: {", ".join(sorted(record))}'
   )

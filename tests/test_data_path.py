@@ -2,6 +2,7 @@
 
 import os
 
+import gin
 import jax
 import numpy as np
 import pytest
@@ -162,15 +163,14 @@ def test_sentencepiece_in_every_kind_of_task(unigram_corpus, tmp_path):
     tuning = finetune_task.get_dataset(LENGTHS, 'train')
     example = next(tuning.as_numpy_iterator())
     assert vocabulary.decode(example['inputs'].tolist()) == 'fjord på'
-    # SentencePiece runs in the graph, so fine-tuning with it needs no Python either.
     assert not PYTHON & operations(tuning)
-    lines = tf.data.Dataset.from_tensors(
-      {'inputs': 'barna <mask> på <s> fjorden', 'targets': ''}
-    )
-    (example,) = fill_in_task.preprocess_postcache(lines, LENGTHS).as_numpy_iterator()
+    (tmp_path / 'lines.txt').write_text('barna <mask> på <s> fjorden\n')
+    gin.bind_parameter('input_file.dataset.path', str(tmp_path / 'lines.txt'))
+    (example,) = fill_in_task.get_dataset(LENGTHS, 'test').as_numpy_iterator()
     ids = example['inputs'].tolist()
     assert ids.count(vocabulary.mask_id) == 1 and ids.count(1) == 1  # <s> is text
     assert vocabulary.decode(ids) == 'barna<mask> på <s> fjorden'
   finally:
+    gin.clear_config()
     for name in names:
       seqio.TaskRegistry.remove(name)

@@ -201,7 +201,9 @@ def test_from_a_checkpoint_to_answers(task, tmp_path, monkeypatch):
 
   # A file of inputs, without the prompt that the task puts before them.
   examples = list(task.source.get_dataset('test', shuffle=False).as_numpy_iterator())
-  inputs = [e['inputs'].decode().removeprefix('stemning: ') for e in examples]
+  inputs = [
+    e['inputs_pretokenized'].decode().removeprefix('stemning: ') for e in examples
+  ]
   (tmp_path / 'inputs.txt').write_text('\n'.join(inputs[:8]) + '\n')
   macros = {
     'CHECKPOINT_PATH': str(run),
@@ -216,7 +218,7 @@ def test_from_a_checkpoint_to_answers(task, tmp_path, monkeypatch):
     f'stemning: {text}' for text in inputs[:8]
   ]
   right = sum(
-    answer['prediction'] == example['targets'].decode()
+    answer['prediction'] == example['targets_pretokenized'].decode()
     for answer, example in zip(answers, examples[:8], strict=True)
   )
   assert right >= 7

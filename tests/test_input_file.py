@@ -15,8 +15,8 @@ def clean_gin():
 
 
 def read(path, prompt=''):
-  examples = input_file.dataset(str(path), prompt).as_numpy_iterator()
-  return [(e['inputs'].decode(), e['targets'].decode()) for e in examples]
+  columns = input_file.dataset(str(path), prompt)
+  return list(zip(columns['inputs'], columns['targets'], strict=True))
 
 
 def test_sentences_to_fill_in_that_are_cut_are_counted(tmp_path, corpus_dir, caplog):
@@ -65,9 +65,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'content', 'message'),
   [
-    ('a.txt', '\n', 'holds no input'),
-    ('a.jsonl', '{"text": "x"}\n', 'object 1 must hold its text under "inputs"'),
-    ('a.jsonl', '{"inputs": 3}\n', 'under "inputs"'),
+    ('a.txt', '\n', 'has no inputs'),
+    ('a.jsonl', '{"text": "x"}\n', 'object 1 must have its text as "inputs"'),
+    ('a.jsonl', '{"inputs": 3}\n', 'as "inputs"'),
     ('a.jsonl', 'x\n', 'line 1 is not JSON'),
   ],
 )

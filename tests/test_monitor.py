@@ -128,7 +128,7 @@ def test_no_checkpoint_to_be_best(run_dir, tmp_path_factory):
 
 
 def test_metrics_of_ones_own_need_a_headline():
-  with pytest.raises(ValueError, match='name with headline'):
+  with pytest.raises(ValueError, match='as headline'):
     text_to_text.add_text_to_text_task(
       'no_headline', None, files={'train': 'a.tsv'}, metric_fns=[len]
     )

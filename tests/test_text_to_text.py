@@ -122,7 +122,7 @@ def test_all_unknown_labels_are_counted(add):
 
 
 @pytest.mark.parametrize(
-  ('text', 'told'), [(7, "no text: {'targets': 'int'}"), (None, 'NoneType')]
+  ('text', 'told'), [(7, "not text: {'targets': 'int'}"), (None, 'NoneType')]
 )
 def test_what_is_no_text_is_told_by_record(add, text, told):
   task = add(
@@ -153,7 +153,7 @@ def test_a_missing_column_is_named(add):
 )
 def test_a_function_that_gives_no_texts_is_told(add, to_text, got):
   task = add([('a', 'b')], to_text=to_text)
-  pattern = f"must return a dictionary with 'inputs' and 'targets'. Got, .* 1: {got}"
+  pattern = f"must return a dictionary with 'inputs' and 'targets'. Got .* 1: {got}"
   with pytest.raises(ValueError, match=pattern):
     examples(task)
 
