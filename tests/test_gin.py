@@ -1,4 +1,4 @@
-"""Every file in gin/ resolves, and says what the design says it does."""
+"""Every file in gin/ resolves, alone and with the files that may follow it."""
 
 import pathlib
 import sys
@@ -13,7 +13,7 @@ from gin import config_parser
 
 from bart_t5x import layers, model, network, noise, schedules
 from t5x import eval as eval_script
-from t5x import gin_utils, launch, optimizers, partitioning, utils
+from t5x import gin_utils, launch, optimizers, partitioning
 from t5x import infer as infer_script
 from t5x import train as train_script
 
@@ -51,9 +51,9 @@ RUNS = {
 }
 # Included by run files, which define what these use.
 PARTS = ('adamw', 'denoising')
-# Given after a run's file, which they need.
+# Given after a run's file.
 ADDITIONS = ('from_checkpoint', 'push_to_hub')
-# What a run file gives to a model file.
+# Set by run files for model files.
 FOR_A_MODEL = (
   "MIXTURE_OR_TASK_NAME = 'norwegian_denoising'",
   'MIXTURE_OR_TASK_MODULE = None',
@@ -128,7 +128,7 @@ def test_every_file_is_in_this_test():
   assert noises
 
 
-def test_gin_is_no_package():
+def test_gin_folder_is_not_a_package():
   """With an __init__.py it would hide the package gin-config."""
   assert not list(GIN.rglob('*.py'))
   assert GIN not in pathlib.Path(gin.__file__).parents
@@ -146,7 +146,7 @@ def test_runs_resolve(run):
 
 
 @pytest.mark.parametrize(('run', 'left_out'), [('eval', 0), ('infer', 0), ('infer', 1)])
-def test_what_only_the_user_knows_is_asked_for(run, left_out):
+def test_missing_macros_are_named(run, left_out):
   bindings = list(RUNS[run][1])
   name = bindings.pop(left_out).split()[0]
   with pytest.raises(ValueError, match=rf'{name}\. Set .*--gin\.{name}=VALUE'):
@@ -181,14 +181,14 @@ def test_one_seed_moves_parameters_and_data(run):
     assert str(seed) == '%RANDOM_SEED', parameter
 
 
-def test_fine_tuning_has_one_number_of_steps():
+def test_one_number_of_fine_tuning_steps():
   parse('finetune', bindings=RUNS['finetune'][1])
   for parameter in ('__main__.train.relative_steps', 'linear_warmup.total_steps'):
     assert str(gin.query_parameter(parameter)) == '%TRAIN_STEPS_RELATIVE'
 
 
 @pytest.mark.parametrize('run', ['bart_base_no', 'bart_mini_no', 'finetune'])
-def test_pushing_follows_a_run(run):
+def test_push_to_hub_follows_a_run(run):
   bindings = (*RUNS[run][1], "HUB_REPO = 'org/name'")
   parse(run, 'push_to_hub', bindings=bindings)
   actions = gin.query_parameter('__main__.train.actions')
@@ -251,55 +251,6 @@ def test_parameters_are_those_of_the_published_models(size):
 
 
 # ---- bart_base_no ----
-
-
-def test_base_batch_lengths_and_periods():
-  parse('bart_base_no')
-  assert gin.query_parameter('%BATCH_SIZE') == 256
-  # The constant by which gradients are divided: all target slots of a batch.
-  assert gin.query_parameter('%LOSS_NORMALIZING_FACTOR') == 256 * 1024
-  assert gin.query_parameter('%TASK_FEATURE_LENGTHS') == {
-    'inputs': 896,
-    'targets': 1024,
-  }
-  with gin.config_scope('train'):
-    data = configured(utils.DatasetConfig)()
-  assert (data.mixture_or_task_name, data.split) == ('norwegian_denoising', 'train')
-  assert (data.batch_size, data.seed, data.pack, data.shuffle) == (256, 42, True, True)
-  assert data.use_cached is False
-  with gin.config_scope('train_eval'):
-    assert configured(utils.DatasetConfig)().split == 'validation'
-  save = configured(utils.SaveCheckpointConfig)()
-  assert (save.period, save.save_dataset) == (2000, True)
-  periods = {
-    name: gin.query_parameter(f'__main__.train.{name}')
-    for name in ('stats_period', 'eval_period')
-  }
-  assert periods == {'stats_period': 500, 'eval_period': 2000}
-
-
-def test_large_is_the_base_run_with_the_larger_model():
-  parse('bart_large_no')
-  macros = {
-    name: gin.query_parameter(f'%{name}')
-    for name in ('BATCH_SIZE', 'TRAIN_STEPS', 'LOSS_NORMALIZING_FACTOR', 'MODEL_DIR')
-  }
-  assert macros == {
-    'BATCH_SIZE': 256,
-    'TRAIN_STEPS': 12000,
-    'LOSS_NORMALIZING_FACTOR': 256 * 1024,
-    'MODEL_DIR': 'runs/bart_large_no',
-  }
-  config = configured(network.BartConfig)()
-  assert (config.emb_dim, config.num_encoder_layers) == (1024, 12)
-  assert config.remat_policy == 'full'
-  partitions = 't5x.partitioning.PjitPartitioner.num_partitions'
-  assert gin.query_parameter(partitions) == 1
-
-
-def test_base_recomputes_what_is_cheap():
-  parse('bart_base_no')
-  assert configured(network.BartConfig)().remat_policy == 'dots'
 
 
 def test_base_learning_rate():
