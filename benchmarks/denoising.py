@@ -1,14 +1,13 @@
-"""How fast the noise is: tokens a second on one core, beside the peers' algorithms.
+"""Speed of the noise: tokens per second on one core, and that of the peers' algorithms.
 
     python -m bart_t5x.prepare --source=… --output_dir=data/no
     python benchmarks/denoising.py --corpus_dir=data/no
 
-Measured on pieces of a prepared corpus, cut to 1,022 tokens and to 130. The baselines
-are written from the peers' descriptions, in NumPy: fairseq's (one example at a time)
-and that of Hugging Face's data collator for BART (a batch at a time, with its loops
-over masked positions). Seconds are CPU seconds of the whole process, pinned to one
-core, so that other programs on the machine matter little; the best of three runs.
-Figures: denoising.md.
+Measured on pieces of a prepared corpus, cut to 1,022 and to 130 tokens. The baselines
+follow the peers' descriptions, in NumPy: fairseq's (one example at a time) and that of
+Hugging Face's data collator for BART (a batch at a time, with its loops over masked
+positions). Seconds are CPU seconds of the process, pinned to one core; the best of
+three runs. Results: denoising.md.
 """
 
 import argparse
@@ -33,7 +32,7 @@ MASK = 4
 
 
 def read_pieces(corpus_dir: str, length: int, count: int) -> list[tuple]:
-  """(tokens, sentence starts) of exactly `length` tokens, documents glued for that."""
+  """(tokens, sentence starts) of exactly `length` tokens, across documents."""
   documents = CorpusSource(corpus_dir).get_dataset(shuffle=False)
   pieces, tokens, starts = [], [], []
   for document in documents.as_numpy_iterator():
@@ -78,7 +77,7 @@ def fairseq_like(tokens, starts, random, ratio=0.3, mean=3.5):
 
 
 def collator_like(batch, random, ratio=0.3, mean=3.0, pad=0):
-  """Hugging Face's collator on [rows, length] with padding behind each sentence."""
+  """Hugging Face's collator on [rows, length] with padding after each sentence."""
   out = batch.copy()
   for row in range(len(batch)):
     ends = [*(np.flatnonzero(batch[row] == pad) + 1), batch.shape[1]]
@@ -126,7 +125,7 @@ def with_padding(pieces, rows, length):
 
 
 def speed_of(name, tokens, run):
-  """Prints the best of three runs: what disturbs a run only makes it slower."""
+  """Prints the best of three runs."""
   seconds = math.inf
   for _ in range(3):
     begin = time.process_time()
@@ -158,7 +157,7 @@ def measure_ours(name, pieces, recipe, ids, repeats):
   dataset = memory.repeat(repeats).map(corrupt).with_options(options)
 
   def run(dataset=dataset):
-    # Summed up inside the graph: handing results to Python would be measured too.
+    # Summed in the graph: passing results to Python would be measured too.
     dataset.reduce(np.int32(0), lambda a, b: a + b).numpy()
 
   run(dataset.take(1))
@@ -194,7 +193,7 @@ def main():
   for length, repeats in ((1022, 4), (130, 16)):
     pieces = read_pieces(args.corpus_dir, length, args.pieces)
     tokens = length * len(pieces)
-    print(f'examples of {length:,} tokens: million tokens a second on one core')
+    print(f'examples of {length:,} tokens: million tokens per second on one core')
     batches = with_padding(pieces, 32, length)
     speed_of(
       "Hugging Face's collator, its algorithm",

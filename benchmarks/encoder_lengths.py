@@ -2,9 +2,8 @@
 
     python benchmarks/encoder_lengths.py --corpus_dir=data/no
 
-`noise.longest_source` for each file in gin/noise, as the task asks it when it starts;
-and what real text comes to: the longest source of the corpus's pieces, as the task cuts
-them. Without a corpus only the former.
+Prints `noise.longest_source` for each file in gin/noise, as the task checks it; and,
+with a corpus, the longest source of its pieces.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""How fast training data comes: from shards to packed batches, as T5X asks for it.
+"""Speed of the input pipeline, from shards to packed batches, as T5X reads them.
 
     python -m bart_t5x.prepare --source=… --output_dir=data/no
     python benchmarks/input_pipeline.py --corpus_dir=data/no
 
-Prints the time to the first batch (everything behind the imports: vocabulary, graph,
-shuffle buffers), target tokens a second by the clock and by CPU second, how full the
-rows are, and the memory of the process along the way; with our feature converter and
-with seqio's.
+Prints the time to the first batch (after imports: vocabulary, graph, shuffle buffers),
+target tokens per second and per CPU second, how full the rows are, and the memory of
+the process over time; with our feature converter and with seqio's.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-# What a TPU v3-8 takes at 0.65 s a step of 256 rows of 1024, somewhat faster than
+# For a TPU v3-8 at 0.65 s per step of 256 rows of 1024, somewhat faster than
 # benchmarks/tpu_plan.md estimates.
 TARGET = 256 * 1024 / 0.65
 TASK = 'benchmark_input_pipeline'
@@ -24,7 +23,7 @@ MARKS = 8
 
 
 def resident() -> float:
-  """MiB of memory that the process holds."""
+  """Resident memory of the process in MiB."""
   with open('/proc/self/statm') as f:
     pages = int(f.read().split()[1])
   return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
@@ -67,14 +66,14 @@ def measure(args, converter) -> None:
   seconds, cpu = time.perf_counter() - first, time.process_time() - cpu
   with open(os.path.join(args.corpus_dir, 'corpus.json'), encoding='utf-8') as f:
     epoch = json.load(f)['splits']['train']['tokens']
-  print(f'  target tokens a second, by the clock   {real / seconds:>12,.0f}')
-  print(f'  target tokens a CPU second             {real / cpu:>12,.0f}')
-  print(f'  CPU seconds a second                   {cpu / seconds:>12.2f}')
+  print(f'  target tokens per second               {real / seconds:>12,.0f}')
+  print(f'  target tokens per CPU second           {real / cpu:>12,.0f}')
+  print(f'  CPU seconds per second                 {cpu / seconds:>12.2f}')
   print(f'  slots filled, targets                  {real / slots:>12.2%}')
   print(f'  slots filled, inputs                   {inputs / slots:>12.2%}')
   print(f'  rows of {args.length:<6}                         {rows:>12,}')
   print(f'  epochs                                 {real / epoch:>12.2f}')
-  print(f'  resident MiB along the way   {" ".join(f"{m:,.0f}" for m in marks)}')
+  print(f'  resident MiB over time       {" ".join(f"{m:,.0f}" for m in marks)}')
 
 
 def main():
@@ -98,7 +97,7 @@ def main():
   gin.parse_config_file(args.gin_file)
   pretrain.add_denoising_task(TASK, args.corpus_dir)
   print(
-    f'wanted: {TARGET:,.0f} target tokens a second on 2 cores, rows 97 % full, '
+    f'wanted: {TARGET:,.0f} target tokens per second on 2 cores, rows 97 % full, '
     'first batch within 3 s'
   )
   for converter in (BartFeatureConverter, seqio.EncDecFeatureConverter):

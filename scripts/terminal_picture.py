@@ -1,4 +1,4 @@
-"""Makes a picture (SVG) of what a command shows in a terminal, colours included.
+"""Makes a picture (SVG) of a command's output in a terminal, with colours.
 
     python -m bart_t5x.inspect --task=norwegian_denoising_mini --color=always |
         python scripts/terminal_picture.py FILE.svg TITLE
@@ -15,7 +15,7 @@ from rich.console import CONSOLE_SVG_FORMAT, Console
 from rich.text import Text
 
 WIDTH = 110  # columns
-# Without the fonts that rich would have the reader fetch from elsewhere.
+# Without rich's references to fonts on other servers.
 SVG_FORMAT = re.sub(r'@font-face \{\{.*?\}\}', '', CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 

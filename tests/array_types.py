@@ -1,7 +1,6 @@
-"""Checks shapes and dtypes at run time, as the signatures of array functions give them.
+"""Checks the shapes and dtypes in array functions' signatures at run time.
 
-Other annotations are not looked at. Where a signature says `Array`, tests may hand over
-NumPy's arrays too, as JAX takes both.
+Other annotations are ignored. For `Array`, tests may pass NumPy arrays, as JAX does.
 """
 
 import collections.abc
@@ -14,27 +13,20 @@ import jax
 import jaxtyping
 from beartype import beartype
 
-# Containers whose parts are looked at; of anything else only arrays and plain types.
+# Types that are checked, besides arrays; all others become `Any`.
 _CONTAINERS = (tuple, list, dict, collections.abc.Mapping, collections.abc.Sequence)
 _PLAIN = (int, float, bool, str, type(None), Ellipsis)
 
 
 def install(modules) -> None:
-  """Checks calls within tests of all functions in modules imported from now on.
-
-  Args:
-    modules: their names; those within a package are checked too.
-  """
+  """Checks all functions in these modules (and within packages), not yet imported."""
   jaxtyping.install_import_hook(list(modules), 'array_types.check')
 
 
 def check(function):
-  """The function, with shapes and dtypes checked at each call.
-
-  `inspect.unwrap` gives it back as it was, for tests of what it says to wrong shapes.
-  """
+  """Wraps a function to check shapes and dtypes; `inspect.unwrap` undoes it."""
   if function.__name__ == '__init__':
-    # A dataclass that is a tree holds axes or shapes, too, in place of its arrays.
+    # A dataclass that is a tree may have axes or shapes in place of its arrays.
     return function
   hints = getattr(function, '__annotations__', {})
   function.__annotations__ = {
@@ -52,7 +44,7 @@ def _has_arrays(hint) -> bool:
 
 
 def _arrays_of(hint):
-  """The hint with `Any` for what is neither an array nor plain."""
+  """The hint, with `Any` for what is neither an array nor plain."""
   if _is_array(hint):
     if hint.array_type is jax.Array:
       hint.array_type = typing.Any

@@ -1,10 +1,8 @@
-"""That the checks of shapes and dtypes are on, and of what they say nothing."""
+"""Shapes and dtypes are checked while tests run."""
 
 import dataclasses
-import inspect
 
 import array_types
-import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -20,22 +18,12 @@ QUERY = np.zeros((2, 3, 1, 4), np.float32)
   [np.zeros((2, 5, 2, 4), np.float32), np.zeros((2, 5, 1, 4), np.int32)],
   ids=['shape', 'dtype'],
 )
-def test_wrong_arrays_are_told(key):
+def test_wrong_arrays_raise(key):
   with pytest.raises(TypeCheckError, match="parameter 'key'"):
     attention.plain_attention(QUERY, key, key)
 
 
-def test_arrays_of_numpy_and_of_jax_pass():
-  for key in (np.zeros((2, 5, 1, 4), np.float32), jnp.zeros((2, 5, 1, 4))):
-    assert attention.plain_attention(QUERY, key, key).shape == QUERY.shape
-
-
-def test_the_function_itself_is_still_there():
-  key = np.zeros((2, 5, 1, 4), np.int32)
-  assert inspect.unwrap(attention.plain_attention)(QUERY, key, QUERY[:, :1]) is not None
-
-
-def test_trees_may_hold_anything_in_place_of_arrays():
+def test_trees_may_have_anything_in_place_of_arrays():
   @dataclasses.dataclass
   class State:
     moment: Float[Array, ' d']
