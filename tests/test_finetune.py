@@ -1,5 +1,6 @@
-"""Fine-tuning tasks on small files in the formats of the real ones."""
+"""Fine-tuning tasks on small files in the real formats, and their headline metrics."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import seqio
 
 from bart_t5x.features import BartFeatureConverter
-from tasks import monitor
+from tasks import monitor, text_to_text
 
 DATA = pathlib.Path(__file__).parent / 'data'
 ROOT = DATA.parent.parent
@@ -98,7 +99,7 @@ def test_file_to_ids_to_perfect_score(task):
       tuple(vocabulary.decode(example[f].tolist()) for f in ('inputs', 'targets'))
     )
   assert texts == EXPECTED[task.name]
-  # As seqio evaluates: a model that answers right has full marks, another has not.
+  # As seqio evaluates: right answers score 100, wrong ones next to nothing.
   targets = [
     task.postprocess_fn(target, example=example, is_target=True)
     for (_, target), example in zip(texts, found, strict=True)
@@ -168,7 +169,7 @@ def test_mixtures(name, members, suffix):
 
 
 @pytest.mark.parametrize('task', ['no_sammendrag'], indirect=True)
-def test_the_mixture_trains_on_what_has_a_training_split(task, monkeypatch):
+def test_mixture_trains_on_tasks_with_a_training_split(task, monkeypatch):
   mixture = seqio.get_mixture_or_task('sammendrag')
   for member in mixture.tasks:  # as with one corpus
     vocabulary = member.output_features['inputs'].vocabulary
@@ -201,14 +202,14 @@ def test_batches_as_the_model_takes_them(task):
 
 
 @pytest.mark.parametrize('task', ['norec'], indirect=True)
-def test_what_is_too_long_is_cut_and_counted(task):
+def test_long_texts_are_cut_and_counted(task):
   first = examples(task, {'inputs': 12, 'targets': 4})[0]
   assert first['inputs'].size == 12
   assert first['inputs_truncated'] > 0
   assert first['targets_pretokenized'] == b'positiv'
 
 
-def test_importing_needs_neither_files_nor_libraries(tmp_path):
+def test_import_needs_neither_files_nor_libraries(tmp_path):
   code = (
     'import sys, seqio\n'
     'theirs = set(sys.modules)\n'  # seqio imports scikit-learn where it is
@@ -233,3 +234,123 @@ def test_importing_needs_neither_files_nor_libraries(tmp_path):
   assert f'message: no data at {tmp_path}/finetune/norne_nb/train.' in run.stdout
   assert 'Download it from https://github.com/ltgoslo/norne' in run.stdout
   assert "readers.records.source = 'hub'" in run.stdout
+
+
+# ---- The headline metric and the best checkpoint ----
+
+
+@pytest.mark.parametrize(
+  ('task', 'metric', 'expected'),
+  [
+    ('norec', None, ('norec', 'macro_f1')),
+    ('scala_nb_mini', None, ('scala_nb_mini', 'mcc')),
+    ('norne_nn', 'span_recall', ('norne_nn', 'span_recall')),
+    ('norne', None, ('norne_nb', 'span_f1')),
+    ('sammendrag', None, ('no_sammendrag', 'rouge_lsum_max')),
+  ],
+)
+def test_headlines(task, metric, expected):
+  assert monitor.headline(task, metric) == expected
+
+
+def test_the_name_in_tensorboard():
+  gin.bind_parameter('tasks.monitor.headline.task', 'norquad')
+  assert monitor.tensorboard_name() == 'inference_eval/norquad/eval/f1'
+
+
+@pytest.mark.parametrize(
+  ('task', 'module', 'package'),
+  [
+    ('norec', 'sklearn.metrics', 'scikit-learn'),
+    ('norsumm_nb', 'rouge_score.rouge_scorer', 'rouge-score'),
+    ('monitor_test_mixture', 'sklearn.metrics', 'scikit-learn'),
+  ],
+)
+def test_missing_library_of_a_metric_is_reported_at_the_start(
+  task, module, package, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, module, None)
+  gin.bind_parameter('tasks.monitor.headline.task', task)
+  # The first of its tasks, which is monitored, needs no library.
+  seqio.MixtureRegistry.add('monitor_test_mixture', [('norquad', 1), ('norec', 1)])
+  try:
+    with pytest.raises(ImportError, match=f'need {package}: pip install'):
+      monitor.tensorboard_name()
+    # Inference needs no metrics.
+    assert monitor.headline()
+  finally:
+    seqio.MixtureRegistry.remove('monitor_test_mixture')
+
+
+def test_misspelt_task_gets_the_nearest_name():
+  with pytest.raises(ValueError, match="'nornee_nb'. Nearest: norne_nb"):
+    monitor.headline('nornee_nb')
+
+
+def test_a_task_without_metrics_or_headline():
+  with pytest.raises(ValueError, match='no split .validation. with metrics'):
+    monitor.headline('norwegian_fill_in')
+  with pytest.raises(ValueError, match='--gin.METRIC='):
+    monitor.headline('norwegian_denoising')
+  assert monitor.headline('norwegian_denoising', 'chrf')[1] == 'chrf'
+
+
+def test_module_is_imported_first(tmp_path, monkeypatch):
+  (tmp_path / 'monitor_test_module.py').write_text(
+    'from tasks import text_to_text as t\n'
+    't.add_text_to_text_task("monitor_test", None, files={"validation": "a.tsv"})\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  try:
+    found = monitor.headline('monitor_test', module='monitor_test_module')
+    assert found == ('monitor_test', 'chrf')
+  finally:
+    seqio.TaskRegistry.remove('monitor_test')
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+  """Four evaluations; three of the checkpoints still exist."""
+  gin.bind_parameter('tasks.monitor.headline.task', 'norec')
+  values = {10: 40.0, 20: 70.0, 30: 90.0, 40: 70.0}
+  (tmp_path / 'inference_eval').mkdir()
+  (tmp_path / 'inference_eval' / 'norec-metrics.jsonl').write_text(
+    ''.join(json.dumps({'step': s, 'macro_f1': v}) + '\n' for s, v in values.items())
+  )
+  for step in (10, 20, 40):
+    (tmp_path / f'checkpoint_{step}').mkdir()
+  return tmp_path
+
+
+def test_best_checkpoint_of_those_kept(run_dir):
+  assert monitor.best_checkpoint(str(run_dir)) == str(run_dir / 'checkpoint_20')
+  (run_dir / 'checkpoint_30').mkdir()
+  assert monitor.best_checkpoint(str(run_dir)) == str(run_dir / 'checkpoint_30')
+
+
+def test_nan_is_never_the_best(run_dir):
+  metrics = run_dir / 'inference_eval' / 'norec-metrics.jsonl'
+  rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+  rows[0]['macro_f1'] = float('nan')
+  metrics.write_text('\n'.join(map(json.dumps, rows)))
+  assert monitor.best_checkpoint(str(run_dir)) == str(run_dir / 'checkpoint_20')
+
+
+def test_checkpoint_is_returned_as_it_is():
+  assert monitor.best_checkpoint('runs/a/checkpoint_7/') == 'runs/a/checkpoint_7/'
+
+
+def test_no_best_checkpoint(run_dir, tmp_path_factory):
+  gin.bind_parameter('tasks.monitor.headline.metric', 'accuracy')
+  with pytest.raises(FileNotFoundError, match="no checkpoint with a value of 'accur"):
+    monitor.best_checkpoint(str(run_dir))
+  empty = tmp_path_factory.mktemp('empty')
+  with pytest.raises(FileNotFoundError, match='neither a checkpoint .* nor the folder'):
+    monitor.best_checkpoint(str(empty))
+
+
+def test_own_metrics_need_a_headline():
+  with pytest.raises(ValueError, match='as headline'):
+    text_to_text.add_text_to_text_task(
+      'no_headline', None, files={'train': 'a.tsv'}, metric_fns=[len]
+    )

@@ -1,5 +1,6 @@
-"""Readers of files in the formats of the real data, and where data comes from."""
+"""Readers of files in the formats of the real data, and prompts made of records."""
 
+import json
 import pathlib
 import sys
 import types
@@ -9,7 +10,7 @@ import pytest
 import seqio
 
 import tasks  # noqa: F401 registers the tasks
-from tasks import readers
+from tasks import prompts, readers
 
 DATA = pathlib.Path(__file__).parent / 'data'
 
@@ -48,7 +49,7 @@ def test_gin_chooses_the_hub(monkeypatch, corpus_dir):
     readers.records('nb_nn', 'train', None, 'https://www.nb.no')
 
 
-def test_two_files_for_one_split_are_one_too_many(tmp_path):
+def test_two_files_for_one_split_raise(tmp_path):
   gin.bind_parameter('tasks.readers.records.source', str(tmp_path))
   (tmp_path / 'norec').mkdir()
   for name in ('train.jsonl', 'train.tsv'):
@@ -82,15 +83,13 @@ def test_parquet(tmp_path):
     ('a.csv', '', 'is unknown. Known endings'),
   ],
 )
-def test_damaged_files_are_named(name, content, message, tmp_path):
+def test_errors_name_the_file(name, content, message, tmp_path):
   (tmp_path / name).write_text(content)
   with pytest.raises(ValueError, match=message):
     list(readers.read_file(str(tmp_path / name)))
 
 
-def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(
-  tmp_path, monkeypatch
-):
+def test_missing_file_is_named_with_its_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(
     FileNotFoundError, match=f"'ord/test.tsv'.* current folder, '{tmp_path}'"
@@ -106,7 +105,7 @@ def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(
     ('a.json', '[{"ord": "hus", "klasse": "substantiv"}]'),
   ],
 )
-def test_a_byte_order_mark_is_no_part_of_the_first_name(name, content, tmp_path):
+def test_byte_order_mark_is_skipped(name, content, tmp_path):
   (tmp_path / name).write_bytes(content.encode('utf-8-sig'))
   (record,) = readers.read_file(str(tmp_path / name))
   assert record == {'ord': 'hus', 'klasse': 'substantiv'}
@@ -121,13 +120,102 @@ def test_tsv_has_no_quotes_and_no_longest_field(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.tsv', 'a.jsonl', 'a.json', 'a.conllu'])
-def test_other_encodings_are_told(name, tmp_path):
+def test_other_encodings_are_reported(name, tmp_path):
   (tmp_path / name).write_bytes('ord\nrød\n'.encode('latin1'))
   with pytest.raises(ValueError, match=f'{name} is not UTF-8: .*0xf8.*iconv'):
     list(readers.read_file(str(tmp_path / name)))
 
 
-def test_a_list_of_objects(tmp_path):
+def test_list_of_objects(tmp_path):
   (tmp_path / 'a.json').write_text('[{"article": "x"}, {"article": "y"}]')
   found = readers.read_file(str(tmp_path / 'a.json'))
   assert list(found) == [{'article': 'x'}, {'article': 'y'}]
+
+
+# ---- Prompts ----
+
+
+@pytest.mark.parametrize(
+  ('record', 'label'),
+  [
+    ({'text': 'x', 'label': 'neutral'}, 'nøytral'),
+    ({'text': 'x', 'label': 'fair'}, 'nøytral'),
+    ({'text': 'x', 'label': 'positiv'}, 'positiv'),
+    ({'text': 'x', 'rating': '2'}, 'negativ'),
+    ({'text': 'x', 'rating': 3}, 'nøytral'),
+    ({'text': 'x', 'rating': 5}, 'positiv'),
+    ({'id': '1', 'review': 'x', 'sentiment': 0}, 'negativ'),
+    ({'id': '1', 'review': 'x', 'sentiment': 2}, 'positiv'),
+  ],
+)
+def test_sentiment_in_every_form(record, label):
+  assert prompts.sentiment_to_text(record) == {
+    'inputs': 'stemning: x',
+    'targets': label,
+  }
+
+
+@pytest.mark.parametrize(
+  'answers',
+  [
+    {'text': ['1814', 'i 1814'], 'answer_start': [3, 1]},
+    [{'text': '1814', 'answer_start': 3}, {'text': 'i 1814', 'answer_start': 1}],
+  ],
+)
+def test_answers_in_both_forms(answers):
+  record = {'question': 'Når?', 'context': 'Det var i 1814.', 'answers': answers}
+  example = prompts.question_to_text(record)
+  assert example['targets'] == '1814'
+  assert json.loads(example['references']) == ['1814', 'i 1814']
+
+
+@pytest.mark.parametrize(
+  ('record', 'summaries'),
+  [
+    ({'article': 'x', 'summaries': ['a', 'b']}, ['a', 'b']),
+    (
+      {'article': 'x', 'summaries_nn': [{'summary1': 'a'}, {'summary2': 'b'}]},
+      ['a', 'b'],
+    ),
+    ({'article': 'x', 'summaries': 'a'}, ['a']),
+    ({'document': 'x', 'summary': 'a'}, ['a']),
+    ({'text': 'x', 'target_text': 'a'}, ['a']),
+  ],
+)
+def test_summaries_in_every_form(record, summaries):
+  example = prompts.summary_to_text(record, 'summaries_nn')
+  assert example['inputs'] == 'sammendrag: x'
+  assert example['targets'] == 'a'
+  assert prompts.references_of('ignored', example, is_target=True) == summaries
+  assert prompts.references_of(' b ', example, is_target=False) == 'b'
+
+
+@pytest.mark.parametrize(
+  ('to_text', 'record', 'message'),
+  [
+    (prompts.sentiment_to_text, {'text': 'x', 'label': 'bra'}, "label 'bra'"),
+    (prompts.sentiment_to_text, {'text': 'x', 'rating': 7}, '1 to 6. Got: 7'),
+    (prompts.sentiment_to_text, {'text': 'x', 'sentiment': 3}, '0, 1 or 2. Got: 3'),
+    (
+      prompts.sentiment_to_text,
+      {'tekst': 'x', 'label': 'fair'},
+      'text, review. Got: label, tekst',
+    ),
+    (prompts.summary_to_text, {'text': 'x', 'sum': 'y'}, 'summary, target_text'),
+    (prompts.acceptability_to_text, {'text': 'x', 'label': 1}, 'unknown label 1'),
+    (prompts.entities_to_text, {'tokens': ['x'], 'labels': ['B-DYR']}, 'B-DYR'),
+    (prompts.entities_to_text, {'tokens': ['x'], 'labels': []}, '1 tokens, but 0'),
+  ],
+)
+def test_unknown_labels_and_columns_raise(to_text, record, message):
+  with pytest.raises(ValueError, match=message):
+    to_text(record)
+
+
+def test_entities_side_by_side_and_without_a_beginning():
+  record = {
+    'tokens': ['Oslo', 'Bergen', 'Kari', 'Dahl'],
+    'labels': ['B-GPE_LOC', 'B-LOC', 'I-PER', 'I-PER'],
+  }
+  targets = prompts.entities_to_text(record)['targets']
+  assert targets == 'LOC: Oslo | LOC: Bergen | PER: Kari Dahl'

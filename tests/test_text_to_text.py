@@ -1,4 +1,4 @@
-"""Tasks that users register: the README's own, what is counted, what stops."""
+"""Text-to-text tasks as users register them, and files of inputs."""
 
 import logging
 import pathlib
@@ -7,14 +7,22 @@ import runpy
 import subprocess
 import sys
 
+import gin
 import numpy as np
 import pytest
 import seqio
 
-from tasks import input_file, text_to_text
+from tasks import fill_in, input_file, text_to_text
 
 ROOT = pathlib.Path(__file__).parent.parent
 LENGTHS = {'inputs': 64, 'targets': 64}
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
 
 
 def to_text(row):
@@ -98,7 +106,7 @@ def test_inspect_shows_the_readme_task(readme_task, tmp_path, monkeypatch):
   assert "targets 'substantiv'" in run.stdout
 
 
-# ---- What is counted ----
+# ---- Records and lengths ----
 
 
 def test_empty_texts_are_left_out_and_counted(add, caplog):
@@ -122,9 +130,9 @@ def test_all_unknown_labels_are_counted(add):
 
 
 @pytest.mark.parametrize(
-  ('text', 'told'), [(7, "not text: {'targets': 'int'}"), (None, 'NoneType')]
+  ('text', 'reported'), [(7, "not text: {'targets': 'int'}"), (None, 'NoneType')]
 )
-def test_what_is_no_text_is_told_by_record(add, text, told):
+def test_values_that_are_not_text_are_reported(add, text, reported):
   task = add(
     [('a', 'ja'), ('b', 'nei')],
     to_text=lambda row: {
@@ -134,10 +142,10 @@ def test_what_is_no_text_is_told_by_record(add, text, told):
   )
   with pytest.raises(ValueError, match='1 of 2 records cannot be used: record 2') as e:
     examples(task)
-  assert told in str(e.value)
+  assert reported in str(e.value)
 
 
-def test_a_missing_column_is_named(add):
+def test_missing_column_is_named(add):
   task = add([('a', 'b')], to_text=lambda row: {'inputs': row['tekst']})
   with pytest.raises(ValueError, match="record 1 has no 'tekst', but .*'inputs'"):
     examples(task)
@@ -151,14 +159,14 @@ def test_a_missing_column_is_named(add):
     (lambda row: ('a', 'b'), r"\('a', 'b'\)"),
   ],
 )
-def test_a_function_that_gives_no_texts_is_told(add, to_text, got):
+def test_wrong_to_text_is_reported(add, to_text, got):
   task = add([('a', 'b')], to_text=to_text)
   pattern = f"must return a dictionary with 'inputs' and 'targets'. Got .* 1: {got}"
   with pytest.raises(ValueError, match=pattern):
     examples(task)
 
 
-def test_records_that_give_other_texts_than_the_first_are_told(add):
+def test_records_with_other_fields_than_the_first_are_reported(add):
   def to_text(row):
     more = {'id': 'x'} if row['inputs'] == 'a' else {}
     return {'inputs': row['inputs'].split()[0], 'targets': 'b', **more}
@@ -173,7 +181,7 @@ def test_records_that_give_other_texts_than_the_first_are_told(add):
   assert 'record 3: list index out of range' in str(caught.value)
 
 
-def test_what_is_too_long_is_counted_by_feature(add, caplog, corpus_dir):
+def test_long_texts_are_counted_by_feature(add, caplog, corpus_dir):
   task = add([('fjord', 'ord ' * 30), ('fjord ' * 40, 'snø'), ('på', 'ord ' * 20)])
   lengths = {'inputs': 20, 'targets': 12}
   encode = task.output_features['targets'].vocabulary.encode
@@ -189,7 +197,7 @@ def test_what_is_too_long_is_counted_by_feature(add, caplog, corpus_dir):
 
 
 @pytest.mark.parametrize('more', [-1, 0, 1])
-def test_a_text_that_just_fits_is_not_counted(add, more, caplog):
+def test_text_that_just_fits_is_not_counted(add, more, caplog):
   task = add([('fjord og snø på sjø', 'x')])
   size = (
     len(task.output_features['inputs'].vocabulary.encode('fjord og snø på sjø')) + 2
@@ -199,30 +207,93 @@ def test_a_text_that_just_fits_is_not_counted(add, more, caplog):
   assert (example['inputs_truncated'] > 0) == (more < 0)
 
 
-def test_nothing_is_logged_where_all_is_well(add, caplog):
+def test_nothing_else_is_logged(add, caplog):
   with caplog.at_level(logging.WARNING):
     examples(add([('a', 'b')]))
   ours = [record for record in caplog.records if 'site-packages' not in record.pathname]
   assert not ours
 
 
-# ---- The rest ----
+# ---- Files of inputs ----
 
 
-def test_every_task_reads_a_file_of_inputs(add, tmp_path):
-  import gin
-
+def test_every_task_has_the_split_input_file(add, tmp_path):
   (tmp_path / 'inputs.txt').write_text('fjord\nsnø\n')
   gin.bind_parameter('tasks.input_file.dataset.path', str(tmp_path / 'inputs.txt'))
-  try:
-    task = add([('a', 'b')], labels=('b',))
-    found = examples(task, split=input_file.SPLIT)
-  finally:
-    gin.clear_config()
+  task = add([('a', 'b')], labels=('b',))
+  found = examples(task, split=input_file.SPLIT)
   assert [e['inputs_pretokenized'].decode() for e in found] == ['fjord', 'snø']
   np.testing.assert_array_equal(found[0]['targets'], [1, 2])
 
 
-def test_data_comes_from_one_place():
+def test_files_or_read():
   with pytest.raises(ValueError, match='either files or read'):
     text_to_text.add_text_to_text_task('no_data', to_text)
+
+
+def read(path, prompt=''):
+  columns = input_file.dataset(str(path), prompt)
+  return list(zip(columns['inputs'], columns['targets'], strict=True))
+
+
+def test_fill_in_counts_cut_texts(tmp_path, corpus_dir, caplog):
+  path = tmp_path / 'sentences.txt'
+  path.write_text('på <mask>\n' + 'fjord og snø ' * 20 + '<mask>\n')
+  name = 'input_file_test_fill_in'
+  task = fill_in.add_fill_in_task(name, corpus_dir)
+  gin.bind_parameter('tasks.input_file.dataset.path', str(path))
+  try:
+    task.get_dataset({'inputs': 16, 'targets': 16}, 'test')
+  finally:
+    seqio.TaskRegistry.remove(name)
+  assert f'{name}/test: 1 of 2 inputs are longer than TASK_FEATURE_LENGTHS' in (
+    caplog.text
+  )
+
+
+def test_lines_of_text(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('Første linje.\r\n\n Åse \n')
+  assert read(path, 'språk: ') == [('språk: Første linje.', ''), ('språk:  Åse ', '')]
+
+
+def test_json_lines(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"id": 1, "inputs": "En\\ntekst"}\n{"inputs": "To"}\n')
+  assert read(path) == [('En\ntekst', ''), ('To', '')]
+
+
+def test_empty_inputs_are_counted(tmp_path, caplog):
+  path = tmp_path / 'a.txt'
+  path.write_text('En.\n\n  \nTo.\n')
+  read(path)
+  read(path)
+  assert caplog.text.count('2 of 4 inputs are empty') == 1
+
+
+def test_byte_order_mark_is_not_text(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('En.\n', encoding='utf-8-sig')
+  assert read(path) == [('En.', '')]
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.txt', '\n', 'has no inputs'),
+    ('a.jsonl', '{"text": "x"}\n', 'object 1 must have its text as "inputs"'),
+    ('a.jsonl', '{"inputs": 3}\n', 'as "inputs"'),
+    ('a.jsonl', 'x\n', 'line 1 is not JSON'),
+  ],
+)
+def test_errors_name_the_input_file(name, content, message, tmp_path):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=message):
+    read(tmp_path / name)
+
+
+def test_no_input_file():
+  with pytest.raises(ValueError, match='--gin.INPUT_FILE='):
+    input_file.dataset()
+  with pytest.raises(FileNotFoundError, match='nowhere.txt'):
+    input_file.dataset('nowhere.txt')
