@@ -331,13 +331,15 @@ def infer(
 ) -> None:
   """Infers every example of a task, or of each task of a mixture, and writes it.
 
+  Writes `<output_dir>/<task>-<mode>.<file_extension>-<shard>-of-<shards>`.
+
   Args:
     mode: 'predict', 'score' or 'predict_with_aux'.
     model: the model.
     dataset_cfg: which task and split; neither packed nor shuffled.
     restore_checkpoint_cfg: which checkpoint; a single one.
     partitioner: lays parameters and data over the devices.
-    output_dir: folder of `<task>-<mode>.<extension>-<shard>-of-<shards>`.
+    output_dir: folder of the results.
     checkpoint_period: batches in a chunk; a restart repeats no finished chunk.
     shard_id: which share of the examples, from 0.
     num_shards: number of shares.
@@ -489,7 +491,8 @@ def infer(
     pairs = read(task)
     saved = f'{stem}-state{done - 1:05}'
     has_state = done and gfile.exists(saved + '.index')
-    iterator = iter(pairs if has_state else pairs.skip(done * chunk_size))
+    skips = done and not has_state
+    iterator = iter(pairs.skip(done * chunk_size) if skips else pairs)
     launch.keep_to_the_end(iterator)
     state = tf.train.Checkpoint(iterator=iterator)
     if has_state:
