@@ -335,30 +335,19 @@ def infer(
 
   Args:
     mode: 'predict', 'score' or 'predict_with_aux'.
-    model: the model.
-    dataset_cfg: which task and split; neither packed nor shuffled.
-    restore_checkpoint_cfg: which checkpoint; a single one.
-    partitioner: lays parameters and data over the devices.
-    output_dir: folder of the results.
+    dataset_cfg: neither packed nor shuffled.
+    restore_checkpoint_cfg: of a single checkpoint.
     checkpoint_period: batches in a chunk; a restart repeats no finished chunk.
-    shard_id: which share of the examples, from 0.
-    num_shards: number of shares.
+    shard_id, num_shards: which share of the examples, and of how many.
     merge_chunked_results: whether the chunks are joined at the end. They stay in
       `tmp-<task>-<shard>-of-<shards>/` if not.
-    write_fn: writes a chunk.
     checkpoint_ds_iter: whether the dataset state is saved with each chunk. Without,
       a restart reads the examples again up to there. Pipelines that keep state
       outside TensorFlow cannot save it.
-    train_state_initializer_cls: builds the state that is restored.
     fallback_init_rng: seed of parameters that the checkpoint lacks, if
       `RestoreCheckpointConfig.fallback_to_scratch` allows that.
-    merge_fn: joins the chunks.
-    summarize_config_fn: writes the configuration down.
-    verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
     output_vocab_feature_name: the task's feature whose vocabulary decodes predictions.
-    file_extension: of the files.
     keep_aux_as_numpy: whether auxiliary outputs stay NumPy arrays for `write_fn`.
-    use_orbax: see `restore.create_checkpoint_manager_and_restore`.
 
   Raises:
     ValueError: an argument is invalid, the checkpoint does not exist, or results of

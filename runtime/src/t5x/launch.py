@@ -137,17 +137,25 @@ def _show_help(description: str) -> NoReturn:
   raise SystemExit(0)
 
 
+def _is_in_package(name: str) -> bool:
+  """Whether gin will find 'package/folder/file.gin' in an importable package."""
+  folder, file = os.path.split(name)
+  try:
+    spec = importlib_util.find_spec(folder.replace('/', '.'))
+  except (ImportError, ValueError):
+    return False
+  origin = spec and spec.origin
+  return bool(origin) and os.path.isfile(os.path.join(os.path.dirname(origin), file))
+
+
 def _check_gin_files() -> None:
-  """Fails if a gin file is in no search path, nor of a package gin may find it in."""
   roots = [*FLAGS.gin_search_paths, *GIN_SEARCH_PATHS]
   for name in FLAGS.gin_file:
-    package = name.partition('/')[0]
-    if not (
-      '://' in name
-      or any(os.path.exists(os.path.join(root, name)) for root in roots)
-      or (package.isidentifier() and importlib_util.find_spec(package))
-    ):
-      _fail(f'--gin_file={name} does not exist. Searched: {", ".join(roots)}.')
+    found = '://' in name or any(os.path.exists(os.path.join(r, name)) for r in roots)
+    if not found and not _is_in_package(name):
+      _fail(
+        f'--gin_file={name} does not exist. Searched: {", ".join(roots)} and packages.'
+      )
 
 
 def prepare(
