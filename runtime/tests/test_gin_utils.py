@@ -109,9 +109,11 @@ def test_command_line_may_refer_to_new_things(tmp_path):
     'fakescript.train.steps = 2\n',
     'fakescript.train.model = @fakelib.Child()',
     'fakelib.Child.size = 5',
+    'fakelib.Child.predict.num_decodes = 3',
   )
   model, _, _ = call_train()
   assert type(model).__name__ == 'Child' and model.size == 5
+  assert model.predict() == 3
 
 
 def test_command_line_reaches_runtime_modules_without_any_import():
@@ -273,8 +275,7 @@ optimizers.adamw.mask = @fakelib.matrices
 
 def test_no_tensorflow_in_the_lower_levels():
   modules = (
-    'multihost state_utils losses metrics gin_utils learning_rate '
-    'optimizers adafactor train_state'
+    'multihost state_utils losses metrics gin_utils optimizers adafactor train_state'
   ).split()
   code = (
     f'import sys; from t5x import {", ".join(modules)}\n'

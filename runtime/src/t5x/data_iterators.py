@@ -220,13 +220,6 @@ def prepare_train_iter(
   return sharded
 
 
-def get_zeros_batch_like_spec(
-  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
-) -> Mapping[str, jnp.ndarray]:
-  """Returns a batch of zeros of the given shapes and dtypes, to compile with."""
-  return {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in batch_spec.items()}
-
-
 def get_zeros_batch_like_dataset(
   dataset: Any, batch_size: int | None = None
 ) -> Mapping[str, jnp.ndarray]:
@@ -243,5 +236,5 @@ def get_zeros_batch_like_dataset(
     shape = tuple(spec.shape)
     if batch_size:
       shape = (batch_size, *shape[1:])
-    zeros[name] = jax.ShapeDtypeStruct(shape, dtype)
-  return get_zeros_batch_like_spec(zeros)
+    zeros[name] = jnp.zeros(shape, dtype)
+  return zeros

@@ -1,5 +1,6 @@
 """Gin for T5X's scripts: flags, files, bindings, and the record of a configuration."""
 
+import contextlib
 import difflib
 import importlib.util
 import inspect
@@ -47,11 +48,12 @@ def _imports_of(root: str) -> list[config_parser.ImportStatement]:
   return [found[module] for module in sorted(found)]
 
 
-def _lookup(name: str) -> gin_config.Configurable | None:
-  """Finds what a name means by the imports of all gin files, and registers it.
+@contextlib.contextmanager
+def _scope_of(name: str) -> Iterator[gin_config.Configurable | None]:
+  """Opens a scope in which a name resolves by the imports of all gin files.
 
-  Returns:
-    The configurable; None if the name's first part is not imported, so that only gin's
+  Yields:
+    What the name means; None if its first part is not imported, so that only gin's
     registry can know it.
 
   Raises:
@@ -60,9 +62,10 @@ def _lookup(name: str) -> gin_config.Configurable | None:
   root, *parts = name.split('.')
   imports = _imports_of(root) if parts else []
   if not imports:
-    return None
-  if any(s.is_from or s.alias for s in imports):
-    # Different modules of one name; otherwise `import a.b` and `import a.c`.
+    yield None
+    return
+  direct = any(s.is_from or s.alias for s in imports)
+  if direct:  # Modules of one name; otherwise `import a.b` and `import a.c`.
     fitting = [s for s in imports if hasattr(sys.modules.get(s.module), parts[0])]
     if len(fitting) > 1:
       raise ValueError(
@@ -73,7 +76,6 @@ def _lookup(name: str) -> gin_config.Configurable | None:
   with gin_config._parse_scope() as context:
     for statement in (_DYNAMIC_REGISTRATION, *imports):
       context.process_import(statement)
-    direct = imports[0].is_from or imports[0].alias
     owner = sys.modules[imports[0].module if direct else root]
     for part in parts:
       if not hasattr(owner, part):
@@ -82,19 +84,16 @@ def _lookup(name: str) -> gin_config.Configurable | None:
           f'{nearest(part, dir(owner))}'
         )
       owner = getattr(owner, part)
-    configurable = context.get_configurable(name)
+    yield context.get_configurable(name)
   gin_config._IMPORTS.update(context.imports)
-  return configurable
 
 
 class _ResolvingDelegate(gin_config.ParserDelegate):
   """Resolves references in values by the imports of all gin files."""
 
   def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
-    scope, slash, name = scoped_selector.rpartition('/')
-    if configurable := _lookup(name):
-      scoped_selector = scope + slash + configurable.selector
-    return super().configurable_reference(scoped_selector, evaluate)
+    with _scope_of(scoped_selector.rpartition('/')[2]):
+      return super().configurable_reference(scoped_selector, evaluate)
 
 
 def _bind(
@@ -109,19 +108,19 @@ def _bind(
       yield macro, None
       continue
     try:
-      configurable = _lookup(selector)
-      full = configurable.selector if configurable else selector
-      function = configurable.wrapped if configurable else gin.get_configurable(full)
+      with _scope_of(selector) as found:
+        function = found.wrapped if found else gin.get_configurable(selector)
     except ValueError:
       if skip_unknown is True or (skip_unknown and selector in skip_unknown):
         continue
       raise
     try:
-      gin.bind_parameter((scope, full, parameter), value)
+      with _scope_of(selector):
+        gin.bind_parameter((scope, selector, parameter), value)
     except ValueError as error:
       hint = nearest(parameter, inspect.signature(function).parameters)
       raise ValueError(f'{error}{hint}') from None
-    yield '', configurable
+    yield '', found
 
 
 def _apply_command_line(
