@@ -27,8 +27,8 @@ import array_types  # noqa: E402 - found through the path above.
 array_types.install(
   f't5x.{name}'
   for name in (
-    'adafactor', 'beams', 'decoding', 'losses', 'metrics', 'models', 'optimizers',
-    'sampling', 'training.train_step',
+    'adafactor', 'decoding', 'losses', 'metrics', 'models', 'optimizers',
+    'training.train_step',
   )
 )  # fmt: skip
 

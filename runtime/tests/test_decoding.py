@@ -1,8 +1,9 @@
-"""Beam search against enumeration, and against a beam search in plain Python.
+"""Beam search against enumeration and a beam search in plain Python; sampling against
+distributions worked out by hand.
 
-The model of these tests is a table: logits depend on all tokens so far, by way
-of a number that the cache carries and every token changes, and on the example.
-A cache that follows the wrong beam gives wrong logits at once.
+The model of beam search is a table: logits depend on the example and on all tokens so
+far, through a number that the cache carries and every token changes. A cache that
+follows the wrong beam gives wrong logits at once.
 """
 
 import functools
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from scipy import stats
 
-from t5x import decoding, sampling
+from t5x import decoding
 
 EOS = 1
 # 0 is padding, which the model never emits.
@@ -125,7 +128,7 @@ def search(model, examples, inputs=None, length=LENGTH, layers=False, **options)
 
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 1.0, 2.0, -0.7])
 @pytest.mark.parametrize('frozen', [False, True])
-def test_a_wide_search_finds_what_enumeration_finds(alpha, frozen):
+def test_wide_search_against_enumeration(alpha, frozen):
   model = TableModel(examples=3, frozen=frozen)
   beams = 8  # As many as there are open sequences, so nothing is pruned.
   sequences, scores = search(model, range(3), num_decodes=beams, alpha=alpha)
@@ -141,7 +144,7 @@ def test_a_wide_search_finds_what_enumeration_finds(alpha, frozen):
 @pytest.mark.parametrize('beams', [1, 2, 3, 5])
 @pytest.mark.parametrize('alpha', [0.0, 0.6])
 @pytest.mark.parametrize('layers', [False, True])
-def test_a_narrow_search_prunes_like_plain_python(beams, alpha, layers):
+def test_narrow_search_against_plain_python(beams, alpha, layers):
   model = TableModel(examples=4, vocabulary=9, seed=3)
   length = 7
   sequences, scores = search(
@@ -150,7 +153,7 @@ def test_a_narrow_search_prunes_like_plain_python(beams, alpha, layers):
   for example in range(4):
     expected = plain_beam_search(model, example, beams, alpha, length)[::-1]
     assert expected
-    # What was not found lies first, empty.
+    # Empty slots come first.
     empty = beams - len(expected)
     assert np.all(scores[example, :empty] == decoding.NEG_INF_VALUE)
     np.testing.assert_allclose(
@@ -159,23 +162,6 @@ def test_a_narrow_search_prunes_like_plain_python(beams, alpha, layers):
     for row, (_, sequence) in zip(sequences[example, empty:], expected, strict=True):
       np.testing.assert_array_equal(row[: len(sequence)], sequence)
       assert not row[len(sequence) :].any()
-
-
-def test_alpha_may_be_traced():
-  model = TableModel(examples=1)
-  cache = model.cache(np.arange(1))
-
-  @jax.jit
-  def run(alpha):
-    return decoding.beam_search(
-      jnp.zeros((1, LENGTH), jnp.int32), cache, model.tokens_to_logits, EOS, 8, alpha
-    )
-
-  for alpha in (0.0, 1.3):
-    sequences, scores = run(alpha)
-    best_score, best = model.enumerate(0, alpha)[0]
-    np.testing.assert_array_equal(sequences[0, -1], best)
-    np.testing.assert_allclose(scores[0, -1], best_score, rtol=1e-5)
 
 
 def prompts_of(*prompts, length=LENGTH):
@@ -205,7 +191,7 @@ def prefilled_cache(model, prompts, layers=False):
 
 @pytest.mark.parametrize('layers', [False, True])
 @pytest.mark.parametrize('prefill', [False, True])
-def test_prompts_are_kept_and_cost_nothing(prefill, layers):
+def test_prompts_are_forced_at_no_cost(prefill, layers):
   prompts = [(), (2,), (3, 2), (3, 3, 2)]
   model = TableModel(examples=len(prompts), seed=5)
   options = {}
@@ -247,17 +233,7 @@ def test_prefilled_and_forced_prompts_agree_on_a_long_search():
   np.testing.assert_allclose(forced[1], filled[1], rtol=1e-5)
 
 
-def test_a_prompt_as_long_as_the_inputs_leaves_one_token_to_decode():
-  model = TableModel(examples=1)
-  inputs = np.array([[0, 2, 3, 2]])
-  sequences, scores = search(model, [0], inputs, num_decodes=2, alpha=0.0)
-  np.testing.assert_array_equal(sequences[0, -1], [2, 3, 2, EOS])
-  np.testing.assert_allclose(
-    scores[0, -1], model.enumerate(0, 0.0, prompt=(2, 3, 2))[0][0], rtol=1e-5
-  )
-
-
-def test_an_end_token_in_a_prompt_closes_nothing():
+def test_end_token_in_a_prompt():
   model = TableModel(examples=1)
   inputs = np.array([[0, 2, EOS, 0, 0, 0]])
   sequences, _ = search(model, [0], inputs, num_decodes=2, alpha=0.0)
@@ -266,7 +242,7 @@ def test_an_end_token_in_a_prompt_closes_nothing():
     assert np.sum(row == EOS) == 2
 
 
-def test_an_example_does_not_depend_on_its_batch():
+def test_example_is_independent_of_its_batch():
   prompts = [(), (3,), (2, 2), (4, 3, 2)]
   model = TableModel(examples=4, vocabulary=7, seed=11)
   inputs = prompts_of(*prompts, length=8)
@@ -290,7 +266,7 @@ def test_an_example_does_not_depend_on_its_batch():
     np.testing.assert_allclose(together[1][row], alone[1], rtol=1e-5)
 
 
-def test_without_a_closed_sequence_the_open_ones_are_returned():
+def test_open_sequences_if_none_closed():
   model = TableModel(examples=1)
   model.table[:, :, EOS] = -1e9
   sequences, scores = search(model, [0], num_decodes=4, length=3, alpha=0.6)
@@ -326,17 +302,17 @@ def steps_of(model, length, **options):
   return calls
 
 
-def test_the_search_stops_as_soon_as_no_step_can_change_its_result():
+def test_early_stop():
   model = TableModel(examples=1)
   model.table[:] = np.log([1e-30, 0.98, 0.01, 0.01])
   # log 0.98 after one step; all else lies below log 0.01.
   assert len(steps_of(model, 9, num_decodes=1, alpha=0.0)) == 1
-  # With this alpha a longer sequence may still win, until the bound says no:
-  # log(0.01) / (14 / 6) ** 8 > log 0.98, so it goes on.
+  # With this alpha a longer sequence may still win, up to the bound:
+  # log(0.01) / (14 / 6) ** 8 > log 0.98, so it continues.
   assert len(steps_of(model, 9, num_decodes=1, alpha=8.0)) > 1
 
 
-def test_limits_of_steps_length_and_probability():
+def test_limits():
   model = TableModel(examples=1, vocabulary=9, seed=2)
   model.table[:, :, EOS] = -1e9
   assert len(steps_of(model, 9, num_decodes=2)) == 9
@@ -351,7 +327,7 @@ def test_limits_of_steps_length_and_probability():
   assert longer.shape == (1, 2, 5)
 
 
-def test_the_model_is_told_positions_tokens_and_prefixes():
+def test_decoding_state():
   model = TableModel(examples=2, seed=1)
   inputs = prompts_of((2,), (3, 2))
   cache, lengths = prefilled_cache(model, [(2,), (3, 2)])
@@ -376,7 +352,7 @@ def test_the_model_is_told_positions_tokens_and_prefixes():
   )
 
 
-def test_the_search_runs_sharded_over_devices():
+def test_search_sharded_over_devices():
   model = TableModel(examples=8, vocabulary=9, seed=4)
   mesh = Mesh(np.array(jax.devices()[:8]), ('data',))
   rows = NamedSharding(mesh, PartitionSpec('data'))
@@ -389,7 +365,7 @@ def test_the_search_runs_sharded_over_devices():
   np.testing.assert_allclose(whole[1], sharded[1], rtol=1e-6)
 
 
-def test_brevity_penalty_is_that_of_its_paper():
+def test_brevity_penalty():
   lengths = jnp.array([1, 7, 13])
   expected = [1.0, 2.0**0.6, 3.0**0.6]
   np.testing.assert_allclose(
@@ -397,21 +373,480 @@ def test_brevity_penalty_is_that_of_its_paper():
   )
 
 
-def test_beam_init_has_one_live_beam_and_none_closed():
-  cache = {'cached_key': jnp.ones((2, 3)), 'cache_index': jnp.zeros((2,), jnp.int32)}
-  state = decoding.beam_init(2, 3, 5, cache)
-  np.testing.assert_array_equal(state.live_logprobs[:, -1], [0, 0])
-  assert np.all(state.live_logprobs[:, :-1] == decoding.NEG_INF_VALUE)
-  assert np.all(state.finished_scores == decoding.NEG_INF_VALUE)
-  assert not state.finished_flags.any()
-  assert state.live_seqs.shape == state.finished_seqs.shape == (2, 3, 5)
-  assert state.cache['cached_key'].shape == (2, 3, 3)
-  assert state.cache['cache_index'].shape == (2,)
-  prompts = jnp.ones((2, 3, 5), jnp.int32)
-  filled = decoding.beam_init(2, 3, 5, cache, live_seqs=prompts)
-  assert filled.cache['cache_index'].shape == (2, 3)
-  np.testing.assert_array_equal(filled.live_seqs, prompts)
+# ---- The beam dimension ----
+
+BATCH, BEAMS = 3, 4
 
 
-def test_sampling_is_reached_under_the_same_module():
-  assert decoding.temperature_sample is sampling.temperature_sample
+def numbers(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('offset', [0, 1])
+def test_add_flatten_and_unflatten_beams(offset):
+  x = numbers(*([2] * offset), BATCH, 5)
+  added = decoding.add_beam_dim(x, BEAMS, offset)
+  np.testing.assert_array_equal(added, np.stack([x] * BEAMS, axis=offset + 1))
+  flat = decoding.flatten_beam_dim(added, offset)
+  np.testing.assert_array_equal(flat, np.repeat(x, BEAMS, axis=offset))
+  np.testing.assert_array_equal(decoding.flat_batch_beam_expand(x, BEAMS, offset), flat)
+  split = decoding.unflatten_beam_dim(flat, BATCH, BEAMS, offset)
+  np.testing.assert_array_equal(split, added)
+
+
+def cache_of(wrap):
+  return wrap(
+    {
+      'decoder': {
+        'layers_0': {
+          'cached_key': jnp.ones((2, 3)),
+          'cached_bias': jnp.ones((1, 3)),
+          'cache_index': jnp.array(1),
+        },
+        'position_embedder': {'position_embedder_index': jnp.array(1)},
+      }
+    }
+  )
+
+
+@pytest.mark.parametrize('wrap', [dict, flax.core.freeze])
+@pytest.mark.parametrize('apply_to_index', [False, True])
+def test_cache_map_skips_leaves_without_batch_axis(wrap, apply_to_index):
+  cache = cache_of(wrap)
+  mapped = decoding.cache_map(lambda x: x + 1, cache, apply_to_index)
+  assert type(mapped) is type(cache)
+  layer = mapped['decoder']['layers_0']
+  assert np.all(layer['cached_key'] == 2)
+  assert np.all(layer['cached_bias'] == 1)
+  assert layer['cache_index'] == (2 if apply_to_index else 1)
+  assert mapped['decoder']['position_embedder']['position_embedder_index'] == 1
+  assert np.all(cache['decoder']['layers_0']['cached_key'] == 1)
+
+
+@pytest.mark.parametrize('offset', [0, 1])
+def test_positions_of_prompts_are_expanded(offset):
+  def cache(index):
+    return {'position_embedder': {'position_embedder_index': jnp.asarray(index)}}
+
+  expanded = decoding._expand_position_indices(cache([1, 4, 2]), 3, 2, offset)
+  np.testing.assert_array_equal(
+    expanded['position_embedder']['position_embedder_index'], [1, 1, 4, 4, 2, 2]
+  )
+  # One position for all stays one.
+  expanded = decoding._expand_position_indices(cache(5), 3, 2, offset)
+  assert expanded['position_embedder']['position_embedder_index'] == 5
+
+
+@pytest.mark.parametrize('batch', [1, 8, 9])
+@pytest.mark.parametrize('samples', [50, 5000, 8192])
+def test_top_k_two_stage_is_top_k(batch, samples):
+  x = numbers(batch, samples)
+  # Ties: of equal values the first is taken.
+  x = np.round(x, 1)
+  found, where = jax.jit(lambda x: decoding.top_k_two_stage(x, 3))(x)
+  expected, expected_where = jax.lax.top_k(x, 3)
+  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(where, expected_where)
+
+
+# ---- Sampling ----
+
+
+def softmax(x):
+  e = np.exp(x - x.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+class BigramModel:
+  """Logits depend on the last token, which the cache also counts."""
+
+  def __init__(self, vocabulary=4, seed=0):
+    logits = np.random.default_rng(seed).normal(size=(vocabulary, vocabulary))
+    self.logits = logits.astype(np.float32)
+    self.logits[:, 0] = -1e9
+
+  def __call__(self, state):
+    return jnp.asarray(self.logits)[state.cur_token[:, 0]], state.cache
+
+  def probabilities(self, temperature=1.0):
+    return softmax(self.logits.astype(np.float64) / temperature)
+
+
+def sample(model, inputs, seed=0, cache=None, **options):
+  run = functools.partial(
+    decoding.temperature_sample, tokens_to_logits=model, eos_id=EOS, **options
+  )
+  decodes, scores = jax.jit(run)(
+    jnp.asarray(inputs),
+    {} if cache is None else cache,
+    decode_rng=jax.random.PRNGKey(seed),
+  )
+  return np.asarray(decodes), np.asarray(scores)
+
+
+def sequence_probabilities(transitions, length):
+  """Probability of every sequence, end-padded, from a matrix of transitions."""
+  table = {}
+  tokens = range(transitions.shape[0])
+  for sequence in itertools.product(tokens, repeat=length):
+    probability, last, ended = 1.0, 0, False
+    for token in sequence:
+      if ended:
+        probability *= token == 0
+      else:
+        probability *= transitions[last, token]
+        ended, last = token == EOS, token
+    if probability > 1e-12:
+      table[sequence] = probability
+  return table
+
+
+def assert_drawn_from(decodes, table):
+  """A chi-square test of counted sequences."""
+  found, counts = np.unique(decodes, axis=0, return_counts=True)
+  counted = {tuple(map(int, s)): c for s, c in zip(found, counts, strict=True)}
+  assert set(counted) <= set(table)
+  # Rare sequences are put together, as the test wants at least five of each.
+  expected = np.array(list(table.values())) * len(decodes)
+  observed = np.array([counted.get(s, 0) for s in table])
+  rare = expected < 5
+  expected = np.append(expected[~rare], expected[rare].sum() + 1e-9)
+  observed = np.append(observed[~rare], observed[rare].sum())
+  if expected[-1] < 1:
+    assert observed[-1] <= 5
+    expected, observed = expected[:-1], observed[:-1]
+  statistic = np.sum((observed - expected) ** 2 / expected)
+  assert stats.chi2.sf(statistic, len(expected) - 1) > 1e-3
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
+@pytest.mark.parametrize('num_decodes', [1, 4])
+def test_sampled_distribution(temperature, num_decodes):
+  model = BigramModel()
+  decodes, scores = sample(
+    model,
+    np.zeros((20000 // num_decodes, 3), np.int32),
+    temperature=temperature,
+    topk=0,
+    num_decodes=num_decodes,
+  )
+  assert np.all(np.diff(scores, axis=1) >= 0)
+  decodes = decodes.reshape(-1, 3)
+  table = sequence_probabilities(model.probabilities(temperature), 3)
+  assert_drawn_from(decodes, table)
+  expected = np.log([table[tuple(map(int, row))] for row in decodes])
+  np.testing.assert_allclose(scores.reshape(-1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decodes_of_one_example_are_independent():
+  model = BigramModel(vocabulary=6)
+  decodes, _ = sample(
+    model,
+    np.zeros((10000, 1), np.int32),
+    topk=0,
+    num_decodes=2,
+    temperature=jnp.full((10000,), 1.5),
+  )
+  # Pairs are unordered, since decodes are sorted by probability.
+  pairs = np.sort(decodes[:, :, 0], axis=1)
+  single = model.probabilities(1.5)[0]
+  table = {
+    (a, b): single[a] * single[b] * (1 if a == b else 2)
+    for a, b in itertools.combinations_with_replacement(range(6), 2)
+    if single[a] * single[b] > 1e-12
+  }
+  assert_drawn_from(pairs, table)
+
+
+def test_temperature_per_example():
+  model = BigramModel(vocabulary=5)
+  temperatures = np.repeat([0.0, 0.5, 3.0], 8000)
+  decodes, scores = sample(
+    model, np.zeros((24000, 1), np.int32), temperature=temperatures, topk=0
+  )
+  drawn = decodes[:, 0]
+  assert np.all(drawn[:8000] == model.logits[0].argmax())
+  assert np.all(scores[:8000] == 0)
+  for start, temperature in ((8000, 0.5), (16000, 3.0)):
+    table = sequence_probabilities(model.probabilities(temperature), 1)
+    assert_drawn_from(drawn[start : start + 8000], table)
+
+
+@pytest.mark.parametrize('rescale', [False, True])
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'topk': 2, 'temperature': 0.7},
+    {'topk': 0, 'topp': 0.6},
+    {'topk': 0, 'temperature': 0.0},
+    {},
+  ],
+  ids=str,
+)
+def test_reported_log_probs(options, rescale):
+  model = BigramModel(vocabulary=7, seed=2)
+  decodes, scores = sample(
+    model, np.zeros((400, 1), np.int32), rescale_log_probs=rescale, **options
+  )
+  logits = model.logits[0].astype(np.float64)
+  temperature, topk = options.get('temperature', 1.0), options.get('topk', 1)
+  # Temperature 0 takes the most probable token.
+  topk = topk if temperature else 1
+  shaped = logits / (temperature or 1.0)
+  order = np.argsort(-shaped)
+  if topk:
+    kept = order[:topk]
+  elif 'topp' in options:
+    mass = np.cumsum(softmax(shaped)[order])
+    kept = order[: np.searchsorted(mass, options['topp']) + 1]
+  else:
+    kept = order
+  masked = np.full_like(shaped, -1e9)
+  masked[kept] = shaped[kept]
+  expected = np.log(softmax(masked if rescale else logits) + 1e-300)
+  tokens = decodes[:, 0, 0]
+  assert set(tokens) <= set(kept)
+  np.testing.assert_allclose(scores[:, 0], expected[tokens], rtol=1e-5, atol=1e-6)
+
+
+def test_keep_top_k():
+  rng = np.random.default_rng(0)
+  logits = np.concatenate(
+    [rng.normal(size=(5, 40)), -rng.exponential(size=(5, 40)), rng.normal(size=(1, 40))]
+  ).astype(np.float32)
+  logits[-1, 5:] = decoding.NEG_INF
+  cut = jax.jit(decoding.keep_top_k)
+  for k in (1, 2, 7, 40):
+    masked = np.asarray(cut(logits, k))
+    threshold = np.sort(logits, axis=1)[:, -k][:, None]
+    np.testing.assert_array_equal(
+      masked, np.where(logits >= threshold, logits, decoding.NEG_INF)
+    )
+  # Zero keeps all, also where it is not known before tracing; ties stay.
+  np.testing.assert_array_equal(cut(logits, 0), logits)
+  ties = jnp.array([[1.0, 3.0, 2.0, 2.0, 0.0]])
+  np.testing.assert_array_equal(
+    cut(ties, 2), [[decoding.NEG_INF, 3.0, 2.0, 2.0, decoding.NEG_INF]]
+  )
+  # Negative zero and zero are equal.
+  zeros = jnp.array([[0.0, -0.0, -1.0]])
+  assert (decoding.keep_top_k(zeros, 1) > -2).sum() in (1, 2)
+
+
+def test_keep_top_p():
+  logits = np.random.default_rng(1).normal(size=(50, 30)).astype(np.float32) * 2
+  cut = jax.jit(decoding.keep_top_p)
+  probabilities = np.asarray(jax.nn.softmax(logits))
+  for p in (0.01, 0.3, 0.9, 0.999):
+    kept = np.asarray(cut(logits, p)) > decoding.NEG_INF
+    for row, chosen in zip(probabilities, kept, strict=True):
+      assert row[chosen].min() > row[~chosen].max(initial=0)
+      assert row[chosen].sum() >= p - 1e-6
+      assert row[chosen].sum() - row[chosen].min() < p
+  # All is kept by 0 and, whatever the rounding, by 1.
+  np.testing.assert_array_equal(cut(logits, 0.0), logits)
+  np.testing.assert_array_equal(cut(logits[:, :3] * 0, 1.0), logits[:, :3] * 0)
+
+
+def test_traced_sampling_options():
+  model = BigramModel(vocabulary=6)
+
+  @jax.jit
+  def run(temperature, topk, topp, steps):
+    return decoding.temperature_sample(
+      jnp.zeros((500, 4), jnp.int32),
+      {},
+      model,
+      9,
+      temperature=temperature,
+      topk=topk,
+      topp=topp,
+      max_decode_steps=steps,
+      max_decode_steps_hard_limit=3,
+    )[0]
+
+  everything = np.asarray(run(1.0, 0, 0.0, 4))
+  assert set(np.unique(everything[:, :, :3])) == {1, 2, 3, 4, 5}
+  assert not everything[:, :, 3].any()
+  assert len(np.unique(run(1.0, 2, 0.0, 1)[:, 0, 0])) == 2
+  assert not run(1.0, 2, 0.0, 1)[:, 0, 1:].any()
+  best = model.logits[0].argmax()
+  assert np.all(run(1.0, 0, 1e-6, 1)[:, 0, 0] == best)
+  assert np.all(run(0.0, 0, 0.0, 1)[:, 0, 0] == best)
+
+
+def test_default_is_greedy():
+  model = BigramModel(vocabulary=6)
+  model.logits[:, EOS] = -1e9
+  decodes, scores = sample(model, np.zeros((1, 4), np.int32))
+  expected, last = [], 0
+  for _ in range(4):
+    last = int(model.logits[last].argmax())
+    expected.append(last)
+  np.testing.assert_array_equal(decodes[0, 0], expected)
+  assert scores[0, 0] == 0
+
+
+class CyclicModel:
+  """Says token + 1, with certainty; counts its calls in the cache."""
+
+  def __init__(self, vocabulary=10):
+    self.vocabulary = vocabulary
+
+  def __call__(self, state):
+    logits = jnp.where(jnp.arange(self.vocabulary) == state.cur_token + 1, 0.0, -1e4)
+    cache = {
+      'cached_key': state.cache['cached_key'] * 3 + state.cur_token,
+      'cache_index': state.cache['cache_index'] + 1,
+    }
+    return logits, cache
+
+
+def cyclic_cache(rows, index=0):
+  return {
+    'cached_key': jnp.zeros((rows, 1), jnp.int32),
+    'cache_index': jnp.asarray(index, jnp.int32),
+  }
+
+
+@pytest.mark.parametrize('num_decodes', [1, 3])
+@pytest.mark.parametrize('prefilled', [False, True])
+def test_sampling_continues_prompts(num_decodes, prefilled):
+  inputs = np.array(
+    [[0, 3, 4, 0, 0, 0], [0, 2, EOS, 5, 0, 0], [0, 4, 4, 4, 4, 2]], np.int32
+  )
+  lengths = np.sum(inputs != 0, axis=1)
+  options = {'initial_index': lengths} if prefilled else {}
+  decodes, scores = sample(
+    CyclicModel(),
+    inputs,
+    cache=cyclic_cache(3, lengths if prefilled else 0),
+    num_decodes=num_decodes,
+    **options,
+  )
+  expected = [[3, 4, 5, 6, 7, 8], [2, EOS, 5, 6, 7, 8], [4, 4, 4, 4, 2, 3]]
+  np.testing.assert_array_equal(
+    decodes, np.repeat(np.array(expected)[:, None], num_decodes, axis=1)
+  )
+  np.testing.assert_array_equal(scores, np.zeros((3, num_decodes)))
+
+
+def test_prompt_costs_no_probability():
+  model = BigramModel(vocabulary=5)
+  inputs = np.array([[0, 3, 2, 0, 0]], np.int32)
+  decodes, scores = sample(model, inputs, topk=0, max_decode_steps=1)
+  token = decodes[0, 0, 2]
+  np.testing.assert_allclose(
+    scores[0, 0], np.log(model.probabilities()[2, token]), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('steps', [0, 1, 2])
+@pytest.mark.parametrize('prefilled', [False, True])
+def test_max_decode_steps(steps, prefilled):
+  inputs = np.array([[0, 2, 0, 0, 0, 0], [0, 2, 3, 4, 0, 0]], np.int32)
+  lengths = np.sum(inputs != 0, axis=1)
+  options = {'initial_index': lengths} if prefilled else {}
+  decodes, _ = sample(
+    CyclicModel(),
+    inputs,
+    cache=cyclic_cache(2, lengths if prefilled else 0),
+    max_decode_steps=steps,
+    **options,
+  )
+  expected = np.array([[2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7]])
+  expected[0, 1 + steps :] = 0
+  expected[1, 3 + steps :] = 0
+  np.testing.assert_array_equal(decodes[:, 0], expected)
+
+
+def test_padding_after_the_end_token():
+  class EndsModel:
+    def __call__(self, state):
+      # Row 0 ends at position 2, row 1 at position 4.
+      ends = state.cur_index + 1 == jnp.array([2, 4])
+      token = jnp.where(ends, EOS, 5)[:, None]
+      return jnp.where(jnp.arange(7) == token, 0.0, -1e4), state.cache
+
+  decodes, _ = sample(EndsModel(), np.zeros((2, 6), np.int32))
+  np.testing.assert_array_equal(
+    decodes[:, 0], [[5, EOS, 0, 0, 0, 0], [5, 5, 5, EOS, 0, 0]]
+  )
+
+
+def test_state_callback():
+  def stop_after_three(state):
+    def write(position, sequences):
+      sequences = np.array(sequences)
+      for row, at in enumerate(np.asarray(position)):
+        if sequences[row, at] == 3:
+          sequences[row, at + 1] = EOS
+      return sequences
+
+    shape = jax.ShapeDtypeStruct(state.sequences.shape, state.sequences.dtype)
+    sequences = io_callback(write, shape, state.cur_index, state.sequences)
+    return state.replace(sequences=sequences)
+
+  decodes, _ = sample(
+    CyclicModel(vocabulary=20),
+    np.array([[0, 7, 0, 0, 0], [0, 2, 0, 0, 0]], np.int32),
+    cache=cyclic_cache(2),
+    state_callback_fn=stop_after_three,
+  )
+  np.testing.assert_array_equal(decodes[:, 0], [[7, 8, 9, 10, 11], [2, 3, EOS, 0, 0]])
+
+
+def test_logit_callback():
+  def forbid_repetition(logits, state):
+    repeated = jnp.arange(logits.shape[1]) == state.cur_token
+    return jnp.where(repeated, -jnp.inf, logits)
+
+  class StutterModel:
+    def __call__(self, state):
+      return jnp.tile(jnp.array([-9.0, -8.0, 1.0, 0.0]), (2, 1)), state.cache
+
+  decodes, _ = sample(
+    StutterModel(), np.zeros((2, 4), np.int32), logit_callback_fn=forbid_repetition
+  )
+  np.testing.assert_array_equal(decodes[:, 0], [[2, 3, 2, 3]] * 2)
+
+
+def test_sampling_under_scanned_layers():
+  class ScannedModel:
+    def __call__(self, state):
+      # [layers, rows]: every layer has the row's own number.
+      number = state.cache['cached_key'][0]
+      logits = jnp.where(jnp.arange(12) == number[:, None], 0.0, -1e4)
+      return logits, flax.core.unfreeze(state.cache)
+
+  cache = flax.core.freeze({'cached_key': jnp.tile(jnp.array([4, 7, 9]), (2, 1))})
+  decodes, _ = sample(
+    ScannedModel(),
+    np.zeros((3, 2), np.int32),
+    cache=cache,
+    num_decodes=2,
+    cache_offset=1,
+  )
+  np.testing.assert_array_equal(decodes[:, :, 0], [[4, 4], [7, 7], [9, 9]])
+
+
+def test_draws_depend_only_on_the_key():
+  model = BigramModel(vocabulary=8)
+  inputs = np.zeros((50, 4), np.int32)
+  first = sample(model, inputs, topk=0, seed=1)
+  np.testing.assert_array_equal(first[0], sample(model, inputs, topk=0, seed=1)[0])
+  assert np.any(first[0] != sample(model, inputs, topk=0, seed=2)[0])
+  unkeyed, _ = decoding.temperature_sample(inputs, {}, model, EOS, topk=0)
+  np.testing.assert_array_equal(unkeyed, sample(model, inputs, topk=0, seed=0)[0])
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'topk': 3, 'topp': 0.5}, 'topp'),
+    ({'max_decode_steps': 4}, '4 / 3'),
+  ],
+)
+def test_invalid_sampling_options(options, message):
+  with pytest.raises(ValueError, match=message):
+    sample(BigramModel(), np.zeros((1, 3), np.int32), **options)

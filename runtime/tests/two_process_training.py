@@ -37,6 +37,7 @@ def make_batch(seed):
 def make_trainer(partitioner, num_partitions, folder):
   """A trainer of a matrix of ones, of which every host hands over its own part."""
   from flax.linen.partitioning import AxisMetadata
+  from jax.sharding import PartitionSpec
 
   from t5x import optimizers, partitioning, train_state, trainer
 
@@ -48,15 +49,17 @@ def make_trainer(partitioner, num_partitions, folder):
     train_state.FlaxOptimTrainState.create(optimizers.adamw(0.05), variables)
   )
   axes = partitioner.get_mesh_axes(state)
-  own = partitioning.map_prefix(
-    lambda spec, x: x[
-      partitioner.get_local_chunk_info(
-        x.shape, (*(spec or ()), *[None] * (x.ndim - len(spec or ())))
-      ).slice
-    ],
-    axes,
-    state,
-  )
+
+  def own_part(spec, x):
+    sharding = jax.sharding.NamedSharding(partitioner.mesh, spec or PartitionSpec())
+    indices = sharding.addressable_devices_indices_map(np.shape(x)).values()
+    bounds = [
+      [part.indices(n)[:2] for part in parts]
+      for n, parts in zip(np.shape(x), zip(*indices))
+    ]
+    return x[tuple(slice(min(b)[0], max(b)[1]) for b in bounds)]
+
+  own = partitioning.map_prefix(own_part, axes, state)
   return trainer.Trainer(
     model=Model(),
     train_state=partitioner.move_params_to_devices(own, axes),

@@ -1,20 +1,18 @@
-"""Beam search; the public names of decoding.
-
-Sampling lives in `sampling`, work on the beam dimension in `beams`; both are
-reachable from here under the names that gin files and models use. Every
-function traces with static shapes.
+"""Beam search and sampling with a cache, traced with static shapes.
 
 Position 0 of the inputs is the start token; the tokens after it, up to the first 0,
-are a prompt, forced at no cost. A closed sequence scores its log probability divided
-by `brevity_penalty` of its length, prompt and end token included. An example is done
-when no open sequence can beat the worst kept one. If none closed, it gets its open
-sequences with plain log probabilities; slots for which there is no sequence are all
-0 and score NEG_INF. What an example gets does not depend on the others of its batch.
+are a prompt: they are forced, cost no probability, and end tokens among them end
+nothing. Without `initial_index` the model is fed the prompt token by token; with it,
+the cache holds the prompt up to that position, whose token is fed first. After the end
+token a sequence is padded with 0.
+
+The rows of one example are neighbours, so `[batch * beam, ...]` and `[batch, beam,
+...]` are views of the same memory. Under scanned layers a cache has one leading layer
+axis; `offset` (0 or 1) is the number of axes before the batch.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -22,337 +20,190 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from t5x.beams import (
-  DecodingState,
-  TokensToLogits,
-  add_beam_dim,
-  cache_gather_beams,
-  cache_map,
-  expand_position_indices,
-  flat_batch_beam_expand,
-  flatten_beam_dim,
-  gather_beams,
-  gather_topk_beams,
-  top_k_two_stage,
-  unflatten_beam_dim,
-)
-from t5x.sampling import (
-  MIN_TEMPERATURE,
-  LogitCallbackFn,
-  SamplingLoopState,
-  StateCallbackFn,
-  temperature_sample,
-)
-
-__all__ = [
-  'MIN_TEMPERATURE',
-  'NEG_INF',
-  'NEG_INF_VALUE',
-  'BeamState',
-  'DecodingState',
-  'LogitCallbackFn',
-  'SamplingLoopState',
-  'StateCallbackFn',
-  'TokensToLogits',
-  'add_beam_dim',
-  'beam_init',
-  'beam_search',
-  'brevity_penalty',
-  'cache_gather_beams',
-  'cache_map',
-  'flat_batch_beam_expand',
-  'flatten_beam_dim',
-  'gather_beams',
-  'gather_topk_beams',
-  'temperature_sample',
-  'top_k_two_stage',
-  'unflatten_beam_dim',
-]
-
-# The score of a slot that holds nothing: far below any sequence's, and finite,
-# so that sums of it stay numbers.
+# The score of an empty slot: far below any sequence's, and finite, so that sums of it
+# stay numbers.
 NEG_INF_VALUE = -1.0e7
 NEG_INF = np.array(NEG_INF_VALUE)
 
-# What scores less is an empty slot, however many log probabilities were added.
+# A lower score is an empty slot, however many log probabilities were added.
 _EMPTY = NEG_INF_VALUE / 2
+
+# Lower temperatures mean the most probable token: 1 / temperature would overflow soon.
+MIN_TEMPERATURE = np.array(1e-4)
+
+# Width of a TPU vector register, the unit in which top-k is split.
+_LANES = 128
+
+
+@flax.struct.dataclass
+class DecodingState:
+  """The model's input for one token; rows = batch * num_decodes."""
+
+  cur_index: jax.Array  # int32 [rows], the position of `cur_token`.
+  sequences: jax.Array  # int32 [rows, length], tokens so far, start token included.
+  cur_token: jax.Array  # int32 [rows, 1], the token to feed.
+  cache: Mapping[str, Any]
+
+
+# From a state to logits [batch * num_decodes, vocabulary] and the new cache.
+TokensToLogits = Callable[[DecodingState], tuple[jax.Array, Mapping[str, Any]]]
+
+
+# ---- The beam dimension ----
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str | None:
+  keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+  return keys[-1] if keys else None
+
+
+def cache_map(
+  fn: Callable[[jax.Array], jax.Array],
+  cache: PyTree,
+  apply_to_index: bool = False,
+) -> PyTree:
+  """Applies `fn` to those leaves of a cache that have a batch axis.
+
+  Args:
+    fn: the function on one array.
+    cache: nested mappings of arrays; a FrozenDict stays one.
+    apply_to_index: whether `cache_index` has a batch axis. It does in a cache filled
+      from prompts of various lengths, and is a scalar otherwise.
+
+  Returns:
+    The new cache. Relative biases and the index of absolute positions
+    (`cached_bias`, `position_embedder_index`) are passed through.
+  """
+  untouched = {'cached_bias', 'position_embedder_index'}
+  if not apply_to_index:
+    untouched.add('cache_index')
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf if _leaf_name(path) in untouched else fn(leaf), cache
+  )
+
+
+def add_beam_dim(
+  x: Shaped[Array, '...'], beam_size: int, offset: int = 0
+) -> Shaped[Array, '...']:
+  """Repeats every example: [batch, ...] to [batch, beam_size, ...]."""
+  x = jnp.expand_dims(x, offset + 1)
+  shape = x.shape[: offset + 1] + (beam_size,) + x.shape[offset + 2 :]
+  return jnp.broadcast_to(x, shape)
+
+
+def flatten_beam_dim(x: Shaped[Array, '...'], offset: int = 0) -> Shaped[Array, '...']:
+  """Joins batch and beam: [batch, beam, ...] to [batch * beam, ...]."""
+  rows = x.shape[offset] * x.shape[offset + 1]
+  return x.reshape(x.shape[:offset] + (rows,) + x.shape[offset + 2 :])
+
+
+def unflatten_beam_dim(
+  x: Shaped[Array, '...'], batch_size: int, beam_size: int, offset: int = 0
+) -> Shaped[Array, '...']:
+  """Splits rows: [batch * beam, ...] to [batch, beam, ...]."""
+  return x.reshape(x.shape[:offset] + (batch_size, beam_size) + x.shape[offset + 1 :])
+
+
+def flat_batch_beam_expand(
+  x: Shaped[Array, '...'], beam_size: int, offset: int = 0
+) -> Shaped[Array, '...']:
+  """Repeats every example in place: [batch, ...] to [batch * beam_size, ...]."""
+  return flatten_beam_dim(add_beam_dim(x, beam_size, offset), offset)
+
+
+def _expand_position_indices(
+  cache: PyTree, batch_size: int, beam_size: int, offset: int
+) -> PyTree:
+  """Repeats the position of every example for its beams.
+
+  A cache filled from prompts has one position per example; `cache_map` never changes
+  that leaf, so it is expanded once, before decoding starts.
+  """
+
+  def expand(path, leaf):
+    if _leaf_name(path) != 'position_embedder_index':
+      return leaf
+    # An embedder outside the layer scan has no layer axis, whatever the offset is.
+    axis = next(
+      (a for a in (0, offset) if leaf.ndim > a and leaf.shape[a] == batch_size), None
+    )
+    return leaf if axis is None else flat_batch_beam_expand(leaf, beam_size, axis)
+
+  return jax.tree_util.tree_map_with_path(expand, cache)
+
+
+def _take_beams(
+  x: Shaped[Array, '...'], beam_indices: Int[Array, 'batch new_beam'], offset: int = 0
+) -> Shaped[Array, '...']:
+  """Picks beams by index: [batch, beam, ...] to [batch, new_beam, ...]."""
+  # vmap makes the batch a batching dimension of the gather, which the partitioner keeps
+  # local to each device.
+  take = functools.partial(jnp.take, axis=offset, mode='clip')
+  return jax.vmap(take, in_axes=(offset, 0), out_axes=offset)(x, beam_indices)
+
+
+def _best_beams(
+  nested: PyTree, scores: Float[Array, 'batch old_beam'], new_beam_size: int
+) -> PyTree:
+  """Keeps the best beams of arrays [batch, old_beam, ...], the best one last."""
+  _, best = lax.top_k(scores, new_beam_size)
+  return jax.tree.map(lambda x: _take_beams(x, best[:, ::-1]), nested)
+
+
+def top_k_two_stage(
+  x: Float[Array, 'batch samples'], k: int
+) -> tuple[Float[Array, 'batch k'], Int[Array, 'batch k']]:
+  """Does `lax.top_k` by rows, faster on TPU for few long rows.
+
+  A row is cut into 128 pieces, the best k of each are found in parallel, and the best k
+  of those are the row's.
+
+  Returns:
+    The k largest values per row in descending order, and their positions.
+  """
+  batch, samples = x.shape
+  if batch > 8 or samples <= 8 * _LANES * k:
+    return tuple(lax.top_k(x, k))
+  piece = -(-samples // _LANES)
+  padding = ((0, 0), (0, piece * _LANES - samples))
+  pieces = jnp.pad(x, padding, constant_values=-np.inf).reshape(batch, _LANES, piece)
+  values, where = lax.top_k(pieces, k)  # [batch, lanes, k]
+  where = where + piece * jnp.arange(_LANES, dtype=where.dtype)[:, None]
+  values, winner = lax.top_k(values.reshape(batch, -1), k)
+  return values, jnp.take_along_axis(where.reshape(batch, -1), winner, axis=1)
+
+
+# ---- Beam search ----
 
 
 @flax.struct.dataclass
 class BeamState:
-  """What a beam search carries from step to step.
+  """State of a beam search; beams are sorted by ascending score."""
 
-  Beams are sorted by rising score. Sequences have `max_decode_len` positions,
-  of which the first is the start token.
-
-  Attributes:
-    cur_index: int32 scalar, steps done.
-    live_logprobs: float32 [batch, beam], log probabilities of open sequences.
-    finished_scores: float32 [batch, beam], scores of closed sequences.
-    live_seqs: int32 [batch, beam, max_decode_len].
-    finished_seqs: int32 [batch, beam, max_decode_len].
-    finished_flags: bool [batch, beam], which slots hold a closed sequence.
-    cache: the model's cache, [batch, beam, ...] each.
-    initial_index: int32 [batch], position where each example began.
-  """
-
-  cur_index: jax.Array
-  live_logprobs: jax.Array
-  finished_scores: jax.Array
-  live_seqs: jax.Array
-  finished_seqs: jax.Array
-  finished_flags: jax.Array
-  cache: Any
-  initial_index: jax.Array | None
+  cur_index: jax.Array  # int32 scalar, steps done.
+  live_logprobs: jax.Array  # float32 [batch, beam], of open sequences.
+  finished_scores: jax.Array  # float32 [batch, beam], of closed sequences.
+  live_seqs: jax.Array  # int32 [batch, beam, positions], start token included.
+  finished_seqs: jax.Array  # int32 [batch, beam, positions].
+  finished_flags: jax.Array  # bool [batch, beam], which slots hold a closed sequence.
+  cache: Any  # The model's cache, [batch, beam, ...] each.
+  initial_index: jax.Array  # int32 [batch], position where each example began.
 
 
 def brevity_penalty(
   alpha: float | Float[Array, ''], length: Int[Array, '...'] | int
 ) -> Float[Array, '...']:
-  """Length penalty by which log probabilities are divided.
+  """Returns the length penalty by which log probabilities are divided.
 
-  `((5 + length) / 6) ** alpha`, equation 14 of Wu et al. 2016
-  (arXiv:1609.08144).
+  `((5 + length) / 6) ** alpha`, equation 14 of Wu et al. 2016 (arXiv:1609.08144).
 
   Args:
     alpha: 0 for none; larger values favour longer sequences.
     length: number of tokens, the end token included.
-
-  Returns:
-    The penalty, of the shape of `length`.
   """
   return ((5.0 + jnp.asarray(length)) / 6.0) ** alpha
-
-
-def beam_init(
-  batch_size: int,
-  beam_size: int,
-  max_decode_len: int,
-  cache: Mapping[str, Any],
-  offset: int = 0,
-  live_seqs: Int[Array, 'batch beam max_decode_len'] | None = None,
-  initial_index: Int[Array, ' batch'] | None = None,
-) -> BeamState:
-  """The state before the first step: one live beam an example, none closed.
-
-  Args:
-    batch_size: number of examples.
-    beam_size: number of beams.
-    max_decode_len: positions a sequence, the start token included.
-    cache: the model's cache for `batch_size` rows.
-    offset: axes before the batch axis of the cache.
-    live_seqs: the prompts, if the cache was filled from them; `cache_index`
-      then has a batch axis.
-    initial_index: position where each example begins.
-
-  Returns:
-    The state.
-  """
-  shape = (batch_size, beam_size)
-  # The beams start equal: with all alive, the search would keep copies.
-  only_last = jnp.where(jnp.arange(beam_size) == beam_size - 1, 0.0, NEG_INF_VALUE)
-  prefilled = live_seqs is not None
-  nothing = jnp.zeros(shape + (max_decode_len,), jnp.int32)
-  return BeamState(
-    cur_index=jnp.zeros((), jnp.int32),
-    live_logprobs=jnp.broadcast_to(only_last.astype(jnp.float32), shape),
-    finished_scores=jnp.full(shape, NEG_INF_VALUE, jnp.float32),
-    live_seqs=live_seqs if prefilled else nothing,
-    finished_seqs=nothing,
-    finished_flags=jnp.zeros(shape, jnp.bool_),
-    cache=cache_map(
-      functools.partial(add_beam_dim, beam_size=beam_size, offset=offset),
-      cache,
-      apply_to_index=prefilled,
-    ),
-    initial_index=initial_index,
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class _BeamSearch:
-  """What stays the same through one search, and its step.
-
-  Attributes:
-    prompts: int32 [batch, limit + 2], forced tokens, 0 where none is.
-    tokens_to_logits: the model.
-    eos_id: token that closes a sequence.
-    beam_size: number of beams.
-    alpha: exponent of the length penalty.
-    limit: most tokens a sequence may have, start token not counted.
-    max_steps: most steps, or at most 0 for no such bound.
-    min_log_prob: an example whose open sequences all lie below is done.
-    cache_offset: axes before the batch axis of the cache.
-    prefilled: whether the cache came filled, its index one an example.
-  """
-
-  prompts: jax.Array
-  tokens_to_logits: TokensToLogits
-  eos_id: int
-  beam_size: int
-  alpha: float
-  limit: int
-  max_steps: int
-  min_log_prob: float
-  cache_offset: int
-  prefilled: bool
-
-  def run(
-    self, cache: Any, initial_index: jax.Array | None
-  ) -> tuple[jax.Array, jax.Array]:
-    """Searches from a cache; returns sequences and scores."""
-    batch, positions = self.prompts.shape[0], self.limit + 1
-    live_seqs = None
-    if self.prefilled:
-      live_seqs = add_beam_dim(self.prompts[:, :positions], self.beam_size)
-      cache = expand_position_indices(cache, batch, self.beam_size, self.cache_offset)
-    else:
-      initial_index = jnp.zeros((batch,), jnp.int32)
-    state = beam_init(
-      batch,
-      self.beam_size,
-      positions,
-      cache,
-      self.cache_offset,
-      live_seqs=live_seqs,
-      initial_index=jnp.asarray(initial_index, jnp.int32),
-    )
-    state = lax.while_loop(self.goes_on, self.step, state)
-    any_closed = state.finished_flags.any(axis=1, keepdims=True)
-    sequences = jnp.where(any_closed[:, :, None], state.finished_seqs, state.live_seqs)
-    scores = jnp.where(any_closed, state.finished_scores, state.live_logprobs)
-    return sequences[:, :, 1:], scores
-
-  def goes_on(self, state: BeamState) -> jax.Array:
-    """Whether a further step can change any example's result."""
-    out_of_steps = (self.max_steps > 0) & (state.cur_index >= self.max_steps)
-    return ~jnp.all(self._done(state)) & ~out_of_steps
-
-  def _done(self, state: BeamState) -> jax.Array:
-    """Which examples ([batch]) no further step can change."""
-    position = state.initial_index + state.cur_index
-    best_live = state.live_logprobs.max(axis=1)
-    # Log probabilities only fall, and the penalty is monotonic in the length:
-    # the kindest one is that of the shortest or the longest continuation.
-    kindest = jnp.maximum(
-      brevity_penalty(self.alpha, jnp.minimum(position + 1, self.limit)),
-      brevity_penalty(self.alpha, self.limit),
-    )
-    # Empty slots score NEG_INF, so the minimum counts only once all are taken.
-    beaten = state.finished_scores.min(axis=1) > best_live / kindest
-    hopeless = best_live < jnp.maximum(self.min_log_prob, _EMPTY)
-    return (position >= self.limit) | beaten | hopeless
-
-  def _next_log_probs(
-    self, state: BeamState, position: jax.Array
-  ) -> tuple[jax.Array, Any]:
-    """Log probabilities [batch, beam, vocabulary] of whole sequences, cache."""
-    batch = position.shape[0]
-    on_cache = functools.partial(cache_map, apply_to_index=self.prefilled)
-    token = jnp.take_along_axis(state.live_seqs, position[:, None, None], axis=2)
-    logits, cache = self.tokens_to_logits(
-      DecodingState(
-        cur_index=flat_batch_beam_expand(position, self.beam_size),
-        sequences=flatten_beam_dim(state.live_seqs),
-        cur_token=flatten_beam_dim(token),
-        cache=on_cache(
-          functools.partial(flatten_beam_dim, offset=self.cache_offset), state.cache
-        ),
-      )
-    )
-    if isinstance(state.cache, flax.core.FrozenDict):
-      cache = flax.core.freeze(cache)
-    split = functools.partial(
-      unflatten_beam_dim, batch_size=batch, beam_size=self.beam_size
-    )
-    log_probs = jax.nn.log_softmax(split(logits).astype(jnp.float32))
-    cache = on_cache(functools.partial(split, offset=self.cache_offset), cache)
-    return log_probs + state.live_logprobs[:, :, None], cache
-
-  def _candidates(
-    self, log_probs: jax.Array, position: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The best 2 * beam continuations, falling, or the prompt's one.
-
-    Twice as many as beams: even if half of them close, every beam finds an
-    open continuation.
-
-    Returns:
-      Log probability, parent beam, token and whether that token closes the
-      sequence, each [batch, 2 * beam].
-    """
-    batch, _, vocabulary = log_probs.shape
-    width = 2 * self.beam_size
-    scores, flat_index = top_k_two_stage(log_probs.reshape(batch, -1), width)
-    forced = jnp.take_along_axis(self.prompts, position[:, None] + 1, axis=1)
-    in_prompt = forced != 0
-    # All beams share a prompt, so that only one may leave it alive.
-    only_first = jnp.where(jnp.arange(width) == 0, 0.0, NEG_INF_VALUE)
-    scores = jnp.where(in_prompt, only_first, scores)
-    tokens = jnp.where(in_prompt, forced, flat_index % vocabulary)
-    # An end token in a prompt separates its parts and closes nothing.
-    closes = ~in_prompt & (tokens == self.eos_id)
-    return scores, flat_index // vocabulary, tokens, closes
-
-  def step(self, state: BeamState) -> BeamState:
-    """Extends every live sequence by one token."""
-    batch = state.live_seqs.shape[0]
-    done = self._done(state)
-    # Examples at their last position go through the motions with the others.
-    position = jnp.minimum(state.initial_index + state.cur_index, self.limit)
-    log_probs, cache = self._next_log_probs(state, position)
-    scores, parents, tokens, closes = self._candidates(log_probs, position)
-    width = 2 * self.beam_size
-    sequences = gather_beams(
-      state.live_seqs, parents, batch, self.beam_size, width, one_hot=False
-    )
-    here = jnp.arange(sequences.shape[2]) == position[:, None, None] + 1
-    sequences = jnp.where(here, tokens[:, :, None], sequences)
-
-    open_scores = jnp.where(closes, NEG_INF_VALUE, scores)
-    live_seqs, live_logprobs, live_parents = gather_topk_beams(
-      (sequences, open_scores, parents), open_scores, batch, self.beam_size
-    )
-    closed = closes & (scores > _EMPTY)
-    penalty = brevity_penalty(self.alpha, position[:, None] + 1)
-    closed_scores = jnp.where(closed, scores / penalty, NEG_INF_VALUE)
-    pool = jax.tree.map(
-      lambda old, new: jnp.concatenate([old, new], axis=1),
-      (state.finished_seqs, state.finished_scores, state.finished_flags),
-      (sequences, closed_scores, closed),
-    )
-    finished = gather_topk_beams(pool, pool[1], batch, self.beam_size)
-
-    # An example that is done keeps its result: it must not depend on how long
-    # the others of its batch go on.
-    def keep(old, new):
-      return jnp.where(done.reshape((batch,) + (1,) * (new.ndim - 1)), old, new)
-
-    return state.replace(
-      cur_index=state.cur_index + 1,
-      live_logprobs=keep(state.live_logprobs, live_logprobs),
-      live_seqs=keep(state.live_seqs, live_seqs),
-      finished_seqs=keep(state.finished_seqs, finished[0]),
-      finished_scores=keep(state.finished_scores, finished[1]),
-      finished_flags=keep(state.finished_flags, finished[2]),
-      cache=self._follow_parents(cache, live_parents),
-    )
-
-  def _follow_parents(self, cache: Any, parents: jax.Array) -> Any:
-    """Gives every beam the cache of the beam that it continues."""
-    if self.beam_size == 1:
-      return cache
-    return cache_gather_beams(
-      cache,
-      parents,
-      parents.shape[0],
-      self.beam_size,
-      self.beam_size,
-      one_hot=False,
-      offset=self.cache_offset,
-    )
 
 
 def beam_search(
@@ -371,7 +222,13 @@ def beam_search(
 ) -> tuple[
   Int[Array, 'batch num_decodes max_decode_len'], Float[Array, 'batch num_decodes']
 ]:
-  """Searches for the most probable sequences; see this module's top.
+  """Searches for the most probable sequences.
+
+  A closed sequence scores its log probability divided by `brevity_penalty` of its
+  length, prompt and end token included. An example is done when no open sequence can
+  beat the worst kept one. If none closed, it gets its open sequences with plain log
+  probabilities; slots without a sequence are all 0 and score NEG_INF. The result of an
+  example does not depend on the others of its batch.
 
   Args:
     inputs: start token and prompt, padded with 0.
@@ -380,10 +237,10 @@ def beam_search(
     eos_id: token that closes a sequence.
     num_decodes: number of beams, all of which are returned.
     alpha: exponent of the length penalty, 0 for none; may be traced.
-    max_decode_len: most tokens a sequence; by default the length of `inputs`.
-    max_decode_step: most steps of the loop; no bound unless positive.
-    min_log_prob: an example is done when its open sequences all lie below.
-    decode_rng: not used, as nothing is drawn; all decoding functions take it.
+    max_decode_len: maximum number of tokens; by default the length of `inputs`.
+    max_decode_step: maximum number of steps; no bound unless positive.
+    min_log_prob: an example is done when its open sequences are all below.
+    decode_rng: unused, as nothing is drawn; all decoding functions take it.
     cache_offset: axes before the batch axis of the cache.
     initial_index: position to begin at, if the cache is filled up to there.
 
@@ -391,19 +248,393 @@ def beam_search(
     Sequences without the start token, and scores; the best is the last.
   """
   del decode_rng
+  batch, beams = inputs.shape[0], num_decodes
   limit = inputs.shape[1] if max_decode_len is None else max_decode_len
-  # One column more than positions: a look past the last one reads "no prompt".
+  # Reading the prompt after the last position yields 0.
   prompts = jnp.pad(jnp.asarray(inputs, jnp.int32), ((0, 0), (0, limit + 2)))
-  search = _BeamSearch(
-    prompts=prompts[:, : limit + 2],
-    tokens_to_logits=tokens_to_logits,
-    eos_id=eos_id,
-    beam_size=num_decodes,
-    alpha=alpha,
-    limit=limit,
-    max_steps=max_decode_step,
-    min_log_prob=min_log_prob,
-    cache_offset=cache_offset,
-    prefilled=initial_index is not None,
+  prompts = prompts[:, : limit + 2]
+  prefilled = initial_index is not None
+  # In a prefilled cache `cache_index` has a batch axis.
+  on_cache = functools.partial(cache_map, apply_to_index=prefilled)
+
+  def is_done(state: BeamState) -> Bool[Array, ' batch']:
+    """Returns which examples no further step can change."""
+    position = state.initial_index + state.cur_index
+    best_live = state.live_logprobs.max(axis=1)
+    # Log probabilities only fall, and the penalty is monotonic in the length: the best
+    # one is that of the shortest or the longest continuation.
+    best_penalty = jnp.maximum(
+      brevity_penalty(alpha, jnp.minimum(position + 1, limit)),
+      brevity_penalty(alpha, limit),
+    )
+    # Empty slots score NEG_INF, so the minimum counts only once all are taken.
+    beaten = state.finished_scores.min(axis=1) > best_live / best_penalty
+    hopeless = best_live < jnp.maximum(min_log_prob, _EMPTY)
+    return (position >= limit) | beaten | hopeless
+
+  def should_continue(state: BeamState) -> Bool[Array, '']:
+    out_of_steps = (max_decode_step > 0) & (state.cur_index >= max_decode_step)
+    return ~jnp.all(is_done(state)) & ~out_of_steps
+
+  def next_log_probs(
+    state: BeamState, position: Int[Array, ' batch']
+  ) -> tuple[Float[Array, 'batch beam vocabulary'], Any]:
+    """Returns log probabilities of whole sequences and the new cache."""
+    token = jnp.take_along_axis(state.live_seqs, position[:, None, None], axis=2)
+    flatten = functools.partial(flatten_beam_dim, offset=cache_offset)
+    logits, new_cache = tokens_to_logits(
+      DecodingState(
+        cur_index=flat_batch_beam_expand(position, beams),
+        sequences=flatten_beam_dim(state.live_seqs),
+        cur_token=flatten_beam_dim(token),
+        cache=on_cache(flatten, state.cache),
+      )
+    )
+    if isinstance(state.cache, flax.core.FrozenDict):
+      new_cache = flax.core.freeze(new_cache)
+    split = functools.partial(unflatten_beam_dim, batch_size=batch, beam_size=beams)
+    log_probs = jax.nn.log_softmax(split(logits).astype(jnp.float32))
+    new_cache = on_cache(functools.partial(split, offset=cache_offset), new_cache)
+    return log_probs + state.live_logprobs[:, :, None], new_cache
+
+  def step(state: BeamState) -> BeamState:
+    """Extends every live sequence by one token."""
+    done = is_done(state)
+    # Examples at their last position are computed along with the others.
+    position = jnp.minimum(state.initial_index + state.cur_index, limit)
+    log_probs, new_cache = next_log_probs(state, position)
+
+    # Twice as many candidates as beams: even if half of them close, every beam finds an
+    # open continuation.
+    width = 2 * beams
+    vocabulary = log_probs.shape[-1]
+    scores, flat_index = top_k_two_stage(log_probs.reshape(batch, -1), width)
+    parents, tokens = flat_index // vocabulary, flat_index % vocabulary
+    forced = jnp.take_along_axis(prompts, position[:, None] + 1, axis=1)
+    in_prompt = forced != 0
+    # All beams share a prompt, so that only one may leave it alive.
+    only_first = jnp.where(jnp.arange(width) == 0, 0.0, NEG_INF_VALUE)
+    scores = jnp.where(in_prompt, only_first, scores)
+    tokens = jnp.where(in_prompt, forced, tokens)
+    # An end token in a prompt separates its parts and closes nothing.
+    closes = ~in_prompt & (tokens == eos_id)
+
+    sequences = _take_beams(state.live_seqs, parents)
+    here = jnp.arange(sequences.shape[2]) == position[:, None, None] + 1
+    sequences = jnp.where(here, tokens[:, :, None], sequences)
+
+    open_scores = jnp.where(closes, NEG_INF_VALUE, scores)
+    live_seqs, live_logprobs, live_parents = _best_beams(
+      (sequences, open_scores, parents), open_scores, beams
+    )
+    closed = closes & (scores > _EMPTY)
+    penalty = brevity_penalty(alpha, position[:, None] + 1)
+    closed_scores = jnp.where(closed, scores / penalty, NEG_INF_VALUE)
+    pool = jax.tree.map(
+      lambda old, new: jnp.concatenate([old, new], axis=1),
+      (state.finished_seqs, state.finished_scores, state.finished_flags),
+      (sequences, closed_scores, closed),
+    )
+    finished = _best_beams(pool, pool[1], beams)
+
+    # An example that is done keeps its result, which must not depend on how long the
+    # others of its batch take.
+    def keep(old, new):
+      return jnp.where(done.reshape((batch,) + (1,) * (new.ndim - 1)), old, new)
+
+    if beams > 1:
+      # `cache_index` is the same for all beams.
+      new_cache = cache_map(
+        lambda x: _take_beams(x, live_parents, cache_offset), new_cache
+      )
+    return state.replace(
+      cur_index=state.cur_index + 1,
+      live_logprobs=keep(state.live_logprobs, live_logprobs),
+      live_seqs=keep(state.live_seqs, live_seqs),
+      finished_seqs=keep(state.finished_seqs, finished[0]),
+      finished_scores=keep(state.finished_scores, finished[1]),
+      finished_flags=keep(state.finished_flags, finished[2]),
+      cache=new_cache,
+    )
+
+  shape = (batch, beams)
+  nothing = jnp.zeros(shape + (limit + 1,), jnp.int32)
+  live_seqs = nothing
+  if prefilled:
+    live_seqs = add_beam_dim(prompts[:, : limit + 1], beams)
+    cache = _expand_position_indices(cache, batch, beams, cache_offset)
+  else:
+    initial_index = jnp.zeros((batch,), jnp.int32)
+  # One live beam per example: equal beams, all alive, would stay copies.
+  only_last = jnp.where(jnp.arange(beams) == beams - 1, 0.0, NEG_INF_VALUE)
+  state = BeamState(
+    cur_index=jnp.zeros((), jnp.int32),
+    live_logprobs=jnp.broadcast_to(only_last.astype(jnp.float32), shape),
+    finished_scores=jnp.full(shape, NEG_INF_VALUE, jnp.float32),
+    live_seqs=live_seqs,
+    finished_seqs=nothing,
+    finished_flags=jnp.zeros(shape, jnp.bool_),
+    cache=on_cache(
+      functools.partial(add_beam_dim, beam_size=beams, offset=cache_offset), cache
+    ),
+    initial_index=jnp.asarray(initial_index, jnp.int32),
   )
-  return search.run(cache, initial_index)
+  state = lax.while_loop(should_continue, step, state)
+  any_closed = state.finished_flags.any(axis=1, keepdims=True)
+  sequences = jnp.where(any_closed[:, :, None], state.finished_seqs, state.live_seqs)
+  scores = jnp.where(any_closed, state.finished_scores, state.live_logprobs)
+  return sequences[:, :, 1:], scores
+
+
+# ---- Sampling ----
+
+
+@flax.struct.dataclass
+class SamplingLoopState:
+  """State of sampling, seen and replaced by callbacks; rows = batch * num_decodes."""
+
+  step: jax.Array  # int32 scalar, steps done.
+  cur_index: jax.Array  # int32 [rows], position of the current token.
+  sequences: jax.Array  # int32 [rows, length + 2], tokens so far; the last is spare.
+  cache: Mapping[str, Any]
+  cur_token: jax.Array  # int32 [rows, 1], the token to feed next.
+  ended: jax.Array  # bool [rows, 1], which rows are complete.
+  rng: jax.Array  # Key of the next steps.
+  log_prob: jax.Array  # float32 [rows], of the sampled tokens.
+
+
+StateCallbackFn = Callable[[SamplingLoopState], SamplingLoopState]
+LogitCallbackFn = Callable[[jax.Array, SamplingLoopState], jax.Array]
+
+
+def _is_static(value: Any) -> bool:
+  return not isinstance(value, jax.core.Tracer)
+
+
+def _largest_that_suffice(
+  values: Float[Array, '*batch vocabulary'],
+  enough: Callable[[Bool[Array, '*batch vocabulary']], Bool[Array, '*batch']],
+) -> Bool[Array, '*batch vocabulary']:
+  """Returns the smallest set of largest values, ties included, that is `enough`.
+
+  The cutoff is found bit by bit: 32 reductions over the vocabulary, where a sort is
+  slower on TPU. If no set is enough, all values are kept.
+  """
+  bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  # Unsigned integers in the order of the floats: negative ones count downwards.
+  keys = jnp.where(bits & sign, ~bits, bits | sign)
+
+  def set_bit(step, cutoff):
+    higher = cutoff | (jnp.uint32(1) << (jnp.uint32(31) - jnp.uint32(step)))
+    return jnp.where(enough(keys >= higher[..., None]), higher, cutoff)
+
+  cutoff = lax.fori_loop(0, 32, set_bit, jnp.zeros(keys.shape[:-1], jnp.uint32))
+  return keys >= cutoff[..., None]
+
+
+def keep_top_k(
+  logits: Float[Array, '*batch vocabulary'], k: int | Int[Array, '']
+) -> Float[Array, '*batch vocabulary']:
+  """Sets all but the k largest logits of a row to NEG_INF.
+
+  Logits equal to the k-th largest stay too. `k` may be traced; 0 keeps all.
+  """
+  kept = _largest_that_suffice(logits, lambda chosen: chosen.sum(-1) >= k)
+  return jnp.where(kept | (jnp.asarray(k) <= 0), logits, NEG_INF_VALUE)
+
+
+def keep_top_p(
+  logits: Float[Array, '*batch vocabulary'], p: float | Float[Array, '']
+) -> Float[Array, '*batch vocabulary']:
+  """Keeps the fewest logits of a row that hold at least the probability `p`.
+
+  Nucleus sampling, Holtzman et al. 2020 (arXiv:1904.09751), section 3.1. Logits equal
+  to the smallest kept one stay too; the others become NEG_INF. `p` may be traced; 0
+  keeps all.
+  """
+  probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+
+  def enough(chosen):
+    return jnp.where(chosen, probabilities, 0.0).sum(-1) >= p
+
+  kept = _largest_that_suffice(probabilities, enough)
+  return jnp.where(kept | (jnp.asarray(p) <= 0), logits, NEG_INF_VALUE)
+
+
+def _log_prob_of(
+  token: Int[Array, ' rows'], logits: Float[Array, 'rows vocabulary']
+) -> Float[Array, ' rows']:
+  log_probs = jax.nn.log_softmax(logits)
+  return jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+
+
+def temperature_sample(
+  inputs: Int[Array, 'batch length'],
+  cache: Mapping[str, Any],
+  tokens_to_logits: TokensToLogits,
+  eos_id: int,
+  decode_rng: jax.Array | None = None,
+  num_decodes: int = 1,
+  temperature: float | Float[Array, '*batch'] = 1.0,
+  topk: int = 1,
+  topp: float = 0.0,
+  cache_offset: int = 0,
+  initial_index: Int[Array, ' batch'] | None = None,
+  max_decode_steps: int | Int[Array, ''] | None = None,
+  max_decode_steps_hard_limit: int | None = None,
+  rescale_log_probs: bool = True,
+  state_callback_fn: StateCallbackFn | None = None,
+  logit_callback_fn: LogitCallbackFn | None = None,
+) -> tuple[Int[Array, 'batch num_decodes length'], Float[Array, 'batch num_decodes']]:
+  """Draws sequences token by token, all of them independently.
+
+  Args:
+    inputs: start token and prompt, padded with 0.
+    cache: the model's cache for `batch` rows.
+    tokens_to_logits: the model, for batch * num_decodes rows.
+    eos_id: token that ends a sequence.
+    decode_rng: key to draw with; by default that of seed 0.
+    num_decodes: sequences to draw per example.
+    temperature: divides the logits; up to 1e-4 is greedy. One, or one per example.
+    topk: draw from this many most probable tokens; 0 for all.
+    topp: draw from the fewest tokens that hold this probability; 0 for all.
+    cache_offset: axes before the batch axis of the cache.
+    initial_index: position to begin at, if the cache is filled up to there.
+    max_decode_steps: maximum number of tokens after the prompt; None for all that fit.
+    max_decode_steps_hard_limit: static bound on it; none unless positive.
+    rescale_log_probs: report probabilities as drawn from, not the model's.
+    state_callback_fn: from state to state, before each step and after the last.
+    logit_callback_fn: from logits and state to logits.
+
+  Returns:
+    Sequences without the start token, and log probabilities; the best is last.
+
+  Raises:
+    ValueError: topk and topp are both set, or max_decode_steps exceeds the inputs.
+  """
+  batch, length = inputs.shape
+  if _is_static(topk) and _is_static(topp) and topk and topp:
+    raise ValueError(
+      'topk and topp exclude each other: set one of them to 0. Got: topk '
+      f'{topk}, topp {topp}.'
+    )
+  steps = max_decode_steps
+  if steps is not None and (max_decode_steps_hard_limit or 0) > 0:
+    steps = jnp.minimum(steps, max_decode_steps_hard_limit)
+  elif steps is not None and _is_static(steps) and steps > length:
+    raise ValueError(
+      'max_decode_steps must not exceed the length of the inputs. Got: '
+      f'{steps} / {length}.'
+    )
+  on_state = state_callback_fn or (lambda state: state)
+  on_logits = logit_callback_fn or (lambda logits, state: logits)
+  expand = functools.partial(flat_batch_beam_expand, beam_size=num_decodes)
+
+  prompts = expand(jnp.asarray(inputs, jnp.int32))
+  prompt_ends = jnp.sum(prompts == eos_id, axis=1, keepdims=True)
+  heat = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (batch,))
+  heat = expand(heat)
+  # Position of each row's last token.
+  last = jnp.full((batch * num_decodes,), length, jnp.int32)
+  if steps is not None:
+    last = jnp.minimum(jnp.sum(prompts != 0, axis=1) + steps, length)
+    last = last.astype(jnp.int32)
+
+  def draw(
+    key: jax.Array, logits: Float[Array, 'rows vocabulary']
+  ) -> tuple[Int[Array, ' rows'], Float[Array, ' rows']]:
+    """Draws one token per row; returns it and its log probability."""
+    heated = heat > MIN_TEMPERATURE
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample(logits):
+      shaped = logits / jnp.maximum(heat, MIN_TEMPERATURE)[:, None]
+      if not _is_static(topk) or topk:
+        shaped = keep_top_k(shaped, topk)
+      if not _is_static(topp) or topp:
+        shaped = keep_top_p(shaped, topp)
+      drawn = jax.random.categorical(key, shaped).astype(jnp.int32)
+      token = jnp.where(heated, drawn, greedy)
+      log_prob = _log_prob_of(token, shaped if rescale_log_probs else logits)
+      if rescale_log_probs:
+        # At temperature 0 all probability is on the token that is taken.
+        log_prob = jnp.where(heated, log_prob, 0.0)
+      return token, log_prob
+
+    def take_greedy(logits):
+      if rescale_log_probs:
+        return greedy, jnp.zeros(greedy.shape, jnp.float32)
+      return greedy, _log_prob_of(greedy, logits)
+
+    return lax.cond(jnp.any(heated), sample, take_greedy, logits)
+
+  def step(state: SamplingLoopState) -> SamplingLoopState:
+    """Feeds the current token and writes the next one."""
+    state = on_state(state)
+    key, rng = jax.random.split(state.rng)
+    logits, new_cache = tokens_to_logits(
+      DecodingState(
+        cur_index=state.cur_index,
+        sequences=state.sequences[:, :-2],
+        cur_token=state.cur_token,
+        cache=state.cache,
+      )
+    )
+    if isinstance(state.cache, flax.core.FrozenDict):
+      new_cache = flax.core.freeze(new_cache)
+    logits = on_logits(logits, state)
+    token, token_log_prob = draw(key, jnp.asarray(logits, jnp.float32))
+
+    ended = state.ended[:, 0]
+    following = (state.cur_index + 1)[:, None]
+    forced = jnp.take_along_axis(state.sequences, following, axis=1)[:, 0]
+    drawn = forced == 0
+    token = jnp.where(ended, 0, jnp.where(drawn, token, forced))
+    here = (jnp.arange(state.sequences.shape[1]) == following) & ~state.ended
+    sequences = jnp.where(here, token[:, None], state.sequences)
+    # Counted and not compared with the token: a prompt may hold end tokens, and a
+    # callback may end a row by writing one.
+    ends = jnp.sum(sequences == eos_id, axis=1, keepdims=True)
+    complete = state.cur_index + 1 >= last
+    return SamplingLoopState(
+      step=state.step + 1,
+      cur_index=jnp.minimum(state.cur_index + 1, last),
+      sequences=sequences,
+      cache=new_cache,
+      cur_token=token[:, None],
+      ended=state.ended | (ends > prompt_ends) | complete[:, None],
+      rng=rng,
+      log_prob=state.log_prob + jnp.where(drawn & ~ended, token_log_prob, 0.0),
+    )
+
+  prefilled = initial_index is not None
+  position = jnp.zeros(last.shape, jnp.int32)
+  token = jnp.zeros((*last.shape, 1), jnp.int32)
+  if prefilled:
+    position = expand(jnp.asarray(initial_index)).astype(jnp.int32)
+    token = jnp.take_along_axis(prompts, position[:, None], axis=1)
+    cache = _expand_position_indices(cache, batch, num_decodes, cache_offset)
+  if num_decodes > 1:
+    expand_cache = functools.partial(expand, offset=cache_offset)
+    cache = cache_map(expand_cache, cache, apply_to_index=prefilled)
+  state = SamplingLoopState(
+    step=jnp.zeros((), jnp.int32),
+    cur_index=position,
+    # State callbacks write the token after the current one, also at a row's end.
+    sequences=jnp.pad(prompts, ((0, 0), (0, 2))),
+    cache=cache,
+    cur_token=token,
+    ended=(position >= last)[:, None],
+    rng=jax.random.PRNGKey(0) if decode_rng is None else decode_rng,
+    log_prob=jnp.zeros(last.shape, jnp.float32),
+  )
+  state = lax.while_loop(lambda state: ~jnp.all(state.ended), step, state)
+  state = on_state(state)
+  sequences = unflatten_beam_dim(state.sequences[:, 1:-1], batch, num_decodes)
+  log_prob = unflatten_beam_dim(state.log_prob, batch, num_decodes)
+  order = jnp.argsort(log_prob, axis=1)
+  return (
+    jnp.take_along_axis(sequences, order[:, :, None], axis=1),
+    jnp.take_along_axis(log_prob, order, axis=1),
+  )

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
@@ -106,7 +105,7 @@ def partition_step(
     return run
 
   def run_on_all_hosts(params, batch, rng, indices, flax_mutables):
-    batch, rng, indices = multihost_utils.host_local_array_to_global_array(
+    batch, rng, indices = partitioning.host_local_array_to_global_array(
       (batch, rng, indices), partitioner.mesh, (data, PartitionSpec(), data)
     )
     return run(params, batch, rng, indices, flax_mutables)

@@ -23,7 +23,7 @@ from t5x.data_iterators import (
 )
 from t5x.inference import get_infer_fn
 from t5x.optimizers import create_learning_rate_scheduler
-from t5x.params_axes import override_params_axes_names
+from t5x.partitioning import override_params_axes_names
 from t5x.restore import (
   CheckpointConfig,
   RestoreCheckpointConfig,

@@ -23,7 +23,6 @@ from t5x import (
   partitioning,
   restore,
   run_setup,
-  sharding,
 )
 from t5x import trainer as trainer_lib
 
@@ -180,7 +179,7 @@ class Run:
       names = jax.tree.leaves(tuple(spec or ()))
       found[leaf.shape] = math.prod(sizes[name] for name in names)
 
-    jax.tree.map(add, axes.params, state.params, is_leaf=sharding.is_spec)
+    jax.tree.map(add, axes.params, state.params, is_leaf=partitioning.is_spec)
     return found
 
   def _trainer_step(self, kind, state, axes, batch) -> AbstractStep:

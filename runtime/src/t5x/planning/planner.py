@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from t5x import mesh
+from t5x import partitioning
 from t5x.planning import abstract_steps, refusal, report, step_costs, topologies
 from t5x.planning.step_costs import DoesNotFitError
 
@@ -36,7 +36,7 @@ def devices_in_force(name: str | None) -> Iterator[None]:
   if not name:
     known = ', '.join(topologies.TOPOLOGIES)
     raise ValueError(f'Say what to compile for: --topology={known} or cpu:8.')
-  with mesh.meshes_of(topologies.devices(name)):
+  with partitioning.meshes_of(topologies.devices(name)):
     yield
 
 
