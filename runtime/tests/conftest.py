@@ -28,7 +28,7 @@ array_types.install(
   f't5x.{name}'
   for name in (
     'adafactor', 'decoding', 'losses', 'metrics', 'models', 'optimizers',
-    'training.train_step',
+    'trainer',
   )
 )  # fmt: skip
 

@@ -61,34 +61,14 @@ def test_a_task_as_an_object(tiny_run, tmp_path):
   assert (tmp_path / 'eval.tiny_copy.ckpt').exists()
 
 
-def test_a_task_that_seqio_would_not_find_is_refused(tiny_run, tmp_path):
-  like = seqio.TaskRegistry.get('tiny_copy')
-  other = seqio.Task('tiny_copy', like.source, like.output_features)
-  with pytest.raises(ValueError, match="a task 'tiny_copy', which is not the one"):
-    evaluate(
-      tmp_path,
-      tiny_run / 'checkpoint_10',
-      dataset_cfg=tiny.dataset_config('test', other, pack=False),
-    )
-
-
-def test_packing_has_no_effect_and_a_warning(tiny_run, tmp_path, caplog):
-  evaluate(
-    tmp_path,
-    tiny_run / 'checkpoint_10',
-    dataset_cfg=tiny.dataset_config('test', pack=True),
-  )
-  assert 'DatasetConfig.pack = True has no effect' in caplog.text
-  evaluate(tmp_path / 'apart', tiny_run / 'checkpoint_10')
-  assert metrics(tmp_path) == metrics(tmp_path / 'apart')
-
-
 def test_all_checkpoints_once(tiny_run, tmp_path):
   output = tmp_path / 'evaluation'
   evaluate(output, tiny_run, mode='all')
   assert [one['step'] for one in metrics(output)] == [0, 5, 10]
   scores = [one['mean_score'] for one in metrics(output)]
   assert scores[2] > scores[0]
+  listed = (output / 'eval.tiny_copy.ckpt').read_text().splitlines()
+  assert listed == [f'{tiny_run}/checkpoint_{step}' for step in (0, 5, 10)]
   evaluate(output, tiny_run, mode='all')
   assert len(metrics(output)) == 3
 
@@ -157,23 +137,3 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
 def test_a_split_that_is_not_there_is_named(tiny_run, tmp_path):
   with pytest.raises(ValueError, match='tiny_copy.*dev'):
     evaluate(tmp_path, tiny_run / 'checkpoint_5', split='dev')
-
-
-def test_the_list_of_evaluated_checkpoints(tmp_path):
-  paths = [
-    '/my runs/a/final',
-    '/my runs/a/checkpoint_9/',
-    '/my runs/a/checkpoint_12',
-    '/my runs/a/model.ckpt-100',
-  ]
-  evaluated = eval_lib._EvaluatedList(str(tmp_path), 'copy')
-  assert evaluated.read() == set()
-  for path in reversed(paths):
-    evaluated.add(path)
-  assert evaluated.read() == set(paths)
-  # In the order of their steps, in a file that T5X reads too.
-  assert (tmp_path / 'eval.copy.ckpt').read_text().splitlines() == paths
-  assert eval_lib._still_to_do(['/new_2', *paths, '/new_1'], set(paths)) == [
-    '/new_1',
-    '/new_2',
-  ]

@@ -11,8 +11,7 @@ import pytest
 import tensorflow as tf
 from absl import flags
 
-from t5x import checkpoints, launch
-from t5x.training import health
+from t5x import checkpoints, launch, trainer
 
 
 def call(script, *args):
@@ -144,7 +143,7 @@ def test_a_missing_argument_of_a_configurable_is_one_message(ended, capsys):
     tf.errors.NotFoundError(None, None, 'a/b is gone'),
     checkpoints.DamagedCheckpointError('a/b is unreadable'),
     checkpoints.CheckpointSaveError('a/b is full'),
-    health.NonFiniteLossError(3, None),
+    trainer.NonFiniteLossError(3, None),
   ],
 )
 def test_errors_about_files_and_losses_are_one_message(ended, capsys, error):

@@ -490,8 +490,7 @@ def test_model_info(tmp_path):
   file = tmp_path / 'model-info.txt'
   restore.log_model_info(str(file), start.global_train_state_shape, start._partitioner)
   text = file.read_text()
-  total = 16 * 32 + 32 + 32 * 16
-  assert f'Total number of parameters: {total}' in text
-  line = next(x for x in text.splitlines() if x.startswith('Variable wi '))
-  assert 'size 512' in line and '(embed=16, mlp=32)' in line
-  assert "('data', 'model')" in line
+  assert f'Total: {16 * 32 + 32 + 32 * 16:,} ' in text
+  line = next(x for x in text.splitlines() if x.startswith('| wi '))
+  assert '(16, 32)' in line and "('data', 'model')" in line
+  assert 'mu/wi' in text

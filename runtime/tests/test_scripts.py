@@ -263,7 +263,7 @@ def test_killed_at_any_instant_it_ends_bit_for_bit_the_same(whole, tmp_path):
   delays = random.Random(0)
   for _ in range(4):
     process = start(train_command(tmp_path, steps=40, **often))
-    read_until(process, 'Starting at step|Going on from')
+    read_until(process, 'Starting at step|Resuming from')
     time.sleep(delays.uniform(0, 6))
     process.kill()
     process.wait()
@@ -314,7 +314,7 @@ def test_two_processes_train_evaluate_save_and_resume_as_one(tmp_path):
   alone = call(train_command(tmp_path / 'alone', steps=10, **settings), devices=8)
   call_together(train_command(tmp_path / 'two', steps=5, **settings))
   first, second = call_together(train_command(tmp_path / 'two', steps=10, **settings))
-  assert 'Going on from' in first
+  assert 'Resuming from' in first
   assert '[0/2]' in first and '[1/2]' in second
   assert losses(second.splitlines()) == []
 

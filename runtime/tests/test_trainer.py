@@ -1,18 +1,28 @@
 """Training and evaluation on eight CPU devices, against plain JAX."""
 
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
 import types
 
 import clu.metrics
+import clu.values
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from event_files import read_events
 from flax.linen import partitioning as flax_partitioning
+from jax.sharding import PartitionSpec
 
 from t5x import metrics as metrics_lib
 from t5x import optimizers, partitioning, train_state, trainer
-from t5x.training import train_step
 
 ROWS, WIDTH = 16, 4
 
@@ -172,14 +182,6 @@ def test_resuming_is_bit_exact():
     assert_equal_states(second.train_state, want)
 
 
-def test_each_step_has_its_own_key():
-  with make_trainer() as made:
-    keys = [jax.random.key_data(made._get_step_rng(step)).tolist() for step in range(9)]
-    assert len({tuple(key) for key in keys}) == 9
-    want = jax.random.key_data(jax.random.fold_in(jax.random.key(3), 5))
-    np.testing.assert_array_equal(keys[5], want)
-
-
 @pytest.mark.parametrize('num_microbatches', [1, 2])
 @pytest.mark.parametrize('num_partitions', [1, 2, 8])
 def test_microbatches_give_the_gradient_of_the_batch(num_microbatches, num_partitions):
@@ -201,7 +203,7 @@ def test_microbatches_leave_rows_on_their_devices():
   partitioner = partitioning.PjitPartitioner(num_partitions=1)
   spec = partitioner.data_partition_spec
   deal = partitioner.partition(
-    lambda batch: train_step.split_microbatches(batch, 4, spec),
+    lambda batch: trainer._split_microbatches(batch, 4, spec),
     in_axis_resources=(spec,),
     out_axis_resources=partitioning.PartitionSpec(None, 'data'),
   )
@@ -212,7 +214,7 @@ def test_microbatches_leave_rows_on_their_devices():
     assert exchange not in program
 
 
-def test_reports_of_a_stretch():
+def test_reports_of_an_interval():
   with make_trainer() as made:
     summary = values_of(made.train(batches(0, 4), 4).result())
   # Rates of steps 0 … 3: 0.1, 0.2, 0.3, 0.4.
@@ -228,9 +230,7 @@ def test_reports_of_a_stretch():
   assert summary['weight_norm'] > 0 and summary['weight_gradient_norm'] > 0
 
 
-def test_waiting_for_data_is_seen():
-  import time
-
+def test_waiting_for_data_is_reported():
   def slow():
     for batch in batches(0, 4):
       time.sleep(0.2)
@@ -303,44 +303,26 @@ def test_mutable_collections_go_through_the_step():
 
 
 @pytest.mark.parametrize(
-  ('rows', 'num_microbatches', 'num_partitions', 'message'),
-  [
-    (12, None, 1, "12 rows of 'x', 1 microbatches, 8 data partitions"),
-    (16, 4, 1, "16 rows of 'x', 4 microbatches, 8 data partitions"),
-    (16, 3, 8, "16 rows of 'x', 3 microbatches, 1 data partitions"),
-  ],
+  ('rows', 'num_microbatches', 'num_partitions'),
+  [(12, None, 1), (16, 4, 1), (16, 3, 8)],
 )
-def test_a_batch_that_does_not_divide(rows, num_microbatches, num_partitions, message):
+def test_rows_that_do_not_divide(rows, num_microbatches, num_partitions):
   with make_trainer(
     num_microbatches=num_microbatches, num_partitions=num_partitions
   ) as made:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f'{rows}'):
       made.train(iter([make_batch(0, rows)]), 1)
-    with pytest.raises(ValueError, match=message):
-      made.compile_train(make_batch(0, rows))
 
 
-def test_rows_that_do_not_divide_outside_the_trainer():
-  state = fresh_state(Model())
-  with pytest.raises(ValueError, match='a batch of 16 in 3 microbatches'):
-    trainer.accumulate_grads_microbatched(
-      Model(), state, make_batch(0), jax.random.key(0), 3
-    )
-
-
-def test_evaluation_datasets_that_cannot_be():
+def test_an_empty_evaluation_dataset_is_an_error():
   with make_trainer() as made:
-    with pytest.raises(ValueError, match="'task' gave no batch"):
+    with pytest.raises(ValueError, match="'task' has no batch"):
       made.eval({'task': iter([])})
-    with pytest.raises(ValueError, match=r"\['other', 'task'\]. Got: 'third'"):
-      made.eval({'third': batches(0, 1)})
-    with pytest.raises(ValueError, match='num_steps must be at least 1. Got: 0'):
-      made.train(batches(0, 1), 0)
 
 
-def test_data_that_ends_leaves_the_state_of_the_steps_done():
+def test_the_end_of_the_data_leaves_the_state_of_the_steps_done():
   with make_trainer() as made:
-    with pytest.raises(ValueError, match='before step 2, 2 steps into 5'):
+    with pytest.raises(ValueError, match='before step 2'):
       made.train(batches(0, 2), 5)
     assert int(made.train_state.step) == 2
     made.train(batches(2, 1), 1).result()
@@ -368,7 +350,7 @@ def bad_batch(seed):
 
 
 @pytest.mark.parametrize('bad', [0, 2, 4, 5])
-def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, bad):
+def test_a_non_finite_loss_stops_and_saves_its_batch(tmp_path, bad):
   data = [make_batch(seed) for seed in range(6)]
   data[bad] = bad_batch(bad)
   with make_trainer(summary_dir=str(tmp_path)) as made:
@@ -379,9 +361,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, bad):
       assert kept.keys() == data[bad].keys()
       for name in kept:
         np.testing.assert_array_equal(kept[name], data[bad][name])
-    # The steps behind it are bad by its doing, and not kept.
+    # The steps after it are non-finite because of it.
     assert len(list(tmp_path.glob('nonfinite*'))) == 1
-    # Nobody gets at the state, to save it say; nor does training go on.
+    # The state cannot be had, to be saved say, and training does not continue.
     with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not'):
       _ = made.train_state
     with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not'):
@@ -393,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, bad):
     assert int(made.train_state.step) == 4
 
 
-def test_a_gradient_that_is_not_finite_stops_too():
+def test_a_non_finite_gradient_stops_too():
   class Cliff(Model):
     def loss_fn(self, params, batch, dropout_rng):
       loss, metrics = super().loss_fn(params, batch, dropout_rng)
@@ -401,11 +383,11 @@ def test_a_gradient_that_is_not_finite_stops_too():
       return loss + jnp.sqrt(0 * jnp.sum(params['w'])), metrics
 
   with make_trainer(Cliff()) as made:
-    with pytest.raises(trainer.NonFiniteLossError, match='step 0 .* want of a folder'):
+    with pytest.raises(trainer.NonFiniteLossError, match='step 0 .*not saved'):
       made.train(batches(0, 1), 1).result()
 
 
-def test_losses_that_are_not_finite_can_be_let_through():
+def test_non_finite_losses_can_be_allowed():
   with make_trainer() as made:
     made.halt_on_nonfinite_loss = False
     summary = made.train(iter([bad_batch(0)]), 1).result()
@@ -425,7 +407,7 @@ def test_weight_metrics_by_hand():
     'weight_rms/a/w': np.sqrt((3.3**2 + 16) / 2),
     'weight_max/a/w': 4.0,
     'weight_update_rms/a/w': np.sqrt((0.3**2 + 16) / 2),
-    # The second weight was 0: its change has no size relative to that.
+    # The second weight was 0: no change is relative to that.
     'weight_update_divided_by_weight_rms/a/w': 0.1,
   }
   assert got.keys() == want.keys()
@@ -454,16 +436,219 @@ def test_apply_grads_leaves_its_arguments_alone():
   assert float(after['learning_rate'].compute()) == 0.5
 
 
-def test_merge_metrics():
-  one = {'a': metrics_lib.Sum(1.0), 'b': {'c': clu.metrics.Average(2.0, 1.0)}}
-  two = {'a': metrics_lib.Sum(3.0), 'b': {'c': clu.metrics.Average(4.0, 2.0)}}
-  merged = trainer.merge_metrics(one, two)
-  assert float(merged['a'].compute()) == 4.0
-  assert float(merged['b']['c'].compute()) == 2.0
-
-
-def test_the_steps_take_the_memory_of_the_state():
+def test_steps_reuse_the_memory_of_the_state():
   with make_trainer() as made:
     before = made.train_state.params['w']
     made.train(batches(0, 1), 1).result()
     assert before.is_deleted()
+
+
+def test_a_batch_is_sharded_over_the_data_axis_once():
+  with make_trainer(num_partitions=2) as made:
+    batch = {'x': np.arange(16.0).reshape(8, 2), 'scale': np.float32(2)}
+    placed = made._on_devices(batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), batch)
+    assert placed['x'].sharding.spec == PartitionSpec('data')
+    assert placed['x'].sharding.shard_shape((8, 2)) == (2, 2)
+    assert placed['scale'].sharding.is_fully_replicated
+    assert made._on_devices(placed)['x'] is placed['x']
+
+
+def test_intervals_follow_each_other_without_a_gap():
+  with make_trainer() as made:
+    made.compile_train(make_batch(0))
+    begun = time.perf_counter()
+    intervals = [made.train(batches(step, 2), 2, step) for step in range(0, 20, 2)]
+    seconds = [float(i.result()['timing/seconds'].value) for i in intervals]
+    passed = time.perf_counter() - begun
+  assert min(seconds) > 0 and sum(seconds) < passed
+  # What happens between two intervals, such as an evaluation, is not counted.
+  with make_trainer() as made:
+    made.train(batches(0, 2), 2).result()
+    time.sleep(0.5)
+    assert float(made.train(batches(2, 2), 2).result()['timing/seconds'].value) < 0.5
+
+
+# ---- MetricsManager ----
+
+
+@flax.struct.dataclass
+class Note(clu.metrics.Metric):
+  """A metric that is a text."""
+
+  def compute_value(self):
+    return clu.values.Text('hello')
+
+
+def test_only_the_first_process_writes(monkeypatch, tmp_path):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  manager = trainer.MetricsManager('train', str(tmp_path))
+  manager.write_scalar('loss', 1.0, 2)
+  manager.close()
+  assert not (tmp_path / 'train').exists()
+
+
+def test_metrics_are_written_with_times_and_steps(tmp_path):
+  manager = trainer.MetricsManager('train', str(tmp_path))
+  metrics = {
+    'loss': metrics_lib.Sum(jnp.float32(40.0)),
+    'accuracy': metrics_lib.AveragePerStep.from_model_output(jnp.float32(20.0)),
+    'speed': metrics_lib.StepsPerTime.from_model_output(),
+    'tokens': metrics_lib.TimeRate.from_model_output(jnp.float32(8.0)),
+    'seconds': metrics_lib.Time(),
+    'note': Note(),
+  }
+  values = manager.write_metrics_summary(metrics, jnp.int32(4), 2, seconds=0.5)
+  manager.write_scalars(5, {'loss': jnp.float32(1.25)})
+  manager.flush()
+  want = {'loss': 40.0, 'accuracy': 10.0, 'speed': 4.0, 'tokens': 16.0, 'seconds': 0.5}
+  assert {name: values[name].value for name in want} == want
+  assert not any(isinstance(values[name].value, jax.Array) for name in want)
+  events = read_events(tmp_path / 'train')
+  assert {(4, name, value) for name, value in want.items()} <= set(events)
+  assert {(4, 'note', b'hello'), (5, 'loss', 1.25)} <= set(events)
+  manager.close()
+
+
+# ---- Actions ----
+
+
+def run_all(action, values):
+  return [action.run(None, {'task': {'metric': value}}) for value in values]
+
+
+@pytest.mark.parametrize(
+  ('mode', 'values', 'atol', 'rtol', 'stops'),
+  [
+    # By hand: a value improves if it beats the one before by more than
+    # atol + rtol * |before|; three in a row without improvement end the run.
+    ('max', [1, 1, 1], 0.0, 0.0, True),
+    ('max', [1, 0.9, 0.8], 0.0, 0.0, True),
+    ('max', [1, 1.09, 1.18], 0.1, 0.0, True),
+    ('max', [1, 1.2, 1.4], 0.1, 0.0, False),
+    ('max', [1, 1.2, 1.4], 0.1, 0.08, False),
+    ('max', [1, 1.2, 1.4], 0.0, 0.2, True),
+    ('min', [1, 1, 1], 0.0, 0.0, True),
+    ('min', [1, 0.9, 0.71], 0.2, 0.0, True),
+    ('min', [1, 0.8, 0.6], 0.15, 0.0, False),
+    ('min', [1, 0.8, 0.6], 0.1, 0.09, False),
+    ('min', [1, 0.8, 0.6], 0.0, 0.3, True),
+    ('min', [1, 0.8, 0.7, 0.6], 0.15, 0.0, True),
+    ('min', [1, 2, 1.5], 0.0, 0.0, False),
+    ('min', [-1, -1.05, -1.1], 0.0, 0.1, True),
+    ('min', [1, float('nan'), float('nan')], 0.0, 0.0, True),
+    ('min', [1, 1], 0.0, 0.0, False),
+  ],
+)
+def test_early_stopping(mode, values, atol, rtol, stops):
+  action = trainer.EarlyStoppingAction(
+    ('task', 'metric'), mode, patience=3, atol=atol, rtol=rtol
+  )
+  verdicts = run_all(action, [clu.values.Scalar(value) for value in values])
+  assert verdicts == [*[False] * (len(values) - 1), stops]
+
+
+@pytest.mark.parametrize('before', range(4))
+def test_early_stopping_resumes_with_the_values_before(before):
+  values = [0.1, 0.7, 0.7, 0.7]
+  action = trainer.EarlyStoppingAction(('task', 'metric'), 'max', patience=3)
+  recorded = {('task', 'metric'): values[:before]}
+  action.recall(lambda *name: recorded[name])
+  assert run_all(action, values[before:]) == [False] * (3 - before) + [True]
+
+
+@pytest.mark.parametrize('kind', [clu.values.Scalar, float, np.float32, np.array])
+def test_kinds_of_numbers(kind):
+  action = trainer.EarlyStoppingAction(('task', 'metric'), 'min', patience=2)
+  assert run_all(action, [kind(1.0), kind(2.0)]) == [False, True]
+  action = trainer.TerminateOnNanAction('task', 'metric')
+  assert run_all(action, [kind(1.0), kind(np.nan)]) == [False, True]
+
+
+@pytest.mark.parametrize('value', ['1', [1.0], clu.values.Text('1')])
+def test_other_values_are_ignored_with_a_warning(value, caplog):
+  action = trainer.TerminateOnNanAction('task', 'metric')
+  assert run_all(action, [value]) == [False]
+  assert "'metric' of 'task'" in caplog.text
+
+
+@pytest.mark.parametrize(('task', 'metric'), [('tusk', 'metric'), ('task', 'los')])
+def test_unknown_names_are_ignored_with_a_warning(task, metric, caplog):
+  nan = float('nan')
+  assert run_all(trainer.TerminateOnNanAction(task, metric), [nan]) == [False]
+  assert f'{metric!r} of {task!r}' in caplog.text
+  early = trainer.EarlyStoppingAction((task, metric), 'min', patience=2)
+  assert run_all(early, [1.0, 1.0, 1.0]) == [False] * 3
+
+
+@pytest.mark.parametrize(
+  ('value', 'stops'), [(1.0, False), (np.nan, True), (np.inf, True), (-np.inf, True)]
+)
+def test_terminate_on_nan(value, stops):
+  action = trainer.TerminateOnNanAction('task')
+  assert action.run(None, {'task': {'loss': clu.values.Scalar(value)}}) is stops
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    {'mode': 'least'},
+    {'mode': 'min', 'patience': 1},
+    {'mode': 'min', 'atol': -1},
+    {'mode': 'min', 'rtol': -0.5},
+  ],
+)
+def test_early_stopping_validates_its_arguments(arguments):
+  with pytest.raises(ValueError, match='mode|patience'):
+    trainer.EarlyStoppingAction(('task', 'metric'), **arguments)
+
+
+# ---- Two processes ----
+
+
+def run_processes(count, num_partitions, folder):
+  """Outputs of `count` processes that have eight devices in all."""
+  script = pathlib.Path(__file__).parent / 'two_process_training.py'
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // count}',
+  }
+  arguments = [str(port), str(count)]
+  running = [
+    subprocess.Popen(
+      [sys.executable, script, *arguments, str(i), str(num_partitions), folder],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(count)
+  ]
+  try:
+    outputs = [process.communicate(timeout=240) for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  for process, (_, log) in zip(running, outputs):
+    assert process.returncode == 0, log
+  return [json.loads(text.splitlines()[-1]) for text, _ in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('num_partitions', 'shards'), [(2, 2), (8, 1)])
+def test_two_processes_train_like_one(tmp_path, num_partitions, shards):
+  (want,) = run_processes(1, num_partitions, str(tmp_path / 'one'))
+  both = run_processes(2, num_partitions, str(tmp_path / 'two'))
+  for got in both:
+    assert got['shards'] == shards
+    np.testing.assert_allclose(got['losses'], want['losses'], rtol=1e-5)
+    np.testing.assert_allclose(got['evaluated'], want['evaluated'], rtol=1e-5)
+    assert "batches of 'task': 1 of 2" in got['uneven']
+  # With two shards both processes have a bad row of their own; the step is one.
+  assert [got['stopped'] for got in (want, *both)] == [5, 5, 5]
+  kept = sorted(path.name for path in (tmp_path / 'two').glob('nonfinite*'))
+  assert kept == [f'nonfinite_step_5_process_{i}.npz' for i in (0, 1)]

@@ -45,3 +45,13 @@ def test_a_folder_is_made_and_tried(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(OSError, match='file'):
     whole_files.make_writable(tmp_path / 'file')
+
+
+def test_a_folder_that_cannot_be_opened_is_named_with_the_reason(tmp_path):
+  file = tmp_path / 'notes.txt'
+  file.write_text('mine')
+  with pytest.raises(OSError, match='model_dir .*notes.txt .* is a file'):
+    whole_files.open_folder('model_dir', str(file))
+  with pytest.raises(OSError, match='notes.txt/run .*: Not a directory$'):
+    whole_files.open_folder('model_dir', str(file / 'run'))
+  assert file.read_text() == 'mine'

@@ -1,4 +1,4 @@
-"""One of several processes that train together, for `test_feeding` to compare.
+"""One of several processes that train together, for `test_trainer` to compare.
 
 Usage: two_process_training.py PORT PROCESSES INDEX NUM_PARTITIONS FOLDER
 """

@@ -193,14 +193,14 @@ def stop_twice(train, run, period, steps):
   stopped.send(signal.SIGTERM)
   outcome = stopped.end()
   assert outcome.code == 0, outcome.text
-  assert re.search(rf'Going on from \S*checkpoint_{first} ', outcome.text)
+  assert re.search(rf'Resuming from \S*checkpoint_{first} ', outcome.text)
   second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
   assert first + 20 <= second < steps
   assert (run / f'checkpoint_{second}').exists()
 
   outcome = train(run).end()
   assert outcome.code == 0, outcome.text
-  assert re.search(rf'Going on from \S*checkpoint_{second} ', outcome.text)
+  assert re.search(rf'Resuming from \S*checkpoint_{second} ', outcome.text)
 
 
 @pytest.fixture(scope='session')

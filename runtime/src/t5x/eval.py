@@ -5,7 +5,7 @@
     --gin.EVAL_OUTPUT_DIR="'runs/evaluation'" --gin.MIXTURE_OR_TASK_NAME="'my_task'"
 
 With `--gin.utils.RestoreCheckpointConfig.mode="'all'"` and a run's folder as path, all
-its checkpoints are evaluated that have not been yet. Metrics are written to
+its checkpoints that have not been evaluated yet are. Metrics are written to
 `EVAL_OUTPUT_DIR/inference_eval/`.
 """
 
@@ -18,16 +18,15 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import seqio
-import tensorflow as tf
 from absl import logging
+from etils import epath
 
 from t5x import (
-  checkpoints,
   data,
   gin_utils,
   inference,
@@ -35,33 +34,10 @@ from t5x import (
   multihost,
   partitioning,
   restore,
-  run_setup,
   whole_files,
 )
 from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
-
-gfile = tf.io.gfile
-
-
-class SummarizeConfigFn(Protocol):
-  """What writes the configuration down."""
-
-  def __call__(self, model_dir: str, summary_writer: Any, step: int) -> None: ...
-
-
-def _check_is_registered(cfg: data.DatasetConfig) -> None:
-  """Checks that seqio's evaluator, which takes a name, will find what is meant.
-
-  Raises:
-    ValueError: the configuration holds a task that is not the registered one.
-  """
-  provider = data.find_provider(cfg)
-  if data.find_task(provider.name) is not provider:
-    raise ValueError(
-      f"DatasetConfig.mixture_or_task_name holds a task '{provider.name}', which is "
-      'not the one registered by that name. Register it; evaluation looks it up.'
-    )
 
 
 class InferenceEvaluator:
@@ -82,33 +58,24 @@ class InferenceEvaluator:
     """Loads the examples.
 
     Args:
-      infer_eval_dataset_cfg: which task and split.
+      infer_eval_dataset_cfg: which task and split; `pack` has no effect.
       inference_evaluator_cls: `seqio.Evaluator`, or what gin made of it.
       model: the model.
-      partitioner: lays parameters and data over the devices.
+      partitioner: shards parameters and data over the devices.
       log_dir: metrics go to its folder `inference_eval`; None writes none.
       verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
 
     Raises:
-      ValueError: nothing of that name is registered, or the vocabularies differ.
+      ValueError: no task has that name, or the vocabularies differ.
     """
     if verify_matching_vocabs_fn and isinstance(model, models.BaseTransformerModel):
       verify_matching_vocabs_fn(infer_eval_dataset_cfg, model)
-    self._model = model
-    self._partitioner = partitioner
-    self._batch_size = infer_eval_dataset_cfg.batch_size
-    # Without a folder there is nothing to write to.
-    where = (
+    data.find_provider(infer_eval_dataset_cfg)  # Suggests a name, if there is none.
+    logs = (
       {'log_dir': os.path.join(log_dir, 'inference_eval')}
       if log_dir
       else {'logger_cls': ()}
     )
-    _check_is_registered(infer_eval_dataset_cfg)
-    if infer_eval_dataset_cfg.pack:
-      logging.warning(
-        'DatasetConfig.pack = True has no effect on decoding and scoring: examples are '
-        'kept apart.'
-      )
     self._evaluator = inference_evaluator_cls(
       mixture_or_task_name=infer_eval_dataset_cfg.task_name,
       feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
@@ -117,8 +84,11 @@ class InferenceEvaluator:
       seed=infer_eval_dataset_cfg.seed,
       sequence_length=infer_eval_dataset_cfg.task_feature_lengths,
       use_memory_cache=infer_eval_dataset_cfg.use_memory_cache,
-      **where,
+      **logs,
     )
+    self._model = model
+    self._partitioner = partitioner
+    self._batch_size = infer_eval_dataset_cfg.batch_size
     self._infer_fns: dict[str, Callable[..., Any]] = {}
 
   @property
@@ -132,20 +102,8 @@ class InferenceEvaluator:
     return self._evaluator.eval_tasks
 
   def close(self) -> None:
-    """Waits for metrics under way and closes the loggers."""
+    """Waits for metrics that are being computed and closes the loggers."""
     self._evaluator.close()
-
-  def _compiled_steps(self, train_state_axes: Any) -> dict[str, Callable[..., Any]]:
-    """Makes the inference functions at the first call and keeps them."""
-    if not self._infer_fns:
-      for step in ('predict_batch', 'predict_batch_with_aux', 'score_batch'):
-        self._infer_fns[step] = inference.get_infer_fn(
-          infer_step=getattr(self._model, step),
-          batch_size=self._batch_size,
-          train_state_axes=train_state_axes,
-          partitioner=self._partitioner,
-        )
-    return self._infer_fns
 
   def evaluate(
     self,
@@ -156,96 +114,36 @@ class InferenceEvaluator:
 
     Args:
       train_state: the state; its step labels the metrics.
-      train_state_axes: how its arrays lie over the devices.
+      train_state_axes: mesh axes of its arrays.
 
     Returns:
       A future whose `result()` is {task name: {metric: value}}, or None on processes
       other than the first.
     """
-    steps = self._compiled_steps(train_state_axes)
+    if not self._infer_fns:
+      for step in ('predict_batch', 'predict_batch_with_aux', 'score_batch'):
+        self._infer_fns[step] = inference.get_infer_fn(
+          infer_step=getattr(self._model, step),
+          batch_size=self._batch_size,
+          train_state_axes=train_state_axes,
+          partitioner=self._partitioner,
+        )
+    run = functools.partial
     seeded = {'train_state': train_state, 'rng': jax.random.PRNGKey(0)}
     metrics, _ = self._evaluator.evaluate(
       compute_metrics=jax.process_index() == 0,
-      step=int(checkpoints.get_local_data(train_state.step)),
-      predict_fn=functools.partial(steps['predict_batch'], **seeded),
-      predict_with_aux_fn=functools.partial(steps['predict_batch_with_aux'], **seeded),
-      score_fn=functools.partial(steps['score_batch'], train_state=train_state),
+      step=int(train_state.step),
+      predict_fn=run(self._infer_fns['predict_batch'], **seeded),
+      predict_with_aux_fn=run(self._infer_fns['predict_batch_with_aux'], **seeded),
+      score_fn=run(self._infer_fns['score_batch'], train_state=train_state),
     )
     return metrics
-
-
-def batches_of(dataset: Any) -> Iterator[Mapping[str, Any]]:
-  """NumPy batches of a tf.data.Dataset, or of anything that can be iterated."""
-  if isinstance(dataset, tf.data.Dataset):
-    return dataset.as_numpy_iterator()
-  return iter(dataset)
 
 
 def _by_step(path: str) -> tuple[int, str]:
   """Sorts checkpoints: checkpoint_7, model.ckpt-7, 7; first those without a step."""
   number = re.search(r'(\d+)/*$', path)
   return int(number[1]) if number else -1, path
-
-
-class _EvaluatedList:
-  """The file that remembers which checkpoints of a run were evaluated."""
-
-  def __init__(self, output_dir: str, task_name: str):
-    self._path = os.path.join(output_dir, f'eval.{task_name}.ckpt')
-
-  def read(self) -> set[str]:
-    if not gfile.exists(self._path):
-      return set()
-    with gfile.GFile(self._path) as file:
-      return set(file.read().splitlines())
-
-  def add(self, checkpoint: str) -> None:
-    """Adds one; the whole file is written, as some file systems cannot append."""
-    paths = sorted(self.read() | {checkpoint}, key=_by_step)
-    with whole_files.whole_file(self._path) as file:
-      file.write('\n'.join(paths))
-
-
-def _still_to_do(paths: Collection[str], done: set[str]) -> list[str]:
-  """Checkpoints not evaluated yet, in the order of their steps."""
-  skipped = sorted(set(paths) & done, key=_by_step)
-  if skipped:
-    logging.info('Already evaluated: %s', ', '.join(map(os.path.basename, skipped)))
-  return sorted(set(paths) - done, key=_by_step)
-
-
-def _training_evaluator(
-  evaluator_cls: Callable[..., Any] | None,
-  get_datasets: data.GetEvalDatasetCallable,
-  dataset_cfg: data.DatasetConfig,
-  model: models.BaseModel,
-  partitioner: partitioning.BasePartitioner,
-  train_state_axes: Any,
-  output_dir: str,
-) -> tuple[trainer_lib.BaseTrainer | None, Mapping[str, Any]]:
-  """Builds the Trainer that evaluates with teacher forcing, and its datasets."""
-  if evaluator_cls is None:
-    return None, {}
-  layout = partitioner.get_data_layout(dataset_cfg.batch_size)
-  # How many batches is for gin to say: get_training_eval_datasets.eval_steps.
-  datasets = get_datasets(
-    dataset_cfg,
-    layout.shard_id,
-    layout.num_shards,
-    feature_converter_cls=model.FEATURE_CONVERTER_CLS,
-  )
-  trainer = evaluator_cls(
-    model=model,
-    train_state=None,  # Set for each checkpoint.
-    partitioner=partitioner,
-    train_state_axes=train_state_axes,
-    eval_names=datasets.keys(),
-    summary_dir=output_dir,
-    rng=jax.random.PRNGKey(0),
-    learning_rate_fn=None,
-    num_microbatches=None,
-  )
-  return trainer, datasets
 
 
 def evaluate(
@@ -257,7 +155,7 @@ def evaluate(
   output_dir: str,
   inference_evaluator_cls: data.EvaluatorConstructor | None = seqio.Evaluator,
   training_evaluator_cls: type[trainer_lib.Trainer] | None = None,
-  summarize_config_fn: SummarizeConfigFn = gin_utils.summarize_gin_config,
+  summarize_config_fn: Callable[..., None] = gin_utils.summarize_gin_config,
   train_state_initializer_cls: type[
     restore.TrainStateInitializer
   ] = restore.TrainStateInitializer,
@@ -267,29 +165,22 @@ def evaluate(
   fallback_init_rng: int | None = None,
   use_orbax: bool = True,
 ) -> None:
-  """Evaluates one checkpoint or several.
+  """Evaluates one checkpoint or several; `configs/runs/eval.gin` comments parameters.
 
   Args:
-    model: the model.
-    dataset_cfg: which task and split.
-    restore_checkpoint_cfg: which checkpoints; mode 'all' leaves out those evaluated.
-    partitioner: lays parameters and data over the devices.
-    output_dir: where metrics and predictions are written.
-    inference_evaluator_cls: builds the evaluator that decodes or scores.
-    training_evaluator_cls: a Trainer that also computes the training metrics.
-    summarize_config_fn: writes the configuration down.
-    train_state_initializer_cls: builds the state that is restored.
-    train_eval_get_dataset_fn: reads the data for `training_evaluator_cls`.
+    restore_checkpoint_cfg: which checkpoints; mode 'all' leaves out those evaluated,
+      which `output_dir/eval.<task>.ckpt` lists.
+    training_evaluator_cls: a Trainer that also computes the training metrics, on
+      batches of `train_eval_get_dataset_fn`.
     fallback_init_rng: seed of parameters that a checkpoint lacks, where
       `RestoreCheckpointConfig.fallback_to_scratch` allows that.
-    use_orbax: see `restore.create_checkpoint_manager_and_restore`.
 
   Raises:
-    ValueError: the task has no metrics or not that split, or there is no checkpoint.
+    ValueError: the task has no metrics or not that split, or no checkpoint was found.
   """
   # ---- Data ----
   data.find_provider(dataset_cfg)
-  run_setup.open_folder('output_dir', output_dir)
+  whole_files.open_folder('output_dir', output_dir)
   summarize_config_fn(model_dir=output_dir, summary_writer=None, step=0)
   evaluator = InferenceEvaluator(
     dataset_cfg, inference_evaluator_cls, model, partitioner, log_dir=output_dir
@@ -310,32 +201,49 @@ def evaluate(
     },
     partitioner=partitioner,
   )
+  axes = initializer.train_state_axes
   restore.log_model_info(
     os.path.join(output_dir, 'model-info.txt'),
     initializer.global_train_state_shape,
     partitioner,
   )
   restore_cfg, paths = restore.get_first_valid_restore_config_and_paths(
-    # The optimizer's state in the checkpoint has no counterpart here.
+    # The optimizer's state in the checkpoint is not read.
     [dataclasses.replace(restore_checkpoint_cfg, strict=False)]
   )
   if not paths:
     raise ValueError(f'There is no checkpoint at {restore_checkpoint_cfg.path}.')
-  evaluated = _EvaluatedList(output_dir, dataset_cfg.task_name)
+  record = epath.Path(output_dir) / f'eval.{dataset_cfg.task_name}.ckpt'
+  done = set(record.read_text().splitlines()) if record.exists() else set()
   if restore_cfg.mode == 'all':
-    paths = _still_to_do(paths, evaluated.read())
+    skipped = sorted(set(paths) & done, key=_by_step)
+    if skipped:
+      logging.info('Already evaluated: %s', ', '.join(map(os.path.basename, skipped)))
+    paths = sorted(set(paths) - done, key=_by_step)
     restore_cfg = dataclasses.replace(restore_cfg, mode='specific')
 
   # ---- Evaluation ----
-  trainer, train_eval_datasets = _training_evaluator(
-    training_evaluator_cls,
-    train_eval_get_dataset_fn,
-    dataset_cfg,
-    model,
-    partitioner,
-    initializer.train_state_axes,
-    output_dir,
-  )
+  trainer, train_eval_datasets = None, {}
+  if training_evaluator_cls is not None:
+    layout = partitioner.get_data_layout(dataset_cfg.batch_size)
+    # Gin sets the number of batches: get_training_eval_datasets.eval_steps.
+    train_eval_datasets = train_eval_get_dataset_fn(
+      dataset_cfg,
+      layout.shard_id,
+      layout.num_shards,
+      feature_converter_cls=model.FEATURE_CONVERTER_CLS,
+    )
+    trainer = training_evaluator_cls(
+      model=model,
+      train_state=None,  # Set for each checkpoint.
+      partitioner=partitioner,
+      train_state_axes=axes,
+      eval_names=train_eval_datasets.keys(),
+      summary_dir=output_dir,
+      rng=jax.random.PRNGKey(0),
+      learning_rate_fn=None,
+      num_microbatches=None,
+    )
   init_rng = None
   if fallback_init_rng is not None:
     init_rng = jax.random.PRNGKey(fallback_init_rng)
@@ -347,12 +255,14 @@ def evaluate(
       raise ValueError(f'There is no checkpoint at {path}.')
     if trainer is not None:
       trainer.train_state = train_state
-      trainer.eval({n: batches_of(ds) for n, ds in train_eval_datasets.items()})
-    evaluator.evaluate(train_state, initializer.train_state_axes).result()
-    step = int(checkpoints.get_local_data(train_state.step))
-    multihost.sync(f'evaluated:{step}')
+      trainer.eval(train_eval_datasets)
+    evaluator.evaluate(train_state, axes).result()
+    multihost.sync(f'evaluated:{int(train_state.step)}')
     if jax.process_index() == 0:
-      evaluated.add(path)
+      done.add(path)
+      # Whole, as some file systems cannot append.
+      with whole_files.whole_file(record) as file:
+        file.write('\n'.join(sorted(done, key=_by_step)))
   evaluator.close()
   if trainer is not None:
     trainer.close()

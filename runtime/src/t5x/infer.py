@@ -48,7 +48,6 @@ from t5x import (
   multihost,
   partitioning,
   restore,
-  run_setup,
   whole_files,
 )
 
@@ -381,7 +380,7 @@ def infer(
     partitioner.get_data_layout(batch_size).num_shards,
     model.FEATURE_CONVERTER_CLS,
   )
-  run_setup.open_folder('output_dir', output_dir)
+  whole_files.open_folder('output_dir', output_dir)
   if shard_id == 0:
     summarize_config_fn(model_dir=output_dir, summary_writer=None, step=0)
   if verify_matching_vocabs_fn is not None:

@@ -5,9 +5,11 @@ and the number of steps (a microbatch is not a step). The trainer sets them afte
 with `set_time_metrics_duration` and `set_step_metrics_num_steps`.
 """
 
+import numbers
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Self
 
+import clu.values
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -144,6 +146,14 @@ class StepsPerTime(Step, Time):
 def is_metric_obj(obj: Any) -> bool:
   """True for a metric: the leaf at which to map over trees of metrics."""
   return isinstance(obj, clu_metrics.Metric)
+
+
+def as_number(value: Any) -> float | None:
+  """The value of a metric as a float; None if it is a text, an array or the like."""
+  if isinstance(value, clu.values.Scalar):
+    value = value.value
+  single = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
+  return float(value) if single or isinstance(value, numbers.Real) else None
 
 
 def _update_each(

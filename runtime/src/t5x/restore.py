@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.core
 import jax
 import numpy as np
 from absl import logging
+from clu import parameter_overview
 from etils import epath
 from flax.core import scope as flax_scope
 from jax.experimental import multihost_utils
@@ -510,53 +511,37 @@ def create_checkpoint_manager_and_restore(
 # -- model-info.txt ------------------------------------------------------------
 
 
-def _lookup(tree: Any, name: str) -> Any:
-  for key in name.split('/'):
-    tree = tree.get(key) if isinstance(tree, Mapping) else None
-  return tree
-
-
-def _variable_lines(
-  state_dict: Any, logical_axes: Any, mesh_axes: Any
-) -> Iterator[str]:
-  for name, leaf in state_utils.flatten_state_dict(state_dict).items():
-    if leaf is None:
-      yield f'Variable {name:80} None'
-      continue
-    names = _lookup(logical_axes, name)
-    spec = _lookup(mesh_axes, name)
-    shape = str(tuple(leaf.shape))
-    if names is not None and len(names) == len(leaf.shape):
-      axes = ', '.join(f'{axis}={size}' for axis, size in zip(names, leaf.shape))
-      shape = f'({axes})'
-    yield (
-      f'Variable {name:80} size {math.prod(leaf.shape):<12} shape {shape:40} '
-      f'partition spec {None if spec is None else tuple(spec)}'
-    )
-
-
 def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any):
-  """Writes names, sizes, shapes and shardings of a state, on the first host.
+  """Logs the number of parameters; lists all variables of a state in `log_file`.
 
   Args:
-    log_file: the file; None only logs the number of parameters.
-    full_train_state: state of arrays or of their shapes.
-    partitioner: has `get_logical_axes` and `get_mesh_axes`.
+    log_file: gets names, shapes, sizes and partition specs; None writes nothing.
+    full_train_state: a state of arrays or of their shapes.
+    partitioner: has `mesh` and `get_mesh_axes`.
   """
   if not multihost.is_host_0():
     return
-  state_dict = full_train_state.state_dict()
-  parameters = state_utils.flatten_state_dict(state_dict['target'])
-  total = sum(math.prod(leaf.shape) for leaf in parameters.values() if leaf is not None)
-  logging.info('The model has %s parameters.', f'{total:,}')
-  if log_file is None:
-    return
-  logical = partitioner.get_logical_axes(full_train_state).state_dict()
-  mesh = partitioner.get_mesh_axes(full_train_state).state_dict()
-  lines = {
-    section: _variable_lines(state_dict[section], logical[section], mesh[section])
-    for section in ('target', 'state')
-  }
-  total_line = f'Total number of parameters: {total}'
-  text = [*lines['target'], total_line, '', *lines['state'], '']
-  epath.Path(log_file).write_text('\n'.join(text))
+  states = full_train_state.state_dict()
+  specs = partitioner.get_mesh_axes(full_train_state).state_dict()
+  tables = []
+  for part in ('target', 'state'):
+    part_specs = state_utils.flatten_state_dict(specs[part])
+    leaves = {
+      name: jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        sharding=jax.sharding.NamedSharding(
+          partitioner.mesh, part_specs.get(name) or jax.sharding.PartitionSpec()
+        ),
+      )
+      for name, x in state_utils.flatten_state_dict(states[part]).items()
+      if x is not None
+    }
+    if part == 'target':
+      total = sum(math.prod(x.shape) for x in leaves.values())
+      logging.info('The model has %s parameters.', f'{total:,}')
+    tables.append(
+      parameter_overview.get_parameter_overview(leaves, include_stats='sharding')
+    )
+  if log_file is not None:
+    epath.Path(log_file).write_text('\n\n'.join(tables) + '\n')

@@ -5,10 +5,10 @@
     --gin.MIXTURE_OR_TASK_NAME="'my_task'" \\
     --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 
-Everything lands in MODEL_DIR: checkpoint_<step>/, config.gin, model-info.txt, and for
-TensorBoard train/, training_eval/<task>/, inference_eval/<task>/. The same command,
-given again after an interruption, goes on from the last checkpoint. SIGTERM saves and
-ends the run.
+Everything is in MODEL_DIR: checkpoint_<step>/, config.gin, model-info.txt,
+metrics.jsonl, and for TensorBoard train/, training_eval/<task>/ and
+inference_eval/<task>/. The same command, given again after an interruption, resumes
+from the last checkpoint. SIGTERM saves and ends the run.
 """
 
 if __name__ == '__main__':
@@ -18,17 +18,25 @@ if __name__ == '__main__':
 
 import contextlib
 import functools
+import gc
 import itertools
+import numbers
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
+import numpy as np
 import seqio
 from absl import logging
 from clu import metric_writers
+from etils import epath
+from jax.experimental import multihost_utils
 
 from t5x import (
-  checkpoints,
   data,
   data_iterators,
   launch,
@@ -36,28 +44,30 @@ from t5x import (
   multihost,
   partitioning,
   restore,
-  run_setup,
+  whole_files,
 )
 from t5x import eval as eval_lib
+from t5x import progress as progress_lib
 from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
-from t5x.training import loop, progress, run_schedule
-from t5x.training.loop import TRAIN_METRIC_KEY, run_actions
+from t5x.trainer import ActionMode
 
-__all__ = ['TRAIN_METRIC_KEY', 'run_actions', 'train']
+# Where TensorBoard files and `metrics.jsonl` have the metrics of a mode and a task.
+_SOURCES = {
+  ActionMode.TRAIN: '{}',
+  ActionMode.TRAIN_EVAL: 'training_eval/{:.113}',
+  ActionMode.INFER_EVAL: 'inference_eval/{}/eval',
+}
 
 
 def _restore_configs(
   checkpoint_cfg: restore.CheckpointConfig, model_dir: str
 ) -> list[restore.RestoreCheckpointConfig]:
-  """Where parameters may come from; the first that exists is taken.
+  """Lists where parameters may come from; the first that exists is taken.
 
-  1. The run's own last checkpoint: the run goes on.
+  1. The run's own last checkpoint: the run is resumed.
   2. The checkpoint that the configuration names: fine-tuning starts.
   (3. Neither: random parameters.)
-
-  Raises:
-    ValueError: the configuration names several.
   """
   initial, save = checkpoint_cfg.restore, checkpoint_cfg.save
   transformations = initial.state_transformation_fns if initial else ()
@@ -68,7 +78,7 @@ def _restore_configs(
   own = restore.RestoreCheckpointConfig(
     path=model_dir,
     mode='latest',
-    dtype='float32',  # the run goes on in it, whatever dtype it saves in
+    dtype='float32',  # A run trains in it, whatever dtype it saves in.
     restore_dataset=bool(save and save.save_dataset),
     state_transformation_fns=[
       functools.partial(transform, is_resuming=True) for transform in transformations
@@ -83,6 +93,87 @@ def _restore_configs(
       f'{initial.path!r}, mode = {initial.mode!r}.'
     )
   return [own, initial]
+
+
+def _whole_steps(name: str, steps: float | None) -> int:
+  """A number of steps as an int: gin files may have 1e5, and None for 0."""
+  steps = 0 if steps is None else steps
+  if not isinstance(steps, numbers.Real) or steps < 0 or steps != int(steps):
+    raise ValueError(f'{name} must be a whole number of steps. Got: {steps!r}.')
+  return int(steps)
+
+
+def _first_step_of_run(model_dir: str, step: int) -> int:
+  """The step the run began at, whenever that was; `relative_steps` count from it."""
+  note = epath.Path(model_dir) / 'first_step.txt'
+  began = int(note.read_text()) if note.exists() else step
+  multihost.sync('first_step_read')
+  if jax.process_index() == 0 and not note.exists():
+    with whole_files.whole_file(note) as file:
+      file.write(str(began))
+  return began
+
+
+def _next_stop(
+  step: int, total_steps: int, periods: Sequence[int], further: Sequence[int] = ()
+) -> int:
+  """The first step after `step` at which something happens.
+
+  Periods count from step 0, wherever the run was resumed; 0 switches one off.
+  """
+  coming = [(step // period + 1) * period for period in periods if period]
+  return min([total_steps, *coming, *(stop for stop in further if stop > step)])
+
+
+def run_actions(
+  mode: ActionMode,
+  actions: Mapping[ActionMode, Sequence[trainer_lib.BaseAction]],
+  train_state: train_state_lib.TrainState,
+  metrics_by_task: Mapping[str, Mapping[str, Any]],
+) -> bool:
+  """Runs the actions of a mode on process 0; True, everywhere, if one asks to stop."""
+  stop = False
+  if jax.process_index() == 0:
+    for action in actions.get(mode, ()):  # All of them, whatever the first one returns.
+      stop |= bool(action.run(train_state, metrics_by_task=metrics_by_task))
+  return bool(multihost.broadcast(np.asarray(stop)))
+
+
+@contextlib.contextmanager
+def _sigterm_noticed() -> Iterator[Callable[[int], bool]]:
+  """Yields a function of a step: whether to stop before that step is taken.
+
+  Processes of one run agree on a step by JAX's coordination service, which listens for
+  the signal itself. Python sets handlers in the main thread only.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  noticed = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+  try:
+    yield lambda step: noticed.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _until_stopped(
+  batches: Iterator[Any], step: int, stops_before: Callable[[int], bool]
+) -> Iterator[Any]:
+  """Yields batches until the run has to stop.
+
+  Asks before it takes a batch, so that the saved dataset state is that of the step.
+  """
+  end = object()
+  for number in itertools.count(step):
+    if stops_before(number):
+      raise trainer_lib.PreemptionError(f'Asked to stop before step {number}.')
+    if (batch := next(batches, end)) is end:
+      return
+    yield batch
 
 
 def train(
@@ -121,42 +212,22 @@ def train(
   | None = data.verify_matching_vocabs,
   gc_period: int = 0,
 ) -> tuple[int, train_state_lib.TrainState]:
-  """Trains a model.
+  """Trains a model; `configs/runs/pretrain.gin` comments most parameters.
 
   Every period counts absolute steps; 0 or None switches it off. What has a period also
   happens at the last step.
 
   Args:
-    model: the model.
-    train_dataset_cfg: what to train on.
-    train_eval_dataset_cfg: what to evaluate on with teacher forcing; None: nothing.
-    infer_eval_dataset_cfg: what to evaluate on by decoding or scoring; None: nothing.
-    checkpoint_cfg: what to start from, and when and how to save.
-    partitioner: lays parameters and data over the devices.
-    trainer_cls: builds the Trainer.
-    model_dir: where checkpoints and metrics go. A run found there goes on.
     total_steps: the step at which training ends, counted with those of the checkpoint
       it starts from.
-    eval_steps: batches in a train-eval.
-    eval_period: steps between evaluations.
-    relative_steps: ends this many steps behind the one the run began at, in place of
+    eval_steps: batches of each evaluation with teacher forcing.
+    relative_steps: ends this many steps after the one the run began at, in place of
       `total_steps`.
     stats_period: steps between reports of the training metrics, which are also reported
-      at each evaluation and each checkpoint; None: there only.
-    random_seed: of the initial parameters and of dropout; None takes the clock.
-    use_hardware_rng: see `run_setup.set_hardware_rng_ops`.
-    summarize_config_fn: writes the configuration down.
-    inference_evaluator_cls: builds the evaluator for infer-eval.
-    get_dataset_fn: reads the training data.
-    concurrent_metrics: whether infer-eval's metrics are computed while training goes
-      on.
-    actions: {mode: what runs on the metrics after it}; modes are TRAIN, TRAIN_EVAL and
-      INFER_EVAL.
-    train_eval_get_dataset_fn: reads the data for train-eval.
-    run_eval_before_training: whether to evaluate before the first step.
-    train_state_initializer_cls: builds the state.
-    use_orbax: see `restore.create_checkpoint_manager_and_restore`.
-    verify_matching_vocabs_fn: checks the tasks' vocabularies against the model's.
+      at each evaluation and each checkpoint.
+    concurrent_metrics: whether training continues while the metrics of infer-eval are
+      computed on the CPU.
+    actions: {mode: actions that run on its metrics}; see `trainer.ActionMode`.
     gc_period: steps between runs of Python's garbage collector, which then never runs
       by itself; 0 leaves it alone.
 
@@ -164,14 +235,39 @@ def train(
     The step reached and the state at that step.
 
   Raises:
-    ValueError: an argument makes no sense.
+    ValueError: an argument is out of range or does not fit another.
     OSError: `model_dir` cannot be written to.
   """
   # ---- Arguments ----
-  run_setup.open_folder('model_dir', model_dir)
-  actions = loop.named_actions(actions, concurrent_metrics)
+  whole_files.open_folder('model_dir', model_dir)
   save_cfg = checkpoint_cfg.save
-  init_key, train_key = run_setup.random_keys(random_seed, use_hardware_rng)
+  by_mode = {}
+  for name, chosen in (actions or {}).items():
+    if name not in ActionMode.__members__:
+      raise ValueError(
+        f'train.actions knows the modes {", ".join(ActionMode.__members__)}. '
+        f'Got: {name!r}.'
+      )
+    if concurrent_metrics and name in ('TRAIN', 'INFER_EVAL'):
+      raise ValueError(
+        f'{name} actions need their metrics before training continues. Set '
+        'train.concurrent_metrics = False.'
+      )
+    by_mode[ActionMode[name]] = chosen
+  eval_period = _whole_steps('eval_period', eval_period)
+  stats_period = _whole_steps('stats_period', stats_period)
+  gc_period = _whole_steps('gc_period', gc_period)
+  save_period = _whole_steps('period', save_cfg.period) if save_cfg else 0
+  save_steps = [
+    _whole_steps('checkpoint_steps', step)
+    for step in (save_cfg.checkpoint_steps or () if save_cfg else ())
+  ]
+  if use_hardware_rng or random_seed is None:
+    trainer_lib.set_hardware_rng_ops()
+  if random_seed is None:
+    random_seed = multihost.broadcast_int(int(time.time()))
+    logging.info('random_seed is None; this run uses %d.', random_seed)
+  init_key, train_key = jax.random.split(jax.random.PRNGKey(random_seed))
 
   # ---- Data ----
   for cfg in (train_dataset_cfg, train_eval_dataset_cfg):
@@ -183,8 +279,8 @@ def train(
       verify_matching_vocabs_fn(cfg, model)
   if train_dataset_cfg.seed is not None and not (save_cfg and save_cfg.save_dataset):
     logging.warning(
-      'The data seed is fixed and the position in the data is not saved: after each '
-      'restart the data begins anew with the same examples. Set '
+      'The data seed is fixed and the dataset state is not saved: after each restart '
+      'training sees the same examples again. Set '
       'SaveCheckpointConfig.save_dataset = True.'
     )
   layout = partitioner.get_data_layout(train_dataset_cfg.batch_size)
@@ -240,12 +336,20 @@ def train(
     )
   if train_state is None:
     train_state = initializer.from_scratch(init_key)
-  first_step = int(checkpoints.get_local_data(train_state.step))
-  total_steps = run_setup.last_step(model_dir, first_step, total_steps, relative_steps)
+  first_step = int(train_state.step)
+  if relative_steps:
+    relative_steps = _whole_steps('relative_steps', relative_steps)
+    total_steps = _first_step_of_run(model_dir, first_step) + relative_steps
+  total_steps = _whole_steps('total_steps', total_steps)
+  if first_step > total_steps:
+    raise ValueError(
+      f'The run is to end at step {total_steps}, but its checkpoint is at step '
+      f'{first_step} already. Raise TRAIN_STEPS, or set TRAIN_STEPS_RELATIVE.'
+    )
   restore_seconds = time.monotonic() - start
   logging.info(
     '%s step %d of %d.',
-    f'Going on from {paths[0]} at' if paths else 'Starting at',
+    f'Resuming from {paths[0]} at' if paths else 'Starting at',
     first_step,
     total_steps,
   )
@@ -256,7 +360,7 @@ def train(
   )
   axes = initializer.train_state_axes
 
-  # ---- Trainer and evaluator ----
+  # ---- Trainer, evaluator, reports ----
   trainer = trainer_cls(
     model=model,
     train_state=train_state,
@@ -266,15 +370,14 @@ def train(
     summary_dir=model_dir,
     rng=train_key,
   )
-  del train_state  # The trainer gives its memory to the next state.
-  trainer.progress = progress.Progress(
-    total_steps, first_step, chosen=model.PROGRESS_METRICS
-  )
-  metrics = trainer.train_metrics_manager
+  del train_state  # The trainer reuses its memory for the next state.
+  train_metrics = trainer.train_metrics_manager
   if first_step < total_steps or not paths:
     # A finished run keeps the configuration that it was trained with.
-    summarize_config_fn(model_dir, metrics.summary_writer, first_step)
-  metrics.write_scalar('timing/init_or_restore_seconds', restore_seconds, first_step)
+    summarize_config_fn(model_dir, train_metrics.summary_writer, first_step)
+  train_metrics.write_scalar(
+    'timing/init_or_restore_seconds', restore_seconds, first_step
+  )
   evaluator = None
   if infer_eval_dataset_cfg and (first_step < total_steps or run_eval_before_training):
     evaluator = eval_lib.InferenceEvaluator(
@@ -287,39 +390,90 @@ def train(
     )
     if not evaluator.eval_tasks:
       evaluator = None
-  loop.recall_values(actions, model_dir, first_step, run_eval_before_training)
-  evaluations = loop.Evaluations(
-    trainer,
-    train_eval_datasets,
-    evaluator,
-    axes,
-    actions,
-    concurrent_metrics,
-    model.PROGRESS_METRICS,
-  )
-  saver = loop.Saver(manager, save_cfg, trainer)
-  schedule = run_schedule.RunSchedule(
-    total_steps=total_steps,
-    stats_period=stats_period,
-    checkpoint_period=save_cfg.period if save_cfg else None,
-    checkpoint_steps=tuple(save_cfg.checkpoint_steps or ()) if save_cfg else (),
-    eval_period=eval_period if train_eval_datasets or evaluator else None,
-    gc_period=gc_period,
-  )
+  progress = progress_lib.Progress(total_steps, first_step, model.PROGRESS_METRICS)
+  metrics_log = progress_lib.MetricsLog(model_dir, first_step, run_eval_before_training)
+  if jax.process_index() == 0:
+    for mode, chosen in by_mode.items():
+      for action in chosen:
+        action.recall(
+          lambda task, metric, source=_SOURCES[mode]: metrics_log.recall(
+            source.format(task), metric
+          )
+        )
+
+  def report(step, values):
+    progress.report(step, values)
+    metrics_log.add(step, 'train', values)
+
+  trainer.on_step, trainer.on_report = progress.advance, report
+  inferred = []  # [(step, future of metrics)], at most one.
+
+  def take_inferred():
+    """Waits for the metrics of infer-eval and writes them down."""
+    found = {}
+    while inferred:
+      step, future = inferred.pop()
+      found = future.result() or {}  # Other processes than the first have none.
+      for task, values in found.items():
+        source = _SOURCES[ActionMode.INFER_EVAL].format(task)
+        metrics_log.add(step, source, values)
+    return found
+
+  def act(mode, metrics):
+    if by_mode.get(mode):
+      stop = run_actions(mode, by_mode, trainer.train_state, metrics)
+      trainer.stop_training |= stop
+
+  def evaluate(step):
+    if train_eval_datasets:
+      zeros = data_iterators.get_zeros_batch_like_dataset
+      trainer.compile_eval({n: zeros(ds) for n, ds in train_eval_datasets.items()})
+      evaluated = trainer.eval(train_eval_datasets)
+      for task, values in evaluated.items():
+        progress.report_evaluation(task, step, values)
+        source = _SOURCES[ActionMode.TRAIN_EVAL].format(task)
+        metrics_log.add(step, source, values)
+      act(ActionMode.TRAIN_EVAL, evaluated)
+    if evaluator is not None:
+      take_inferred()
+      begun = time.monotonic()
+      inferred.append((step, evaluator.evaluate(trainer.train_state, axes)))
+      if not concurrent_metrics:
+        act(ActionMode.INFER_EVAL, take_inferred())
+      seconds = time.monotonic() - begun
+      train_metrics.write_scalar('timing/evaluate_seconds', seconds, step)
+
+  def save(step):
+    if not save_cfg:
+      return
+    begun = time.monotonic()
+    train_state = trainer.train_state
+    if (getattr(manager, 'metric_name_to_monitor', None) or '').startswith('inference'):
+      take_inferred()
+    if manager.save(
+      train_state, save_cfg.state_transformation_fns, metrics=metrics_log.at(step)
+    ):
+      seconds = time.monotonic() - begun
+      train_metrics.write_scalar('timing/checkpoint_seconds', seconds, step)
 
   # ---- Training ----
-  with (
-    contextlib.closing(trainer),
-    contextlib.closing(evaluations),
-    # A checkpoint that was begun becomes whole, come what may.
-    contextlib.closing(saver),
-  ):
+  saves = bool(save_period or save_steps)
+  evaluates = bool(train_eval_datasets or evaluator)
+  periods = (stats_period, save_period, evaluates and eval_period, gc_period)
+  step = first_step
+  with contextlib.ExitStack() as stack:
+    # Whatever happens, the checkpoint and the metrics under way are finished.
+    if manager is not None:
+      stack.callback(manager.close)
+    if evaluator is not None:
+      stack.callback(evaluator.close)
+    stack.callback(progress.close)
+    stack.callback(trainer.close)
     if run_eval_before_training:
-      evaluations.run(first_step)
-    if schedule.saves_before(first_step):
-      saver.save(first_step)
-    step = first_step
-    if first_step == total_steps:
+      evaluate(step)
+    if save_period or step in save_steps:
+      save(step)
+    if step == total_steps:
       logging.info('Nothing to train: the run is at its last step, %d.', total_steps)
     elif trainer.stop_training:
       logging.info('Stopped by an action before the first step.')
@@ -327,13 +481,38 @@ def train(
       # The pipeline fills its buffers while XLA compiles.
       train_iter.peek_async()
       trainer.compile_train(data_iterators.get_zeros_batch_like_dataset(train_iter))
-      with loop.garbage_collected_by_hand(bool(gc_period)):
-        step = loop.train_until_done(
-          schedule, first_step, train_iter, trainer, saver, evaluations
-        )
-    evaluations.wait()
+      if gc_period and gc.isenabled():
+        gc.disable()
+        stack.callback(gc.enable)
+      stops_before = stack.enter_context(_sigterm_noticed())
+      batches = _until_stopped(train_iter, step, stops_before)
+    while step < total_steps and not trainer.stop_training:
+      stop = _next_stop(step, total_steps, periods, save_steps)
+      try:
+        summary = trainer.train(batches, stop - step, start_step=step)
+        step, preempted = stop, stops_before(stop)
+      except trainer_lib.PreemptionError:
+        step, preempted = int(trainer.train_state.step), True
+      if preempted:
+        logging.info('Asked to stop: saving at step %d.', step)
+        save(step)
+        if step < total_steps:
+          break
+      if by_mode.get(ActionMode.TRAIN):
+        act(ActionMode.TRAIN, {'train': summary.result()})
+      last = step == total_steps
+      if gc_period and (step % gc_period == 0 or last):
+        gc.collect()
+      if evaluates and eval_period and (step % eval_period == 0 or last):
+        evaluate(step)
+      if trainer.stop_training:
+        logging.info('Stopped by an action at step %d.', step)
+      on_schedule = save_period and step % save_period == 0 or step in save_steps
+      if on_schedule or trainer.stop_training or (last and saves):
+        save(step)
+    take_inferred()
   multihost.sync('training complete')
-  for action in itertools.chain(*actions.values()):
+  for action in itertools.chain(*by_mode.values()):
     action.close()
   if step < total_steps:
     logging.info('Stopped at step %d of %d.', step, total_steps)

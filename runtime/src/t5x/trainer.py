@@ -1,107 +1,780 @@
-"""Training and evaluation of a model over a mesh: T5X's names for them.
+"""Training and evaluation of a model over a mesh.
 
-`Trainer.train` runs steps and returns at once with a future of their metrics. The
-step's random key follows from the trainer's key and the number of the step, so a
-resumed run goes on exactly as it would have. A trainer of another kind subclasses
-`BaseTrainer` and defines `_partitioned_train_step` and `_partitioned_eval_step`, with
-the functions of `train_step`.
+`Trainer.train` dispatches steps ahead of the devices. Each step is checked, and each
+interval reported, once the devices are done with it; nothing but that runs between two
+steps. A step's random key follows from the trainer's key and the step's number, so that
+a resumed run continues exactly as an uninterrupted one.
+
+A trainer of another kind subclasses `BaseTrainer` and defines `_partitioned_train_step`
+and `_partitioned_eval_step` from the functions below.
 """
 
+import abc
+import collections
+import enum
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import io
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from t5x import partitioning
+import clu.metrics
+import clu.values
+import flax.core
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int, PyTree
+
+from t5x import metrics as metrics_lib
+from t5x import models, partitioning
 from t5x import train_state as train_state_lib
-from t5x.training.actions import (
-  ActionMapType,
-  ActionMode,
-  BaseAction,
-  EarlyStoppingAction,
-  TerminateOnNanAction,
-)
-from t5x.training.base_trainer import BaseTrainer, PreemptionError
-from t5x.training.health import NonFiniteLossError
-from t5x.training.summaries import MetricsManager
-from t5x.training.train_step import (
-  WeightMetricsComputer,
-  accumulate_grads_microbatched,
-  apply_grads,
-  eval_step,
-  merge_metrics,
-  train_with_lr,
-)
-from t5x.training.trainer_types import (
-  ArrayMapFuture,
-  BaseTrainerConstructor,
-  BatchSpec,
-  BatchType,
-  FlaxMutables,
-  LearningRateCallable,
-  MetricMapSpec,
-  MetricMapType,
-  MetricValueMapFuture,
-  MetricValueMapType,
-  ModelWeights,
-  MutableMetricMapType,
-  PartitionedEvalCallable,
-  PartitionedTrainCallable,
-  PartitionSpec,
-  Rng,
-  SummarizeMetricsCallable,
-  TimeFuture,
-)
 
-if TYPE_CHECKING:
-  from t5x import models
+BatchType = Mapping[str, np.ndarray | jax.Array]
+Rng = jax.Array
+MetricMapType = Mapping[str, clu.metrics.Metric]
+MetricValueMapType = Mapping[str, clu.values.Value]
+ModelWeights = PyTree
+PartitionSpec = partitioning.PartitionSpec
+TrainState = train_state_lib.TrainState
+LearningRateCallable = Callable[[Int[Array, '']], Float[Array, '']]
 
-__all__ = [
-  'ActionMapType',
-  'ActionMode',
-  'ArrayMapFuture',
-  'BaseAction',
-  'BaseTrainer',
-  'BaseTrainerConstructor',
-  'BatchSpec',
-  'BatchType',
-  'EarlyStoppingAction',
-  'FlaxMutables',
-  'LearningRateCallable',
-  'MetricMapSpec',
-  'MetricMapType',
-  'MetricValueMapFuture',
-  'MetricValueMapType',
-  'MetricsManager',
-  'ModelWeights',
-  'MutableMetricMapType',
-  'NonFiniteLossError',
-  'PartitionSpec',
-  'PartitionedEvalCallable',
-  'PartitionedTrainCallable',
-  'PreemptionError',
-  'Rng',
-  'SummarizeMetricsCallable',
-  'TerminateOnNanAction',
-  'TimeFuture',
-  'Trainer',
-  'WeightMetricsComputer',
-  'accumulate_grads_microbatched',
-  'apply_grads',
-  'eval_step',
-  'merge_metrics',
-  'train_with_lr',
-]
+# Steps dispatched to the devices and not yet checked.
+_STEPS_IN_FLIGHT = 2
+
+# A loss may be finite while its gradients are not. The next loss would show it, but by
+# then the batch at fault would be gone.
+_MUST_BE_FINITE = ('loss', 'weight_gradient_norm')
 
 
-class Trainer(BaseTrainer):
-  """The trainer of T5X: one model, one loss, optionally in microbatches."""
+class PreemptionError(Exception):
+  """The run has to stop between two steps, to be saved and resumed."""
+
+
+class NonFiniteLossError(FloatingPointError):
+  """The loss or its gradients were infinite or NaN.
+
+  Attributes:
+    step: the step at fault, which began from the state of that step.
+    batch_path: the file with its batch; None where it was not saved.
+  """
+
+  def __init__(self, step: int, batch_path: str | None):
+    self.step, self.batch_path = step, batch_path
+    saved = f'saved in {batch_path}' if batch_path else 'not saved'
+    super().__init__(
+      f'The loss or the gradient of step {step} is not finite; its batch is {saved}. '
+      'Training stops and saves no checkpoint of it. Start again from the last '
+      'checkpoint with a lower learning rate, a longer warm-up or gradient clipping, '
+      'or inspect the batch.'
+    )
+
+
+# ---- Before a run ----
+
+
+def set_hardware_rng_ops() -> None:
+  """Makes new keys use XLA's RngBitGenerator, which is fast on TPU.
+
+  Its numbers depend on how an array is sharded, and on the hardware.
+  """
+  jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
+
+
+# ---- The step ----
+
+
+def merge_metrics(a: PyTree, b: PyTree) -> PyTree:
+  """Merges two trees of metrics of the same structure, on the device."""
+  return _merge_on_device(a, b)
+
+
+@jax.jit
+def _merge_on_device(a: PyTree, b: PyTree) -> PyTree:
+  return jax.tree.map(
+    lambda left, right: left.merge(right), a, b, is_leaf=metrics_lib.is_metric_obj
+  )
+
+
+def _global_norm(tree: PyTree) -> Float[Array, '']:
+  return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
+def _per_step(value: Float[Array, '']) -> metrics_lib.AveragePerStep:
+  return metrics_lib.AveragePerStep.from_model_output(value)
+
+
+class WeightMetricsComputer:
+  """Metrics of every parameter, for TensorBoard; each costs a pass over the weights."""
+
+  def compute_metrics(
+    self,
+    gradients: ModelWeights,
+    old_train_state: TrainState,
+    new_train_state: TrainState,
+  ) -> dict[str, clu.metrics.Metric]:
+    """Compares the weights before and after an update.
+
+    Returns:
+      Averages per step, under `<metric>/<parameter>`: `weight_rms`, `weight_max` (the
+      largest absolute value) and `weight_update_rms` of the new weights and the change,
+      `weight_gradient_rms`, and `weight_update_divided_by_weight_rms` over the weights
+      that were not 0; and `weight_gradient_norm` over all parameters.
+    """
+
+    def by_name(tree):
+      flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep='/')
+      return {name: jnp.asarray(x, jnp.float32) for name, x in flat.items()}
+
+    def rms(x):
+      return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+    old, new = by_name(old_train_state.params), by_name(new_train_state.params)
+    values = {'weight_gradient_norm': _global_norm(gradients)}
+    for name, gradient in by_name(gradients).items():
+      values[f'weight_gradient_rms/{name}'] = rms(gradient)
+    for name, weight in new.items():
+      before, update = old[name], weight - old[name]
+      values[f'weight_rms/{name}'] = rms(weight)
+      values[f'weight_max/{name}'] = jnp.max(jnp.abs(weight))
+      values[f'weight_update_rms/{name}'] = rms(update)
+      # Biases start at 0: a change has no size relative to that.
+      present = before != 0
+      relative = jnp.where(present, update / jnp.where(present, before, 1), 0)
+      count = jnp.maximum(jnp.sum(present), 1)
+      values[f'weight_update_divided_by_weight_rms/{name}'] = jnp.sqrt(
+        jnp.sum(jnp.square(relative)) / count
+      )
+    return {name: _per_step(value) for name, value in values.items()}
+
+
+def _split_microbatches(
+  batch: BatchType, num_microbatches: int, data_partition_spec: PartitionSpec
+) -> BatchType:
+  """Puts row i into microbatch i mod `num_microbatches`: [rows, …] → [n, rows / n, …].
+
+  So every row stays on its device. Blocks of consecutive rows would each be on a few
+  devices and have to move.
+  """
+
+  def deal(x):
+    dealt = x.reshape(-1, num_microbatches, *x.shape[1:])
+    return partitioning.with_sharding_constraint(
+      dealt.swapaxes(0, 1), PartitionSpec(None, *data_partition_spec)
+    )
+
+  return jax.tree.map(deal, batch)
+
+
+def accumulate_grads_microbatched(
+  model: Any,
+  train_state: TrainState,
+  batch: BatchType,
+  dropout_rng: Rng,
+  num_microbatches: int | None,
+  data_partition_spec: PartitionSpec = PartitionSpec('data'),
+) -> tuple[ModelWeights, MetricMapType, flax.core.FrozenDict | None]:
+  """Computes gradients and metrics of a batch, as a whole or summed over microbatches.
+
+  Where the loss is a sum over examples divided by a constant, both give the same.
+
+  Args:
+    model: has `loss_fn(params, batch, dropout_rng)`. If the state has mutable
+      collections, they are its fourth argument and are returned with the metrics.
+    train_state: has the parameters and the mutable collections.
+    batch: arrays of [rows, ...].
+    dropout_rng: the step's key, split for the microbatches.
+    num_microbatches: None or 1 takes the batch as a whole.
+    data_partition_spec: how rows are split over the mesh.
+
+  Returns:
+    (gradients, metrics, mutable collections or None). Sums over microbatches are kept
+    in float32.
+  """
+  gradient_of = jax.value_and_grad(model.loss_fn, has_aux=True)
+
+  def run(rows, rng, mutables):
+    if mutables is None:
+      (_, metrics), gradients = gradient_of(train_state.params, rows, rng)
+    else:
+      (_, (metrics, mutables)), gradients = gradient_of(
+        train_state.params, rows, rng, mutables
+      )
+    return gradients, metrics, mutables
+
+  mutables = train_state.flax_mutables or None
+  if num_microbatches is None or num_microbatches <= 1:
+    return run(batch, dropout_rng, mutables)
+
+  def add(carry, inputs):
+    total, mutables = carry
+    gradients, metrics, mutables = run(*inputs, mutables)
+    return (jax.tree.map(jnp.add, total, gradients), mutables), metrics
+
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), train_state.params)
+  microbatches = _split_microbatches(batch, num_microbatches, data_partition_spec)
+  rngs = jax.random.split(dropout_rng, num_microbatches)
+  (gradients, mutables), stacked = jax.lax.scan(
+    add, (zeros, mutables), (microbatches, rngs)
+  )
+  return gradients, _merge_stacked(stacked), mutables
+
+
+def _merge_stacked(stacked: PyTree) -> PyTree:
+  """Merges metrics whose leaves are [microbatches, ...], in their order."""
+  first = jax.tree.map(lambda x: x[0], stacked)
+  rest = jax.tree.map(lambda x: x[1:], stacked)
+
+  def merge(total, one):
+    merged = jax.tree.map(
+      lambda a, b: a.merge(b), total, one, is_leaf=metrics_lib.is_metric_obj
+    )
+    # A merge may promote (an int count to float32); the carry keeps its types.
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, total), None
+
+  return jax.lax.scan(merge, first, rest)[0]
+
+
+def apply_grads(
+  train_state: TrainState,
+  grad_accum: ModelWeights,
+  metrics: MetricMapType,
+  learning_rate: Float[Array, ''] | float,
+  weight_metrics_computer: WeightMetricsComputer | None,
+  other_state_variables: Mapping[str, Any] | None = None,
+) -> tuple[TrainState, MetricMapType]:
+  """Updates the state.
+
+  Args:
+    train_state: the state.
+    grad_accum: gradients of the step.
+    metrics: metrics of the step so far; not changed.
+    learning_rate: for optimizers that take it from outside, and for the report.
+    weight_metrics_computer: adds metrics of every parameter; None adds none.
+    other_state_variables: more for the new state, such as `flax_mutables`.
+
+  Returns:
+    The new state; the metrics with `learning_rate` (averaged over steps and
+    `learning_rate/current`), `weight_norm` (before the update) and
+    `weight_gradient_norm`.
+  """
+  updated = train_state.apply_gradient(
+    grad_accum, learning_rate=learning_rate, **(other_state_variables or {})
+  )
+  rate = jnp.reshape(jnp.asarray(learning_rate), (1,))
+  metrics = {
+    **metrics,
+    'learning_rate': clu.metrics.Average.from_model_output(rate),
+    'learning_rate/current': clu.metrics.LastValue.from_model_output(rate),
+    'weight_norm': _per_step(_global_norm(train_state.params)),
+    'weight_gradient_norm': _per_step(_global_norm(grad_accum)),
+  }
+  if weight_metrics_computer is not None:
+    metrics |= weight_metrics_computer.compute_metrics(grad_accum, train_state, updated)
+  return updated, metrics
+
+
+def train_with_lr(
+  train_state: TrainState,
+  batch: BatchType,
+  learning_rate: Float[Array, ''] | float,
+  dropout_rng: Rng,
+  model: Any,
+  num_microbatches: int | None,
+  weight_metrics_computer: WeightMetricsComputer | None = None,
+  data_partition_spec: PartitionSpec = PartitionSpec('data'),
+) -> tuple[TrainState, MetricMapType]:
+  """Runs one step: gradients, update, metrics."""
+  gradients, metrics, mutables = accumulate_grads_microbatched(
+    model, train_state, batch, dropout_rng, num_microbatches, data_partition_spec
+  )
+  return apply_grads(
+    train_state,
+    gradients,
+    metrics,
+    learning_rate,
+    weight_metrics_computer,
+    other_state_variables={'flax_mutables': mutables} if mutables else None,
+  )
+
+
+def eval_step(model: Any, train_state: TrainState, batch: BatchType) -> MetricMapType:
+  """Computes metrics of a batch without dropout, by `model.eval_fn(params, batch)`.
+
+  If the state has mutable collections, they are a third argument of `eval_fn`.
+  """
+  mutables = (train_state.flax_mutables,) if train_state.flax_mutables else ()
+  _, metrics = model.eval_fn(train_state.params, batch, *mutables)
+  return metrics
+
+
+# ---- Metrics ----
+
+
+class MetricsManager:
+  """Writes the metrics of one source, such as 'train', for TensorBoard.
+
+  The first process writes; the others compute the same values. Call `close` at the end.
+
+  Attributes:
+    summary_dir: the folder of the files; None writes nothing.
+    summary_writer: the `clu.metric_writers.MetricWriter`.
+  """
+
+  def __init__(self, name: str, summary_dir: str | None = None):
+    """Opens a writer in the folder `name` under `summary_dir`."""
+    # Not at the top: clu's writers import TensorFlow, which takes seconds.
+    from clu import metric_writers
+
+    self.summary_dir = os.path.join(summary_dir, name) if summary_dir else None
+    self.summary_writer = metric_writers.MultiWriter([])
+    if self.summary_dir and jax.process_index() == 0:
+      self.summary_writer = metric_writers.AsyncMultiWriter(
+        [metric_writers.SummaryWriter(self.summary_dir)]
+      )
+
+  def write_scalar(self, key: str, val: Any, step: Any) -> None:
+    """Writes one number."""
+    self.write_scalars(step, {key: val})
+
+  def write_scalars(self, step: Any, scalars: Mapping[str, Any]) -> None:
+    """Writes numbers; `step` may be an array on devices."""
+    self.summary_writer.write_scalars(int(np.asarray(step)), scalars)
+
+  def write_metrics_summary(
+    self, metrics: MetricMapType, step: Any, num_steps: int, seconds: float
+  ) -> MetricValueMapType:
+    """Computes and writes the values of metrics that were merged over steps.
+
+    Args:
+      metrics: metrics by name, on devices.
+      step: the step they belong to.
+      num_steps: the steps they cover.
+      seconds: the time that these steps took.
+
+    Returns:
+      Values by name; scalars hold NumPy numbers.
+    """
+    from clu import metric_writers
+
+    metrics = metrics_lib.set_time_metrics_duration(jax.device_get(metrics), seconds)
+    metrics = metrics_lib.set_step_metrics_num_steps(metrics, num_steps)
+    # Small sums on an accelerator would queue behind the steps already dispatched.
+    try:
+      host = jax.local_devices(backend='cpu')[0]
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU.
+      host = None
+    with jax.default_device(host):
+      values = {name: metric.compute_value() for name, metric in metrics.items()}
+    for name, value in values.items():
+      if isinstance(value, clu.values.Scalar):
+        values[name] = clu.values.Scalar(np.asarray(value.value)[()])
+    metric_writers.write_values(self.summary_writer, int(np.asarray(step)), values)
+    return values
+
+  def flush(self) -> None:
+    """Waits until everything is written."""
+    self.summary_writer.flush()
+
+  def close(self) -> None:
+    """Waits until everything is written and closes the files."""
+    self.summary_writer.close()
+
+
+# ---- Trainers ----
+
+
+class _Interval:
+  """Steps of one `train` call, whose metrics are merged and reported together."""
+
+  def __init__(self, first_step: int, settle: Callable[[], None]):
+    self.first_step, self.num_steps = first_step, 0
+    self.begun = time.perf_counter()
+    self.waited = 0.0
+    self.metrics: MetricMapType | None = None
+    self.values: MetricValueMapType | None = None
+    self._settle = settle
+
+  def result(self) -> MetricValueMapType:
+    """Waits for the devices; returns the values of the metrics."""
+    if self.values is None:
+      self._settle()
+    return self.values
+
+
+class BaseTrainer(abc.ABC):
+  """Holds a state, trains it and evaluates it. Call `close` (or use `with`) at the end.
+
+  Attributes:
+    train_metrics_manager: writes the metrics of training.
+    eval_metrics_managers: writes those of each evaluation dataset, by its name.
+    stop_training: set by the training script when an action asks for the end.
+    halt_on_nonfinite_loss: whether `train` stops at a loss or gradient that is not
+      finite. Unset it for optimizers that skip such updates.
+    on_step: called after each step that the devices have finished.
+    on_report: called with (step, values of metrics) at the end of each interval.
+  """
 
   def __init__(
     self,
-    model: 'models.BaseModel',
-    train_state: train_state_lib.TrainState,
+    model: models.BaseModel,
+    train_state: TrainState,
     partitioner: partitioning.BasePartitioner,
-    eval_names: Sequence[str],
+    eval_names: Iterable[str],
+    summary_dir: str | None,
+    train_state_axes: Any,
+    rng: Rng,
+  ):
+    """Takes over a state.
+
+    Args:
+      model: the model.
+      train_state: parameters and optimizer state, on the devices. The first step reuses
+        its memory.
+      partitioner: shards batches over the devices.
+      eval_names: names of the evaluation datasets that `eval` will be given.
+      summary_dir: folder for TensorBoard files and for the batch of a non-finite loss;
+        None writes nothing.
+      train_state_axes: mesh axes of the state.
+      rng: key from which those of all steps follow.
+    """
+    self._model = model
+    self._partitioner = partitioner
+    self._train_state_axes = train_state_axes
+    self._key = rng
+    self._summary_dir = summary_dir
+    self._state = train_state
+    self._train_program: Callable[..., Any] | None = None
+    self._eval_programs: dict[str, Callable[..., Any]] = {}
+    self._programs_by_spec: dict[Any, Callable[..., Any]] = {}
+    # What is left to do for steps and intervals that the devices may still work on.
+    self._pending: collections.deque[Callable[[], None]] = collections.deque()
+    self._failure: NonFiniteLossError | None = None
+    self._created = time.monotonic()
+    self._step_ended = self._interval_ended = 0.0
+    self.halt_on_nonfinite_loss = True
+    self.stop_training = False
+    self.on_step: Callable[[], None] = lambda: None
+    self.on_report: Callable[[int, MetricValueMapType], None] = lambda *_: None
+    self.train_metrics_manager = MetricsManager('train', summary_dir)
+    self.eval_metrics_managers = {
+      # File systems allow names of 255 bytes, the ending that the writer adds included.
+      name: MetricsManager(f'training_eval/{name:.113}', summary_dir)
+      for name in eval_names
+    }
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, exc_type, exc_value, traceback):
+    self.close()
+
+  def close(self) -> None:
+    """Waits until all metrics are written."""
+    try:
+      if self._failure is None:
+        self._settle()
+    finally:
+      for manager in (self.train_metrics_manager, *self.eval_metrics_managers.values()):
+        manager.close()
+
+  def _get_step_rng(self, step: Any) -> Rng:
+    return jax.random.fold_in(self._key, step)
+
+  @property
+  def train_state(self) -> TrainState:
+    """The state after the steps so far.
+
+    Raises:
+      NonFiniteLossError: the loss of one was not finite, so this state is useless.
+    """
+    self._settle()
+    return self._state
+
+  @train_state.setter
+  def train_state(self, train_state: TrainState):
+    self._state = train_state
+    self._pending.clear()
+    self._failure = None
+
+  def _on_devices(self, batch: BatchType) -> BatchType:
+    """Shards this host's rows over the devices; arrays already there are kept."""
+    mesh = self._partitioner.mesh
+    by_rows = jax.sharding.NamedSharding(mesh, self._partitioner.data_partition_spec)
+    replicated = jax.sharding.NamedSharding(mesh, PartitionSpec())
+
+    def place(x):
+      sharding = by_rows if np.ndim(x) else replicated
+      if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
+      return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(place, batch)
+
+  # ---- Training ----
+
+  def train(
+    self,
+    batch_iter: Iterator[BatchType],
+    num_steps: int,
+    start_step: int | None = None,
+  ) -> _Interval:
+    """Runs steps.
+
+    Args:
+      batch_iter: yields batches: this host's rows, or arrays over all hosts.
+      num_steps: how many steps to run.
+      start_step: the state's step, if known, to save asking the devices.
+
+    Returns:
+      A future of the metrics of these steps, merged. Its `result` raises
+      NonFiniteLossError if one of the last steps was not finite.
+
+    Raises:
+      NonFiniteLossError: the loss or gradient of a step was not finite.
+      ValueError: the batches came to an end.
+      PreemptionError: raised by `batch_iter` to stop early. As after any exception
+        from there, the state is that of the steps done.
+    """
+    if num_steps < 1:
+      raise ValueError(f'num_steps must be at least 1. Got: {num_steps}.')
+    if start_step is None:
+      start_step = int(np.asarray(self._state.step))
+    interval = _Interval(start_step, self._settle)
+    try:
+      for step in range(start_step, start_step + num_steps):
+        with jax.profiler.StepTraceAnnotation('train', step_num=step):
+          self._run_step(step, batch_iter, interval)
+    except StopIteration as e:
+      raise ValueError(
+        f'The training data ended before step {step}. Training data must repeat.'
+      ) from e
+    finally:
+      if interval.num_steps:
+        self._pending.append(functools.partial(self._report, interval))
+    return interval
+
+  def _run_step(
+    self, step: int, batch_iter: Iterator[BatchType], interval: _Interval
+  ) -> None:
+    """Dispatches a step, then waits for an earlier one and checks it."""
+    self._settle(_STEPS_IN_FLIGHT)
+    run = self._train_program or self._partitioned_train_step
+    asked = time.perf_counter()
+    batch = next(batch_iter)
+    # The devices waited for this batch if they have run out of work.
+    is_ready = getattr(self._state.step, 'is_ready', lambda: True)
+    if is_ready():
+      interval.waited += time.perf_counter() - asked
+    batch = self._on_devices(batch)
+    self._state, metrics = run(self._state, batch)
+    if interval.metrics is None:
+      interval.metrics = metrics
+    else:
+      interval.metrics = merge_metrics(interval.metrics, metrics)
+    interval.num_steps += 1
+    self._pending.append(functools.partial(self._check, step, batch, metrics))
+
+  def _settle(self, in_flight: int = 0) -> None:
+    """Checks and reports what was dispatched, except for the last `in_flight`."""
+    if self._failure is not None:
+      raise self._failure
+    while len(self._pending) > in_flight:
+      self._pending.popleft()()
+
+  def _check(self, step: int, batch: BatchType, metrics: MetricMapType) -> None:
+    """Waits for a step; raises if its loss or gradient is not finite."""
+    jax.block_until_ready(metrics)
+    self._step_ended = time.perf_counter()
+    self.on_step()
+    if not self.halt_on_nonfinite_loss:
+      return
+    watched = [metrics[name] for name in _MUST_BE_FINITE if name in metrics]
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(watched))):
+      # All steps after it are non-finite because of it.
+      self._pending.clear()
+      path = _save_batch(batch, step, self._summary_dir) if self._summary_dir else None
+      self._failure = NonFiniteLossError(step, path)
+      raise self._failure
+
+  def _report(self, interval: _Interval) -> None:
+    """Writes the metrics of an interval whose steps are done."""
+    step = interval.first_step + interval.num_steps
+    # Its first steps may have been dispatched before the interval before it had ended.
+    seconds = self._step_ended - max(interval.begun, self._interval_ended)
+    self._interval_ended = self._step_ended
+    metrics = {
+      'timing/seconds': metrics_lib.Time(),
+      'timing/steps_per_second': metrics_lib.StepsPerTime.from_model_output(),
+      **interval.metrics,
+    }
+    manager = self.train_metrics_manager
+    values = manager.write_metrics_summary(metrics, step, interval.num_steps, seconds)
+    timing = {
+      'timing/uptime': time.monotonic() - self._created,
+      'timing/data_wait_share': min(interval.waited / max(seconds, 1e-9), 1.0),
+    }
+    manager.write_scalars(step, timing)
+    interval.values = {
+      **values,
+      **{name: clu.values.Scalar(value) for name, value in timing.items()},
+    }
+    self.on_report(step, interval.values)
+
+  def compile_train(self, batch: BatchType) -> None:
+    """Compiles the training step, which otherwise the first step does.
+
+    Args:
+      batch: a batch of the shapes and types to come; its values do not matter.
+    """
+    begun = time.perf_counter()
+    self._train_program = self._partitioner.compile(
+      self._partitioned_train_step, self._state, self._on_devices(batch)
+    )
+    self.train_metrics_manager.write_scalar(
+      'timing/compilation_seconds', time.perf_counter() - begun, self._state.step
+    )
+
+  # ---- Evaluation ----
+
+  def eval(
+    self, batch_iters: Mapping[str, Iterable[BatchType]]
+  ) -> Mapping[str, MetricValueMapType]:
+    """Evaluates the state on datasets.
+
+    Args:
+      batch_iters: batches by dataset name: this host's rows, or arrays over all hosts.
+        They must end.
+
+    Returns:
+      Values of the merged metrics, by dataset and metric.
+
+    Raises:
+      ValueError: a dataset has no batch, or hosts have different numbers of batches.
+    """
+    state = self.train_state
+    found = {}
+    for name, batches in batch_iters.items():
+      run = self._eval_programs.get(name, self._partitioned_eval_step)
+      begun = time.perf_counter()
+      merged, previous, count = None, None, 0
+      for batch in _in_step_with_other_hosts(name, batches):
+        metrics = run(state, self._on_devices(batch))
+        merged = metrics if merged is None else merge_metrics(merged, metrics)
+        count += 1
+        # Nothing else keeps the loop from filling the devices' memory with batches.
+        jax.block_until_ready(previous)
+        previous = metrics
+      if merged is None:
+        raise ValueError(
+          f'The evaluation dataset {name!r} has no batch: it is empty, or smaller than '
+          'one batch.'
+        )
+      jax.block_until_ready(merged)
+      found[name] = self.eval_metrics_managers[name].write_metrics_summary(
+        merged, state.step, count, time.perf_counter() - begun
+      )
+    return found
+
+  def compile_eval(self, batches: Mapping[str, BatchType]) -> None:
+    """Compiles the evaluation step, once for all datasets of the same shapes.
+
+    Args:
+      batches: for each dataset a batch of its shapes and types.
+    """
+    state = self.train_state
+    for name, batch in batches.items():
+      begun = time.perf_counter()
+      leaves, structure = jax.tree.flatten(batch)
+      spec = structure, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
+      if spec not in self._programs_by_spec:
+        self._programs_by_spec[spec] = self._partitioner.compile(
+          self._partitioned_eval_step, state, self._on_devices(batch)
+        )
+        self.eval_metrics_managers[name].write_scalar(
+          'timing/compilation_seconds', time.perf_counter() - begun, state.step
+        )
+      self._eval_programs[name] = self._programs_by_spec[spec]
+
+  @property
+  @abc.abstractmethod
+  def _partitioned_train_step(self) -> Callable[..., Any]:
+    """(state, batch) → (next state, metrics) over the mesh; donates the state."""
+
+  @property
+  @abc.abstractmethod
+  def _partitioned_eval_step(self) -> Callable[..., Any]:
+    """(state, batch) → metrics over the mesh."""
+
+
+BaseTrainerConstructor = Callable[..., BaseTrainer]
+
+
+def _in_step_with_other_hosts(
+  name: str, batches: Iterable[BatchType]
+) -> Iterator[BatchType]:
+  """Yields batches; checks that they end at the same time on all hosts.
+
+  A host with one batch more would wait forever for the others to compute with it.
+  """
+  batches = iter(batches)
+  while True:
+    batch = next(batches, None)
+    if jax.process_count() > 1:
+      have = multihost_utils.process_allgather(np.array(batch is not None))
+      if have.any() and not have.all():
+        raise ValueError(
+          f'The hosts have different numbers of batches of {name!r}: {have.sum()} of '
+          f'{have.size} have another one. Check for an empty or uneven shard.'
+        )
+    if batch is None:
+      return
+    yield batch
+
+
+def _save_batch(batch: PyTree, step: int, folder: str) -> str | None:
+  """Writes this process's rows of a batch as NumPy arrays, named as its features."""
+  suffix = f'_process_{jax.process_index()}' if jax.process_count() > 1 else ''
+  path = epath.Path(folder) / f'nonfinite_step_{step}{suffix}.npz'
+
+  def own_rows(array):
+    if array.is_fully_addressable or array.is_fully_replicated:
+      return np.asarray(array)
+    shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+  flat, _ = jax.tree_util.tree_flatten_with_path(batch)
+  named = {
+    jax.tree_util.keystr(where, simple=True, separator='/') or 'batch': own_rows(x)
+    for where, x in flat
+  }
+  content = io.BytesIO()
+  np.savez(content, **named)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.getvalue())
+  except OSError as e:  # A full disk must not hide the non-finite loss.
+    logging.error('The batch of step %d could not be saved in %s: %s', step, path, e)
+    return None
+  return str(path)
+
+
+class Trainer(BaseTrainer):
+  """T5X's trainer: one model, one loss, optionally in microbatches."""
+
+  def __init__(
+    self,
+    model: models.BaseModel,
+    train_state: TrainState,
+    partitioner: partitioning.BasePartitioner,
+    eval_names: Iterable[str],
     summary_dir: str | None,
     train_state_axes: Any,
     rng: Rng,
@@ -109,16 +782,9 @@ class Trainer(BaseTrainer):
     num_microbatches: int | None,
     weight_metrics_computer: WeightMetricsComputer | None = None,
   ):
-    """Takes over a state.
+    """Takes over a state; see `BaseTrainer` for the other arguments.
 
     Args:
-      model: see `BaseTrainer`, as for all but the last three.
-      train_state: see there.
-      partitioner: see there.
-      eval_names: see there.
-      summary_dir: see there.
-      train_state_axes: see there.
-      rng: see there.
       learning_rate_fn: the schedule, a function of the step. Adafactor follows it;
         optax optimizers have their own, and this one is only reported: bind the same to
         both.
@@ -140,10 +806,18 @@ class Trainer(BaseTrainer):
     self._weight_metrics_computer = weight_metrics_computer
 
   @functools.cached_property
-  def _partitioned_train_step(self) -> PartitionedTrainCallable:
+  def _partitioned_train_step(self) -> Callable[..., Any]:
     partitioner, axes = self._partitioner, self._train_state_axes
+    num_microbatches, devices = self._num_microbatches or 1, partitioner.data_mesh_size
 
     def step(train_state, batch):
+      for name, x in batch.items():
+        if x.ndim and x.shape[0] % (num_microbatches * devices):
+          raise ValueError(
+            'A batch must be a multiple of the number of microbatches times the number '
+            f'of data partitions. Got: {x.shape[0]} rows of {name!r}, '
+            f'{num_microbatches} microbatches, {devices} data partitions.'
+          )
       return train_with_lr(
         train_state,
         batch,
@@ -163,10 +837,167 @@ class Trainer(BaseTrainer):
     )
 
   @functools.cached_property
-  def _partitioned_eval_step(self) -> PartitionedEvalCallable:
-    partitioner = self._partitioner
-    return partitioner.partition(
+  def _partitioned_eval_step(self) -> Callable[..., Any]:
+    return self._partitioner.partition(
       functools.partial(eval_step, self._model),
-      in_axis_resources=(self._train_state_axes, partitioner.data_partition_spec),
+      in_axis_resources=(self._train_state_axes, self._partitioner.data_partition_spec),
       out_axis_resources=None,
     )
+
+
+# ---- Actions ----
+
+
+@enum.unique
+class ActionMode(enum.Enum):
+  """When an action runs: after an interval of training, or after an evaluation."""
+
+  TRAIN = 1
+  TRAIN_EVAL = 2
+  INFER_EVAL = 3
+
+
+class BaseAction(abc.ABC):
+  """Looks at metrics and decides whether training should end."""
+
+  @abc.abstractmethod
+  def run(
+    self,
+    train_state: TrainState,
+    metrics_by_task: Mapping[str, MetricValueMapType],
+  ) -> bool:
+    """Returns True if training should end. Called on process 0.
+
+    Args:
+      train_state: the current state.
+      metrics_by_task: {task: {metric: value}}; training metrics are under 'train'.
+    """
+
+  def recall(self, recorded: Callable[[str, str], Sequence[float]]) -> None:
+    """Called on process 0 when training begins; T5X has no such call.
+
+    A resumed run then decides as an uninterrupted one.
+
+    Args:
+      recorded: (task, metric) → the values that the run has reported so far, in order.
+    """
+
+  def close(self) -> None:
+    """Called on every process when training has ended. T5X has no such call."""
+
+
+ActionMapType = Mapping[ActionMode, Sequence[BaseAction]]
+
+
+def _find_number(
+  action: BaseAction,
+  metrics_by_task: Mapping[str, MetricValueMapType],
+  task: str,
+  metric: str,
+) -> float | None:
+  """The value that an action follows; None, with a warning, if it is not a number."""
+  value = metrics_by_task.get(task, {}).get(metric)
+  number = None if value is None else metrics_lib.as_number(value)
+  if number is None:
+    known = {name: sorted(metrics) for name, metrics in metrics_by_task.items()}
+    logging.warning(
+      '%s does nothing: there is no number %r of %r. Metrics by task: %s.',
+      type(action).__name__,
+      metric,
+      task,
+      known,
+    )
+  return number
+
+
+class EarlyStoppingAction(BaseAction):
+  """Ends training when a metric has stopped improving.
+
+  Training ends if none of the last `patience` values improved on the one before it.
+  """
+
+  def __init__(
+    self,
+    metric: tuple[str, str],
+    mode: str,
+    patience: int = 3,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+  ):
+    """Sets the metric to follow.
+
+    Args:
+      metric: (task, metric).
+      mode: 'min' where lower is better, 'max' where higher is.
+      patience: how many values to compare, two or more.
+      atol: a value improves on the one before it if it is better by more than
+        `atol + rtol * |the one before|`.
+      rtol: see `atol`.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    if mode not in ('min', 'max'):
+      raise ValueError(f"mode must be 'min' or 'max'. Got: {mode!r}.")
+    if patience < 2 or atol < 0 or rtol < 0:
+      raise ValueError(
+        'patience must be at least 2, atol and rtol not negative. '
+        f'Got: {patience}, {atol} and {rtol}.'
+      )
+    self._task, self._metric = metric
+    self._sign = 1 if mode == 'min' else -1
+    self._patience = patience
+    self._atol, self._rtol = atol, rtol
+    self._recent: list[float] = []
+
+  def recall(self, recorded: Callable[[str, str], Sequence[float]]) -> None:
+    """See `BaseAction.recall`."""
+    self._recent = list(recorded(self._task, self._metric))[-self._patience :]
+
+  def run(
+    self,
+    train_state: TrainState,
+    metrics_by_task: Mapping[str, MetricValueMapType],
+  ) -> bool:
+    """See `BaseAction.run`."""
+    value = _find_number(self, metrics_by_task, self._task, self._metric)
+    if value is None:
+      return False
+    self._recent = [*self._recent, value][-self._patience :]
+    improved = any(  # Never true for NaN.
+      self._sign * (before - after) > self._atol + self._rtol * abs(before)
+      for before, after in zip(self._recent, self._recent[1:])
+    )
+    if improved or len(self._recent) < self._patience:
+      return False
+    logging.warning(
+      '%s of %s has not improved: %s. Training ends.',
+      self._metric,
+      self._task,
+      ', '.join(f'{v:g}' for v in self._recent),
+    )
+    return True
+
+
+class TerminateOnNanAction(BaseAction):
+  """Ends training when a metric is not finite.
+
+  The trainer itself stops at a training loss that is not finite; this action is for
+  other metrics, above all those of evaluations.
+  """
+
+  def __init__(self, task: str, metric: str = 'loss'):
+    """Sets the metric to follow; the task may be 'train'."""
+    self._task, self._metric = task, metric
+
+  def run(
+    self,
+    train_state: TrainState,
+    metrics_by_task: Mapping[str, MetricValueMapType],
+  ) -> bool:
+    """See `BaseAction.run`."""
+    value = _find_number(self, metrics_by_task, self._task, self._metric)
+    if value is None or math.isfinite(value):
+      return False
+    logging.warning('%s of %s is %g. Training ends.', self._metric, self._task, value)
+    return True

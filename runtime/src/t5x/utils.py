@@ -34,5 +34,5 @@ from t5x.restore import (
   get_first_valid_restore_config_and_paths,
   log_model_info,
 )
-from t5x.run_setup import set_hardware_rng_ops
 from t5x.state_utils import flatten_dict_string_keys
+from t5x.trainer import set_hardware_rng_ops

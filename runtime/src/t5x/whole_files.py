@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
+import jax
 from etils import epath
 
 
@@ -19,6 +20,29 @@ def make_writable(folder: epath.PathLike) -> None:
   probe = folder / f'.writable-{uuid.uuid4().hex[:8]}'  # others may share the folder
   probe.write_text('')
   probe.unlink()
+
+
+def open_folder(parameter: str, path: str) -> None:
+  """Makes a folder and tries to write there, before any work is done.
+
+  Args:
+    parameter: the user's name for it, for the message.
+    path: the folder; every process of a run calls this, the first one tries.
+
+  Raises:
+    OSError: it cannot be written to.
+  """
+  folder = epath.Path(path)
+  try:
+    if jax.process_index() == 0:
+      make_writable(folder)
+    else:
+      folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    reason = error.strerror or error
+    if folder.exists() and not folder.is_dir():
+      reason = 'it is a file, and must be a folder'
+    raise OSError(f'{parameter} {path} cannot be written to: {reason}') from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import tiny
 
 from t5x import data, partitioning, restore
 from t5x.planning import abstract_steps
-from t5x.training import feeding
 
 
 def run_of(arguments):
@@ -72,7 +71,7 @@ def test_the_program_is_that_of_the_trainer(arguments, kind):
     function = (
       real._partitioned_train_step if kind == 'train' else real._partitioned_eval_step
     )
-    batch = feeding.put_on_devices(batch, partitioner)
+    batch = real._on_devices(batch)
     assert function.lower(real.train_state, batch).as_text() == planned
 
 

@@ -22,7 +22,6 @@ from t5x import (
   models,
   partitioning,
   restore,
-  run_setup,
 )
 from t5x import trainer as trainer_lib
 
@@ -141,7 +140,9 @@ class Run:
     self._partitioner = partitioner
     self._trainer_cls = trainer_cls
     self._initializer_cls = train_state_initializer_cls
-    _, self._key = run_setup.random_keys(random_seed or 0, use_hardware_rng)
+    if use_hardware_rng:
+      trainer_lib.set_hardware_rng_ops()
+    _, self._key = jax.random.split(jax.random.PRNGKey(random_seed or 0))
 
   def step(self, kind: str, cfg: data.DatasetConfig | None = None) -> AbstractStep:
     """One of the run's steps.
