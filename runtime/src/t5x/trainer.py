@@ -91,16 +91,14 @@ def set_hardware_rng_ops() -> None:
 # ---- The step ----
 
 
-def merge_metrics(a: PyTree, b: PyTree) -> PyTree:
-  """Merges two trees of metrics of the same structure, on the device."""
-  return _merge_on_device(a, b)
-
-
-@jax.jit
-def _merge_on_device(a: PyTree, b: PyTree) -> PyTree:
+def _merge(a: PyTree, b: PyTree) -> PyTree:
   return jax.tree.map(
     lambda left, right: left.merge(right), a, b, is_leaf=metrics_lib.is_metric_obj
   )
+
+
+# Merges two trees of metrics of the same structure, on the device.
+merge_metrics = jax.jit(_merge)
 
 
 def _global_norm(tree: PyTree) -> Float[Array, '']:
@@ -233,10 +231,8 @@ def _merge_stacked(stacked: PyTree) -> PyTree:
   rest = jax.tree.map(lambda x: x[1:], stacked)
 
   def merge(total, one):
-    merged = jax.tree.map(
-      lambda a, b: a.merge(b), total, one, is_leaf=metrics_lib.is_metric_obj
-    )
     # A merge may promote (an int count to float32); the carry keeps its types.
+    merged = _merge(total, one)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, total), None
 
   return jax.lax.scan(merge, first, rest)[0]
