@@ -75,7 +75,7 @@ def main(port, index, folder, mode, out):
   if mode == 'write':
     for step in STEPS:
       next(batches)
-      batches.peek()  # Looked at, not taken.
+      batches.peek_async()  # Fetched ahead, not taken.
       manager.save(at(step))
   else:
     state = manager.restore()

@@ -75,8 +75,10 @@ class ShardedDatasetIterator(DatasetIterator):
     )
 
   def _forget(self) -> None:
-    """Drops the batch fetched ahead."""
-    self._ahead = None
+    """Drops the batch fetched ahead, once its thread has ended."""
+    if self._ahead is not None:
+      concurrent.futures.wait([self._ahead])
+      self._ahead = None
     if self._state_before is not None:
       self._state_before.cleanup()
       self._state_before = None

@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,24 +180,21 @@ def merge_chunks_to_file(
     step: the checkpoint's step; not used here.
 
   Raises:
-    FileNotFoundError: there is no chunk, or one is missing.
+    FileNotFoundError: there is no chunk.
   """
   del step
-  # Not glob: a folder's name may contain brackets.
-  is_chunk = re.compile(re.escape(output_fname) + r'-chunk\d{5,}').fullmatch
-  count = sum(map(bool, map(is_chunk, gfile.listdir(tmp_dir))))
-  if not count:
+  stem = os.path.join(tmp_dir, output_fname)
+  if not gfile.exists(f'{stem}-chunk00000'):
     raise FileNotFoundError(
       f'No results in {tmp_dir}: the split has no example, or all were filtered out.'
     )
   path = os.path.join(output_dir, output_fname)
   with whole_files.whole_file(path, 'wb') as joined:
-    for number in range(count):
-      chunk = os.path.join(tmp_dir, f'{output_fname}-chunk{number:05}')
-      if not gfile.exists(chunk):
-        raise FileNotFoundError(f'{chunk} is missing. Delete its folder to start over.')
-      with gfile.GFile(chunk, 'rb') as file:
+    number = 0
+    while gfile.exists(f'{stem}-chunk{number:05}'):
+      with gfile.GFile(f'{stem}-chunk{number:05}', 'rb') as file:
         shutil.copyfileobj(file, joined)
+      number += 1
   logging.info('Results: %s', path)
 
 
@@ -372,8 +368,6 @@ def infer(
   if dataset_cfg.pack or dataset_cfg.shuffle:
     raise ValueError('infer needs DatasetConfig.pack = False and .shuffle = False.')
   checkpoint = _checkpoint(restore_checkpoint_cfg)
-  # Two slashes would make another name of the same folder (but gs:// is meant).
-  output_dir = re.sub(r'(?<!:)/{2,}', '/', output_dir)
   batch_size = dataset_cfg.batch_size
   provider = data.check_dataset_config(
     dataset_cfg,
