@@ -211,7 +211,8 @@ def _digest(path: str) -> str:
 def _describe_settings(cfg: data.DatasetConfig, checkpoint: str) -> dict[str, Any]:
   """Settings that identify an inference run, with digests of the files they name."""
   settings = {}
-  for line in gin.config_str(max_line_length=10**9).splitlines():
+  # Not wider: gin draws lines of that length.
+  for line in gin.config_str(max_line_length=10_000).splitlines():
     name, bound, value = line.partition(' = ')
     # Other devices and folders give the same results.
     if bound and not name.startswith(('INFER_OUTPUT_DIR', 'partitioning.')):
