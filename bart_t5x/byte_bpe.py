@@ -1,16 +1,14 @@
 """Byte-level BPE as TensorFlow operations: the ids that `tokenizers` gives, exactly.
 
-`tokenizers` is a library for Python, and a Python function inside `tf.data` takes one
-core at most and keeps an iterator from being saved. Here its work is done in the graph,
-for many texts at once:
+A Python function inside `tf.data` uses one core at most and keeps an iterator from
+being saved. Here the work is done in the graph, for many texts at once:
 
     text    -> words   GPT-2's pattern, from the kinds of neighbouring characters
     words   -> ids     most words are a token of the vocabulary and are looked up
-    others  -> ids     merged pair by pair, all words side by side (arXiv 1508.07909)
+    others  -> ids     merged pair by pair, all words in parallel (arXiv 1508.07909)
 
-Nothing here guesses what `tokenizers` does: which characters are letters, and which
-words are tokens, is what it answers when asked. All tables are constants, so there is
-nothing to initialise and nothing that an iterator could not save.
+Which characters are letters, and which words are tokens, is asked of `tokenizers`. All
+tables are constants: there is nothing to initialise, and no state to save.
 """
 
 import functools
@@ -24,7 +22,7 @@ import tensorflow as tf
 from bart_t5x import tensors
 from bart_t5x.tensors import do_not_convert, select
 
-# Kinds of characters; `_EDGE` is what lies before and behind a text.
+# Kinds of characters; `_EDGE` is before and after a text.
 _EDGE, _LETTER, _NUMBER, _OTHER, _BLANK, _SPACE = range(6)
 _PROBES = {_LETTER: 'a', _NUMBER: '1', _OTHER: '-'}
 # Unicode has neither letters, numbers nor white space from here on.
@@ -32,7 +30,7 @@ _KNOWN_CODE_POINTS = 0x40000
 _PAGE = 256
 _SURROGATES = range(0xD800, 0xE000)
 
-# What the contractions of the pattern have behind the apostrophe.
+# The contractions of the pattern, after the apostrophe.
 _SHORT_CONTRACTIONS = 'stmd'
 _LONG_CONTRACTIONS = ('re', 've', 'll')
 
@@ -42,57 +40,51 @@ _HASHES = 2**62
 
 
 class Tables(NamedTuple):
-  """A tokenizer as tensors; the last row of the sorted ones stands for "not found".
+  """A tokenizer as tensors; the last row of the sorted ones means "not found"."""
 
-  Attributes:
-    kinds: uint8 [code points], the kind of each character.
-    byte_ids: int32 [256], the token of each byte.
-    pairs: int64 [merges + 1], sorted: left id x `base` + right id.
-    ranks: int32 [merges + 1], of each pair: the lowest is merged first.
-    products: int32 [merges + 1], by rank: what a pair becomes.
-    single: bool [merges + 1], by rank: whether its product may have a pair of lower
-      rank, so that no second merge of the rank may follow at once. None for nowhere,
-      as in every vocabulary that was trained in one go.
-    hashes: int64 [words + 1], sorted, of the words that are one token.
-    words: string [words + 1].
-    word_ids: int32 [words + 1].
-    base: more than any id.
-    prefix: whether a text gets a space before it.
-    split: whether a text is split into words at all.
-  """
-
-  kinds: tf.Tensor
-  byte_ids: tf.Tensor
-  pairs: tf.Tensor
-  ranks: tf.Tensor
-  products: tf.Tensor
+  kinds: tf.Tensor  # uint8 [code points], the kind of each character
+  byte_ids: tf.Tensor  # int32 [256], the token of each byte
+  pairs: tf.Tensor  # int64 [merges + 1], sorted: left id x `base` + right id
+  ranks: tf.Tensor  # int32 [merges + 1], of each pair: the lowest is merged first
+  products: tf.Tensor  # int32 [merges + 1], by rank: the id a pair becomes
+  # bool [merges + 1], by rank: whether the product may have a pair of lower rank, so
+  # that the next merge in the word may be another. None if no product has, as in every
+  # vocabulary that was trained in one go.
   single: tf.Tensor | None
-  hashes: tf.Tensor
-  words: tf.Tensor
-  word_ids: tf.Tensor
-  base: int
-  prefix: bool
-  split: bool
+  hashes: tf.Tensor  # int64 [words + 1], sorted, of the words that are one token
+  words: tf.Tensor  # string [words + 1]
+  word_ids: tf.Tensor  # int32 [words + 1]
+  base: int  # more than any id
+  prefix: bool  # whether a text gets a space before it
+  split: bool  # whether a text is split into words at all
 
 
 # ---- tables ------------------------------------------------------------------
 
 
 def build_tables(tokenizer) -> Tables | None:
-  """The tables of a tokenizer; takes about a second for 50,000 tokens.
+  """Builds the tables of a tokenizer; takes about a second for 50,000 tokens.
 
   Args:
-    tokenizer: a `tokenizers.Tokenizer` that takes special tokens in text for text.
+    tokenizer: a `tokenizers.Tokenizer` with `encode_special_tokens`.
 
   Returns:
-    The tables; None for a tokenizer that `encode` cannot follow exactly: one with a
-    normalizer, with a pre-tokenizer other than a single ByteLevel, with added tokens
-    that are not special, with a BPE that draws at random, marks the parts of words or
-    lacks bytes.
+    None for a tokenizer that `encode` cannot follow exactly: with a normalizer, a
+    pre-tokenizer other than a single ByteLevel, added tokens that are not special, or a
+    BPE with dropout, affixes or missing bytes.
   """
   settings = json.loads(tokenizer.to_str())
   model, splitter = settings['model'], settings['pre_tokenizer'] or {}
-  if not _can_follow(settings, model, splitter):
+  if not (
+    settings['normalizer'] is None
+    and splitter.get('type') == 'ByteLevel'
+    and all(token['special'] for token in settings['added_tokens'])
+    and model['type'] == 'BPE'
+    and not model['dropout']
+    and not model['continuing_subword_prefix']
+    and not model['end_of_word_suffix']
+    and all(character in model['vocab'] for character in _byte_characters())
+  ):
     return None
   words, word_ids = _whole_words(tokenizer.model, model['vocab'])
   with tf.init_scope(), tf.device('CPU'):
@@ -114,26 +106,13 @@ def build_tables(tokenizer) -> Tables | None:
     )
 
 
-def _can_follow(settings: Mapping, model: Mapping, splitter: Mapping) -> bool:
-  return (
-    settings['normalizer'] is None
-    and splitter.get('type') == 'ByteLevel'
-    and all(token['special'] for token in settings['added_tokens'])
-    and model['type'] == 'BPE'
-    and not model['dropout']
-    and not model['continuing_subword_prefix']
-    and not model['end_of_word_suffix']
-    and all(character in model['vocab'] for character in _byte_characters())
-  )
-
-
-def _constant(rows, behind, dtype: tf.DType) -> tf.Tensor:
-  return tf.constant([*rows, behind], dtype)
+def _constant(rows, not_found, dtype: tf.DType) -> tf.Tensor:
+  return tf.constant([*rows, not_found], dtype)
 
 
 @functools.cache
 def _byte_characters() -> tuple[str, ...]:
-  """How GPT-2's alphabet spells each of the 256 bytes."""
+  """Returns the character of GPT-2's alphabet for each of the 256 bytes."""
   printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printed]
   codes = dict(zip(printed, printed, strict=True))
@@ -143,13 +122,13 @@ def _byte_characters() -> tuple[str, ...]:
 
 @functools.cache
 def character_kinds() -> np.ndarray:
-  """The kind of each code point for the pre-tokenizer, which is asked: uint8 [n]."""
+  """Returns the kind of each code point for the pre-tokenizer: uint8 [n]."""
   from tokenizers import pre_tokenizers
 
   split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
 
   def kind_of(character: str) -> int:
-    # Two of a kind stay together; blanks are of no probe's kind.
+    # Two characters of a kind stay together; blanks match none of the probes.
     found = [k for k, probe in _PROBES.items() if len(split(probe + character)) == 1]
     return found[0] if found else _BLANK
 
@@ -167,7 +146,7 @@ def character_kinds() -> np.ndarray:
 
 
 def _whole_words(model, vocab: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Words that become one token, as bytes [n], and their ids [n]."""
+  """Returns the words that become one token, as bytes [n], and their ids [n]."""
   byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
   words, ids = [], []
   for token in vocab:
@@ -180,7 +159,6 @@ def _whole_words(model, vocab: Mapping[str, int]) -> tuple[np.ndarray, np.ndarra
 
 
 def _merges(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
-  """`pairs`, `ranks`, `products`, `single` and `base`."""
   base = max(vocab.values()) + 1
   left = np.array([vocab[a] for a, _ in merges], np.int64)
   right = np.array([vocab[b] for _, b in merges], np.int64)
@@ -223,7 +201,7 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
     texts = tf.where(bare, tf.strings.join([' ', texts]), texts)
   decoded = tf.strings.unicode_decode(texts, 'UTF-8', errors='strict')
   codes, splits = decoded.values, decoded.row_splits
-  # Characters lie behind each other, and so do bytes: where each begins, and the end.
+  # The byte at which each character of the concatenated texts begins, and the end.
   longer = [tf.cast(codes >= bound, tf.int64) for bound in (0x80, 0x800, 0x10000)]
   edges = _with_zero(tf.cumsum(1 + tf.add_n(longer)))
 
@@ -244,7 +222,7 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
   places = tf.concat([select(places, known), other_places], 0)
   ids = tf.concat([ids, other_ids], 0)
 
-  # Each token at the place of its first byte; then the places between go.
+  # Put each token at the place of its first byte, then drop the places between.
   tokens = tf.tensor_scatter_nd_update(
     tf.fill([edges[-1]], -1), places[:, tf.newaxis], ids
   )
@@ -262,40 +240,40 @@ def _with_zero(sums: tf.Tensor) -> tf.Tensor:
 
 
 def _marks(places: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-  """Bool [size + 3], true at places [n] up to `size`."""
+  """Returns bool [size + 3], true at places [n] up to `size`."""
   ones = tf.ones_like(places, tf.int32)
   return tf.scatter_nd(places[:, tf.newaxis], ones, [size + 3]) > 0
 
 
 def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tensor:
-  r"""Where the words of GPT-2's pattern begin.
+  r"""Finds where the words of GPT-2's pattern begin.
 
       's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
-  A word begins where the kind changes, and with it goes a space before it. Of a run of
+  A word begins where the kind changes, and includes a space before it. In a run of
   white space the last character stands alone if something follows. The contractions
   count where an apostrophe begins a word.
 
   Args:
-    codes: int32 [n], code points of texts that lie behind each other.
+    codes: int32 [n], code points of concatenated texts.
     edges: bool [n + 3], where a text begins, and the end of the last.
     kinds: of `Tables`.
 
   Returns:
-    bool [n + 3], of which the first n are the answer.
+    bool [n + 3], of which the first n count.
   """
   n = tf.size(codes)
   kind = tf.gather(kinds, tf.minimum(codes, _KNOWN_CODE_POINTS - 1))
   edge = tf.constant([_EDGE], tf.uint8)
   before = tf.where(edges[:n], edge, tf.concat([edge, kind[:-1]], 0))
-  behind = tf.where(edges[1 : n + 1], edge, tf.concat([kind[1:], edge], 0))
+  after = tf.where(edges[1 : n + 1], edge, tf.concat([kind[1:], edge], 0))
   starts = tf.where(
     kind >= _BLANK,
-    (before < _BLANK) | ((behind < _BLANK) & (behind != _EDGE)),
+    (before < _BLANK) | ((after < _BLANK) & (after != _EDGE)),
     (before != kind) & (before != _SPACE),
   )
 
-  # The two characters behind each apostrophe, 0 for those of the next text.
+  # The two characters after each apostrophe, 0 for those of the next text.
   at = tensors.places((codes == ord("'")) & starts)
   padded = tf.concat([codes, [0, 0]], 0)
   one = tf.where(tf.gather(edges, at + 1), 0, tf.gather(padded, at + 1))
@@ -307,11 +285,11 @@ def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tens
     tf.logical_or, [(one == ord(a)) & (two == ord(b)) for a, b in _LONG_CONTRACTIONS]
   )
   inside = select(at, short | long) + 1
-  after = tf.concat([select(at, short) + 2, select(at, long) + 3], 0)
+  ends = tf.concat([select(at, short) + 2, select(at, long) + 3], 0)
   return tf.tensor_scatter_nd_update(
     tf.concat([starts, tf.zeros([3], tf.bool)], 0),
-    tf.concat([inside, after], 0)[:, tf.newaxis],
-    tf.concat([tf.zeros_like(inside, tf.bool), tf.ones_like(after, tf.bool)], 0),
+    tf.concat([inside, ends], 0)[:, tf.newaxis],
+    tf.concat([tf.zeros_like(inside, tf.bool), tf.ones_like(ends, tf.bool)], 0),
   )
 
 
@@ -326,7 +304,7 @@ def _merged(
     tables: of the tokenizer.
 
   Returns:
-    Of all tokens the place of the first byte, int64 [m], and the id, int32 [m].
+    For all tokens the place of the first byte, int64 [m], and the id, int32 [m].
   """
   data = tf.io.decode_raw(tf.strings.reduce_join(words), tf.uint8)
   lengths = tf.strings.length(words)
@@ -346,7 +324,7 @@ def _merged(
 
 
 def _ranks(at: tf.Tensor, word: tf.Tensor, ids: tf.Tensor, tables: Tables) -> tf.Tensor:
-  """Ranks of the pairs that begin at positions `at`; `_NO_RANK` where there is none."""
+  """Returns the ranks of the pairs at positions `at`, `_NO_RANK` for those without."""
   second = tf.minimum(at + 1, tf.size(ids, at.dtype) - 1)
   left, right = (tf.cast(tf.gather(ids, i), tf.int64) for i in (at, second))
   pair = left * tables.base + right
@@ -360,10 +338,7 @@ def _ranks(at: tf.Tensor, word: tf.Tensor, ids: tf.Tensor, tables: Tables) -> tf
 
 
 def _merge_once(places, word, ids, ranks, tables: Tables):
-  """Merges each word's pair of the lowest rank wherever the word has it.
-
-  As one after the other from the left: of three equal tokens the first two.
-  """
+  """Merges each word's pair of the lowest rank, wherever in the word it is."""
   lowest = tf.math.segment_min(ranks, word)
   lowest = tf.where(lowest < _NO_RANK, lowest, -1)  # a word that is done
   at = tensors.places(ranks == tf.gather(lowest, word))
@@ -372,7 +347,7 @@ def _merge_once(places, word, ids, ranks, tables: Tables):
     is_first = tf.concat([[True], of[1:] != of[:-1]], 0)
     single = tf.gather(tables.single, tf.gather(ranks, at))
     at = select(at, is_first | ~single)
-  # Pairs that overlap are runs of positions without a gap: every other one of them.
+  # From the left: of overlapping pairs, which are adjacent positions, every other one.
   begins = tf.concat([[True], at[1:] - at[:-1] > 1], 0)
   run = tf.cumsum(tf.cast(begins, tf.int32)) - 1
   at = select(at, (at - tf.gather(select(at, begins), run)) % 2 == 0)
@@ -384,7 +359,7 @@ def _merge_once(places, word, ids, ranks, tables: Tables):
   )
   kept = tensors.places(stays)
   places, word, ids, ranks = (tf.gather(x, kept) for x in (places, word, ids, ranks))
-  # Each merge moved what is behind it; only pairs with a product in them are new.
+  # Each merge moved what follows; only pairs that contain a product are new.
   at -= tf.range(tf.size(at, tf.int64))
   changed = tf.concat([tf.maximum(at - 1, 0), at], 0)
   ranks = tf.tensor_scatter_nd_update(

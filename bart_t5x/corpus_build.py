@@ -1,14 +1,25 @@
-"""The passes of `prepare`: read the text, train the tokenizer, write the shards."""
+"""The passes of `prepare`: reads the text, trains the tokenizer, writes the shards.
+
+The source is read once (it may be a download) into a compressed file in the corpus
+folder, from which the tokenizer is trained and the shards are made. A document's digest
+decides whether it is a duplicate, which split it belongs to and which id it has. So the
+split does not depend on the order of the source, and the bytes of the shards do not
+depend on the number of workers.
+"""
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import heapq
+import itertools
 import math
 import multiprocessing
 import os
 import signal
+import struct
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,144 +28,233 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from bart_t5x import (
-  corpora,
-  documents,
-  output_folder,
-  shards,
-  spool,
-  tokenization,
-  tokenizer_training,
-)
+from bart_t5x import cli, corpus_format, text_sources, tokenization, tokenizer_training
+from bart_t5x.corpus_format import TRAIN, VALIDATION
 
-# Text that a worker is given at a time: enough to pay for the way there and back.
+# Text that a worker gets at a time: enough to pay for sending it.
 _BATCH_BYTES = 1 << 19
 _MEGABYTE = 1 << 20
 _SENTENCEPIECE_BYTES = 100 * 10**6
-# A training document's digest, turned around, decides whether the tokenizer sees it:
-# the digest itself decides on the split.
 _DIGEST_BITS = 63
 
 
-class CorpusTooSmall(ValueError):
-  """There are too few documents to hold some out."""
-
-
 def build(
-  source: corpora.Source,
+  source: text_sources.Source,
   folder: str,
   settings: Mapping[str, Any],
   num_workers: int | None = None,
-  tokenizer: bytes | None = None,
+  tokenizer: tokenization.Tokenizer | None = None,
 ) -> dict[str, Any]:
-  """Makes a corpus, all but its corpus.json.
+  """Writes a corpus, except for its corpus.json.
 
   Args:
     source: the text.
     folder: an empty one, for the files.
     settings: the arguments of `prepare` that decide on the content.
-    num_workers: processes that tokenize; None for one a core.
-    tokenizer: the content of a tokenizer's file; None to train one.
+    num_workers: processes that tokenize; None for one per core.
+    tokenizer: None to train one.
 
   Returns:
     The content of corpus.json.
 
   Raises:
-    corpora.SourceError: the text cannot be read.
-    CorpusTooSmall: there are too few documents.
-    tokenizer_training.VocabularyTooLarge: there is too little text.
+    ValueError: the text cannot be read, is too little, or holds too few documents.
     RuntimeError: a worker died.
   """
   path = os.path.join(folder, 'documents.zst')
-  with _step('Reading the source'):
-    kept = spool.collect(
-      _progress(source.documents(), 'documents'),
+  with _step('Reading the source'), _bar(None) as bar:
+    kept = spool(
+      _counted(source.documents(), bar),
       path,
       settings['validation_share'],
       settings['min_validation_documents'],
     )
-  _check_size(kept, settings)
-  content = tokenizer
-  if content is None:
+  _check_size(kept, settings['min_validation_documents'])
+  if tokenizer is None:
     with _step('Training the tokenizer'):
       content = _train_tokenizer(kept, settings)
-  name = _write_tokenizer(content, folder)
-  num_shards = settings['num_shards'] or default_num_shards(kept.counts.bytes)
+    tokenizer = tokenization.read_tokenizer('the trained tokenizer', content)
+  with open(os.path.join(folder, tokenizer.file_name), 'wb') as f:
+    f.write(tokenizer.content)
+  num_shards = settings['num_shards'] or default_num_shards(kept.bytes)
   with _step('Tokenizing'):
-    totals = _write_shards(kept, content, name, folder, num_shards, num_workers)
+    totals = _write_shards(kept, tokenizer, folder, num_shards, num_workers)
   os.remove(path)
-  vocabulary = tokenization.read_tokenizer(name, content)
   return {
-    'format_version': output_folder.FORMAT_VERSION,
+    'format_version': corpus_format.FORMAT_VERSION,
     'source': settings['source'],
     'license': settings['license'] or source.license or 'unknown',
     'settings': dict(settings),
     'source_files': {p: os.path.getsize(p) for p in source.files},
-    'vocab_size': vocabulary.vocab_size,
-    'tokenizer': vocabulary.kind,
-    'vocabulary_sha256': hashlib.sha256(content).hexdigest(),
+    'vocab_size': tokenizer.vocab_size,
+    'tokenizer': tokenizer.kind,
+    'vocabulary_sha256': hashlib.sha256(tokenizer.content).hexdigest(),
     'text_sha256': kept.text_sha256,
-    'splits': {name: total.summary() for name, total in totals.items()},
-    'dropped': {'empty': kept.counts.empty, 'duplicates': kept.counts.duplicates},
-    'baselines': baselines(totals[spool.TRAIN], totals[spool.VALIDATION], vocabulary),
+    'splits': {
+      split: {
+        'documents': total.documents,
+        'tokens': total.tokens,
+        'bytes': total.bytes,
+        'sentences': total.sentences,
+        'shards': len(total.paths),
+        'shard_bytes': [os.path.getsize(p) for p in total.paths],
+      }
+      for split, total in totals.items()
+    },
+    'dropped': {'empty': kept.empty, 'duplicates': kept.duplicates},
+    'baselines': baselines(totals[TRAIN], totals[VALIDATION], tokenizer),
   }
 
 
-def _check_size(kept: spool.Spool, settings: Mapping[str, Any]) -> None:
-  found = kept.counts.documents
-  held_out = settings['min_validation_documents']
-  if not found:
-    raise CorpusTooSmall(
-      f'The source holds no text: {kept.counts.empty} documents, all of them empty. '
-      'Check --input, --field and --unit.'
+def _check_size(kept: 'Spool', held_out: int) -> None:
+  if not kept.documents:
+    raise ValueError(
+      f'The source holds no text: {kept.empty} documents, all of them empty. Check '
+      '--input, --field and --unit.'
     )
-  if found < 2 * held_out:
-    raise CorpusTooSmall(
-      f'The source holds {found} different documents, and {held_out} are to be '
-      f'held out for validation and at least as many to be trained on. Use more text, '
-      'cut it into more documents (--unit=line), or hold out fewer with '
+  if kept.documents < 2 * held_out:
+    raise ValueError(
+      f'The source holds {kept.documents} different documents, and {held_out} are to '
+      'be held out for validation and at least as many to be trained on. Use more '
+      'text, cut it into more documents (--unit=line), or hold out fewer with '
       '--min_validation_documents.'
     )
 
 
 def default_num_shards(num_bytes: int) -> int:
-  """Training files for so much text: a power of two, so that hosts get equal shares.
+  """Returns a number of training files: a power of two, for equal shares of hosts.
 
-  One for each 2 MiB up to 64 files; beyond 16 GiB, one for each 256 MiB.
+  One per 2 MiB of text up to 64 files; beyond 16 GiB, one per 256 MiB.
   """
   wanted = max(min(num_bytes / (2 * _MEGABYTE), 64), num_bytes / (256 * _MEGABYTE), 1)
   return 2 ** math.ceil(math.log2(wanted))
 
 
-def _write_tokenizer(content: bytes, folder: str) -> str:
-  """Writes a tokenizer's file under the name of its kind, which is returned."""
-  kind = tokenization.read_tokenizer('the tokenizer', content).kind
-  name = tokenizer_training.file_name(kind)
-  with open(os.path.join(folder, name), 'xb') as f:
-    f.write(content)
-    f.flush()
-    os.fsync(f.fileno())
-  return name
+# ---- reading the source -------------------------------------------------------
+
+_HEADER = struct.Struct('<QI')  # digest and size of a document
 
 
-def _train_tokenizer(kept: spool.Spool, settings: Mapping[str, Any]) -> bytes:
+class DigestSet:
+  """A set of digests at 8 bytes each, where Python's own takes about 100."""
+
+  def __init__(self, buffer_size: int = 1 << 20):
+    self._buffer_size = buffer_size
+    self._recent: set[int] = set()
+    self._sorted = np.empty(0, np.uint64)
+
+  def add(self, value: int) -> bool:
+    """Adds a digest; returns whether it is new."""
+    if value in self._recent:
+      return False
+    place = np.searchsorted(self._sorted, np.uint64(value))
+    if place < len(self._sorted) and self._sorted[place] == value:
+      return False
+    self._recent.add(value)
+    # Growing by at least an eighth keeps the total cost of sorting linear.
+    if len(self._recent) >= max(self._buffer_size, len(self._sorted) // 8):
+      recent = np.fromiter(self._recent, np.uint64, len(self._recent))
+      self._sorted = np.sort(np.concatenate([self._sorted, recent]))
+      self._recent.clear()
+    return True
+
+
+@dataclasses.dataclass
+class Spool:
+  """The documents of a corpus in a compressed file.
+
+  Attributes:
+    path: of the file.
+    documents: how many.
+    bytes: of their text in UTF-8.
+    empty: dropped documents with white space at most.
+    duplicates: dropped documents with the text of an earlier one.
+    limit: documents whose digest is below it are for validation.
+    text_sha256: hash of the documents in their order.
+  """
+
+  path: str
+  documents: int = 0
+  bytes: int = 0
+  empty: int = 0
+  duplicates: int = 0
+  limit: int = 0
+  text_sha256: str = ''
+
+  def split_of(self, digest: int) -> str:
+    return VALIDATION if digest < self.limit else TRAIN
+
+  def read(self) -> Iterator[tuple[int, bytes]]:
+    """Yields the digest and text (UTF-8) of each document, in the source's order."""
+    import zstandard
+
+    with zstandard.open(self.path, 'rb') as f:
+      for _ in range(self.documents):
+        digest, size = _HEADER.unpack(f.read(_HEADER.size))
+        yield digest, f.read(size)
+
+
+def spool(documents: Iterable[str], path: str, share: float, at_least: int) -> Spool:
+  """Reads a source to its end and writes its different documents to a file.
+
+  Args:
+    documents: of the source.
+    path: of the file to write.
+    share: of the documents that is held out for validation.
+    at_least: documents to hold out if the share is fewer: those with the smallest
+      digests. If there are not that many, all are; the caller checks.
+  """
+  import zstandard
+
+  kept = Spool(path)
+  seen = DigestSet()
+  smallest: list[int] = []  # a heap of the negated `at_least` smallest digests
+  total = hashlib.sha256()
+  with open(path, 'wb') as f, zstandard.ZstdCompressor(1).stream_writer(f) as out:
+    for document in documents:
+      if not document or document.isspace():
+        kept.empty += 1
+        continue
+      text = document.encode('utf-8')
+      digest = corpus_format.digest(text)
+      if not seen.add(digest):
+        kept.duplicates += 1
+        continue
+      kept.documents += 1
+      kept.bytes += len(text)
+      heapq.heappush(smallest, -digest)
+      if len(smallest) > at_least:
+        heapq.heappop(smallest)
+      record = _HEADER.pack(digest, len(text)) + text
+      total.update(record)
+      out.write(record)
+  kept.limit = max(int(share * 2**_DIGEST_BITS), 1 - smallest[0] if smallest else 0)
+  kept.text_sha256 = total.hexdigest()
+  return kept
+
+
+# ---- the tokenizer ------------------------------------------------------------
+
+
+def _train_tokenizer(kept: Spool, settings: Mapping[str, Any]) -> bytes:
   kind = settings['tokenizer']
   most = settings['tokenizer_bytes']
   if most is None and kind != tokenizer_training.BYTE_LEVEL:
     most = _SENTENCEPIECE_BYTES
-  share = 1.0 if most is None else min(1.0, most / kept.counts.bytes)
+  share = 1.0 if most is None else min(1.0, most / kept.bytes)
 
-  def texts() -> Iterator[str]:
-    for digest, text in kept.documents():
-      if kept.split_of(digest) != spool.TRAIN:
-        continue
-      if share == 1.0 or _reversed_bits(digest) < share * 2**_DIGEST_BITS:
+  def training_texts() -> Iterator[str]:
+    for digest, text in kept.read():
+      if kept.split_of(digest) == TRAIN and (
+        # Small digests are held out, so the bits are reversed for another draw.
+        share == 1.0 or _reversed_bits(digest) < share * 2**_DIGEST_BITS
+      ):
         yield text.decode('utf-8')
 
   return tokenizer_training.train(
     kind,
-    texts(),
-    kept.counts.documents,
+    training_texts(),
+    kept.documents,
     settings['vocab_size'],
     settings['min_frequency'],
   )
@@ -164,84 +264,59 @@ def _reversed_bits(digest: int) -> int:
   return int(f'{digest:0{_DIGEST_BITS}b}'[::-1], 2)
 
 
-# Shards.
+# ---- the shards ---------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class Totals:
-  """Of one split."""
+  """Counts over the documents of a split."""
 
-  vocab_size: int
-  shards: int
-  documents: int = 0
-  tokens: int = 0
-  bytes: int = 0
-  sentences: int = 0
-  shard_bytes: list[int] = dataclasses.field(default_factory=list)
-  histogram: np.ndarray = dataclasses.field(init=False)
+  def __init__(self, vocab_size: int, paths: list[str]):
+    self.paths = paths
+    self.documents = self.tokens = self.bytes = self.sentences = 0
+    self.histogram = np.zeros(vocab_size, np.int64)
 
-  def __post_init__(self):
-    self.histogram = np.zeros(self.vocab_size, np.int64)
-
-  def add(self, part: 'Part') -> None:
-    self.documents += len(part.records)
-    self.tokens += int(part.counts.sum())
-    self.bytes += part.bytes
-    self.sentences += part.sentences
-    self.histogram[part.ids] += part.counts
-
-  def summary(self) -> dict[str, Any]:
-    names = ('documents', 'tokens', 'bytes', 'sentences', 'shards', 'shard_bytes')
-    return {name: getattr(self, name) for name in names}
-
-
-@dataclasses.dataclass
-class Part:
-  """What a worker makes of a batch, of one split."""
-
-  records: list[bytes]
-  bytes: int
-  sentences: int
-  ids: np.ndarray  # the different tokens
-  counts: np.ndarray  # how often each occurs
-
-
-Batch = list[tuple[int, bytes]]
+  def add(self, num_bytes: int, ids: np.ndarray, sentence_starts: np.ndarray) -> None:
+    self.documents += 1
+    self.tokens += ids.size
+    self.bytes += num_bytes
+    self.sentences += sentence_starts.size
+    np.add.at(self.histogram, ids, 1)
 
 
 def _write_shards(
-  kept: spool.Spool,
-  content: bytes,
-  name: str,
+  kept: Spool,
+  tokenizer: tokenization.Tokenizer,
   folder: str,
   num_shards: int,
   num_workers: int | None,
 ) -> dict[str, Totals]:
-  """Tokenizes all documents and writes both splits' shards."""
-  vocab_size = tokenization.read_tokenizer(name, content).vocab_size
+  cli.import_tensorflow()
+  import tensorflow as tf
+
   totals = {
-    spool.TRAIN: Totals(vocab_size, num_shards),
-    spool.VALIDATION: Totals(vocab_size, 1),
+    split: Totals(tokenizer.vocab_size, corpus_format.shard_paths(folder, split, count))
+    for split, count in ((TRAIN, num_shards), (VALIDATION, 1))
   }
-  with contextlib.ExitStack() as stack:
-    writers = {
-      split: stack.enter_context(shards.ShardWriter(folder, split, total.shards))
-      for split, total in totals.items()
-    }
-    bar = stack.enter_context(_bar(kept.counts.documents, 'documents'))
-    batches = _batches(kept.documents())
-    workers = num_workers or _cores()
-    # A pool costs more than it saves where there is little to do.
-    workers = min(workers, math.ceil(kept.counts.bytes / _BATCH_BYTES))
-    for parts in _tokenized(batches, content, name, kept.limit, workers):
-      for split, part in parts.items():
-        totals[split].add(part)
-        bar.update(len(part.records))
-        for framed in part.records:
-          writers[split].write(framed)
-  for split, total in totals.items():
-    paths = [os.path.join(folder, n) for n in shards.shard_names(split, total.shards)]
-    total.shard_bytes = [os.path.getsize(path) for path in paths]
+  # A pool costs more than it saves where there is little to do.
+  workers = min(num_workers or _cores(), math.ceil(kept.bytes / _BATCH_BYTES))
+  try:
+    with contextlib.ExitStack() as stack:
+      # Documents go to the files of their split in turn.
+      writers = {
+        split: itertools.cycle(
+          [stack.enter_context(tf.io.TFRecordWriter(path)) for path in total.paths]
+        )
+        for split, total in totals.items()
+      }
+      bar = stack.enter_context(_bar(kept.documents))
+      for document in _counted(_tokenized(kept, tokenizer, workers), bar):
+        digest, num_bytes, ids, sentence_starts = document
+        split = kept.split_of(digest)
+        totals[split].add(num_bytes, ids, sentence_starts)
+        record = corpus_format.serialize(ids, sentence_starts, digest)
+        next(writers[split]).write(record)
+  except tf.errors.OpError as e:
+    raise OSError(errno.EIO, e.message) from e
   return totals
 
 
@@ -252,10 +327,49 @@ def _cores() -> int:
   return os.cpu_count() or 1
 
 
-def _batches(texts: Iterable[tuple[int, bytes]]) -> Iterator[Batch]:
-  batch: Batch = []
-  size = 0
-  for digest, text in texts:
+# Digest, bytes of text, token ids and sentence starts.
+_Document = tuple[int, int, np.ndarray, np.ndarray]
+
+
+def _tokenized(
+  kept: Spool, tokenizer: tokenization.Tokenizer, workers: int
+) -> Iterator[_Document]:
+  """Tokenizes documents in their order."""
+  batches = _batches(kept.read())
+  if workers <= 1:
+    for batch in batches:
+      yield from _encode(tokenizer, batch)
+    return
+  pool = concurrent.futures.ProcessPoolExecutor(
+    workers,
+    # Forking a process that has threads, as this one has, can hang.
+    multiprocessing.get_context('spawn'),
+    _start_worker,
+    (tokenizer.file_name, tokenizer.content),
+  )
+  try:
+    pending: collections.deque = collections.deque()
+    for batch in batches:
+      pending.append(pool.submit(_encode_in_worker, batch))
+      # Enough for every worker, and no more in memory.
+      if len(pending) >= 3 * workers:
+        yield from pending.popleft().result()
+    while pending:
+      yield from pending.popleft().result()
+  except concurrent.futures.process.BrokenProcessPool as e:
+    raise RuntimeError(
+      'A worker process ended while tokenizing, most likely for lack of memory: there '
+      f'were {workers}, try fewer with --num_workers.'
+    ) from e
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(
+  documents: Iterable[tuple[int, bytes]],
+) -> Iterator[list[tuple[int, bytes]]]:
+  batch, size = [], 0
+  for digest, text in documents:
     batch.append((digest, text))
     size += len(text)
     if size >= _BATCH_BYTES:
@@ -265,115 +379,60 @@ def _batches(texts: Iterable[tuple[int, bytes]]) -> Iterator[Batch]:
     yield batch
 
 
-def _tokenized(
-  batches: Iterator[Batch], content: bytes, name: str, limit: int, workers: int
-) -> Iterator[dict[str, Part]]:
-  """What workers make of the batches, in the batches' order."""
-  if workers <= 1:
-    worker = Worker(content, name, limit)
-    yield from map(worker.tokenize, batches)
-    return
-  pool = concurrent.futures.ProcessPoolExecutor(
-    workers,
-    # Forking a process that has threads, as this one may, can hang.
-    multiprocessing.get_context('spawn'),
-    _start_worker,
-    (content, name, limit),
-  )
-  try:
-    pending: collections.deque = collections.deque()
-    for batch in batches:
-      pending.append(pool.submit(_tokenize, batch))
-      # So many batches under way that no worker waits, and no more in memory.
-      if len(pending) >= 3 * workers:
-        yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
-  except concurrent.futures.process.BrokenProcessPool as e:
-    raise RuntimeError(
-      'A worker process ended while tokenizing. Mostly that is for want of memory: '
-      f'there were {workers}, try fewer with --num_workers.'
-    ) from e
-  finally:
-    pool.shutdown(wait=True, cancel_futures=True)
+def _encode(
+  tokenizer: tokenization.Tokenizer, batch: list[tuple[int, bytes]]
+) -> list[_Document]:
+  encoded = corpus_format.encode(tokenizer, [text.decode('utf-8') for _, text in batch])
+  return [
+    (digest, len(text), ids, sentence_starts)
+    for (digest, text), (ids, sentence_starts) in zip(batch, encoded, strict=True)
+  ]
 
 
-class Worker:
-  """Turns batches of documents into framed records."""
-
-  def __init__(self, content: bytes, name: str, limit: int):
-    self._tokenizer = tokenization.read_tokenizer(name, content)
-    self._limit = limit
-
-  def tokenize(self, batch: Batch) -> dict[str, Part]:
-    """Records of a batch by split; a split without a document has no entry."""
-    texts = [text.decode('utf-8') for _, text in batch]
-    encoded = documents.encode(self._tokenizer, texts)
-    rows: dict[str, list] = {spool.TRAIN: [], spool.VALIDATION: []}
-    for (digest, text), (ids, starts) in zip(batch, encoded):
-      content = shards.example(
-        {'tokens': ids, 'sentence_starts': starts, 'example_id': [digest]}
-      )
-      split = spool.VALIDATION if digest < self._limit else spool.TRAIN
-      rows[split].append((shards.record(content), len(text), ids, starts.size))
-    return {split: _part(group) for split, group in rows.items() if group}
+_worker_tokenizer: tokenization.Tokenizer | None = None
 
 
-def _part(rows: list[tuple[bytes, int, np.ndarray, int]]) -> Part:
-  records, sizes, ids, num_sentences = zip(*rows)
-  different, counts = np.unique(np.concatenate(ids), return_counts=True)
-  return Part(list(records), sum(sizes), sum(num_sentences), different, counts)
-
-
-_worker: Worker | None = None
-
-
-def _start_worker(content: bytes, name: str, limit: int) -> None:
-  global _worker
-  # The parent hears Ctrl-C too, and ends its workers.
+def _start_worker(name: str, content: bytes) -> None:
+  global _worker_tokenizer
+  # Ctrl-C reaches the parent too, which ends its workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  # One process a core: threads inside them would only get in each other's way.
+  # There is one process per core: threads in them would only compete.
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-  _worker = Worker(content, name, limit)
+  _worker_tokenizer = tokenization.read_tokenizer(name, content)
 
 
-def _tokenize(batch: Batch) -> dict[str, Part]:
-  return _worker.tokenize(batch)
+def _encode_in_worker(batch: list[tuple[int, bytes]]) -> list[_Document]:
+  return _encode(_worker_tokenizer, batch)
 
 
-# What a model must beat.
+# ---- baselines ----------------------------------------------------------------
 
 
 def baselines(
   train: Totals, validation: Totals, tokenizer: tokenization.Tokenizer
 ) -> dict[str, Any]:
-  """Losses and accuracies that need no model.
+  """Returns losses and accuracies that need no model, for a model to beat.
 
   Targets are the documents' tokens, each document between `<s>` and `</s>`, as in
   training. (There a document longer than the model is several such targets, with more
   of both: of the dictionary's, cut at 126 tokens, the loss is 6.95 rather than 6.98.)
 
-  Args:
-    train: what the unigram model learns from.
-    validation: what it is judged on.
-    tokenizer: for the commonest token's text.
-
   Returns:
-    unigram_loss: nats a target token in validation,
+    unigram_loss: nats per target token in validation,
       -sum_v n_val(v) log p(v) / sum_v n_val(v), where
       p(v) = (n_train(v) + 1) / (sum_v n_train(v) + vocabulary size).
     commonest_token: text of the ordinary token that is commonest in training.
-    commonest_token_id: its id inside.
+    commonest_token_id: its (inside) id.
     commonest_token_share: its share of the ordinary tokens in validation, the accuracy
       of always guessing it.
   """
   counts = {}
-  for name, split in ((spool.TRAIN, train), (spool.VALIDATION, validation)):
+  for name, split in ((TRAIN, train), (VALIDATION, validation)):
     counts[name] = split.histogram.copy()
     counts[name][[tokenization.BOS_ID, tokenization.EOS_ID]] += split.documents
-  smoothed = counts[spool.TRAIN] + 1.0
+  smoothed = counts[TRAIN] + 1.0
   log_probabilities = np.log(smoothed / smoothed.sum())
-  held_out = counts[spool.VALIDATION]
+  held_out = counts[VALIDATION]
   commonest = int(train.histogram.argmax())
   return {
     'unigram_loss': float(-(held_out @ log_probabilities) / held_out.sum()),
@@ -385,7 +444,7 @@ def baselines(
   }
 
 
-# Progress.
+# ---- progress -----------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -396,13 +455,12 @@ def _step(name: str) -> Iterator[None]:
   print(f'{name}: {time.monotonic() - begin:.1f} s', file=sys.stderr, flush=True)
 
 
-def _bar(total: int | None, unit: str) -> tqdm.tqdm:
-  # A terminal gets a bar, a log file none.
-  return tqdm.tqdm(total=total, unit=f' {unit}', disable=None, leave=False)
+def _bar(total: int | None) -> tqdm.tqdm:
+  # Only on a terminal.
+  return tqdm.tqdm(total=total, unit=' documents', disable=None, leave=False)
 
 
-def _progress(items: Iterable, unit: str) -> Iterator:
-  with _bar(None, unit) as bar:
-    for item in items:
-      bar.update()
-      yield item
+def _counted(documents: Iterable, bar: tqdm.tqdm) -> Iterator:
+  for document in documents:
+    bar.update()
+    yield document

@@ -17,7 +17,7 @@ import gin
 import seqio
 import tensorflow as tf
 
-from bart_t5x import output_folder
+from bart_t5x import corpus_format
 from bart_t5x.tensors import do_not_convert
 
 TRAIN = 'train'
@@ -125,10 +125,10 @@ class CorpusSource(seqio.DataSource):
 
   def description(self) -> dict:
     """The content of corpus.json, the last file that `prepare` writes."""
-    path = os.path.join(self.corpus_dir, output_folder.CORPUS_FILE)
+    path = os.path.join(self.corpus_dir, corpus_format.CORPUS_FILE)
     if tf.io.gfile.exists(path):
       with tf.io.gfile.GFile(path) as f:
-        return output_folder.parse(f.read(), path)
+        return corpus_format.parse(f.read(), path)
     begun = tf.io.gfile.exists(self.corpus_dir) and tf.io.gfile.listdir(self.corpus_dir)
     state = 'is not complete (no corpus.json)' if begun else 'does not exist'
     raise FileNotFoundError(

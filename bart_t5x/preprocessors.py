@@ -17,7 +17,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from bart_t5x import documents, noise
+from bart_t5x import corpus_format, noise
 from bart_t5x.data import EPOCH, SEED
 from bart_t5x.tensors import do_not_convert, select
 
@@ -51,10 +51,10 @@ def tokenize_documents(
 
   def encode(text: bytes):
     content = text.decode('utf-8')
-    ((ids, starts),) = documents.encode(
+    ((ids, starts),) = corpus_format.encode(
       tokenizer, ['' if content.isspace() else content]
     )
-    return ids, starts, np.int64(documents.digest(text))
+    return ids, starts, np.int64(corpus_format.digest(text))
 
   @do_not_convert
   def tokenize(example):

@@ -147,11 +147,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
   args = _parse(argv)
-  from bart_t5x import output_folder  # late: --help answers at once
+  from bart_t5x import corpus_format  # late: --help answers at once
 
   try:
-    path = args.corpus_dir / output_folder.CORPUS_FILE
-    corpus = output_folder.parse(path.read_text(encoding='utf-8'), str(path))
+    path = args.corpus_dir / corpus_format.CORPUS_FILE
+    corpus = corpus_format.parse(path.read_text(encoding='utf-8'), str(path))
     folders = sorted((args.model_dir / 'training_eval').glob('*/'))
     if not folders:
       raise FileNotFoundError(f'no evaluation in {args.model_dir}/training_eval')

@@ -1,50 +1,29 @@
 """Trains a tokenizer on a stream of text; the same text gives the same file.
 
-All kinds lose nothing of the text, number the special tokens as `tokenization` wants
-them, and have exactly the size asked for: a model's shape depends on it.
+Tokenizers of all kinds keep every byte of the text, have the special ids of
+`tokenization`, and exactly the size asked for: a model's shape depends on it.
 """
 
 import io
 import itertools
-import re
 import sys
 from collections.abc import Iterable, Iterator
 
 from bart_t5x import sentences, tokenization
 
-BYTE_LEVEL = 'bytelevel'
-UNIGRAM = 'unigram'
-SENTENCEPIECE_KINDS = (UNIGRAM, 'bpe')
+BYTE_LEVEL = tokenization.ByteLevelTokenizer.kind
+SENTENCEPIECE_KINDS = ('unigram', 'bpe')
 KINDS = (BYTE_LEVEL, *SENTENCEPIECE_KINDS)
 
-# 256 bytes and the specials: what every tokenizer holds before it learned anything.
+# 256 bytes and the specials, which every tokenizer has.
 SMALLEST_VOCABULARY = 256 + len(tokenization.HF_SPECIALS)
 
 _BATCH = 512
-# Unigram scores (natural logarithms) are whole multiples of this. See `_rounded`.
+# Unigram scores (natural logarithms) are multiples of this. See `_rounded`.
 _SCORE_UNIT = 2.0**-8
 # SentencePiece's result depends on it, so it does not follow the machine.
 _SENTENCEPIECE_THREADS = 16
 _LONGEST_SENTENCE = 1 << 16  # bytes; SentencePiece leaves longer ones out
-
-
-class VocabularyTooLarge(ValueError):
-  """The text does not yield as many tokens as were asked for."""
-
-  def __init__(self, asked: int, possible: int | None):
-    super().__init__(
-      f'The training text yields only {possible or "fewer"} tokens, and '
-      f'--vocab_size={asked} asks for more. '
-      + (f'Ask for at most {possible}, or use' if possible else 'Ask for less, or use')
-      + ' more text.'
-    )
-
-
-def file_name(kind: str) -> str:
-  """The name a tokenizer of this kind has in a corpus folder."""
-  if kind == BYTE_LEVEL:
-    return tokenization.BYTE_LEVEL_FILE
-  return tokenization.SENTENCEPIECE_FILE
 
 
 def train(
@@ -63,8 +42,7 @@ def train(
     The content of `tokenizer.json`, or of a SentencePiece model.
 
   Raises:
-    VocabularyTooLarge: the text is too little for it.
-    ValueError: the vocabulary has no room for the text's characters.
+    ValueError: the text is too little for the vocabulary, or its characters too many.
   """
   if kind == BYTE_LEVEL:
     return _train_byte_level(texts, num_texts, vocab_size, min_frequency)
@@ -88,23 +66,24 @@ def _train_byte_level(
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=sys.stderr.isatty(),
   )
-  tokenizer.train_from_iterator(_batched(texts, _BATCH), trainer, length=num_texts)
+  tokenizer.train_from_iterator(_batched(texts), trainer, length=num_texts)
   size = tokenizer.get_vocab_size()
   if size != vocab_size:
-    raise VocabularyTooLarge(vocab_size, size)
-
-  def special(token: str) -> tuple[str, int]:
-    return token, tokenizer.token_to_id(token)
-
+    raise ValueError(
+      f'The training text yields only {size} tokens, and --vocab_size={vocab_size} '
+      f'asks for more. Ask for at most {size}, or use more text.'
+    )
   tokenizer.post_processor = processors.RobertaProcessing(
-    special(tokenization.EOS), special(tokenization.BOS), add_prefix_space=False
+    (tokenization.EOS, tokenizer.token_to_id(tokenization.EOS)),
+    (tokenization.BOS, tokenizer.token_to_id(tokenization.BOS)),
+    add_prefix_space=False,
   )
   return tokenizer.to_str(pretty=True).encode('utf-8')
 
 
-def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
   texts = iter(texts)
-  while batch := list(itertools.islice(texts, size)):
+  while batch := list(itertools.islice(texts, _BATCH)):
     yield batch
 
 
@@ -125,7 +104,7 @@ def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> by
       # A control symbol is never found in text, a user-defined one would be.
       control_symbols=[tokenization.MASK],
       byte_fallback=True,
-      # Nothing is lost: every character and every space stays what and where it is.
+      # Keep every character and every space where it is.
       normalization_rule_name='identity',
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
@@ -134,25 +113,20 @@ def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> by
       minloglevel=2,
     )
   except RuntimeError as e:
-    if needed := re.search(r'required_chars\D*\d+ vs (\d+)', str(e)):
-      raise ValueError(
-        f'The bytes, specials and characters of the text alone are {needed[1]} tokens, '
-        f'and --vocab_size={vocab_size} allows for fewer. Ask for more.'
-      ) from e
-    if 'ocab' not in str(e):
-      raise
-    most = re.search(r'<= (\d+)', str(e))
-    raise VocabularyTooLarge(vocab_size, int(most[1]) if most else None) from e
+    reason = str(e).rpartition('] ')[2]  # without the place in its source
+    raise ValueError(
+      f'SentencePiece cannot train --vocab_size={vocab_size} on this text: {reason}'
+    ) from e
   content = model.getvalue()
-  return _rounded(content) if kind == UNIGRAM else content
+  return _rounded(content) if kind == 'unigram' else content
 
 
 def _rounded(content: bytes) -> bytes:
   """Rounds a unigram model's scores, so that sums of them are exact in float32.
 
   SentencePiece adds them up in float32, Hugging Face's `tokenizers` in float64. Where
-  two ways to cut a text are equally likely, rounding would decide, and not alike. The
-  sums are exact down to -65,536, which is a document of some 7,000 tokens.
+  two ways to cut a text are equally likely, they would round, and choose, differently.
+  Sums are exact down to -65,536, which is a document of some 7,000 tokens.
   """
   from sentencepiece import sentencepiece_model_pb2
 
@@ -165,5 +139,5 @@ def _rounded(content: bytes) -> bytes:
 def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
   for text in texts:
     for sentence in sentences.split_sentences(text):
-      # SentencePiece reads lines, and has no piece that holds a line's end.
+      # SentencePiece reads lines, and has no piece that contains a line's end.
       yield from filter(None, sentence.split('\n'))

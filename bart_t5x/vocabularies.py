@@ -1,13 +1,10 @@
 """Tokenizers as seqio vocabularies: lazy, equal by content, with BART's special ids.
 
-`tokenization` says what the ids mean and does the work; this file gives it the
-interface that seqio, T5X and `tf.data` ask for. A vocabulary may be named long before
-its file exists (tasks are registered when a corpus is yet to be prepared): nothing is
-read before a size, an id or a text is asked for.
+A vocabulary may be named before its file exists (tasks are registered when a corpus is
+yet to be prepared): the file is read when a size, an id or a text is first asked for.
 """
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -19,39 +16,24 @@ from jaxtyping import Bool
 
 from bart_t5x import byte_bpe, data, tokenization
 from bart_t5x.tensors import do_not_convert
-from bart_t5x.tokenization import (
-  BOS_ID,
-  EOS_ID,
-  PAD_ID,
-  UNK_ID,
-  from_hf_ids,
-  to_hf_ids,
-)
-
-__all__ = [
-  'BOS_ID',
-  'BartVocabulary',
-  'ByteLevelBPEVocabulary',
-  'EOS_ID',
-  'PAD_ID',
-  'SentencePieceBartVocabulary',
-  'UNK_ID',
-  'from_hf_ids',
-  'load_vocabulary',
-  'to_hf_ids',
-]
+from bart_t5x.tokenization import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 
 @functools.lru_cache(maxsize=8)
-def _tokenizer_of(content: bytes, name: str) -> tokenization.Tokenizer:
+def _tokenizer(content: bytes, name: str) -> tokenization.Tokenizer:
   return tokenization.read_tokenizer(name, content)
+
+
+@functools.lru_cache(maxsize=8)
+def _byte_bpe_tables(tokenizer: tokenization.ByteLevelTokenizer):
+  return byte_bpe.build_tables(tokenizer.backend)
 
 
 class BartVocabulary(seqio.Vocabulary):
   """A vocabulary with BART's special tokens, read from a file when first needed.
 
   Attributes:
-    path: a tokenizer's file, or a corpus folder in which there is one.
+    path: a tokenizer's file, or the corpus folder that contains it.
     templates: whether the string `<mask>` in text is the mask token. In a corpus it
       is not: there every character is text, and text yields no special id.
   """
@@ -62,17 +44,14 @@ class BartVocabulary(seqio.Vocabulary):
     self.templates = templates
     self._content: bytes | None = None
 
-  # What is read from the file.
-
   def _file(self) -> str | None:
-    """The tokenizer's file; None where a folder has none yet."""
     if self.path.endswith(('.json', '.model')):
       return self.path if tf.io.gfile.exists(self.path) else None
     return tokenization.find_tokenizer_file(self.path, tf.io.gfile.exists)
 
   @property
   def available(self) -> bool:
-    """Whether the file is there; reads nothing."""
+    """Whether the file exists; does not read it."""
     return self._file() is not None
 
   def _read(self) -> bytes:
@@ -90,14 +69,7 @@ class BartVocabulary(seqio.Vocabulary):
 
   @property
   def tokenizer(self) -> tokenization.Tokenizer:
-    return _tokenizer_of(self._read(), self.path)
-
-  @property
-  def sha256(self) -> str:
-    """Of the file's content."""
-    return hashlib.sha256(self._read()).hexdigest()
-
-  # Ids.
+    return _tokenizer(self._read(), self.path)
 
   @property
   def pad_id(self) -> int:
@@ -121,7 +93,7 @@ class BartVocabulary(seqio.Vocabulary):
 
   @property
   def special_ids(self) -> tuple[int, ...]:
-    """Sorted ids that no text yields and no noise may draw."""
+    """Sorted ids that text never yields and noise must not draw."""
     return self.tokenizer.special_ids
 
   @property
@@ -131,9 +103,7 @@ class BartVocabulary(seqio.Vocabulary):
   @property
   def word_start_table(self) -> Bool[np.ndarray, ' vocab_size']:
     """Whether a token begins a word; see `tokenization.Tokenizer`."""
-    return _word_start_table(self.tokenizer)
-
-  # Text.
+    return self.tokenizer.word_start_table
 
   def _encode(self, s: str) -> list[int]:
     tokenizer = self.tokenizer
@@ -144,52 +114,48 @@ class BartVocabulary(seqio.Vocabulary):
 
   @do_not_convert
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
-    """int32 [n] of a scalar string; of strings [k], ragged int32 [k, (n)].
+    """Encodes a scalar string to int32 [n], strings [k] to ragged int32 [k, (n)].
 
-    Tokenizes in the graph, so that a `tf.data` iterator can be saved. The exceptions
-    are the byte-level tokenizers that `byte_bpe.build_tables` names, with a normalizer
-    for example: those run in Python, and a run that tokenizes with one on the fly can
-    only begin its data anew when it is resumed.
+    Runs in the graph, so that a `tf.data` iterator can be saved. The exceptions are
+    byte-level tokenizers that `byte_bpe.build_tables` rejects, for example those with a
+    normalizer: they run in Python, and a run that tokenizes with one on the fly
+    restarts its data when it is resumed.
     """
     if s.shape.rank != 1:
       return self._encode_tf(tf.reshape(s, [1])).values
-    plain = self._graph_encoder()
-    if plain is None:
+    encode = self._graph_encoder()
+    if encode is None:
       return self._encode_in_python(s)
     if not self.templates:
-      return plain(s)
+      return encode(s)
     parts = tf.strings.split(s, tokenization.MASK)
     # What str.rstrip strips, before each mask.
     space = r'[\s\v\x1c-\x1f\x{85}\p{Z}]+$'
     stripped = tf.strings.regex_replace(parts.values, space, '')
     last = tf.repeat(parts.row_limits(), parts.row_lengths()) - 1
     is_last = tf.range(tf.size(parts.values, tf.int64)) == last
-    rows = plain(tf.where(is_last, parts.values, stripped))
+    rows = encode(tf.where(is_last, parts.values, stripped))
     return _join_rows(parts.with_values(rows), [self.tokenizer.mask_id])
 
   def _graph_encoder(self) -> Callable[[tf.Tensor], tf.RaggedTensor] | None:
-    """A function of strings [k] to ids [k, (n)] of the text; None if there is none."""
+    """Returns a function of strings [k] to ids [k, (n)], if the graph can encode."""
     if isinstance(self.tokenizer, tokenization.SentencePieceTokenizer):
       return self._encode_pieces
     tables = _byte_bpe_tables(self.tokenizer)
-    if tables is None:
-      return None
-    return functools.partial(byte_bpe.encode, tables=tables)
+    return tables and functools.partial(byte_bpe.encode, tables=tables)
 
   def _encode_pieces(self, texts: tf.Tensor) -> tf.RaggedTensor:
     tokenizer = self.tokenizer
     model = tf_text.SentencepieceTokenizer(model=self._read())
 
-    def known(rows):  # pieces for which the model has an id
-      ids = rows.values
-      if isinstance(ids, tf.RaggedTensor):
-        return rows.with_values(known(ids))
-      return rows.with_values(tf.where(ids < tokenizer.vocab_size, ids, UNK_ID))
+    def with_unk(ids):  # pieces for which the language model has no id
+      return tf.where(ids < tokenizer.vocab_size, ids, UNK_ID)
 
     if not tokenizer.lossless:
-      return known(model.tokenize(texts))
+      return tf.ragged.map_flat_values(with_unk, model.tokenize(texts))
     parts = tf.strings.split(texts, tokenization.SPACE_PIECE)
-    return _join_rows(known(model.tokenize(parts)), tokenizer.space_bytes)
+    rows = tf.ragged.map_flat_values(with_unk, model.tokenize(parts))
+    return _join_rows(rows, tokenizer.space_bytes)
 
   def _encode_in_python(self, texts: tf.Tensor) -> tf.RaggedTensor:
     def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +170,7 @@ class BartVocabulary(seqio.Vocabulary):
     )
 
   def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-    """Strings of ids [..., n] (a leading axis or more stays); runs in Python."""
+    """Decodes ids [..., n] to strings [...]; runs in Python."""
 
     def decode(rows: np.ndarray) -> np.ndarray:
       flat = rows.reshape(-1, rows.shape[-1])
@@ -216,12 +182,12 @@ class BartVocabulary(seqio.Vocabulary):
     text.set_shape(ids.shape[:-1])
     return text
 
-  # Identity: content decides, whatever the path.
+  # Content decides on equality, whatever the path.
 
   def _identity(self) -> tuple:
     if self._content is None and not self.available:
       return (self.templates, self.path)
-    return (self.templates, self.sha256)
+    return (self.templates, self._read())
 
   def __eq__(self, other) -> bool:
     if not isinstance(other, BartVocabulary):
@@ -229,7 +195,7 @@ class BartVocabulary(seqio.Vocabulary):
     return self._identity() == other._identity()
 
   def __hash__(self) -> int:
-    # The file may appear between two calls; what is hashed must not change then.
+    # Must not change when the file appears between two calls.
     return hash((BartVocabulary, self.templates))
 
   def __getstate__(self) -> dict:
@@ -237,20 +203,6 @@ class BartVocabulary(seqio.Vocabulary):
 
   def __repr__(self) -> str:
     return f'{type(self).__name__}({self.path!r}, templates={self.templates})'
-
-
-@functools.lru_cache(maxsize=8)
-def _word_start_table(tokenizer: tokenization.Tokenizer) -> np.ndarray:
-  table = tokenizer.word_start_table()
-  table.setflags(write=False)
-  return table
-
-
-@functools.lru_cache(maxsize=8)
-def _byte_bpe_tables(
-  tokenizer: tokenization.ByteLevelTokenizer,
-) -> byte_bpe.Tables | None:
-  return byte_bpe.build_tables(tokenizer.backend)
 
 
 def _join_rows(rows: tf.RaggedTensor, separator: list[int]) -> tf.RaggedTensor:
@@ -262,45 +214,16 @@ def _join_rows(rows: tf.RaggedTensor, separator: list[int]) -> tf.RaggedTensor:
     tf.fill([rows.values.nrows()], tf.size(separator, tf.int64)),
   )
   joined = rows.with_values(tf.concat([filler, rows.values], axis=1))
-  merged = joined.merge_dims(1, 2)
-  # The separator that came before the first part goes.
-  return merged[:, tf.size(separator) :]
-
-
-class ByteLevelBPEVocabulary(BartVocabulary):
-  """Byte-level BPE from a `tokenizer.json` (or the folder that holds it)."""
-
-  @property
-  def tokenizer(self) -> tokenization.ByteLevelTokenizer:
-    return _checked_kind(self, super().tokenizer, tokenization.ByteLevelTokenizer)
-
-
-class SentencePieceBartVocabulary(BartVocabulary):
-  """SentencePiece, unigram or BPE, from a `tokenizer.model` (or its folder)."""
-
-  @property
-  def tokenizer(self) -> tokenization.SentencePieceTokenizer:
-    return _checked_kind(self, super().tokenizer, tokenization.SentencePieceTokenizer)
-
-
-def _checked_kind(vocabulary: BartVocabulary, tokenizer, kind: type):
-  if not isinstance(tokenizer, kind):
-    raise ValueError(
-      f'{vocabulary!r} holds a {type(tokenizer).__name__}, not a {kind.__name__}. '
-      'load_vocabulary(corpus_dir) takes either.'
-    )
-  return tokenizer
+  # Without the separator before the first part.
+  return joined.merge_dims(1, 2)[:, tf.size(separator) :]
 
 
 def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
-  """The vocabulary of a prepared corpus, of whichever kind; reads nothing yet.
+  """Returns the vocabulary of a corpus folder, which may come later.
 
   Args:
-    corpus_dir: the folder that `python -m bart_t5x.prepare` made, or will make.
+    corpus_dir: output folder of `python -m bart_t5x.prepare`.
     templates: see `BartVocabulary`.
-
-  Returns:
-    A lazy vocabulary.
   """
   return BartVocabulary(corpus_dir, templates)
 
@@ -308,15 +231,12 @@ def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
 def task_vocabulary(
   mixture_or_task_name: str, feature: str = 'targets', module: str | None = None
 ) -> seqio.Vocabulary:
-  """The vocabulary of a registered task, so that a gin file names it in one place.
+  """Returns the vocabulary of a registered task, so that gin files name it once.
 
   Args:
     mixture_or_task_name: as registered with seqio.
     feature: whose vocabulary.
-    module: imported before, as it registers the task.
-
-  Returns:
-    The very object that the task uses.
+    module: imported first, if it registers the task.
 
   Raises:
     ValueError: there is no such task, or it has no such feature.

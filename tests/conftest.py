@@ -28,7 +28,7 @@ array_types.install(
   f'bart_t5x.{name}'
   for name in (
     'attention', 'attention_cores', 'blocks', 'cudnn', 'dropout', 'flash', 'hf.mapping',
-    'layers', 'loss', 'metrics', 'model', 'network', 'shards',
+    'layers', 'loss', 'metrics', 'model', 'network',
   )
 )  # fmt: skip
 
@@ -103,16 +103,16 @@ def _make_run(folder, seed=0, tokenizer='bytelevel', **fields):
   import jax
   import jax.numpy as jnp
 
-  from bart_t5x import network, tokenizer_training
+  from bart_t5x import network, tokenization, tokenizer_training
   from bart_t5x.hf import checkpoints, mapping
 
   text = 'På fjellet nr. {} bor det {} ærlige bjørner. Åja!'
   texts = [text.format(i, i * 7) for i in range(300)]
   corpus = folder / 'corpus'
   corpus.mkdir(parents=True)
-  (corpus / tokenizer_training.file_name(tokenizer)).write_bytes(
-    tokenizer_training.train(tokenizer, texts, len(texts), 301, 2)
-  )
+  content = tokenizer_training.train(tokenizer, texts, len(texts), 301, 2)
+  file_name = tokenization.read_tokenizer(tokenizer, content).file_name
+  (corpus / file_name).write_bytes(content)
   split = {'documents': 1234, 'tokens': 56789, 'bytes': 345678}
   (corpus / 'corpus.json').write_text(
     json.dumps(

@@ -9,7 +9,7 @@ import sentencepiece
 import tensorflow as tf
 from sentencepiece import sentencepiece_model_pb2
 
-from bart_t5x import documents, tokenization, vocabularies
+from bart_t5x import corpus_format, tokenization, vocabularies
 from bart_t5x.hf import tokenizer_import
 
 SPECIALS = ['<s>', '<pad>', '</s>', '<unk>']
@@ -111,7 +111,7 @@ def test_documents_by_sentence(model, tmp_path):
   (tmp_path / 'spiece.model').write_bytes(model)
   tokenizer = outside(tmp_path, len(order))
   text = 'Huset på fjorden.   Barna og snø.'
-  ((ids, starts), (no_ids, no_starts)) = documents.encode(tokenizer, [text, ''])
+  ((ids, starts), (no_ids, no_starts)) = corpus_format.encode(tokenizer, [text, ''])
   first = tokenizer.encode('Huset på fjorden.')
   assert starts.tolist() == [0, len(first)]
   assert ids.tolist() == first + tokenizer.encode('Barna og snø.')

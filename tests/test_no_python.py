@@ -58,7 +58,7 @@ def vocabulary_folder(kind, corpus_dir, folder):
     return corpus_dir
   texts = [f'Sak {i}: «Å, så fælt!», sa bjørnen på Ås.' for i in range(300)]
   content = tokenizer_training.train(kind, texts, len(texts), 320, 2)
-  (folder / tokenizer_training.file_name(kind)).write_bytes(content)
+  (folder / 'tokenizer.model').write_bytes(content)
   return str(folder)
 
 

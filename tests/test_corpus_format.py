@@ -1,12 +1,13 @@
-"""Token offsets of sentences, and ids of documents."""
+"""Documents of a corpus: token ids, sentence starts, ids, records."""
 
 import dataclasses
 
 import noise_cases
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from bart_t5x import documents, sentences, tokenization, tokenizer_training
+from bart_t5x import corpus_format, sentences, tokenization, tokenizer_training
 
 TEXTS = [
   f'Dokument {i}. Det er kl. 10 på Ås.  To mellomrom! «Ja», sa {i} dyr.\n\nSlutt …'
@@ -24,7 +25,7 @@ def tokenizer(request):
 
 def test_sentences_begin_at_their_tokens(tokenizer):
   texts = TEXTS[:20] + ['Én setning', 'x', ' \n Først. Så 日本. Og så 😀!  Ferdig']
-  for text, (ids, starts) in zip(texts, documents.encode(tokenizer, texts)):
+  for text, (ids, starts) in zip(texts, corpus_format.encode(tokenizer, texts)):
     assert ids.tolist() == tokenizer.encode(text)
     assert ids.dtype == starts.dtype == np.int32
     assert starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] < ids.size
@@ -33,7 +34,7 @@ def test_sentences_begin_at_their_tokens(tokenizer):
 
 
 @pytest.mark.parametrize('mode', noise_cases.MODES)
-def test_p13_the_target_gives_the_text_back(tokenizer, mode):
+def test_p13_targets_decode_to_the_text(tokenizer, mode):
   """White space of every kind included, whatever the noise did to the source."""
   random = np.random.default_rng(13)
   parts = ['Det', 'er', 'kl. 10', 'på Ås.', 'Ja!', '«Nei»', '…', 'sa', '日本', '😀']
@@ -42,7 +43,7 @@ def test_p13_the_target_gives_the_text_back(tokenizer, mode):
     ''.join(random.choice(parts) + random.choice(spaces) for _ in range(size))
     for size in random.integers(0, 30, noise_cases.MODES[mode])
   ]
-  encoded = documents.encode(tokenizer, texts)
+  encoded = corpus_format.encode(tokenizer, texts)
   cases = [(*pair, np.array([i, 1])) for i, pair in enumerate(encoded)]
   ids = dataclasses.replace(noise_cases.IDS, word_start=np.ones(380, bool))
   recipe = noise_cases.RECIPES['strong']
@@ -56,12 +57,12 @@ def test_p13_the_target_gives_the_text_back(tokenizer, mode):
 
 
 def test_empty_document(tokenizer):
-  ((ids, starts),) = documents.encode(tokenizer, [''])
+  ((ids, starts),) = corpus_format.encode(tokenizer, [''])
   assert ids.size == starts.size == 0
 
 
 def test_white_space_alone_is_one_sentence(tokenizer):
-  ((ids, starts),) = documents.encode(tokenizer, ['  '])
+  ((ids, starts),) = corpus_format.encode(tokenizer, ['  '])
   assert tokenizer.decode(ids) == '  ' and starts.tolist() == [0]
 
 
@@ -75,26 +76,38 @@ class Coarse:
     return [[0] * (len(text) // 4) for text in texts]
 
 
-def test_a_start_inside_a_token_moves_to_the_next_one():
+def test_start_inside_a_token_moves_to_the_next_one():
   #       0123|4567|8901|2345|
   text = 'Han k' + 'om. Hun gikk. Å'.ljust(15, 'x')
   text = text.replace('Å', 'A')
-  ((_, starts),) = documents.encode(Coarse(), [text])
+  ((_, starts),) = corpus_format.encode(Coarse(), [text])
   begins = sentences.sentence_starts(text)
   assert begins == [0, 8, 18] and len(text) == 20
   # 18 lies inside the last token, behind which there is none.
   assert starts.tolist() == [0, 2]
 
 
-def test_a_tokenizer_that_loses_text_is_refused():
+def test_tokenizer_that_loses_text_is_an_error():
   with pytest.raises(ValueError, match='does not keep the text'):
-    documents.encode(Coarse(), ['Han kom.x'])
+    corpus_format.encode(Coarse(), ['Han kom.x'])
 
 
 def test_digest_is_stable_and_fits_int64():
-  assert documents.digest('Ås'.encode()) == documents.digest('Ås'.encode())
-  assert documents.digest(b'a') != documents.digest(b'b')
-  values = [documents.digest(str(i).encode()) for i in range(2000)]
+  assert corpus_format.digest('Ås'.encode()) == 4126507821509844243
+  values = [corpus_format.digest(str(i).encode()) for i in range(2000)]
   assert all(0 <= v < 2**63 for v in values)
   # Spread evenly, for it decides on the split.
   assert abs(np.mean(values) / 2**63 - 0.5) < 0.03
+
+
+def test_records_are_examples_with_sorted_names():
+  ids, starts = np.array([5, 300, 70_000], np.int32), np.array([0, 2], np.int32)
+  record = corpus_format.serialize(ids, starts, 2**63 - 1)
+  feature = tf.train.Example.FromString(record).features.feature
+  assert {name: list(f.int64_list.value) for name, f in feature.items()} == {
+    'tokens': [5, 300, 70_000],
+    'sentence_starts': [0, 2],
+    'example_id': [2**63 - 1],
+  }
+  places = [record.index(name) for name in (b'example_id', b'sentence_st', b'tokens')]
+  assert places == sorted(places)

