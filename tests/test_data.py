@@ -1,7 +1,6 @@
-"""Corpora, hosts' shares of them, and epochs."""
+"""Tasks by name, corpora, hosts' shares of them, and epochs."""
 
 import collections
-import json
 import os
 import shutil
 
@@ -51,21 +50,21 @@ def test_p16_hosts_split_the_corpus(corpus_dir, hosts, shuffle):
   assert max(sizes) - min(sizes) <= max(4, max(sizes) // 16)
 
 
-def test_files_come_in_the_order_of_the_seed(corpus_dir):
+def test_seed_orders_the_files(corpus_dir):
   orders = [documents(corpus_dir, seed=seed)[0] for seed in (1, 1, 2, 3, 4)]
   assert orders[0] == orders[1]
   assert len({tuple(order) for order in orders}) > 1
   assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(orders[0]))}
 
 
-def test_no_corpus_names_the_command(tmp_path):
+def test_missing_corpus_names_the_command(tmp_path):
   source = CorpusSource(str(tmp_path / 'absent'))
   assert source.num_input_examples('train') is None
   with pytest.raises(FileNotFoundError, match='does not exist.*bart_t5x.prepare'):
     source.get_dataset()
 
 
-def test_half_a_corpus_is_none(corpus_dir, tmp_path):
+def test_unfinished_corpus_raises(corpus_dir, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(corpus_dir, copy)
   os.remove(copy / 'corpus.json')
@@ -73,7 +72,7 @@ def test_half_a_corpus_is_none(corpus_dir, tmp_path):
     CorpusSource(str(copy)).get_dataset()
 
 
-def test_a_damaged_description_is_named(corpus_dir, tmp_path):
+def test_damaged_corpus_json_is_named(corpus_dir, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(corpus_dir, copy)
   text = (copy / 'corpus.json').read_text()
@@ -82,7 +81,7 @@ def test_a_damaged_description_is_named(corpus_dir, tmp_path):
     CorpusSource(str(copy)).get_dataset()
 
 
-def test_lost_shards_are_noticed(corpus_dir, tmp_path):
+def test_missing_shards_are_reported(corpus_dir, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(corpus_dir, copy)
   os.remove(copy / 'train-00002-of-00004.tfrecord')
@@ -92,7 +91,7 @@ def test_lost_shards_are_noticed(corpus_dir, tmp_path):
     CorpusSource(corpus_dir).get_dataset('test')
 
 
-def test_shards_that_were_cut_off_or_damaged_are_noticed(corpus_dir, tmp_path):
+def test_cut_off_and_damaged_shards_are_reported(corpus_dir, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(corpus_dir, copy)
   path = copy / 'train-00002-of-00004.tfrecord'
@@ -108,7 +107,7 @@ def test_shards_that_were_cut_off_or_damaged_are_noticed(corpus_dir, tmp_path):
 
 
 def stamp(dataset):
-  """Stands for the preprocessors: what they see, as a feature."""
+  """A preprocessor that returns its stamps as a feature."""
 
   def label(documents):
     names = ('example_id', 'seed', 'epoch')
@@ -176,29 +175,22 @@ def test_evaluation_has_no_epochs_and_one_seed(task):
   assert len(seen) == 40
 
 
-def test_no_seed_is_seed_0(task):
+def test_default_seed_is_0(task):
   assert stamps(task, shuffle=True) == stamps(task, shuffle=True, seed=0)
 
 
-def test_caching_is_refused_where_no_step_can_be_cached(task):
+def test_use_cached_without_cacheable_step_raises(task):
   with pytest.raises(ValueError, match='use_cached=False'):
     task.get_dataset(None, use_cached=True)
 
 
-def test_a_changed_task_still_stamps(task):
+def test_replaced_task_still_stamps(task):
   changed = task.replace(name='changed')
   assert isinstance(changed, EpochTask)
   assert stamps(changed, seed=2, shuffle=False)[0][1:] == (2, 0)
 
 
-def test_corpus_json_is_what_it_says(corpus_dir):
-  with open(os.path.join(corpus_dir, 'corpus.json')) as f:
-    assert CorpusSource(corpus_dir).description() == json.load(f)
-
-
-def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(
-  tmp_path, monkeypatch
-):
+def test_missing_module_and_missing_import_of_a_module(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / 'lacking_module.py').write_text('import no_such_library')
   with pytest.raises(ImportError, match="--module names 'absent.tasks'.*PYTHONPATH"):
@@ -209,7 +201,7 @@ def test_a_module_that_is_not_there_is_told_from_what_a_module_lacks(
     data.import_tasks('lacking_module')
 
 
-def test_a_module_may_define_configurables_after_gin_was_locked(tmp_path, monkeypatch):
+def test_module_may_register_configurables_after_gin_was_locked(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / 'late_module.py').write_text(
     'import gin\n@gin.configurable\ndef late(x=3):\n  return x\n'

@@ -1,4 +1,4 @@
-"""From shards to batches, as a T5X run asks for them: saved, shared, without Python."""
+"""From shards to batches, as a T5X run reads them: shared by hosts, and resumed."""
 
 import os
 
@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import seqio
-import tensorflow as tf
 from jax.sharding import Mesh, PartitionSpec
 
 from bart_t5x import noise, prepare
@@ -62,7 +61,7 @@ def host_dataset(name, host=0, hosts=1):
 
 
 def train_iterator(name, host, hosts):
-  """What the training loop iterates over, its position saved with checkpoints."""
+  """The training loop's iterator, whose state is saved with checkpoints."""
   from t5x import data_iterators, utils
 
   devices = np.array(jax.devices()[: BATCH // hosts]).reshape(-1, 1)
@@ -92,9 +91,7 @@ def take(iterator, count):
 
 @pytest.mark.parametrize(('host', 'hosts'), [(0, 1), (1, 2)])
 @pytest.mark.parametrize('at', [5, 61])
-def test_p17_a_mixture_goes_on_where_a_checkpoint_was(
-  mixture, host, hosts, at, tmp_path
-):
+def test_p17_mixture_resumes_from_a_checkpoint(mixture, host, hosts, at, tmp_path):
   # 61 batches are more than an epoch of either corpus, and not a whole number of them.
   from t5x import checkpoints
 
@@ -109,27 +106,6 @@ def test_p17_a_mixture_goes_on_where_a_checkpoint_was(
     assert one.keys() == other.keys()
     for name in one:
       np.testing.assert_array_equal(one[name], other[name])
-
-
-def operations(dataset):
-  """The names of all operations in a dataset's graph and its functions."""
-  graph = tf.raw_ops.DatasetToGraphV2(
-    input_dataset=tf.data.experimental.to_variant(dataset), external_state_policy=1
-  )
-  graph = tf.compat.v1.GraphDef.FromString(graph.numpy())
-  functions = [node for f in graph.library.function for node in f.node_def]
-  return {node.op for node in [*graph.node, *functions]}
-
-
-PYTHON = {'PyFunc', 'PyFuncStateless', 'EagerPyFunc'}
-
-
-def test_no_python_runs_while_pre_training(mixture):
-  found = operations(host_dataset(mixture))
-  # It is the whole pipeline that was looked through.
-  assert any(op.startswith('TFRecordDataset') for op in found)
-  assert {'StatelessRandomUniform', 'ScanDataset'} <= found
-  assert not PYTHON & found
 
 
 @pytest.fixture(scope='module')
@@ -163,7 +139,6 @@ def test_sentencepiece_in_every_kind_of_task(unigram_corpus, tmp_path):
     tuning = finetune_task.get_dataset(LENGTHS, 'train')
     example = next(tuning.as_numpy_iterator())
     assert vocabulary.decode(example['inputs'].tolist()) == 'fjord på'
-    assert not PYTHON & operations(tuning)
     (tmp_path / 'lines.txt').write_text('barna <mask> på <s> fjorden\n')
     gin.bind_parameter('input_file.dataset.path', str(tmp_path / 'lines.txt'))
     (example,) = fill_in_task.get_dataset(LENGTHS, 'test').as_numpy_iterator()

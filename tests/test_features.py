@@ -1,4 +1,4 @@
-"""The feature converter: what it adds, and that packing loses and mixes nothing."""
+"""The feature converter: what it adds, and that packing is lossless first fit."""
 
 import collections
 
@@ -38,7 +38,7 @@ def converted(made, lengths, pack=True, converter=BartFeatureConverter):
 
 
 def unpacked(rows):
-  """The examples that lie in the rows, by their first target token."""
+  """The examples in the rows, by their first target token."""
   found = {}
   for row in rows:
     for segment in range(1, row['decoder_segment_ids'].max() + 1):
@@ -118,7 +118,7 @@ def test_p18_shapes_are_static(pack):
     assert spec.dtype == tf.int32
 
 
-def test_without_codes_it_is_the_stock_converter():
+def test_without_codes_same_as_seqio():
   made = examples(50, noised=False)
   lengths = {'inputs': 64, 'targets': 64}
   ours = converted(made, lengths, pack=False)
@@ -132,7 +132,7 @@ def test_without_codes_it_is_the_stock_converter():
   assert packed.element_spec == stock.element_spec
 
 
-def test_with_codes_it_only_adds():
+def test_codes_are_the_only_addition():
   made = examples(50)
   lengths = {'inputs': 64, 'targets': 64}
   ours = converted(made, lengths, pack=False)
@@ -159,7 +159,7 @@ def first_fit(sizes, caps):
   return [row[1] for row in rows]
 
 
-def test_it_is_first_fit():
+def test_same_as_plain_first_fit():
   made = examples(300, longest=60)
   lengths = {'inputs': 54, 'targets': 64}
   firsts = {int(e['targets'][0]): i for i, e in enumerate(made)}
@@ -174,7 +174,7 @@ def test_it_is_first_fit():
   assert got == first_fit(sizes, (54, 64))
 
 
-def test_rows_close_in_turn():
+def test_rows_close_in_order():
   # 40 and 30 do not fit together: with two open rows the third closes the first.
   made = [
     {'inputs': np.ones(1, np.int32), 'targets': np.full(n, n, np.int32)}
@@ -238,13 +238,13 @@ def test_p17_packing_resumes_within_a_window(tmp_path, monkeypatch):
       np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_longer_examples_than_the_rows_are_refused():
+def test_examples_longer_than_the_rows_raise():
   pattern = 'targets are longer than TASK_FEATURE_LENGTHS.* = 16'
   with pytest.raises(tf.errors.InvalidArgumentError, match=pattern):
     converted(examples(20), {'inputs': 64, 'targets': 16})
 
 
-def test_codes_that_are_not_one_for_each_target_are_refused():
+def test_codes_of_another_length_raise():
   made = examples(20)
   made[7]['targets_noised'] = made[7]['targets_noised'][1:]
   with pytest.raises(tf.errors.InvalidArgumentError, match='same length'):

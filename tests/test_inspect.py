@@ -1,4 +1,4 @@
-"""What `python -m bart_t5x.inspect` says of tasks."""
+"""`python -m bart_t5x.inspect`."""
 
 import re
 import shutil
@@ -80,7 +80,7 @@ def test_bindings_act(capsys):
   assert 'span length' not in out and 'order ' not in out
 
 
-def test_the_tasks_own_recipe_counts(capsys):
+def test_recipe_of_the_task_is_used(capsys):
   _, out, _ = inspected(capsys, task='inspect_test_empty')
   assert float(out.split('tokens masked')[1].split('%')[0]) == 0
   assert 'infill_ratio=0,' in out
@@ -93,7 +93,7 @@ def test_other_tasks_are_shown_as_text(capsys):
   assert 'examples                              1' in out
 
 
-def test_a_mixture_shows_each_of_its_tasks(capsys):
+def test_mixture_shows_each_of_its_tasks(capsys):
   name = 'inspect_test_mixture'
   seqio.MixtureRegistry.add(name, [('inspect_test', 3), ('inspect_test_empty', 1)])
   try:
@@ -109,7 +109,7 @@ def test_a_mixture_shows_each_of_its_tasks(capsys):
   assert 29 < shares[0] < 34 and shares[1] == 0
 
 
-def test_colour_is_for_terminals_and_never_against_no_color(monkeypatch):
+def test_colour_only_in_terminals_without_no_color(monkeypatch):
   monkeypatch.delenv('NO_COLOR', raising=False)
   assert inspect.wants_color('auto', True) and not inspect.wants_color('auto', False)
   assert inspect.wants_color('always', False) and not inspect.wants_color('never', True)
@@ -147,7 +147,7 @@ def row(out, label):
 
 @pytest.fixture
 def addresses(corpus_dir, tmp_path):
-  """A task over texts of which one word is most."""
+  """A task over texts that are mostly one word."""
   random = np.random.default_rng(8)
   texts = tmp_path / 'texts.txt'
   with open(texts, 'w') as f:
@@ -163,17 +163,17 @@ def addresses(corpus_dir, tmp_path):
   seqio.TaskRegistry.remove('inspect_test_addresses')
 
 
-def test_texts_whose_words_are_too_long_are_told(capsys, addresses):
+def test_texts_with_long_words_are_reported(capsys, addresses):
   args = ['--num_examples=100', '--num_rows=0', '--targets_length=210']
   args += ['--inputs_length=186']
   _, out, _ = inspected(capsys, *args, task=addresses)
-  told = out.count('  units   tokens: ')
-  assert row(out, 'spans of tokens, not words') == told
-  assert 5 < told < out.count('document ')
+  reported = out.count('  units   tokens: ')
+  assert row(out, 'spans of tokens, not words') == reported
+  assert 5 < reported < out.count('document ')
   assert row(out, 'source tokens cut off') == 0
 
 
-def test_what_is_cut_off_is_told(capsys, monkeypatch):
+def test_cut_off_tokens_are_reported(capsys, monkeypatch):
   monkeypatch.setattr(preprocessors, '_check_room', lambda *lengths: None)
   args = ('--num_examples=100', '--num_rows=0', '--inputs_length=30')
   _, out, _ = inspected(capsys, *args)
@@ -200,7 +200,7 @@ def test_a_damaged_shard_is_reported(capsys, corpus_dir, tmp_path, damage):
   assert ('damaged' if damage == 'changed' else str(path)) in err
 
 
-def test_spans_are_found_again():
+def test_spans_of_references():
   # The text 1 2 3 4 5 6 with its halves exchanged: 4 5 6 1 2 3.
   permuted = [4, 5, 6, 1, 2, 3]
   found = list(inspect.spans_of([-9, 4, -9, 1, -9, -8], permuted))

@@ -102,7 +102,7 @@ def test_pieces_are_the_document(length, at_a_time):
     for number, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
       piece = next(pieces)
       np.testing.assert_array_equal(piece['tokens'], tokens[a:b])
-      # P11: sentences, and so noise, begin anew with a piece.
+      # P11: sentences, and so the noise, start afresh with each piece.
       inside = {0, *(s - a for s in starts if a <= s < b)}
       assert piece['sentence_starts'].tolist() == sorted(inside)
       assert piece['piece'] == number
@@ -123,7 +123,7 @@ def denoised(features, made, lengths, recipe=None):
   return list(examples.as_numpy_iterator())
 
 
-def test_denoise_is_the_noise_of_each_piece(features):
+def test_denoise_applies_noise_to_each_piece(features):
   lengths = {'inputs': 64, 'targets': 64}
   recipe = noise.Recipe(random_ratio=0.2, whole_words=True)
   ids = noise.Ids.of(features['targets'].vocabulary)
@@ -143,7 +143,7 @@ def test_denoise_is_the_noise_of_each_piece(features):
 
 
 def own_tokens(count=300):
-  """Documents that share no token: what is of which one can be seen anywhere."""
+  """Documents without common tokens, so that the origin of each token is known."""
   random = np.random.default_rng(6)
   begin = 10
   for i in range(count):
@@ -207,7 +207,7 @@ def test_p11_no_span_crosses_a_document_or_a_packing_segment(monkeypatch):
       infilled = codes == noise.INFILLED
       assert infilled.sum() == int(np.ceil(0.3 * (len(targets) - 2) - 1e-9))
       at_both_ends += infilled[1] and infilled[-2]
-      # What stands before and behind it in the data makes no difference.
+      # The examples before and after it make no difference.
       assert source.tolist() == alone.get(key(targets), source.tolist())
       found.add(key(targets))
   assert len(found) == len(made)
@@ -215,7 +215,7 @@ def test_p11_no_span_crosses_a_document_or_a_packing_segment(monkeypatch):
 
 
 @pytest.mark.parametrize('field', ['seed', 'epoch', 'example_id'])
-def test_p15_other_noise_for_another(features, field):
+def test_p15_noise_depends_on_each(features, field):
   lengths = {'inputs': 100, 'targets': 100}
   made = list(documents(40))
   other = [{**d, field: d[field] + 1} for d in made]
@@ -231,7 +231,7 @@ def test_p15_other_noise_for_another(features, field):
     np.testing.assert_array_equal(a['targets'], b['targets'])
 
 
-def test_p15_pieces_of_a_document_have_noise_of_their_own(features):
+def test_p15_each_piece_has_its_own_noise(features):
   tokens = np.tile(np.arange(10, 48, dtype=np.int32), 6)
   starts = np.arange(0, len(tokens), 38).astype(np.int32)
   document = {'tokens': tokens, 'sentence_starts': starts, 'example_id': 1}
@@ -257,7 +257,7 @@ def test_piece_seeds_do_not_collide():
   assert len(np.unique(streams)) == streams.size
 
 
-def test_p18_noise_that_outgrows_the_encoder_refuses_to_start(features):
+def test_p18_noise_that_outgrows_the_encoder_raises(features):
   lengths = {'inputs': 100, 'targets': 128}
   with pytest.raises(ValueError, match='sources of up to 1[01].* encoder takes 100'):
     denoised(features, [], lengths, noise.Recipe())
@@ -268,12 +268,12 @@ def test_p18_noise_that_outgrows_the_encoder_refuses_to_start(features):
 
 
 @pytest.mark.parametrize('lengths', [None, {}, {'targets': 9}, {'inputs': 9}])
-def test_lengths_must_be_known(features, lengths):
+def test_lengths_are_required(features, lengths):
   with pytest.raises(ValueError, match='TASK_FEATURE_LENGTHS'):
     preprocessors.split_documents(as_dataset([]), lengths)
 
 
-def test_targets_must_hold_a_token():
+def test_shortest_targets():
   with pytest.raises(ValueError, match='at least 3'):
     preprocessors.split_documents(as_dataset([]), {'inputs': 9, 'targets': 2})
 
@@ -297,7 +297,7 @@ def test_text_is_tokenized_as_in_pre_training(features):
       assert example[f'{name}_truncated'] == 0
 
 
-def test_long_text_keeps_its_end(features):
+def test_long_text_keeps_the_eos(features):
   texts = {'inputs': ['fjord og snø og sjø og huset'], 'targets': ['sjø']}
   (example,) = tokenized(features, texts, {'inputs': 6, 'targets': None})
   (whole,) = tokenized(features, texts)
@@ -306,7 +306,7 @@ def test_long_text_keeps_its_end(features):
   assert example['targets'].tolist() == whole['targets'].tolist()
 
 
-def test_a_length_without_room_for_both_ends_is_refused(features):
+def test_length_below_2_raises(features):
   texts = {'inputs': ['fjord'], 'targets': ['sjø']}
   (example,) = tokenized(features, texts, {'inputs': 2})
   assert example['inputs'].tolist() == [1, 2]
@@ -314,14 +314,14 @@ def test_a_length_without_room_for_both_ends_is_refused(features):
     tokenized(features, texts, {'targets': 1})
 
 
-def test_features_that_are_no_text_pass(features):
+def test_other_features_pass(features):
   ds = tf.data.Dataset.from_tensors({'inputs': 'sjø', 'targets': [5, 6], 'label': 3})
   (example,) = preprocessors.tokenize_for_bart(ds, features).as_numpy_iterator()
   assert example['targets'].tolist() == [5, 6] and example['label'] == 3
 
 
 @pytest.mark.parametrize('batched', [True, False])
-def test_many_texts_keep_their_order_and_companions(features, batched):
+def test_batched_texts_keep_their_order_and_other_features(features, batched):
   vocabulary = features['inputs'].vocabulary
   count = 3 * preprocessors._TEXTS_PER_BATCH + 5
   words = ['snø ' * (i % 7) + f'sjø {i}' for i in range(count)]
@@ -349,7 +349,7 @@ def test_many_texts_keep_their_order_and_companions(features, batched):
   assert i == count - 1
 
 
-def test_texts_without_end_or_of_unknown_number(features):
+def test_infinite_and_unknown_cardinality(features):
   ds = tf.data.Dataset.from_tensors({'inputs': 'sjø', 'targets': 'snø'})
   for texts in (ds.repeat(), ds.filter(lambda e: True)):
     tokenized = preprocessors.tokenize_for_bart(texts, features)
@@ -357,13 +357,13 @@ def test_texts_without_end_or_of_unknown_number(features):
     assert len(list(tokenized.take(1))) == 1
 
 
-def test_a_vocabulary_without_a_start_token_is_refused():
+def test_vocabulary_without_bos_raises():
   features = {'inputs': seqio.Feature(seqio.ByteVocabulary())}
   with pytest.raises(ValueError, match="<s> for feature 'inputs'"):
     tokenized(features, {'inputs': ['a']})
 
 
-def test_every_field_of_the_recipe_acts(features):
+def test_every_field_of_the_recipe_has_an_effect(features):
   lengths = {'inputs': 200, 'targets': 100}
   changes = {
     'permute_ratio': 0.0,

@@ -65,7 +65,7 @@ def noised(task, hosts=1, split='train', **kwargs):
   return found
 
 
-def test_importing_needs_no_corpus(tmp_path):
+def test_import_needs_no_corpus(tmp_path):
   code = (
     'import seqio, tasks\n'
     'for name in ("norwegian_denoising", "norwegian_denoising_mini"):\n'
@@ -154,8 +154,8 @@ def assert_same(a, b):
 @pytest.mark.parametrize('provider', ['task', 'mixture'])
 @pytest.mark.parametrize('at', [1, 37, 200])
 def test_p17_resumes_at_any_batch(provider, at, request, tmp_path):
-  # About 240 batches an epoch: behind the last place the next one begins. (How later
-  # epochs are read, behind all buffers: test_sources.)
+  # An epoch has about 240 batches, so the last place reaches into the next. (Later
+  # epochs with small buffers: test_data.)
   provider = request.getfixturevalue(provider)
   iterator = iter(batches(provider))
   for _ in range(at):
@@ -167,7 +167,7 @@ def test_p17_resumes_at_any_batch(provider, at, request, tmp_path):
   assert_same([next(resumed) for _ in range(30)], want)
 
 
-def test_two_runs_are_alike_and_seeds_differ(task):
+def test_data_is_reproducible_and_follows_the_seed(task):
   def first(seed):
     return list(batches(task, seed=seed).take(10).as_numpy_iterator())
 
@@ -176,7 +176,7 @@ def test_two_runs_are_alike_and_seeds_differ(task):
     assert_same(first(3), first(4))
 
 
-def test_stock_converter_takes_the_task(task):
+def test_seqio_converter_takes_the_task(task):
   ds = seqio.get_dataset(
     task.name, LENGTHS, seqio.EncDecFeatureConverter(pack=True), verbose=False
   )
@@ -261,20 +261,10 @@ def test_recipes_in_gin(gin_task, name, recipe):
   assert noise.Recipe() == recipe
   # As each file says.
   assert noise.longest_source(recipe, 1024) <= 896
-  # Each rate is bound, so that a file is the whole truth about its noise.
+  # Each field is bound, so that the file describes all of its noise.
   bound = gin.config_str()
   for field in dataclasses.fields(noise.Recipe):
     assert f'Recipe.{field.name} =' in bound
-
-
-def test_noise_that_does_not_fit_names_the_length(task):
-  with pytest.raises(ValueError, match="TASK_FEATURE_LENGTHS\\['inputs'\\] to"):
-    task.get_dataset({'inputs': 48, 'targets': 64})
-
-
-def test_lengths_are_asked_for(task):
-  with pytest.raises(ValueError, match='TASK_FEATURE_LENGTHS'):
-    task.get_dataset(None)
 
 
 def test_text_must_be_cached(corpus_dir):
