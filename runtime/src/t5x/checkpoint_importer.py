@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+import tensorstore
 from etils import epath
 from flax import traverse_util
 
@@ -72,8 +73,6 @@ class StoredArray(LazyArray):
 
   @functools.cached_property
   def _store(self):
-    import tensorstore  # Takes half a second that other readers need not spend.
-
     spec = {'driver': 'zarr', 'kvstore': self._kvstore}
     try:
       store = tensorstore.open(spec, open=True).result()

@@ -975,36 +975,13 @@ class SaveBestCheckpointer(Checkpointer):
   """Keeps the best checkpoints by a metric, and the newest.
 
   Bind it to `SaveCheckpointConfig.checkpointer_cls`. Takes the arguments of
-  `Checkpointer` and of `OrbaxCheckpointManagerInterface` that concern retention.
+  `Checkpointer` and those of `OrbaxCheckpointManagerInterface` that concern retention.
   """
 
   def __init__(
     self,
-    train_state: Any,
-    partitioner: Any,
-    checkpoints_dir: str,
-    dataset_iterator: Any = None,
-    *,
+    *args: Any,
     metric_name_to_monitor: str = 'train/accuracy',
-    metric_mode: str = 'max',
-    keep_checkpoints_without_metrics: bool = True,
-    force_keep_period: int | None = None,
-    keep: int | None = None,
-    save_dtype: Any = np.float32,
-    restore_dtype: Any = None,
-    keep_dataset_checkpoints: int | None = None,
+    **retention: Any,
   ):
-    super().__init__(
-      train_state,
-      partitioner,
-      checkpoints_dir,
-      dataset_iterator,
-      save_dtype=save_dtype,
-      restore_dtype=restore_dtype,
-      metric_name_to_monitor=metric_name_to_monitor,
-      metric_mode=metric_mode,
-      keep_checkpoints_without_metrics=keep_checkpoints_without_metrics,
-      force_keep_period=force_keep_period,
-      keep=keep,
-      keep_dataset_checkpoints=keep_dataset_checkpoints,
-    )
+    super().__init__(*args, metric_name_to_monitor=metric_name_to_monitor, **retention)
