@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from t5x import data, partitioning, precompile
-from t5x.planning import topologies
+from t5x import data, partitioning, planning, precompile
 
 HERE = pathlib.Path(__file__).parent
 
@@ -46,7 +45,7 @@ def plan(*flags):
 
 
 @pytest.mark.slow
-def test_a_training_step(tmp_path):
+def test_plan_of_a_training_step(tmp_path):
   done = plan('--topology=cpu:4', f'--json={tmp_path}/plan.json')
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'plan.json').read_text())
@@ -59,7 +58,7 @@ def test_a_training_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_decoding_step(tmp_path):
+def test_plan_of_a_decoding_step(tmp_path):
   done = plan('--topology=cpu:2', '--step=decode', f'--json={tmp_path}/plan.json')
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'plan.json').read_text())
@@ -73,12 +72,12 @@ def test_a_decoding_step(tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ([], 'Say what to compile for: --topology=v2-8'),
-    (['--topology=v3-9'], "cpu:N. Got: 'v3-9'"),
+    ([], '--topology must be one of v2-8'),
+    (['--topology=v3-9'], 'cpu:N. Got: v3-9'),
     (['--topology=cpu:2', '--gin.BATCH_SIZE=15'], 'batch of 15 over 2'),
   ],
 )
-def test_wrong_input_is_one_message(flags, message):
+def test_wrong_input_gives_one_message(flags, message):
   done = plan(*flags)
   assert done.returncode == 1
   assert message in done.stderr and 'Traceback' not in done.stderr
@@ -86,15 +85,15 @@ def test_wrong_input_is_one_message(flags, message):
 
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.skipif(not topologies.has_compiler(), reason='libtpu is not installed')
-def test_a_training_step_for_a_tpu(tmp_path):
+@pytest.mark.skipif(not planning.has_compiler(), reason='libtpu is not installed')
+def test_plan_of_a_training_step_for_a_tpu(tmp_path):
   done = plan('--topology=v3-8', f'--json={tmp_path}/plan.json')
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'plan.json').read_text())
   assert found['hbm_available_gib'] == pytest.approx(15.48)
   assert found['useful_flops'] == 3 * 2 * (16 * 8 / 8) * (8 * 16 + 16 * 384)
-  # The compiler leaves none of it out, and adds next to nothing.
-  assert found['useful_flops'] * 0.9 < found['flops'] < found['useful_flops'] * 1.1
+  # XLA counts elementwise operations too.
+  assert found['useful_flops'] * 0.9 < found['flops'] < found['useful_flops'] * 1.3
   assert 0 < found['roofline_s'] <= found['estimate_s']
   assert found['cycles_s'] > 0 and found['xla_s'] > 0
 
@@ -120,7 +119,7 @@ def make(folder, num_partitions=2, **changes):
   return (folder / 'lowered_hlo_pre_optimization').read_text()
 
 
-def test_its_arguments_make_the_program(tmp_path):
+def test_arguments_of_precompile_make_the_program(tmp_path):
   checked, asked = [], []
 
   def get_dataset(*args):

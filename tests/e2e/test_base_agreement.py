@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bart_t5x import flash
-from t5x.planning import abstract_steps
+from t5x import planning
 from t5x.train import train as train_script
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def loss_and_gradients(call_script, bindings):
 
   def train(**arguments):
     model, partitioner = arguments['model'], arguments['partitioner']
-    spec = abstract_steps.batch_spec(
+    spec = planning.batch_spec(
       arguments['train_dataset_cfg'], model.FEATURE_CONVERTER_CLS
     )
     shapes = {name: x.shape for name, x in spec.items()}

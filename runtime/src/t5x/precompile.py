@@ -1,32 +1,27 @@
-"""Compiles a step of a run for devices that need not be there, and says what it takes.
+"""Compiles a step of a run for devices that need not be there, and plans it.
 
   python -m t5x.precompile --gin_file=gin/bart_base_no.gin --topology=v3-8
 
-takes what `python -m t5x.train` takes and compiles the very step that it would run:
-memory, operations, time, and how long the run would be, all of it estimated. Neither a
-TPU nor the corpus is needed; for TPUs the package libtpu is. `--step=eval` and
-`--step=decode` are the other steps; `--find_batch` finds the largest batch that fits.
+takes what `python -m t5x.train` takes and compiles the same step: memory, operations,
+time per step and length of the run, all estimated. Neither a TPU nor the corpus is
+needed; for TPUs the package libtpu is. `--step=eval` and `--step=decode` are the other
+steps; `--find_batch` finds the largest batch that fits.
 
 As in T5X, `python -m t5x.main --run_mode=precompile` with configs/runs/precompile.gin
 writes the program's text before and after XLA's optimisation and the devices' order
-into MODEL_DIR instead, and logs the memory that it needs a device.
+into MODEL_DIR instead, and logs the memory that it needs per device.
 """
 
 if __name__ == '__main__':
-  import os
-  import sys
-
   from t5x import launch
-  from t5x.planning import topologies
 
-  # Before JAX is imported, which reading the flags may do.
-  topologies.set_environment(topologies.named_in(sys.argv), os.environ)
   launch.prepare(__doc__, plan=True)
 
 import functools
 import inspect
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -35,9 +30,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from t5x import data, data_iterators, models, partitioning, restore
+from t5x import data, data_iterators, models, partitioning, planning, restore
 from t5x import trainer as trainer_lib
-from t5x.planning import planner
 from t5x.train import train
 
 __all__ = ['precompile', 'train']
@@ -56,14 +50,14 @@ def precompile(
   ]
   | None = data.verify_matching_vocabs,
 ) -> None:
-  """Lowers and compiles one training step and writes the program down.
+  """Lowers and compiles one training step and writes the program to `model_dir`.
 
   Args:
     model: the model.
     train_dataset_cfg: gives the shapes of a batch; no example is read.
     partitioner: the mesh, of devices that JAX can compile for.
-    model_dir: where `lowered_hlo_pre_optimization`, `lowered_hlo_post_optimization`
-      and `assignment` (device ids, NumPy format) are written.
+    model_dir: gets `lowered_hlo_pre_optimization`, `lowered_hlo_post_optimization` and
+      `assignment` (device ids, NumPy format).
     random_seed: of dropout's key, a constant of the program; None takes 42.
     get_dataset_fn: makes the dataset.
     verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
@@ -118,38 +112,60 @@ def precompile(
   memory = compiled.memory_analysis()
   if memory is not None:
     logging.info(
-      'A device needs %.3f GiB for arguments and %.3f GiB for temporaries.',
+      'Memory per device: %.3f GiB for arguments, %.3f GiB for temporaries.',
       memory.argument_size_in_bytes / 2**30,
       memory.temp_size_in_bytes / 2**30,
     )
   logging.info('Programs: %s', model_dir)
 
 
-def main(argv: Sequence[str]) -> None:
-  """Plans the step that the flags name, of the run that gin configures.
+def show(
+  arguments: Mapping[str, Any],
+  topology: planning.Topology,
+  kind: str = 'train',
+  find_batch: bool = False,
+  json_path: str | None = None,
+) -> None:
+  """Prints the plan of a step and writes its figures.
 
   Args:
-    argv: the program's name.
+    arguments: those of `train.train`, by name.
+    topology: what to compile for.
+    kind: train, eval or decode.
+    find_batch: whether to look for the largest batch that fits.
+    json_path: file for the figures.
+
+  Raises:
+    ValueError: the step does not fit; the message says by how much and what to change.
   """
+  text = None
+  try:
+    if find_batch:
+      plan, text = planning.find_batch(arguments, topology, kind)
+    else:
+      plan = planning.plan(arguments, topology, kind)
+  except planning.DoesNotFitError as error:
+    raise ValueError(planning.advice(error, kind)) from error
+  print(plan.table(), *filter(None, [text]), sep='\n', flush=True)
+  if json_path:
+    epath.Path(json_path).write_text(json.dumps(plan.as_numbers(), indent=2) + '\n')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Plans the step that the flags name, of the run that gin configures."""
   del argv
   options = launch.FLAGS
+  topology = planning.find_topology(options.topology)
 
-  # Gin binds `train` in `__main__`, so it finds `plan` under that name, and `plan`
-  # takes what `train` takes.
+  # Gin binds `train` in `__main__`, so `plan` takes its name and its arguments.
   @functools.wraps(train)
   def plan(*args: Any, **kwargs: Any) -> None:
     bound = inspect.signature(train).bind(*args, **kwargs)
     bound.apply_defaults()
-    planner.show(
-      bound.arguments,
-      options.topology,
-      kind=options.step,
-      find_batch=options.find_batch,
-      json_path=options.json,
-    )
+    show(bound.arguments, topology, options.step, options.find_batch, options.json)
 
   sys.modules['__main__'].train = plan
-  with planner.devices_in_force(options.topology):
+  with partitioning.meshes_of(planning.devices_of(topology)):
     planned = launch.configure(plan)
     with gin.unlock_config():
       # An action may act as soon as it is made, and here nothing is trained.

@@ -1,0 +1,604 @@
+"""Plans of steps: costs and memory counted by hand, programs compared with runs'."""
+
+import dataclasses
+import functools
+import math
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.experimental import pallas as pl
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x import data, partitioning, planning, restore
+
+GIB = planning.GIB
+CPUS = planning.find_topology('cpu:8')
+
+needs_compiler = pytest.mark.skipif(
+  not planning.has_compiler(), reason='libtpu is not installed'
+)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+  defaults = {
+    'random_seed': 0,
+    'use_hardware_rng': False,
+    'train_state_initializer_cls': restore.TrainStateInitializer,
+  }
+  return {**defaults, **tiny.train_arguments(tmp_path, total_steps=500)}
+
+
+# ---- topologies ----------------------------------------------------------------
+
+
+def test_topology_names():
+  assert planning.find_topology('v3-8').chip.kind == 'TPU v3'
+  assert planning.find_topology('cpu:3').devices == 3
+  for wrong in ('v3', 'v9-8', 'cpu:0', 'cpu:', 'gpu:2', '', None):
+    with pytest.raises(ValueError, match=f'v3-8.*Got: {wrong}'):
+      planning.find_topology(wrong)
+
+
+# Memory in libtpu 0.0.50 (Python 3.12) where it differs from 0.0.42.
+_SINCE = {'v5p-8': '95.73G', 'v6e-8': '31.24G'}
+
+
+@pytest.mark.tpu
+@needs_compiler
+@pytest.mark.parametrize('name', planning.TOPOLOGIES)
+def test_the_compiler_agrees_with_the_table(name, monkeypatch):
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)  # Devices are made.
+  topology = planning.TOPOLOGIES[name]
+  devices = planning.devices_of(topology)
+  assert len(devices) == topology.devices
+  assert {device.device_kind for device in devices} == {topology.chip.kind}
+  assert {device.process_index for device in devices} == {0}
+  whole = NamedSharding(Mesh(devices, ('data',)), PartitionSpec())
+  total = jax.jit(lambda x: x.sum(), in_shardings=whole, out_shardings=whole)
+  too_much = jax.ShapeDtypeStruct((200, 2**28), 'float32')
+  available = f'{topology.chip.hbm_bytes / GIB:.2f}G'
+  if not metadata.version('libtpu').startswith('0.0.42.'):
+    available = _SINCE.get(name, available)
+  with pytest.raises(Exception, match=rf'exceeds available HBM \({available}\)'):
+    total.lower(too_much).compile()
+
+
+# ---- a run's steps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('pack', [False, True])
+def test_batches_have_the_shapes_of_the_data(arguments, pack):
+  cfg = dataclasses.replace(arguments['train_dataset_cfg'], pack=pack)
+  converter = arguments['model'].FEATURE_CONVERTER_CLS
+  real = data.get_dataset(cfg, 0, 1, converter).element_spec
+  planned = planning.batch_spec(cfg, converter)
+  assert {k: (v.shape, v.dtype) for k, v in planned.items()} == {
+    k: (tuple(v.shape), v.dtype.as_numpy_dtype) for k, v in real.items()
+  }
+
+
+@pytest.mark.parametrize('kind', ['train', 'eval'])
+def test_the_program_is_the_trainers(arguments, kind):
+  step = planning.make_step(arguments, kind)
+  planned = step.function.trace(*step.arguments).lower().as_text()
+
+  # The run's own way: real data, a real state, a Trainer.
+  cfg, partitioner = arguments['train_dataset_cfg'], arguments['partitioner']
+  model = arguments['model']
+  rows = data.get_dataset(cfg, 0, 1, model.FEATURE_CONVERTER_CLS)
+  batch = next(rows.as_numpy_iterator())
+  initializer = restore.TrainStateInitializer(
+    model.optimizer_def,
+    model.get_initial_variables,
+    {name: x.shape for name, x in batch.items()},
+    partitioner,
+    {name: x.dtype for name, x in batch.items()},
+  )
+  init_key, train_key = jax.random.split(jax.random.PRNGKey(0))
+  with arguments['trainer_cls'](
+    model=model,
+    train_state=initializer.from_scratch(init_key),
+    partitioner=partitioner,
+    train_state_axes=initializer.train_state_axes,
+    eval_names=(),
+    summary_dir=None,
+    rng=train_key,
+  ) as real:
+    function = (
+      real._partitioned_train_step if kind == 'train' else real._partitioned_eval_step
+    )
+    spec = NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
+    batch = jax.device_put(batch, spec)
+    assert function.lower(real.train_state, batch).as_text() == planned
+
+
+def test_the_decode_step_runs(arguments):
+  step = planning.make_step(arguments, 'decode')
+  state, batch, key, _, mutables = step.arguments
+
+  def zeros(tree):
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+
+  found, (predictions, aux) = step.function(
+    zeros(state), zeros(batch), zeros(key), np.arange(step.rows, dtype=np.int32),
+    mutables,
+  )  # fmt: skip
+  assert found.tolist() == list(range(step.rows))
+  assert predictions.shape == (step.rows, tiny.LENGTHS['targets'])
+  assert 'scores' in aux
+  assert step.longest_loop == tiny.LENGTHS['targets']
+
+
+def test_bytes_on_a_device(arguments):
+  """Halves where the rules split the model in two; else rows over four devices."""
+  split = partitioning.PjitPartitioner(num_partitions=2)
+  step = planning.make_step({**arguments, 'partitioner': split}, 'train')
+  width = tiny.Network().width
+  assert step.bytes_on_device((tiny.VOCABULARY_SIZE, width), np.float32) == (
+    tiny.VOCABULARY_SIZE * width * 4 / 2
+  )
+  assert step.bytes_on_device((8, 100), np.float32) == 8 * 100 * 4 / 4
+
+
+# ---- operations ----------------------------------------------------------------
+
+
+def flops(function, *arguments, **kwargs):
+  return planning.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr, **kwargs)
+
+
+def test_products_in_loops_branches_and_functions():
+  def f(x, w):
+    def body(c, _):
+      return jax.checkpoint(lambda c: jnp.tanh(c @ w))(c), None
+
+    x, _ = jax.lax.scan(body, x, None, length=5)
+    x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x, x)
+    return jax.jit(lambda x: x @ w)(x)
+
+  # 5 in the loop, 2 in the costlier branch, 1 in the function.
+  arrays, product = (jnp.ones((4, 8)), jnp.ones((8, 8))), 2 * 4 * 8 * 8
+  assert flops(f, *arrays) == 8 * product
+  assert flops(f, *arrays, loops_once=True) == 4 * product
+
+
+def test_a_custom_gradient_counts_once():
+  @jax.custom_vjp
+  def f(x):
+    return x @ x
+
+  f.defvjp(lambda x: (x @ x @ x, x), lambda x, g: (g @ x @ x,))
+  assert flops(f, jnp.ones((8, 8))) == 2 * 8**3
+
+
+def test_batched_products():
+  x, y = jnp.ones((2, 6, 3, 4)), jnp.ones((2, 5, 3, 4))
+  found = flops(lambda x, y: jnp.einsum('bqhd,bkhd->bhqk', x, y), x, y)
+  assert found == 2 * (2 * 3 * 6 * 5 * 4)
+
+
+def test_a_sharded_function_counts_over_all_devices():
+  mesh, rows = Mesh(jax.devices(), ('data',)), PartitionSpec('data')
+  f = jax.shard_map(
+    lambda x, w: x @ w, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows
+  )
+  assert flops(f, jnp.ones((16, 4)), jnp.ones((4, 4))) == 2 * 16 * 4 * 4
+
+
+def negated(x, cost):
+  def kernel(x, out):
+    out[...] = -x[...]
+
+  return pl.pallas_call(kernel, x, cost_estimate=cost, name='negated')(x)
+
+
+def test_kernels_count_what_they_declare():
+  cost = pl.CostEstimate(flops=77, transcendentals=0, bytes_accessed=0)
+  assert flops(lambda x: negated(x, cost), jnp.ones((8, 128))) == 77
+  assert flops(lambda x: negated(x, None), jnp.ones((8, 128))) == 0
+
+
+# ---- compiled programs ---------------------------------------------------------
+
+
+def loops(function, *arguments):
+  text = jax.jit(function).lower(*arguments).compile().as_text()
+  return sorted(planning.read_program(text).loops.values(), key=str)
+
+
+def test_trips_of_loops():
+  def repeated(x, times):
+    return jax.lax.fori_loop(0, times, lambda i, c: jnp.sin(c), x)
+
+  def nested(x):
+    return jax.lax.fori_loop(0, 3, lambda i, c: repeated(c, 5), x)
+
+  def until(x):
+    return jax.lax.while_loop(lambda c: c.sum() < 10, lambda c: c * 2, x)
+
+  assert loops(lambda x: repeated(x, 7), jnp.ones(4)) == [7]
+  assert loops(nested, jnp.ones(4)) == [3, 5]
+  assert loops(until, jnp.ones(4)) == [None]
+
+
+PROGRAM = """HloModule m
+
+%fused (a.1: f32[8,4]) -> f32[8,4] {
+  %a.1 = f32[8,4]{1,0:T(8,128)} parameter(0)
+  ROOT %s = f32[8,4]{1,0:T(8,128)} sine(%a.1), backend_config={"estimated_cycles":"9"}
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[]{:T(256)}, /*index=1*/f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %f = f32[8,4]{1,0} fusion(%x), calls=%fused, backend_config={"estimated_cycles":"100"}
+  %flash.3 = f32[8,4]{1,0} custom-call(%f), custom_call_target="tpu_custom_call", \
+backend_config={"cost_estimate":{"flops":"5","transcendentals":"6","bytes_accessed":"7"}}
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %flash.3)
+}
+
+%bound (q: s32[]) -> pred[] {
+  %q = s32[]{:T(256)} parameter(0)
+  %c = s32[]{:T(256)} constant(32)
+  ROOT %lt = pred[]{:T(1024)} compare(%q, %c), direction=LT, metadata={op_name="lt"}
+}
+
+%test (p.1: (s32[], f32[8,4])) -> pred[] {
+  %p.1 = (s32[]{:T(256)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(256)} get-tuple-element(%p.1), index=0
+  ROOT %r = pred[]{:T(1024)} fusion(%i.1), kind=kLoop, calls=%bound
+}
+
+ENTRY %main (x.1: f32[8,4]) -> f32[8,4] {
+  %x.1 = f32[8,4]{1,0:T(8,128)} parameter(0), backend_config={"estimated_cycles":"1"}
+  %t.1 = (s32[], f32[8,4]{1,0}) tuple(%zero, %x.1)
+  %loop = (s32[], f32[8,4]{1,0}) while(%t.1), condition=%test, body=%body
+  %sum = (f32[8,4]{1,0}, bf16[8]{0}) all-reduce(%y, %z), to_apply=%fused
+  ROOT %g = f32[64,4]{1,0} all-gather(%sum), dimensions={0}
+}
+"""
+
+
+def test_a_tpu_program_counts_its_loops_in_full():
+  found = planning.read_program(PROGRAM)
+  assert found.loops == {'loop': 32}
+  assert (found.cycles, found.cycles_loops_once) == (3201, 101)
+  assert found.kernels == {('flash', 5, 6, 7): 32}
+  assert found.kernels_loops_once == {('flash', 5, 6, 7): 1}
+  assert found.sent_bytes == 2 * (8 * 4 * 4 + 8 * 2) + 64 * 4 * 4
+
+
+def test_loops_over_data_count_as_the_longest():
+  text = PROGRAM.replace('constant(32)', 'parameter(1)')
+  found = planning.read_program(text, longest_loop=10)
+  assert found.loops == {'loop': None}
+  assert found.cycles == 1001
+
+
+# ---- what fills the memory -----------------------------------------------------
+
+WIDTH = 16
+SQUARE = WIDTH * WIDTH * 4
+x = jnp.ones((WIDTH, WIDTH))
+
+
+def held(function, *arguments, size_of=planning._whole_bytes):
+  jaxpr = jax.jit(function).trace(*arguments).jaxpr.jaxpr
+  return planning.fullest_moment(jaxpr, size_of)
+
+
+def made(arrays):
+  """(shape, dtype, count) of all but arguments."""
+  return {(a.shape, a.dtype, a.count) for a in arrays if a.where}
+
+
+def test_arguments_are_always_held():
+  (only,) = held(lambda x, y: (x * y).sum() * 0 + 1, x, x)[:1]
+  assert (only.shape, only.count, only.where, only.bytes) == (
+    (WIDTH, WIDTH), 2, '', 2 * SQUARE
+  )  # fmt: skip
+
+
+def test_only_what_is_needed_later_is_held():
+  def chain(x):
+    for _ in range(5):
+      x = x @ x
+    return x
+
+  def kept(x):
+    products = [x]
+    for _ in range(5):
+      products.append(products[-1] @ x)
+    return sum(p @ q for p, q in zip(products, reversed(products), strict=True))
+
+  # A product and its operand.
+  assert made(held(chain, x)) == {((WIDTH, WIDTH), 'float32', 2)}
+  # Six more products are summed one by one; the fifth of the chain is there for both.
+  ((_, _, count),) = made(held(kept, x))
+  assert 6 <= count <= 11
+
+
+def test_elementwise_results_are_recomputed_from_their_sources():
+  def f(x):
+    for _ in range(4):
+      x = jnp.tanh(x @ x)
+    return x.sum()
+
+  # Per layer the operand of the next product, which gives tanh's slope too; and the
+  # gradient on its way from one layer to the one before.
+  assert made(held(jax.grad(f), x)) == {((WIDTH, WIDTH), 'float32', 6)}
+  # Dropout's bits are not stored.
+  bits = held(lambda x: jnp.where(jnp.arange(WIDTH) % 3 > 1, x @ x, 0) @ x, x)
+  assert {a.dtype for a in bits} == {'float32'}
+
+
+def test_recomputation_holds_less():
+  def f(x, wrap):
+    for _ in range(20):
+      x = wrap(lambda x: jnp.tanh(jnp.tanh(x @ x) @ x))(x)
+    return x.sum()
+
+  def total(wrap):
+    return sum(a.bytes for a in held(jax.grad(lambda x: f(x, wrap)), x))
+
+  # Two operands per layer against one per layer and the insides of one layer; the
+  # argument among them, and the gradients on their way.
+  assert 40 * SQUARE <= total(lambda layer: layer) <= 44 * SQUARE
+  assert 20 * SQUARE <= total(jax.checkpoint) <= 27 * SQUARE
+
+
+def test_loops_hold_what_they_stack():
+  def f(x):
+    return jax.lax.scan(lambda c, _: (c @ x, c), x, None, length=7)[1]
+
+  assert ((7, WIDTH, WIDTH), 'float32', 1) in made(held(f, x))
+
+
+def test_sizes_are_those_of_one_device():
+  mesh = jax.make_mesh((8,), ('data',), (jax.sharding.AxisType.Auto,))
+  rows = PartitionSpec('data')
+
+  def local(x):
+    return (x @ x.T) @ x
+
+  f = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows)
+
+  def size_of(shape, dtype):
+    return planning._whole_bytes(shape, dtype) / 8
+
+  arrays = held(f, jnp.ones((512, WIDTH)), size_of=size_of)
+  found = {a.shape: a.bytes / a.count for a in arrays}
+  assert found[512, WIDTH] == 512 * WIDTH * 4 / 8
+  assert found[64, 64] == 64 * 64 * 4
+
+
+@pytest.mark.parametrize('argument', [jnp.zeros(3, 'int32'), jax.random.key(0)])
+def test_keys_and_gradients_of_integers_take_no_memory(argument):
+  def f(x, argument):
+    if argument.dtype == jnp.int32:
+      return x[argument].sum()
+    return (x * jax.random.uniform(argument, x.shape)).sum()
+
+  differentiated = 0 if argument.dtype != jnp.int32 else (0, 1)
+  gradient = jax.grad(f, argnums=differentiated, allow_int=True)
+  assert all(a.bytes > 0 for a in held(gradient, x, argument))
+
+
+SCORES = planning.LargeArray(
+  (256, 12, 1024, 1024),
+  'float32',
+  6,
+  'jvp(Net.hidden)/Net.decode/decoder/layers_0/layers_0.attend/self_attention/'
+  'bqhd,bkhd->bhqk/dot_general',
+  9 * GIB,
+)
+HIDDEN = planning.LargeArray((256, 1024, 3072), 'bfloat16', 12, 'mlp/wi/dot', 3 * GIB)
+LOGITS = planning.LargeArray(
+  (256, 1024, 50304), 'float32', 1, '...d,vd->...v/dot', 6 * GIB
+)
+STATE = planning.LargeArray((768, 768), 'float32', 200, '', 2 * GIB)
+
+
+def advice(*held, kind='train', needed=40 * GIB):
+  return planning.advice(planning.DoesNotFitError(needed, 15 * GIB, held), kind)
+
+
+def test_advice_names_sizes_arrays_and_settings():
+  text = advice(SCORES, HIDDEN, STATE)
+  assert '25.00 GiB too much' in text and 'holds 14.00 GiB' in text
+  assert (
+    '9.00 GiB  6 x float32[256,12,1024,1024], the first in '
+    'decoder/layers_0/self_attention/bqhd,bkhd->bhqk/dot_general\n'
+  ) in text
+  assert '2.00 GiB  parameters, optimizer state and the batch' in text
+  for remedy in ('attention scores (9.00', 'backward pass needs (12.00', 'state (2.00'):
+    assert remedy in text
+  for word in ('attention_impl', 'remat_policy', 'num_microbatches', '--find_batch'):
+    assert word in text
+  assert 'logits' not in text
+  text = advice(LOGITS, HIDDEN)
+  assert 'logits (6.00 GiB): ' in text and 'loss_chunk_length' in text
+  assert 'attention scores' not in text
+
+
+def test_recomputation_is_no_remedy_without_a_backward_pass():
+  text = advice(SCORES, HIDDEN, STATE, kind='eval')
+  assert 'remat_policy' not in text and 'attention_impl' in text
+  assert 'inf' not in advice(HIDDEN, needed=math.inf)
+
+
+# ---- plans ---------------------------------------------------------------------
+
+
+class Jitted:
+  """A function with the interface of a partitioned one."""
+
+  def __init__(self, function):
+    self.trace = jax.jit(function).trace
+
+
+def plan_function(monkeypatch, function, *shapes, forward=None, topology=CPUS):
+  given = tuple(jax.ShapeDtypeStruct(shape, 'float32') for shape in shapes)
+  batch = {'targets': jax.ShapeDtypeStruct((8, 1), 'int32')}
+  made = planning.Step(
+    'train', Jitted(function), given, batch, forward and (forward, given), 8, {}
+  )
+  monkeypatch.setattr(planning, 'make_step', lambda *_: made)
+  return planning.plan({}, topology)
+
+
+def test_recomputation_counts_and_is_not_useful(monkeypatch):
+  def forward(x, w):
+    def layer(c, _):
+      return jnp.tanh(c @ w), None
+
+    return jax.lax.scan(jax.checkpoint(layer), x, None, length=4)[0].sum()
+
+  step = jax.value_and_grad(forward, argnums=(0, 1))
+  found = plan_function(monkeypatch, step, (64, 64), (64, 64), forward=forward)
+  product = 2 * 64**3
+  assert found.useful_flops * 8 == 3 * 4 * product
+  # Four forward, four recomputed, eight backward; XLA counts elementwise ones too.
+  assert 16 * product <= found.flops < 16.5 * product
+  assert sorted(found.loops.values()) == [4, 4]
+  assert max(found.rooflines.values()) <= found.estimate_s
+  assert found.arguments == 2 * 64 * 64 * 4
+  assert found.cycles_s is None
+
+
+def test_an_error_says_by_how_much_a_step_does_not_fit(monkeypatch):
+  def f(x):
+    return jnp.sin(x[:, None] * x[None, :]) @ x
+
+  chip = dataclasses.replace(CPUS.chip, hbm_bytes=2**20)
+  small = dataclasses.replace(CPUS, chip=chip)
+  with pytest.raises(planning.DoesNotFitError) as caught:
+    plan_function(monkeypatch, f, (1024,), topology=small)
+  assert caught.value.needed > 2**22
+  largest = caught.value.held[0]
+  assert (largest.shape, largest.bytes) == ((1024, 1024), 1024 * 1024 * 4 / 8)
+
+
+@pytest.mark.parametrize(
+  ('message', 'expected'),
+  [
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
+      'temporaries (40.50G) exceeds available HBM (15.48G).',
+      (40.5 * 2**30, 15.48 * 2**30),
+    ),
+    ('RESOURCE_EXHAUSTED: Used 16.00G of 512.0M hbm. Exceeded', (2**34, 2**29)),
+    ('RESOURCE_EXHAUSTED: no more', (math.inf, CPUS.chip.hbm_bytes)),
+  ],
+)
+def test_the_compilers_verdict(monkeypatch, message, expected):
+  def refuse(self, *_, **__):
+    raise jax.errors.JaxRuntimeError(message)
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', refuse)
+  with pytest.raises(planning.DoesNotFitError) as caught:
+    plan_function(monkeypatch, jnp.sin, (4,))
+  assert (caught.value.needed, caught.value.available) == expected
+
+
+PLAN = planning.Plan(
+  planning.find_topology('v3-8'), 'train', 256, 262144, 9000, 2 * GIB, 5 * GIB, GIB / 2,
+  30e12, 24.64e12, 45e9, 0.5, [('flash', 12, 0.25, 'memory'), ('other', 1, 0.0, '')],
+  0.05, 0.9, {'while.1': 16, 'while.2': None}, 3, 12.0,
+)  # fmt: skip
+
+
+def test_numbers_and_table():
+  found = PLAN.as_numbers()
+  assert found['hbm_gib'] == 7.5
+  assert found['estimate_s'] == pytest.approx(0.8)
+  assert found['mfu'] == pytest.approx(24.64 / 0.8 / 61.6)
+  assert found['tokens_per_s'] == pytest.approx(262144 / 0.8)
+  assert found['hours'] == pytest.approx(9000 * 0.8 / 3600)
+  assert found['bound'] == 'compute'
+  text = PLAN.table()
+  for part in ('7.50 GiB of 15.48 GiB', '0.8 s', '50.0%', '2.00 hours, estimate'):
+    assert part in text, text
+  assert 'Kernel flash: 12 calls, 0.25 s, bound by memory.' in text
+  assert 'Kernel other: 1 calls, no cost declared.' in text
+  assert 'while.2; counted as 3 trips' in text
+
+
+# ---- the largest batch ---------------------------------------------------------
+
+
+@pytest.fixture
+def memory_of_rows(monkeypatch):
+  """Steps take a GiB and 0.1 GiB per row; returns the sizes tried."""
+  tried = []
+
+  def plan(arguments, topology, kind, rows):
+    tried.append(rows)
+    needed = (1 + 0.1 * rows) * GIB
+    if needed > topology.chip.hbm_bytes:
+      raise planning.DoesNotFitError(needed, topology.chip.hbm_bytes)
+    return dataclasses.replace(
+      PLAN, batch_size=rows, arguments=GIB, temporaries=needed - GIB, code=0
+    )
+
+  monkeypatch.setattr(planning, 'plan', plan)
+  return tried
+
+
+def test_the_largest_batch(arguments, memory_of_rows):
+  best, text = planning.find_batch(arguments, CPUS)
+  # 16 GiB hold 150 rows, and eight devices take multiples of eight.
+  assert best.batch_size == 144
+  assert len(memory_of_rows) <= 5
+  assert 'fits: 144 rows, 18 per device; 152 do not (16.20 GiB).' in text
+  assert f'Sizes compiled: {len(memory_of_rows)}.' in text
+
+
+def test_the_largest_batch_divides_by_its_microbatches(arguments, memory_of_rows):
+  cut = functools.partial(arguments['trainer_cls'], num_microbatches=5)
+  own = tiny.dataset_config('train', batch_size=40)
+  changed = {**arguments, 'trainer_cls': cut, 'train_dataset_cfg': own}
+  assert planning.find_batch(changed, CPUS)[0].batch_size == 120
+  assert all(rows % 40 == 0 for rows in memory_of_rows)
+
+
+def test_not_even_one_row_per_device_fits(arguments, memory_of_rows):
+  chip = dataclasses.replace(CPUS.chip, hbm_bytes=GIB)
+  with pytest.raises(planning.DoesNotFitError, match='0.80 GiB too much'):
+    planning.find_batch(arguments, dataclasses.replace(CPUS, chip=chip))
+
+
+@pytest.mark.parametrize(
+  ('per_row', 'fixed', 'available', 'start', 'unit'),
+  [
+    (30, 100, 1000, 8, 8),
+    (30, 100, 1000, 800, 8),
+    (1, 5, 10_000, 8, 8),
+    (100, 950, 1000, 8, 8),
+    (7, 0, 5000, 64, 1),
+  ],
+)
+@pytest.mark.parametrize('reported', [False, True])
+def test_the_search_ends_at_the_largest_batch(
+  per_row, fixed, available, start, unit, reported
+):
+  def needed(size):
+    # Above its line at large sizes, as padding makes programs.
+    total = fixed + per_row * size + (size > 40) * 13
+    return total if total <= available or reported else math.inf
+
+  tried, size = {}, start
+  while size is not None:
+    assert size % unit == 0 and size > 0 and size not in tried
+    tried[size] = needed(size)
+    size = planning.next_batch(tried, available, unit)
+  fits = [s for s, n in tried.items() if n <= available]
+  sizes = range(unit, 20_000, unit)
+  largest = max((s for s in sizes if needed(s) <= available), default=0)
+  assert max(fits, default=0) >= 0.97 * largest - unit
+  assert len(tried) <= 12
