@@ -1,22 +1,21 @@
-"""The core of attention: queries, keys and values in, mixed values out.
+"""Attention: queries, keys and values in, one output per query and head.
 
-What may attend to what is said by segment ids and one flag, never by a mask
-array: every implementation can then build its own mask where it needs one,
-block by block. A query of segment s sees the keys of segment s; a key of segment
-`PAD_SEGMENT` is padding and is seen by padding only.
+Visibility is given by segment ids and one flag, never by a mask array, so that every
+implementation can build its own mask block by block. A query of segment s sees the keys
+of segment s; a key of segment `PAD_SEGMENT` is padding and is seen by padding only.
+
+All implementations compute what `plain_attention` does and take its arguments.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bart_t5x import dropout
+from bart_t5x import dropout, flash
 
 PAD_SEGMENT = 0
-
-# Far below every score, yet finite in every dtype: a row with no visible key
-# then gets equal weights instead of NaN.
-HIDDEN_SCORE = -1e9
 
 
 def visible(
@@ -27,18 +26,10 @@ def visible(
   key_length: int,
   first_query: Int[Array, ''] | int = 0,
 ) -> Bool[Array, '_ 1 q k'] | None:
-  """Which key each query may see, as [batch or 1, 1, query, key].
+  """Returns which key each query sees, [batch or 1, 1, query, key]; None for all.
 
-  Args:
-    query_segments: a segment id per query, None where all belong to one.
-    key_segments: a segment id per key; None only if query_segments is None.
-    causal: whether a query at index i sees keys at indices <= i only.
-    query_length: number of queries.
-    key_length: number of keys.
-    first_query: index of the first query, where these are some of many.
-
-  Returns:
-    The mask, or None where everything is visible.
+  Segment ids are both None where all tokens belong to one. Causal queries see the keys
+  at their own index and before; `first_query` is the index of the first of them.
   """
   mask = None
   if query_segments is not None:
@@ -64,22 +55,9 @@ def plain_attention(
 ) -> Float[Array, 'b q h e']:
   """Softmax attention with all scores at once (Vaswani et al. 2017, 3.2.1).
 
-  Queries come scaled already. Scores and softmax are computed in float32 at
-  least, the two products in the dtype of their operands.
-
-  Args:
-    query: scaled queries.
-    key: keys.
-    value: values.
-    query_segments: see `visible`.
-    key_segments: see `visible`.
-    causal: see `visible`.
-    dropout_rate: dropout on the weights.
-    dropout_key: its random key, None for no dropout.
-    first_query: see `visible`.
-
-  Returns:
-    One mixed value per query and head.
+  Queries come scaled already. Scores and softmax are computed in float32 at least, the
+  two products in the dtype of their operands. Dropout acts on the weights, unless
+  `dropout_key` is None. See `visible` for the other arguments.
   """
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=wide)
@@ -87,7 +65,7 @@ def plain_attention(
     query_segments, key_segments, causal, query.shape[1], key.shape[1], first_query
   )
   if mask is not None:
-    scores = jnp.where(mask, scores, jnp.asarray(HIDDEN_SCORE, wide))
+    scores = jnp.where(mask, scores, jnp.asarray(flash.HIDDEN_SCORE, wide))
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   weights = dropout.dropout(weights, dropout_rate, dropout_key)
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
@@ -105,11 +83,11 @@ def chunked_attention(
   dropout_key: jax.Array | None = None,
   chunk_length: int,
 ) -> Float[Array, 'b q h e']:
-  """The same for `chunk_length` queries at a time, in either pass.
+  """`plain_attention` for `chunk_length` queries at a time, in either pass.
 
-  Scores exist for one chunk only: the backward pass computes them again (Rabe and
-  Staats 2021, with whole rows of keys, so that every value is `plain_attention`'s).
-  Takes its arguments; dropout draws other bits, since each chunk draws its own.
+  Scores exist for one chunk only: the backward pass recomputes them (Rabe and Staats
+  2021, with whole rows of keys, so that every value is `plain_attention`'s). Dropout
+  draws other bits, since each chunk draws its own.
   """
   length = query.shape[1]
   size = min(chunk_length, length)
@@ -121,7 +99,7 @@ def chunked_attention(
     return jnp.moveaxis(parts, 1, 0)
 
   @jax.checkpoint
-  def attend(index, query, segments):
+  def attend_chunk(index, query, segments):
     chunk_key = None
     if dropout_key is not None:
       chunk_key = jax.random.fold_in(dropout_key, index)
@@ -131,6 +109,111 @@ def chunked_attention(
     )  # fmt: skip
 
   chunks = jnp.arange(count), split(query), jax.tree.map(split, query_segments)
-  mixed = jax.lax.map(lambda chunk: attend(*chunk), chunks)
-  mixed = jnp.moveaxis(mixed, 0, 1)
-  return mixed.reshape(mixed.shape[0], count * size, *mixed.shape[3:])[:, :length]
+  attended = jax.lax.map(lambda chunk: attend_chunk(*chunk), chunks)
+  attended = jnp.moveaxis(attended, 0, 1)
+  return attended.reshape(attended.shape[0], count * size, *attended.shape[3:])[
+    :, :length
+  ]
+
+
+def cudnn_attention(
+  query: Float[Array, 'b q h d'],
+  key: Float[Array, 'b k h d'],
+  value: Float[Array, 'b k h d'],
+  query_segments: Int[Array, 'b q'] | None = None,
+  key_segments: Int[Array, 'b k'] | None = None,
+  *,
+  causal: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+  implementation: str = 'cudnn',
+) -> Float[Array, 'b q h d']:
+  """`plain_attention` by cuDNN's fused kernel, as JAX calls it: without dropout.
+
+  What a query that sees no key gets is unspecified.
+
+  Raises:
+    ValueError: without such a GPU, for other than 16 bits, and for dropout.
+  """
+  if dropout_key is not None and dropout_rate > 0:
+    raise ValueError(f"'cudnn' has no dropout on weights. Got: {dropout_rate}")
+  device = flash.device()
+  if implementation == 'cudnn' and not _has_cudnn(device, query.dtype):
+    raise ValueError(
+      "BartConfig.attention_impl = 'cudnn' needs an NVIDIA GPU of compute capability "
+      "8.0 or later (Ampere) and BartConfig.dtype = 'bfloat16' or 'float16'. Got: "
+      f'{device.kind} and {query.dtype}. '
+      "'auto' takes what the platform has; 'plain' and 'chunked' run everywhere."
+    )
+  mask = visible(query_segments, key_segments, False, query.shape[1], key.shape[1])
+  return jax.nn.dot_product_attention(
+      query, key, value, mask=mask, scale=1.0, is_causal=causal,
+      implementation=implementation,
+  )  # fmt: skip
+
+
+def _has_cudnn(device, dtype):
+  # cuDNN's fused attention runs on Ampere and later
+  # (https://docs.nvidia.com/deeplearning/cudnn, "Scaled Dot Product Attention").
+  recent = device.platform == 'gpu' and (device.capability or (0, 0)) >= (8, 0)
+  return recent and dtype.itemsize == 2
+
+
+def automatic(
+  query: Float[Array, 'b q h d'], key: Float[Array, 'b k h d'], dropout_rate: float
+) -> str:
+  """Returns what 'auto' means on the platform that is traced for.
+
+  1. On a TPU 'flash', or 'chunked' for shapes that the kernel does not take.
+  2. On an NVIDIA GPU, Ampere or later, 'cudnn' in 16 bits without dropout, for shapes
+     that JAX passes to cuDNN with a mask and gradients.
+  3. Else 'plain'.
+  """
+  (_, queries, _, head_dim), keys = query.shape, key.shape[1]
+  device = flash.device()
+  if device.platform == 'tpu':
+    return 'chunked' if flash.unsupported(head_dim, max(queries, keys)) else 'flash'
+  fits = head_dim % 8 == 0 and head_dim <= 128 and queries % 2 == keys % 2 == 0
+  if _has_cudnn(device, query.dtype) and fits and not dropout_rate:
+    return 'cudnn'
+  return 'plain'
+
+
+def attend(
+  implementation: str,
+  query: Float[Array, 'b q h d'],
+  key: Float[Array, 'b k h d'],
+  value: Float[Array, 'b k h d'],
+  query_segments: Int[Array, 'b q'] | None = None,
+  key_segments: Int[Array, 'b k'] | None = None,
+  *,
+  causal: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+  chunk_length: int,
+  recompute: bool = False,
+) -> Float[Array, 'b q h d']:
+  """Attends by `BartConfig.attention_impl`.
+
+  `chunk_length` is for 'chunked'; with `recompute`, 'plain' keeps nothing for the
+  backward pass but its arguments.
+  """
+  if query.shape[1] == 1:  # A step of cached decoding has one row of scores.
+    implementation = 'plain'
+  elif implementation == 'auto':
+    implementation = automatic(query, key, dropout_rate)
+  run = {
+    'plain': plain_attention,
+    'chunked': functools.partial(chunked_attention, chunk_length=chunk_length),
+    'flash': flash.flash_attention,
+    'cudnn': cudnn_attention,
+  }[implementation]
+
+  def call(dropout_key, *arrays):
+    return run(
+      *arrays, causal=causal, dropout_rate=dropout_rate, dropout_key=dropout_key
+    )
+
+  if implementation == 'plain' and recompute:
+    call = jax.checkpoint(call)
+  return call(dropout_key, query, key, value, query_segments, key_segments)

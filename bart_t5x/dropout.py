@@ -4,8 +4,8 @@ JAX's generators take some 50 operations for 32 bits, which made dropout a sixth
 training step on a CPU; the hash here takes 11, and none of them is a product: a TPU's
 vector units multiply no integers, and its compiler writes 22 shifts and additions for
 one. As no bit depends on another, the compiler fuses the hash into what uses it, a
-sharded array gets the same bits as a whole one, and a kernel can draw those of the
-block before it (`flash`). Good enough for dropout; not a generator for anything else.
+sharded array gets the same bits as a whole one, and a kernel can draw those of its own
+block (`flash`). Good enough for dropout; not a generator for anything else.
 """
 
 import jax
@@ -13,11 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 
-def _mixed(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
-  """A bijection of 32 bits in which every input bit moves every output bit.
-
-  Shifts, sums and constants are those of Bob Jenkins' integer hash (public domain).
-  """
+def _hash32(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
+  """Bob Jenkins' integer hash (public domain): a bijection of 32 bits."""
   bits = (bits + jnp.uint32(0x7ED55D16)) + (bits << 12)
   bits = (bits ^ jnp.uint32(0xC761C23C)) ^ (bits >> 19)
   bits = (bits + jnp.uint32(0x165667B1)) + (bits << 5)
@@ -26,11 +23,11 @@ def _mixed(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
   return (bits ^ jnp.uint32(0xB55A4F09)) ^ (bits >> 16)
 
 
-def _stirred(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
-  """The same for bits that are mixed already, at half the price.
+def _hash32_light(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
+  """The same for bits that are hashed already, at half the price.
 
-  Carries of the sums are what xor alone would lack: without them the four bits of two
-  rows and two columns determine each other.
+  The sums' carries matter: with xor alone the four bits of two rows and two columns
+  determine each other.
   """
   bits = bits + (bits << 10)
   bits = bits ^ (bits >> 6)
@@ -40,7 +37,7 @@ def _stirred(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
 
 
 def seeds(key: jax.Array) -> tuple[UInt32[Array, ''], UInt32[Array, '']]:
-  """The two numbers, for rows and for columns, that all bits of a key depend on."""
+  """Returns a key's two numbers, for rows and for columns."""
   row_seed, column_seed = jax.random.bits(key, (2,), jnp.uint32)
   return row_seed, column_seed
 
@@ -48,43 +45,35 @@ def seeds(key: jax.Array) -> tuple[UInt32[Array, ''], UInt32[Array, '']]:
 def row_bits(
   row: UInt32[Array, '...'], seed: UInt32[Array, '']
 ) -> UInt32[Array, '...']:
-  """What a row's index adds to its bits; rows count through all axes but the last."""
-  return _mixed(_mixed(row ^ seed))
+  """Hashes row indices, which count through all axes but the last."""
+  return _hash32(_hash32(row ^ seed))
 
 
 def column_bits(
   column: UInt32[Array, '...'], seed: UInt32[Array, '']
 ) -> UInt32[Array, '...']:
-  """What the index along the last axis adds to the bits."""
-  return _mixed(column ^ seed)
+  """Hashes indices along the last axis."""
+  return _hash32(column ^ seed)
 
 
 def joined_bits(
   row: UInt32[Array, '...'], column: UInt32[Array, '...']
 ) -> UInt32[Array, '...']:
-  """The bits of elements, from `row_bits` and `column_bits` that broadcast.
+  """Returns the bits of elements from broadcasting `row_bits` and `column_bits`.
 
-  Mixed apart and joined by xor: two rows then never share a shifted run of bits, as
-  they would if columns were steps along one sequence.
+  Both are hashed before they are joined by xor: two rows then never share a shifted run
+  of bits, as they would if columns were steps along one sequence.
   """
-  return _stirred(row ^ column)
+  return _hash32_light(row ^ column)
 
 
 def threshold(rate: float) -> int:
-  """Bits below it mean zero."""
+  """Elements whose bits are below it are dropped."""
   return min(round(rate * 2**32), 2**32 - 1)
 
 
 def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, '...']:
-  """Random bits for dropout.
-
-  Args:
-    key: a JAX random key of any kind.
-    shape: the shape wanted.
-
-  Returns:
-    uint32 of that shape.
-  """
+  """Returns random bits for dropout from a JAX key of any kind."""
   row_seed, column_seed = seeds(key)
   row = jnp.zeros(shape[:-1] + (1,), jnp.uint32)
   for axis, size in enumerate(shape[:-1]):
@@ -99,13 +88,7 @@ def dropout(
 ) -> Float[Array, '...']:
   """Sets each element to zero with probability `rate`, scaling up the rest.
 
-  Args:
-    x: values; every element is drawn on its own, nothing is broadcast.
-    rate: probability of zero, in [0, 1).
-    key: a random key, or None to leave x as it is.
-
-  Returns:
-    An array like x with the same expectation.
+  Every element is drawn on its own. Without a key x is returned as it is.
   """
   if key is None or rate == 0:
     return x

@@ -2,10 +2,10 @@
 
 For 32 rows of 1024 targets and 50,265 ids the logits take 6.6 GB in float32. Here
 they are made for some positions of every row at a time, and what training needs of
-them is taken while they are there: loss, correctness, and (only under
-differentiation) the gradients of hidden states and table. The gradient of a sum of
-losses is known up to one factor before the backward pass begins, so nothing is
-computed twice: three products with the table, as if the logits had been kept.
+them is computed at once: loss, correctness, and (only under differentiation) the
+gradients of hidden states and table. The gradient of a sum of losses is known up to one
+factor before the backward pass begins, so nothing is computed twice: three products
+with the table, as if the logits had been kept.
 """
 
 import functools
@@ -22,44 +22,30 @@ PADDED_LOGIT = -1e9
 
 
 class LossSettings(NamedTuple):
-  """The constants of the loss.
+  """The constants of the loss."""
 
-  Attributes:
-    vocab_size: real ids; further rows of the table are padding, never predicted.
-    label_smoothing: probability spread evenly over the other real ids.
-    z_loss: coefficient of log(Z)^2, which keeps logits from drifting.
-    chunk_length: target positions of every row whose logits exist at a time; None
-      for all. A length that it does not divide is padded.
-    groups: parts of the batch that accumulate their own gradient of the table.
-      A multiple of the devices along the batch keeps their sum out of the loop.
-  """
-
-  vocab_size: int
-  label_smoothing: float = 0.0
-  z_loss: float = 0.0
+  vocab_size: int  # Further rows of the table are padding, never predicted.
+  label_smoothing: float = 0.0  # Probability spread evenly over the other real ids.
+  z_loss: float = 0.0  # Coefficient of log(Z)^2, which keeps logits from drifting.
+  # Target positions of every row whose logits exist at a time; None for all.
   chunk_length: int | None = None
+  # Parts of the batch that accumulate their own gradient of the table. A multiple of
+  # the devices along the batch keeps the sum over devices out of the loop.
   groups: int = 1
 
 
 class TokenLosses(NamedTuple):
-  """What is known of each target, without gradients.
+  """Losses of each target in nats, without gradients."""
 
-  Attributes:
-    cross_entropy: with label smoothing, in nats, less the smoothed targets' own
-      entropy.
-    z_loss: the auxiliary loss, coefficient included.
-    negative_log_likelihood: of the target alone, without smoothing, in nats.
-    correct: whether no id has a greater logit than the target.
-  """
-
+  # With label smoothing, less the smoothed targets' own entropy.
   cross_entropy: Float[Array, '...']
-  z_loss: Float[Array, '...']
-  negative_log_likelihood: Float[Array, '...']
-  correct: Bool[Array, '...']
+  z_loss: Float[Array, '...']  # Coefficient included.
+  negative_log_likelihood: Float[Array, '...']  # Of the target alone.
+  correct: Bool[Array, '...']  # No id has a greater logit than the target.
 
 
 def smoothed_target(settings: LossSettings) -> tuple[float, float, float]:
-  """(probability of the target, of each other id, entropy of the two) as in T5X."""
+  """Returns (probability of the target, of each other id, entropy), as in T5X."""
   on = 1.0 - settings.label_smoothing
   others = settings.vocab_size - 1
   off = settings.label_smoothing / max(others, 1)
@@ -74,10 +60,9 @@ def token_losses(
   targets: Int[Array, '...'],
   settings: LossSettings,
 ) -> tuple[TokenLosses, Float[Array, '... v'], Float[Array, '...']]:
-  """Losses of targets under logits whose padded columns are `PADDED_LOGIT`.
+  """Returns the losses, the softmax up to its divisor, and log(Z).
 
-  Returns:
-    The losses, the softmax up to its divisor, and log(Z).
+  Padded columns of the logits are `PADDED_LOGIT`.
   """
   on, off, entropy = smoothed_target(settings)
   columns = jnp.arange(logits.shape[-1])
@@ -117,25 +102,25 @@ def masked_logits(
 
 
 def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
-  """Gradients of one chunk's weighted loss by hidden states and table, transposed."""
+  """Gradients of one chunk's weighted loss: d_hidden, and d_table transposed."""
   on, off, _ = smoothed_target(settings)
   columns = jnp.arange(exps.shape[-1])
   weight = weights.astype(exps.dtype)
   # The exponentials are those of the loss: taking them again costs more on a CPU
   # than reading them back.
-  steep = weight * (1 + 2 * settings.z_loss * log_z) / exps.sum(-1)
+  slope = weight * (1 + 2 * settings.z_loss * log_z) / exps.sum(-1)
   weight = weight[..., None]
-  by_logits = steep[..., None] * exps
-  goal = jnp.where(columns == targets[..., None], on, off)
+  d_logits = slope[..., None] * exps
+  wanted = jnp.where(columns == targets[..., None], on, off)
   if off:
-    goal = jnp.where(columns < settings.vocab_size, goal, 0)
-  by_logits = (by_logits - weight * goal).astype(hidden.dtype)
-  by_hidden = jnp.einsum('gbcv,vd->gbcd', by_logits, table)
-  # Transposed, as [d, v]: the small factor is then the one to turn round.
-  by_table = jnp.einsum(
-    'gbcd,gbcv->gdv', hidden, by_logits, preferred_element_type=exps.dtype
+    wanted = jnp.where(columns < settings.vocab_size, wanted, 0)
+  d_logits = (d_logits - weight * wanted).astype(hidden.dtype)
+  d_hidden = jnp.einsum('gbcv,vd->gbcd', d_logits, table)
+  # [d, v]: the small factor is then the one to transpose.
+  d_table = jnp.einsum(
+    'gbcd,gbcv->gdv', hidden, d_logits, preferred_element_type=exps.dtype
   )
-  return by_hidden, by_table
+  return d_hidden, d_table
 
 
 def _chunks(array, settings):
@@ -158,12 +143,12 @@ def _joined(chunks, length):
 
 
 def _run(settings, with_gradients, hidden, table, bias, targets, weights):
-  """Total, token losses and, if wanted, gradients; a chunk at a time."""
+  """Total, token losses and, if asked for, gradients; a chunk at a time."""
   wide = jnp.promote_types(hidden.dtype, jnp.float32)
   # Once, not in every chunk; the gradient stays in the parameter's own dtype.
   narrow = table.astype(hidden.dtype)
 
-  def one_chunk(by_table, chunk):
+  def one_chunk(d_table, chunk):
     hidden, targets, weights = chunk
     logits = masked_logits(hidden, narrow, bias, settings.vocab_size)
     logits = partitioning.with_sharding_constraint(
@@ -172,24 +157,26 @@ def _run(settings, with_gradients, hidden, table, bias, targets, weights):
     losses, exps, log_z = token_losses(logits, targets, settings)
     if not with_gradients:
       return None, (losses, None)
-    by_hidden, more = _chunk_gradients(
+    d_hidden, d_table_chunk = _chunk_gradients(
       exps, log_z, hidden, narrow, targets, weights, settings
     )
-    more = partitioning.with_sharding_constraint(more, ('batch', None, 'vocab'))
-    return by_table + more, (losses, by_hidden)
+    d_table_chunk = partitioning.with_sharding_constraint(
+      d_table_chunk, ('batch', None, 'vocab')
+    )
+    return d_table + d_table_chunk, (losses, d_hidden)
 
   start = None
   if with_gradients:
     start = jnp.zeros((settings.groups, *table.T.shape), wide)
   chunks = tuple(_chunks(array, settings) for array in (hidden, targets, weights))
-  by_table, outputs = jax.lax.scan(one_chunk, start, chunks)
-  losses, by_hidden = jax.tree.map(
+  d_table, outputs = jax.lax.scan(one_chunk, start, chunks)
+  losses, d_hidden = jax.tree.map(
     functools.partial(_joined, length=hidden.shape[1]), outputs
   )
   total = jnp.sum((losses.cross_entropy + losses.z_loss) * weights)
   gradients = None
   if with_gradients:
-    gradients = by_hidden, by_table.sum(0).T.astype(table.dtype)
+    gradients = d_hidden, d_table.sum(0).T.astype(table.dtype)
   return (total, losses), gradients
 
 
@@ -205,19 +192,9 @@ def chunked_loss(
   """Σ weight · (cross-entropy + z-loss) over targets, and the losses of each.
 
   Equal to T5X's `compute_weighted_cross_entropy` of the full logits. The total has
-  gradients by hidden states and table. The bias and the weights count as constants,
-  and so does every token's loss.
-
-  Args:
-    settings: constants of the loss.
-    hidden: the decoder's states; their dtype is that of the products.
-    table: the token table, padded rows included.
-    bias: constant added to the logits.
-    targets: ids.
-    weights: weight of each target.
-
-  Returns:
-    The total, and per-token losses [b, l], unweighted.
+  gradients with respect to hidden states and table only; bias, weights and the
+  per-token losses, which are unweighted, are constants. Products have the dtype of
+  `hidden`, the decoder's states.
   """
   return _run(settings, False, hidden, table, bias, targets, weights)[0]
 
@@ -228,9 +205,9 @@ def _forward(settings, *arrays):
 
 def _backward(settings, gradients, cotangents):
   del settings
-  by_hidden, by_table = gradients
+  d_hidden, d_table = gradients
   factor = cotangents[0]
-  scaled = (factor.astype(leaf.dtype) * leaf for leaf in (by_hidden, by_table))
+  scaled = (factor.astype(leaf.dtype) * leaf for leaf in (d_hidden, d_table))
   return *scaled, None, None, None
 
 

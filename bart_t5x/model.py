@@ -1,4 +1,4 @@
-"""BART as T5X trains it: the loss without full logits, and honest metrics."""
+"""BART as a T5X model: the loss without full logits, metrics by kind of target."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
-from bart_t5x import features
+from bart_t5x import features, network, noise
 from bart_t5x import loss as loss_lib
-from t5x import decoding, losses, metrics, models
+from t5x import decoding, losses, models
 
 if TYPE_CHECKING:
   import seqio
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, clu.metrics.Metric]
 
-# How `decoder_targets_noised` codes what became of a target in the input.
-COPIED, INFILLED, END = 1, 2, 3
-
-# Padding, <s>, </s>, <unk>: the same inside ids in every vocabulary.
+# Padding, <s>, </s>, <unk>: the same internal ids in every vocabulary.
 ALWAYS_SPECIAL = (0, 1, 2, 3)
 
 
@@ -31,8 +28,8 @@ class BartModel(models.EncoderDecoderModel):
   """A `network.Transformer` with its vocabularies, loss, metrics and decoding."""
 
   FEATURE_CONVERTER_CLS = features.BartFeatureConverter
-  # What the runtime's progress bar, its evaluations and its last line show behind loss
-  # and accuracy of all targets.
+  # Shown by the runtime's progress bar, evaluations and last line, after loss and
+  # accuracy.
   PROGRESS_METRICS = {
     'infilled': 'infilled_accuracy',
     'copied': 'copied_accuracy',
@@ -57,7 +54,7 @@ class BartModel(models.EncoderDecoderModel):
     loss_chunk_length: int | None = 64,
     forced_first_id: int | None = None,
   ):
-    """As `EncoderDecoderModel`, with two arguments more.
+    """Takes `EncoderDecoderModel`'s arguments and two more.
 
     Args:
       module: a `network.Transformer`.
@@ -65,22 +62,21 @@ class BartModel(models.EncoderDecoderModel):
       output_vocabulary: vocabulary of the targets.
       optimizer_def: definition of the optimizer.
       decode_fn: decoding function.
-      feature_converter_cls: in place of `BartFeatureConverter`.
+      feature_converter_cls: replaces `BartFeatureConverter`.
       label_smoothing: probability spread evenly over the other ids.
       z_loss: weight of log(Z)^2.
-      loss_normalizing_factor: what the summed loss is divided by, see
-        `t5x.losses`; reported losses do not depend on it.
+      loss_normalizing_factor: divides the summed loss, see `t5x.losses`; reported
+        losses do not depend on it.
       default_decoder_params: defaults of `predict_batch_with_aux`.
-      loss_chunk_length: target positions of every row whose logits exist at a
-        time, None for all. Rows x this x vocabulary x 4 bytes is what they take:
-        accelerators want some 100 MB, CPUs what fits into the cache.
-      forced_first_id: the token with which every decoded sequence begins, for
-        models that were made so (Hugging Face's `forced_bos_token_id`); None
-        leaves it to the model.
+      loss_chunk_length: target positions of every row whose logits exist at a time,
+        None for all. They take rows x this x vocabulary x 4 bytes: accelerators want
+        some 100 MB, CPUs what fits into the cache.
+      forced_first_id: the token with which every decoded sequence begins, for models
+        trained that way (Hugging Face's `forced_bos_token_id`).
 
     Raises:
-      ValueError: for a vocabulary whose size is not the module's, a chunk length
-        below 1, and a forced id that the vocabulary does not have.
+      ValueError: for a vocabulary whose size is not the module's, a chunk length below
+        1, and a forced id that is not in the vocabulary.
     """
     super().__init__(
       module=module,
@@ -106,15 +102,10 @@ class BartModel(models.EncoderDecoderModel):
   def loss_fn(
     self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
   ) -> tuple[Float[Array, ''], Metrics]:
-    """The loss that is differentiated, and metrics of the batch.
+    """Returns Σ weight · loss / `loss_normalizing_factor`, and metrics, all Σ / Σ.
 
-    Args:
-      params: the parameters.
-      batch: model features; `decoder_targets_noised` may be among them.
-      dropout_rng: key for dropout; None switches it off.
-
-    Returns:
-      Σ weight · loss / `loss_normalizing_factor`, and metrics, all Σ / Σ.
+    `decoder_targets_noised` may be among the batch's features. Without `dropout_rng`
+    there is no dropout.
     """
     factor, weights = losses.get_loss_normalizing_factor_and_weights(
       self._loss_normalizing_factor, batch
@@ -129,8 +120,7 @@ class BartModel(models.EncoderDecoderModel):
     found = {
       **token_metrics(tokens, counted),
       **compatible_metrics(tokens, targets, counted, self._special_ids()),
-      **packing_metrics(batch, counted),
-      **timing_metrics(targets.shape),
+      **_rates(batch, counted),
     }
     if features.DECODER_NOISED in batch:
       found |= noise_metrics(tokens, batch[features.DECODER_NOISED], counted)
@@ -139,9 +129,9 @@ class BartModel(models.EncoderDecoderModel):
   def score_batch(
     self, params: PyTree, batch: Batch, return_intermediates: bool = False
   ) -> Any:
-    """Log probability of each row's targets, [batch]; without full logits.
+    """Log probability of each row's targets, [batch], without full logits.
 
-    With return_intermediates it is the base class's, which holds the logits.
+    With return_intermediates the base class does it, which stores the logits.
     """
     if return_intermediates:
       return super().score_batch(params, batch, return_intermediates)
@@ -152,10 +142,10 @@ class BartModel(models.EncoderDecoderModel):
   def _compute_logits_from_slice(
     self, decoding_state: decoding.DecodingState, *args: Any, **kwargs: Any
   ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
-    """As the base class's; the first token may be forced.
+    """Forces the first token; a prompt takes precedence.
 
-    Here and not in a logit callback, which only sampling has: every decoding
-    function asks for its logits here. A prompt overrules what is forced.
+    Here and not in a logit callback, which only sampling has: every decoding function
+    asks for its logits here.
     """
     logits, cache = super()._compute_logits_from_slice(decoding_state, *args, **kwargs)
     if self._forced_first_id is None:
@@ -169,21 +159,21 @@ class BartModel(models.EncoderDecoderModel):
   def _token_losses(self, params, batch, weights, dropout_rng):
     """Weighted total and per-token losses, by `loss.chunked_loss`."""
     module = self.module
-    optional = {
-        name: batch.get(name)
-        for name in (
-            'encoder_segment_ids', 'decoder_segment_ids',
-            'encoder_positions', 'decoder_positions',
-        )
-    }  # fmt: skip
+    source, target = (
+      network.Rows(
+        batch[f'{side}_input_tokens'],
+        batch.get(f'{side}_segment_ids'),
+        batch.get(f'{side}_positions'),
+      )
+      for side in ('encoder', 'decoder')
+    )
     hidden = module.apply(
       {'params': params},
-      batch['encoder_input_tokens'],
-      batch['decoder_input_tokens'],
+      source,
+      target,
       enable_dropout=dropout_rng is not None,
       rngs=None if dropout_rng is None else {'dropout': dropout_rng},
       method=module.hidden,
-      **optional,
     )
     table, bias = module.apply({'params': params}, method=module.output_weights)
     settings = loss_lib.LossSettings(
@@ -200,9 +190,9 @@ class BartModel(models.EncoderDecoderModel):
     )
 
   def _special_ids(self) -> tuple[int, ...]:
-    """Ids that carry no text; without a vocabulary's word, those BART always has."""
+    """Ids that carry no text."""
     vocabulary = self.output_vocabulary
-    # Asked first: where there is no file yet, the ids themselves raise.
+    # Without its file a vocabulary raises when asked for its ids.
     if getattr(vocabulary, 'available', True) and hasattr(vocabulary, 'special_ids'):
       return vocabulary.special_ids
     return ALWAYS_SPECIAL
@@ -222,7 +212,6 @@ def _check_settings(loss_chunk_length, forced_first_id, vocab_size):
 
 
 def _check_vocabulary(side, vocabulary, vocab_size):
-  """A model for another vocabulary would train, on nonsense."""
   if not getattr(vocabulary, 'available', True):
     return
   if vocabulary.vocab_size != vocab_size:
@@ -240,14 +229,14 @@ def _check_vocabulary(side, vocabulary, vocab_size):
 def _share(
   values: Num[Array, 'b l'] | Bool[Array, 'b l'], weights: Float[Array, 'b l']
 ) -> clu.metrics.Average:
-  """Σ weight · value / Σ weight, over all that is merged."""
+  """Σ weight · value / Σ weight, over everything merged."""
   return clu.metrics.Average(total=jnp.sum(values * weights), count=jnp.sum(weights))
 
 
 def token_metrics(
   tokens: loss_lib.TokenLosses, weights: Float[Array, 'b l']
 ) -> Metrics:
-  """Loss, with the z-loss in it and without, and accuracy, by weighted target."""
+  """Loss with and without the z-loss, and accuracy, per weighted target."""
   return {
     'loss': _share(tokens.cross_entropy + tokens.z_loss, weights),
     'cross_ent_loss': _share(tokens.cross_entropy, weights),
@@ -261,23 +250,19 @@ def noise_metrics(
   noised: Int[Array, 'b l'],
   weights: Float[Array, 'b l'],
 ) -> Metrics:
-  """Accuracy by what the model had to do, and what copying alone would reach.
+  """Accuracy by kind of target (codes of `noise`, 0 for padding).
 
-  Args:
-    tokens: losses of each target.
-    noised: 1 where the target stands in the input, 2 where it was masked away, 3
-      at the end token, 0 on padding.
-    weights: weight of each target.
-
-  Returns:
-    The accuracies; `copy_baseline_accuracy` is the copied targets' share.
+  `copy_baseline_accuracy`, the share of copied targets, is what copying would reach.
   """
-  kinds = {'copied': COPIED, 'infilled': INFILLED, 'end': END}
+  kinds = {'copied': noise.COPIED, 'infilled': noise.INFILLED, 'end': noise.END}
   accuracies = {
     f'{name}_accuracy': _share(tokens.correct, weights * (noised == code))
     for name, code in kinds.items()
   }
-  return {**accuracies, 'copy_baseline_accuracy': _share(noised == COPIED, weights)}
+  return {
+    **accuracies,
+    'copy_baseline_accuracy': _share(noised == noise.COPIED, weights),
+  }
 
 
 def compatible_metrics(
@@ -288,8 +273,8 @@ def compatible_metrics(
 ) -> Metrics:
   """Loss and accuracy as Hugging Face's Flax script for BART counts them.
 
-  It leaves out special tokens (so the end as well) and knows neither smoothing nor
-  z-loss. To compare with numbers of old, not to judge by.
+  It leaves out special tokens (so the end as well), smoothing and z-loss. Only for
+  comparison with published numbers.
   """
   special = jnp.isin(targets, jnp.asarray(special_ids, targets.dtype))
   kept = weights * ~special
@@ -299,43 +284,23 @@ def compatible_metrics(
   }
 
 
-def packing_metrics(batch: Batch, weights: Float[Array, 'b l']) -> Metrics:
-  """How full the rows are, and how many examples a step sees."""
-  found = {
-    'non_padding_fraction/loss_weights': clu.metrics.Average(
-      total=jnp.sum(weights), count=jnp.asarray(weights.size)
-    )
-  }
-  for side, tokens in (
-    ('encoder', 'encoder_input_tokens'),
-    ('decoder', 'decoder_target_tokens'),
-  ):
+def _rates(batch: Batch, weights: Float[Array, 'b l']) -> Metrics:
+  """T5X's metrics of time, padding and packing, which need no logits."""
+  targets = batch['decoder_target_tokens']
+  segments = {
     # Without packing each row is one example, of segment 1.
-    ids = batch.get(f'{side}_segment_ids', (batch[tokens] != 0).astype(jnp.int32))
-    found[f'non_padding_fraction/{side}'] = clu.metrics.Average(
-      total=jnp.sum(ids != 0), count=jnp.asarray(ids.size)
+    side: batch.get(f'{side}_segment_ids', (batch[tokens] != 0).astype(jnp.int32))
+    for side, tokens in (
+      ('encoder', 'encoder_input_tokens'),
+      ('decoder', 'decoder_target_tokens'),
     )
-    found[f'effective_batch_size/{side}'] = metrics.AveragePerStep(
-      total=models.count_packed_examples(ids)
-    )
-  return found
-
-
-def timing_metrics(shape: tuple[int, int]) -> Metrics:
-  """Rates under T5X's names; the trainer fills the durations in.
-
-  Args:
-    shape: rows and target length of the batch.
-  """
-  rows, slots = jnp.asarray(shape[0]), jnp.asarray(shape[0] * shape[1])
-  per_time = metrics.TimeRate.from_model_output
-  devices = jax.device_count()
-  return {
-    'timing/seconds': metrics.Time(),
-    'timing/seqs': metrics.Sum.from_model_output(rows),
-    'timing/seqs_per_second': per_time(numerator=rows),
-    'timing/seqs_per_second_per_core': per_time(numerator=rows / devices),
-    'timing/steps_per_second': metrics.StepsPerTime.from_model_output(),
-    'timing/target_tokens_per_second': per_time(numerator=slots),
-    'timing/target_tokens_per_second_per_core': per_time(numerator=slots / devices),
   }
+  found = models.compute_base_metrics(
+    logits=jnp.zeros((*targets.shape, 1)),
+    targets=targets,
+    mask=weights,
+    loss=jnp.zeros(()),
+    segment_ids=segments,
+  )
+  del found['non_padding_fraction/overall']
+  return {name: metric for name, metric in found.items() if '/' in name}

@@ -7,7 +7,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bart_t5x import flash, flash_kernels
+from bart_t5x import flash
 from t5x import partitioning
 
 
@@ -37,7 +37,7 @@ def padded_heads(module: nn.Module) -> nn.Module:
   def padded(query, key, value, *segments, **options):
     width = query.shape[-1]
     wide = [
-      jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, flash_kernels.LANES - width)))
+      jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, flash.LANES - width)))
       for x in (query, key, value)
     ]
     return attend(*wide, *segments, **options)[..., :width]

@@ -27,8 +27,8 @@ import array_types  # noqa: E402 - found through the path above.
 array_types.install(
   f'bart_t5x.{name}'
   for name in (
-    'attention', 'attention_cores', 'blocks', 'cudnn', 'dropout', 'flash', 'hf.mapping',
-    'layers', 'loss', 'metrics', 'model', 'network',
+    'attention', 'dropout', 'flash', 'hf.mapping', 'loss', 'metrics', 'model',
+    'network',
   )
 )  # fmt: skip
 

@@ -1,11 +1,14 @@
-"""Attention cores and dropout bits."""
+"""Attention implementations against the plain one, and which one runs where."""
+
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bart_t5x import attention
+from bart_t5x import attention, flash, network
 
 
 def test_visible_by_hand():
@@ -34,9 +37,9 @@ def test_chunked_attention_equals_plain(chunk_length, causal):
   q, k, v = (rng.normal(size=(2, 7, 3, 4)).astype(np.float32) for _ in range(3))
   segments = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 3, 3]])
 
-  def value_and_gradients(core, *given, **kwargs):
+  def value_and_gradients(attend, *given, **kwargs):
     def total(q, k, v):
-      return jnp.sum(jnp.sin(core(q, k, v, *given, causal=causal, **kwargs)))
+      return jnp.sum(jnp.sin(attend(q, k, v, *given, causal=causal, **kwargs)))
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
@@ -56,9 +59,117 @@ def test_chunks_drop_weights_apart_from_each_other():
   """Equal queries in two chunks lose different weights, at the rate asked for."""
   q, k = np.zeros((1, 8, 1, 4), np.float32), np.zeros((1, 512, 1, 4), np.float32)
   v = np.broadcast_to(np.eye(512, dtype=np.float32)[None, :, None], (1, 512, 1, 512))
-  mixed = attention.chunked_attention(
+  attended = attention.chunked_attention(
     q, k, v, dropout_rate=0.25, dropout_key=jax.random.key(0), chunk_length=4
   )
-  dropped = np.asarray(mixed)[0, :, 0] == 0  # [query, key]
+  dropped = np.asarray(attended)[0, :, 0] == 0  # [query, key]
   assert abs(dropped.mean() - 0.25) < 5 * np.sqrt(0.1875 / dropped.size)
   assert not (dropped[:4] == dropped[4:]).all(-1).any()
+
+
+@pytest.mark.parametrize(
+  ('platform', 'fields', 'lengths', 'wanted'),
+  [
+    ('cpu', {}, (8, 8), 'plain'),
+    ('tpu', {}, (1024, 896), 'flash'),
+    ('tpu', {}, (8, 4096), 'chunked'),
+    ('tpu', {'head_dim': 48}, (8, 8), 'chunked'),
+    ('8.0', {'dtype': 'bfloat16'}, (8, 8), 'plain'),  # drops attention weights
+    ('8.0', {'dtype': 'bfloat16', 'dropout_rate': 0.0}, (8, 8), 'cudnn'),
+    ('12.0', {'dtype': 'bfloat16', 'dropout_rate': 0.0}, (8, 8), 'cudnn'),
+    ('7.5', {'dtype': 'bfloat16', 'dropout_rate': 0.0}, (8, 8), 'plain'),
+    ('gfx90a', {'dtype': 'bfloat16', 'dropout_rate': 0.0}, (8, 8), 'plain'),
+    ('8.0', {'dropout_rate': 0.0}, (8, 8), 'plain'),  # float32
+    ('8.0', {'dtype': 'bfloat16', 'dropout_rate': 0.0}, (7, 8), 'plain'),
+  ],
+)
+def test_automatic_by_platform(monkeypatch, platform, fields, lengths, wanted):
+  """The platform, or a GPU's compute capability."""
+  device = types.SimpleNamespace(platform=platform, device_kind='?')
+  if platform not in ('cpu', 'tpu'):
+    device.platform, device.compute_capability = 'gpu', platform
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  settings = {'head_dim': 64, 'dtype': 'float32', 'dropout_rate': 0.1, **fields}
+  query, key = (
+    jnp.ones((1, n, 2, settings['head_dim']), settings['dtype']) for n in lengths
+  )
+  assert attention.automatic(query, key, settings['dropout_rate']) == wanted
+
+
+@pytest.mark.parametrize(
+  ('impl', 'recompute'),
+  [('auto', True), ('chunked', False), ('flash', True)],
+)
+def test_every_implementation_that_runs_here_equals_plain(impl, recompute):
+  rng = np.random.default_rng(0)
+  arrays = [rng.normal(size=(2, 8, 2, 4)).astype(np.float32) for _ in range(3)]
+  segments = np.array([[1, 1, 1, 2, 2, 2, 3, 3], [1] * 8])
+
+  def run(name, recompute):
+    def total(*arrays):
+      attended = attention.attend(
+        name, *arrays, segments, segments, causal=True, chunk_length=3,
+        recompute=recompute,
+      )  # fmt: skip
+      return jnp.sum(jnp.sin(attended))
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*arrays)
+
+  with flash.interpreted():
+    ours = run(impl, recompute)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    ours,
+    run('plain', False),
+  )
+
+
+def test_a_decoding_step_is_plain_whatever_the_config_says():
+  x, keys = jnp.ones((2, 1, 2, 4)), jnp.ones((2, 8, 2, 4))
+  got = attention.attend('flash', x, keys, keys, chunk_length=4)
+  np.testing.assert_allclose(got, 1)
+
+
+def test_cudnn_excludes_dropout_on_weights():
+  with pytest.raises(ValueError, match='needs attention_dropout_rate = 0 .*Got: 0.1'):
+    network.BartConfig(vocab_size=40, attention_impl='cudnn')
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_call_to_cudnn_equals_plain_attention(causal, packed):
+  rng = np.random.default_rng(0)
+  arrays = [rng.normal(size=(2, 7, 3, 4)).astype(np.float32) for _ in range(3)]
+  row = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 3, 3]])
+  segments = (row, row) if packed else ()
+
+  def run(attend):
+    def total(*arrays):
+      return jnp.sum(jnp.sin(attend(*arrays, *segments, causal=causal)))
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*arrays)
+
+  ours = run(functools.partial(attention.cudnn_attention, implementation='xla'))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6),
+    ours,
+    run(attention.plain_attention),
+  )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'capability', 'dtype'),
+  [
+    ('V100', (7, 0), 'bfloat16'),
+    ('MI300', None, 'bfloat16'),
+    ('H100', (9, 0), 'float32'),
+  ],
+)
+def test_cudnn_needs_a_recent_gpu_and_16_bits(monkeypatch, kind, capability, dtype):
+  monkeypatch.setattr(flash, 'device', lambda: flash.Device('gpu', kind, capability))
+  x = jnp.ones((1, 4, 1, 8), dtype)
+  with pytest.raises(ValueError, match=f'Got: {kind} and {dtype}'):
+    attention.cudnn_attention(x, x, x)
+  with pytest.raises(ValueError, match='Got: 0.1'):
+    attention.cudnn_attention(x, x, x, dropout_rate=0.1, dropout_key=jax.random.key(0))

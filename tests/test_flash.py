@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import partitioning
+from jax.interpreters import partial_eval
 
-from bart_t5x import attention, flash, flash_kernels, network
-from t5x.planning import jaxpr_costs
+from bart_t5x import attention, flash, network
 
 RULES = [('batch', 'data'), ('heads', 'model')]
 
@@ -30,20 +30,20 @@ def _segments(batch, queries, keys, causal):
   return left, right
 
 
-def _run(core, query, key, value, wanted, *segments, **options):
-  """Mixed values of the queries that see a key, and the three gradients."""
+def _run(attend, query, key, value, wanted, *segments, **options):
+  """The output of the queries that see a key, and the three gradients."""
   counted = jnp.ones(query.shape[:2], bool)
   if segments:
     counted = (segments[0][:, :, None] == segments[1][:, None]).any(-1)
 
   def total(query, key, value):
-    mixed = core(query, key, value, *segments, **options)
-    mixed = jnp.where(counted[:, :, None, None], mixed, 0)
-    return jnp.sum(mixed * wanted), mixed
+    attended = attend(query, key, value, *segments, **options)
+    attended = jnp.where(counted[:, :, None, None], attended, 0)
+    return jnp.sum(attended * wanted), attended
 
   run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
-  (_, mixed), gradients = run(query, key, value)
-  return mixed, *gradients
+  (_, attended), gradients = run(query, key, value)
+  return attended, *gradients
 
 
 def _assert_equal(ours, theirs, tolerance):
@@ -53,7 +53,7 @@ def _assert_equal(ours, theirs, tolerance):
 
 
 # Shapes: one block of queries or several; lanes shared by heads, filled by one, or
-# left over; lengths that fill blocks and that do not; keys in one turn or in two.
+# left over; lengths that fill blocks and that do not; keys in one block or two.
 CASES = [
   ((2, 16, 16, 3, 4), False, 0.0, False),
   ((2, 17, 23, 3, 4), False, 0.3, True),
@@ -76,11 +76,11 @@ def test_equals_plain_attention_with_its_dropout(shape, causal, rate, packed):
 
 
 @pytest.mark.parametrize(
-  ('keys', 'turn'),
+  ('keys', 'block'),
   [(8, 8), (128, 128), (384, 384), (512, 512), (640, 320), (896, 448), (1024, 512)],
 )
-def test_turns_are_even_parts_of_the_keys(keys, turn):
-  assert flash_kernels.key_block(keys) == turn
+def test_key_blocks_are_even_parts_of_the_keys(keys, block):
+  assert flash.key_block(keys) == block
 
 
 @pytest.mark.parametrize('widened', [False, True])
@@ -116,6 +116,19 @@ def test_each_device_draws_its_part_of_the_dropout(axes):
   _assert_equal(ours, plain, 1e-5)
 
 
+def _kernels(jaxpr):
+  """Calls of each kernel in a jaxpr whose results are needed."""
+  needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  counts = collections.Counter()
+  for equation in needed.eqns:
+    if equation.primitive.name == 'pallas_call':
+      counts[equation.params['name']] += 1
+    else:
+      for inner in jax.core.jaxprs_in_params(equation.params):
+        counts += _kernels(inner)
+  return counts
+
+
 @pytest.mark.parametrize(('policy', 'calls'), [('dots', 1), ('full', 2)])
 def test_recomputation_runs_the_kernel_again_only_where_all_is(policy, calls):
   """What the backward kernel needs of the forward one is kept by `dots`."""
@@ -137,16 +150,13 @@ def test_recomputation_runs_the_kernel_again_only_where_all_is(policy, calls):
   mesh = jax.make_mesh((1, 1), ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2)
   with flash.interpreted(), jax.set_mesh(mesh), partitioning.axis_rules(RULES):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(shapes['params']).jaxpr
-  counts = collections.Counter()
-  for kernel in jaxpr_costs.kernels(jaxpr):
-    counts[kernel.name] += kernel.calls
-  assert counts == {
+  assert _kernels(jaxpr) == {
     'flash_attention_forward_kernel': 3 * calls,
     'flash_attention_backward_kernel': 3,
   }
 
 
-def test_refuses_another_platform_and_shapes_it_does_not_take():
+def test_other_platforms_and_unsupported_shapes_raise():
   with pytest.raises(ValueError, match="'flash' is a kernel for TPUs. Got: cpu"):
     _run(flash.flash_attention, *_arrays(1, 8, 8, 1, 4))
   with flash.interpreted():
@@ -171,7 +181,7 @@ def test_compiles_for_tpus(topology, causal):
     axis_types=(jax.sharding.AxisType.Auto,) * 2,
   )
   shape = (2 * len(devices), 1024, 12, 64)
-  core = functools.partial(
+  attend = functools.partial(
     flash.flash_attention,
     causal=causal,
     dropout_rate=0.1,
@@ -179,7 +189,7 @@ def test_compiles_for_tpus(topology, causal):
   )
 
   def total(query, key, value, segments):
-    return jnp.sum(core(query, key, value, segments, segments).astype(jnp.float32))
+    return jnp.sum(attend(query, key, value, segments, segments).astype(jnp.float32))
 
   placed = jax.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed)] * 3
@@ -189,3 +199,58 @@ def test_compiles_for_tpus(topology, causal):
     memory = compiled.compile().memory_analysis()
   scores = 2 * 12 * 1024 * 1024 * 4
   assert memory.temp_size_in_bytes < scores / 2
+
+
+# ---- parts of arrays on each device ------------------------------------------
+
+
+def _mesh():
+  return jax.make_mesh((4, 2), ('data', 'model'), (jax.sharding.AxisType.Auto,) * 2)
+
+
+def _numbered(heads=4):
+  """Each element as (its part's first row, its part's first head)."""
+
+  def part(starts, x):
+    return [jnp.zeros_like(x) + starts[0] * 100 + starts[1]]
+
+  x, names = jnp.zeros((8, heads), jnp.int32), [('batch', 'heads')]
+  return jax.jit(flash.on_each_device(part, names, names, 8, heads))(x)[0]
+
+
+def test_without_a_mesh_all_is_one_part():
+  assert flash.mesh() is None
+  np.testing.assert_array_equal(_numbered(), 0)
+
+
+def test_every_part_knows_where_it_begins():
+  with jax.set_mesh(_mesh()), partitioning.axis_rules(RULES):
+    got = _numbered()
+  rows, heads = np.indices((8, 4))
+  np.testing.assert_array_equal(got, rows // 2 * 200 + heads // 2 * 2)
+
+
+def test_what_does_not_divide_stays_whole():
+  with jax.set_mesh(_mesh()), partitioning.axis_rules(RULES):
+    got = _numbered(heads=3)
+  np.testing.assert_array_equal(
+    got, np.arange(8)[:, None] // 2 * 200 + np.zeros((8, 3))
+  )
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_mesh_entered_as_a_context_manager_is_found():
+  """As google-research/t5x enters it."""
+  with _mesh(), partitioning.axis_rules(RULES):
+    assert flash.mesh().shape['model'] == 2
+    assert flash.device().platform == 'cpu'
+    got = _numbered()
+  assert got[7, 3] == 602
+
+
+def test_the_device_is_that_of_the_mesh_in_force():
+  assert flash.device().platform == 'cpu'
+  with jax.set_mesh(_mesh()):
+    assert flash.mesh().shape['data'] == 4
+    assert flash.device().platform == 'cpu'
+  assert flash.mesh() is None

@@ -11,7 +11,7 @@ import pytest
 from flax.linen import partitioning as flax_partitioning
 from gin import config_parser
 
-from bart_t5x import layers, model, network, noise, schedules
+from bart_t5x import model, network, noise, schedules
 from t5x import eval as eval_script
 from t5x import gin_utils, launch, optimizers, partitioning
 from t5x import infer as infer_script
@@ -311,7 +311,6 @@ def axes_used(bart, monkeypatch):
     used.update(axis for axis in axes if axis is not None)
     return x
 
-  monkeypatch.setattr(layers, 'constrain', record)
   monkeypatch.setattr(flax_partitioning, 'with_sharding_constraint', record)
   tokens = jnp.ones((8, 16), jnp.int32)
   batch = {

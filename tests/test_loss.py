@@ -99,9 +99,9 @@ def test_padded_rows_are_never_predicted_and_never_trained():
   table[REAL:] = 100 * np.sign(hidden[0, 0])  # would win by far
   settings = loss.LossSettings(REAL, 0.1, 1e-3, 2)
   arrays = hidden, table, bias, targets, weights
-  (total, _), (_, by_table) = _with_gradients(loss.chunked_loss, settings, arrays)
+  (total, _), (_, d_table) = _with_gradients(loss.chunked_loss, settings, arrays)
   assert np.isfinite(total)
-  np.testing.assert_array_equal(by_table[REAL:], 0)
+  np.testing.assert_array_equal(d_table[REAL:], 0)
   logits = loss.masked_logits(hidden, table, bias, REAL)
   np.testing.assert_array_equal(logits[..., REAL:], loss.PADDED_LOGIT)
 
@@ -121,12 +121,12 @@ def test_bfloat16_products_keep_float32_sums():
   settings = loss.LossSettings(REAL, chunk_length=2)
   hidden, table, *rest = _arrays(np.float32)
   hidden = jnp.asarray(hidden, jnp.bfloat16)
-  (total, _), (by_hidden, by_table) = _with_gradients(
+  (total, _), (d_hidden, d_table) = _with_gradients(
     loss.chunked_loss, settings, (hidden, table, *rest)
   )
   (plain, _), _ = _with_gradients(_plain, settings, _arrays(np.float32))
   assert total.dtype == jnp.float32
-  assert by_hidden.dtype == jnp.bfloat16 and by_table.dtype == jnp.float32
+  assert d_hidden.dtype == jnp.bfloat16 and d_table.dtype == jnp.float32
   np.testing.assert_allclose(total, plain, rtol=2e-2)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bart_t5x.config import BartConfig
+from bart_t5x.network import BartConfig
 
 # The ids outside: those of every Hugging Face BART.
 BOS_ID, PAD_ID, EOS_ID = 0, 1, 2

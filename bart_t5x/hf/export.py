@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 
 from bart_t5x import cli, tokenization
-from bart_t5x.config import BartConfig
 from bart_t5x.hf import (
   checkpoints,
   configs,
@@ -21,6 +20,7 @@ from bart_t5x.hf import (
   tokenizer_files,
   weights,
 )
+from bart_t5x.network import BartConfig
 
 _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from bart_t5x.config import BartConfig
+from bart_t5x.network import BartConfig
 
 # How a corpus states its licence, before any colon, and the Hub's name for it.
 _HUB_LICENSES = (

@@ -112,8 +112,7 @@ def test_the_program_is_the_trainers(arguments, kind):
     function = (
       real._partitioned_train_step if kind == 'train' else real._partitioned_eval_step
     )
-    spec = NamedSharding(partitioner.mesh, partitioner.data_partition_spec)
-    batch = jax.device_put(batch, spec)
+    batch = real._on_devices(batch)
     assert function.lower(real.train_state, batch).as_text() == planned
 
 

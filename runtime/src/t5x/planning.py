@@ -32,7 +32,8 @@ from absl import logging
 from jax.experimental import topologies as jax_topologies
 from jax.extend import core
 
-from t5x import data, data_iterators, inference, partitioning, run_setup
+from t5x import data, data_iterators, inference, partitioning
+from t5x import trainer as trainer_lib
 
 GIB = 2**30
 
@@ -251,9 +252,9 @@ def make_step(
     partitioner=partitioner,
   )
   state, axes = initializer.global_train_state_shape, initializer.train_state_axes
-  _, key = run_setup.random_keys(
-    arguments['random_seed'] or 0, arguments['use_hardware_rng']
-  )
+  if arguments['use_hardware_rng']:
+    trainer_lib.set_hardware_rng_ops()
+  _, key = jax.random.split(jax.random.PRNGKey(arguments['random_seed'] or 0))
   step = functools.partial(
     Step,
     kind,
