@@ -104,6 +104,8 @@ def add_ends(
       vocabulary, limit = feature.vocabulary, lengths.get(name)
       kept = example[name] if limit is None else example[name][: limit - 2]
       out[name] = tf.concat([[vocabulary.bos_id], kept, [vocabulary.eos_id]], 0)
+      # Next to each other in the files that predictions are written to.
+      out[f'{name}_pretokenized'] = out.pop(f'{name}_pretokenized')
       out[f'{name}_truncated'] = tf.size(example[name]) - tf.size(kept)
     return out
 
