@@ -43,5 +43,6 @@ setuptools.setup(
     'beam': ['apache-beam[tfrecord]>=2.77'],
     'tpu': ['jax[tpu]'],
     'finetune': ['rouge-score', 'scikit-learn'],
+    'torch': ['torch'],
   },
 )

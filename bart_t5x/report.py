@@ -1,82 +1,56 @@
-"""What a pre-training run learned, in one look at the terminal.
+"""Reports what a pre-training run learned, in the terminal.
 
     python -m bart_t5x.report --model_dir=runs/bart_mini_no --corpus_dir=data/mini
 
-Reads the TensorBoard events that `t5x.train` wrote and the baselines that `prepare`
-put into corpus.json. Nothing is computed anew.
+Reads the TensorBoard events of `t5x.train` and the baselines that `prepare` put into
+corpus.json.
 """
 
 import argparse
-import itertools
 import json
 import math
 import pathlib
 import struct
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from bart_t5x import cli
-
-if TYPE_CHECKING:
-  from tensorboard.compat.proto import event_pb2
 
 Curve = list[tuple[int, float]]  # (step, value), steps rising
 
 _BLOCKS = '▁▂▃▄▅▆▇█'
 
 
-def _events(file: pathlib.Path) -> Iterator['event_pb2.Event']:
-  """The events of a file, up to where a writer stopped in mid-record.
-
-  TensorBoard's own loader would import TensorFlow, which takes longer than all the
-  rest. A record is 8 bytes of length, 4 of checksum, the content, 4 of checksum.
-  """
-  from tensorboard.compat.proto import event_pb2  # late: --help answers at once
-
-  content = file.read_bytes()
-  at = 0
-  while len(content) >= at + 12:
-    (length,) = struct.unpack_from('<Q', content, at)
-    record = content[at + 12 : at + 12 + length]
-    at += 16 + length
-    if at > len(content):
-      return
-    yield event_pb2.Event.FromString(record)
-
-
 def read_curves(folder: pathlib.Path) -> dict[str, Curve]:
-  """The scalars in a folder of TensorBoard events, by name.
+  """Returns the scalars in a folder of TensorBoard events, by name."""
+  # Late: --help answers at once. TensorBoard's own loader would import TensorFlow.
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.util import tensor_util
 
-  Raises:
-    FileNotFoundError: the folder holds no events.
-  """
-  from tensorboard.util import tensor_util  # late, as above
-
-  files = sorted(folder.glob('events.out.tfevents.*'))
-  if not files:
-    raise FileNotFoundError(
-      f'no TensorBoard events in {folder}: has python -m t5x.train evaluated there?'
-    )
   curves = {}
-  for event in itertools.chain.from_iterable(map(_events, files)):
-    for value in event.summary.value:
-      if not value.HasField('tensor'):
-        continue
-      array = tensor_util.make_ndarray(value.tensor)
-      if array.ndim == 0 and array.dtype.kind == 'f':
-        # A resumed run writes a step again: the later value counts.
-        curves.setdefault(value.tag, {})[event.step] = float(array)
+  for file in sorted(folder.glob('events.out.tfevents.*')):
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+      # A record: 8 bytes of length, 4 of checksum, the event, 4 of checksum. The last
+      # one may be incomplete.
+      (length,) = struct.unpack('<Q', content[at : at + 8].ljust(8, b'\0'))
+      record = content[at + 12 : at + 12 + length]
+      at += 16 + length
+      if at > len(content):
+        break
+      event = event_pb2.Event.FromString(record)
+      for value in event.summary.value:
+        if not value.HasField('tensor'):
+          continue
+        array = tensor_util.make_ndarray(value.tensor)
+        if array.ndim == 0 and array.dtype.kind == 'f':
+          # A resumed run writes a step again: the later value counts.
+          curves.setdefault(value.tag, {})[event.step] = float(array)
   return {tag: sorted(points.items()) for tag, points in curves.items()}
 
 
 def sparkline(curve: Curve, width: int = 40) -> str:
-  """A curve as one line of block characters, lowest to highest value.
-
-  Args:
-    curve: at least one point.
-    width: longest line, in characters; longer curves are thinned out.
-  """
+  """Draws a curve of at least one point as at most `width` block characters."""
   step = max(1, math.ceil(len(curve) / width))
   values = [value for _, value in curve[::step]]
   low, high = min(values), max(values)
@@ -85,14 +59,11 @@ def sparkline(curve: Curve, width: int = 40) -> str:
 
 
 def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
-  """Loss and accuracies at the first and the last evaluation, with baselines.
+  """Returns lines with loss and accuracies at the first and the last evaluation.
 
   Args:
     curves: of the held-out evaluation.
-    corpus: the content of corpus.json.
-
-  Returns:
-    Lines of text.
+    corpus: the content of corpus.json, which has the baselines.
   """
   baselines = corpus['baselines']
   unigram = f'{baselines["unigram_loss"]:.3f}  a unigram model'
@@ -101,7 +72,7 @@ def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
     f'{baselines["commonest_token"]!r}'
   )
   rows = [
-    ('loss', 'loss (nats a token)', unigram),
+    ('loss', 'loss (nats per token)', unigram),
     ('accuracy', 'accuracy', ''),
     ('infilled_accuracy', 'accuracy, infilled tokens', common),
     ('copied_accuracy', 'accuracy, copied tokens', ''),
@@ -121,9 +92,9 @@ def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
 
 
 def prediction_lines(path: pathlib.Path) -> list[str]:
-  """Each input and what the model made of it, from what t5x.infer wrote."""
+  """Returns each input and prediction in a file of t5x.infer."""
   lines = []
-  # Not splitlines(), which also splits at what JSON leaves in a text, such as U+2028.
+  # Not splitlines(), which also splits at U+2028, which JSON leaves in texts.
   with path.open(encoding='utf-8') as rows:
     for row in rows:
       result = json.loads(row)
@@ -133,7 +104,8 @@ def prediction_lines(path: pathlib.Path) -> list[str]:
   return lines
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns its exit status."""
   parser = argparse.ArgumentParser(
     prog='python -m bart_t5x.report', description=__doc__.split('\n')[0]
   )
@@ -142,16 +114,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--predictions', type=pathlib.Path, help='a file that t5x.infer wrote'
   )
-  return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  args = _parse(argv)
-  from bart_t5x import corpus_format  # late: --help answers at once
-
+  args = parser.parse_args(argv)
   try:
-    path = args.corpus_dir / corpus_format.CORPUS_FILE
-    corpus = corpus_format.parse(path.read_text(encoding='utf-8'), str(path))
+    path = args.corpus_dir / 'corpus.json'
+    try:
+      corpus = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+      raise ValueError(f'{path} is damaged: {e}') from e
     folders = sorted((args.model_dir / 'training_eval').glob('*/'))
     if not folders:
       raise FileNotFoundError(f'no evaluation in {args.model_dir}/training_eval')

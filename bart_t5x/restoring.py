@@ -1,11 +1,9 @@
-"""What a run may do without when it starts from a checkpoint of another."""
+"""What a run may do without when it starts from another run's checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
-
-_SHOWN = 5
 
 
 def require_parameters(
@@ -14,22 +12,21 @@ def require_parameters(
   *,
   is_resuming: bool = False,
 ) -> Mapping[str, Any]:
-  """Refuses a checkpoint that lacks a parameter of the model.
+  """Rejects a checkpoint that lacks a parameter of the model.
 
-  A transformation for `RestoreCheckpointConfig.state_transformation_fns`. A new
-  optimizer needs `fallback_to_scratch`, under which T5X would also begin a missing
-  parameter from random numbers and say nothing of it.
+  For `RestoreCheckpointConfig.state_transformation_fns`. A new optimizer needs
+  `fallback_to_scratch`, with which T5X also initializes missing parameters, silently.
 
   Args:
-    state_dict: what the checkpoint holds: `target` has the parameters.
-    target_state_dict: what the model needs, likewise.
-    is_resuming: whether it is the run's own checkpoint; checked all the same.
+    state_dict: of the checkpoint; `target` has the parameters.
+    target_state_dict: of the model.
+    is_resuming: not used.
 
   Returns:
     `state_dict` as it is.
 
   Raises:
-    ValueError: parameters are missing; the first of them are named.
+    ValueError: parameters are missing.
   """
   del is_resuming
   held, needed = (
@@ -38,10 +35,10 @@ def require_parameters(
   )
   missing = sorted(needed.keys() - held.keys())
   if missing:
-    more = ', …' if len(missing) > _SHOWN else ''
+    more = ', …' if len(missing) > 5 else ''
     raise ValueError(
       f'The checkpoint lacks {len(missing)} of the {len(needed)} parameters of the '
-      f'model: {", ".join(missing[:_SHOWN])}{more}. Include the gin/models file of '
-      'the model that wrote it.'
+      f'model: {", ".join(missing[:5])}{more}. Include the gin/models file of the '
+      'model that wrote it.'
     )
   return state_dict

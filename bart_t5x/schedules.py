@@ -11,26 +11,20 @@ import optax
 def linear_warmup_linear_decay(
   peak: float, warmup_steps: int, total_steps: int, first_step: int = 0
 ) -> optax.Schedule:
-  """A straight line up to the peak, then a straight line down to zero.
+  """Rises linearly to the peak, then falls linearly to zero.
 
-  T5X's own scheduler needs the slope of the decay as a number; this one takes
-  the number of steps, so that one macro (TRAIN_STEPS) sets it. Bind the same
-  schedule to the optimizer and to `Trainer.learning_rate_fn`: the first acts,
-  the second is what is logged.
+  Bind the same schedule to the optimizer, where it acts, and to
+  `Trainer.learning_rate_fn`, where it is logged.
 
   Args:
     peak: the learning rate reached after `warmup_steps`.
-    warmup_steps: length of the rise, in steps; 0 starts at the peak.
+    warmup_steps: length of the rise; 0 starts at the peak.
     total_steps: the step at which the rate is zero, counted from `first_step`.
-    first_step: the step at which the schedule begins. 0 for the optimizer,
-      whose own count starts at zero; the step of the restored checkpoint for
-      `Trainer.learning_rate_fn`, whose steps are absolute.
-
-  Returns:
-    A function from a step to the learning rate.
+    first_step: where the schedule begins: 0 for the optimizer, which counts from zero;
+      the restored checkpoint's step for `Trainer.learning_rate_fn`.
 
   Raises:
-    ValueError: if the warm-up does not fit into the total, or a number is a text.
+    ValueError: the warm-up does not fit into the total, or a number is a string.
   """
   given = {'peak': peak, 'warmup_steps': warmup_steps, 'total_steps': total_steps}
   for name, value in given.items():
@@ -45,11 +39,10 @@ def linear_warmup_linear_decay(
       f'{warmup_steps} / {total_steps}. Set WARMUP_STEPS or TRAIN_STEPS '
       '(fine-tuning: TRAIN_STEPS_RELATIVE).'
     )
-  decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
-  schedule = decay
+  schedule = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
   if warmup_steps:
     rise = optax.linear_schedule(0.0, peak, warmup_steps)
-    schedule = optax.join_schedules([rise, decay], boundaries=[warmup_steps])
+    schedule = optax.join_schedules([rise, schedule], boundaries=[warmup_steps])
   return lambda step: schedule(step - first_step)
 
 
@@ -61,20 +54,10 @@ def linear_warmup(
   first_step: int = 0,
   decay: str = 'linear',
 ) -> optax.Schedule:
-  """A straight line up to the peak, and from there what `decay` says.
-
-  Args:
-    peak: the learning rate reached after `warmup_steps`.
-    warmup_steps: length of the rise, in steps; 0 starts at the peak.
-    total_steps: the last step, counted from `first_step`.
-    first_step: see `linear_warmup_linear_decay`.
-    decay: 'linear' down to zero at the last step, or 'constant': none.
-
-  Returns:
-    A function from a step to the learning rate.
+  """Is `linear_warmup_linear_decay`, or stays at the peak if `decay` is 'constant'.
 
   Raises:
-    ValueError: there is no such decay, or the warm-up does not fit into the total.
+    ValueError: `decay` is neither 'linear' nor 'constant', or the warm-up does not fit.
   """
   if decay not in ('linear', 'constant'):
     raise ValueError(
@@ -88,17 +71,10 @@ def linear_warmup(
 
 @gin.configurable
 def checkpoint_step(path: str | None) -> int:
-  """The step that a checkpoint's name tells, for `first_step` of what is logged.
-
-  Args:
-    path: such as `runs/no/checkpoint_1500`; None or empty where training starts from
-      random parameters.
-
-  Returns:
-    The step; 0 for no checkpoint.
+  """Returns the step in a checkpoint's name, for `first_step`; 0 for no checkpoint.
 
   Raises:
-    ValueError: the name has no step.
+    ValueError: the path does not end in checkpoint_<step>.
   """
   if not path:
     return 0

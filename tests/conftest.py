@@ -68,20 +68,6 @@ def corpus_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def torch_format(monkeypatch):
-  """The module tests/torch_format.py, PyTorch's names installed."""
-  import importlib.util
-  import pathlib
-
-  path = pathlib.Path(__file__).parent / 'torch_format.py'
-  spec = importlib.util.spec_from_file_location('torch_format', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  module.install(monkeypatch)
-  return module
-
-
-@pytest.fixture
 def make_run():
   """A function that writes a run's folder: checkpoint, config.gin, corpus folder.
 
@@ -90,21 +76,12 @@ def make_run():
   return _make_run
 
 
-def _random_leaf(random, path, shape):
-  """Every leaf away from its initial value: biases not 0, scales not 1."""
-  if path.endswith('scale'):
-    return random.uniform(0.5, 1.5, shape)
-  return random.normal(0, shape[-2] ** -0.5 if path.endswith('kernel') else 0.3, shape)
-
-
 def _make_run(folder, seed=0, tokenizer='bytelevel', **fields):
   import json
 
-  import jax
-  import jax.numpy as jnp
+  from random_params import random_params
 
-  from bart_t5x import network, tokenization, tokenizer_training
-  from bart_t5x.hf import checkpoints, mapping
+  from bart_t5x import checkpoints, network, tokenization, tokenizer_training
 
   text = 'På fjellet nr. {} bor det {} ærlige bjørner. Åja!'
   texts = [text.format(i, i * 7) for i in range(300)]
@@ -129,19 +106,7 @@ def _make_run(folder, seed=0, tokenizer='bytelevel', **fields):
       'vocab_multiple_of': 16, **fields,
   }  # fmt: skip
   config = network.BartConfig(**fields)
-  tokens = jnp.ones((1, 2), jnp.int32)
-  shapes = jax.eval_shape(
-    lambda: network.Transformer(config).init(
-      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-    )
-  )['params']
-  random = np.random.default_rng(seed)
-  params = mapping.unflatten(
-    {
-      path: _random_leaf(random, path, leaf.shape).astype(np.float32)
-      for path, leaf in mapping.flatten(shapes).items()
-    }
-  )
+  params = random_params(config, np.random.default_rng(seed))
   model_dir = folder / 'run'
   checkpoints.write_params(model_dir / 'checkpoint_0', params)
   lines = ["MIXTURE_OR_TASK_NAME = 'bjorner'", 'BATCH_SIZE = 8']

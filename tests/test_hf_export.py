@@ -1,4 +1,4 @@
-"""A checkpoint as a model folder: whole or not at all."""
+"""Checkpoints exported as model folders, whole or not at all, with their cards."""
 
 import json
 import os
@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import safetensors
 import yaml
+from flax.traverse_util import flatten_dict
 
-from bart_t5x.hf import checkpoints, convert, export, mapping, run_config, weights
+from bart_t5x import checkpoints, report
+from bart_t5x.hf import convert, mapping, weights
 
 FILES = {
     'README.md', 'config.json', 'flax_model.msgpack', 'generation_config.json',
@@ -52,28 +54,32 @@ def test_the_whole_folder(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('kind', [weights.SAFETENSORS, weights.MSGPACK])
-def test_weights_come_back_bit_by_bit(run, tmp_path, kind):
+def test_weights_are_bit_exact(run, tmp_path, kind):
   output = tmp_path / 'out'
   assert export_command(run, output) == 0
   for other in {weights.SAFETENSORS, weights.MSGPACK} - {kind}:
     (output / other).unlink()
   tensors, _ = weights.read_weights(output)
   framework = 'flax' if kind == weights.MSGPACK else 'torch'
-  back = mapping.flatten(mapping.from_hf(tensors, framework, 304))
-  for path, array in mapping.flatten(run.params).items():
+  back = flatten_dict(mapping.from_hf(tensors, run.config, framework), sep='/')
+  for path, array in flatten_dict(run.params, sep='/').items():
     if path in ('token_embedder/embedding', 'final_logits_bias'):
       array[301:] = 0
     np.testing.assert_array_equal(back[path], array)
 
 
-def test_scanned_layers_give_the_same_files(make_run, tmp_path):
-  run = make_run(tmp_path / 'a', scan_layers=True, num_decoder_layers=11)
-  assert export_command(run, tmp_path / 'out') == 0
-  tensors, _ = weights.read_weights(tmp_path / 'out')
-  expected = mapping.to_hf(mapping.unstack_layers(run.params), 301, 'torch')
+def assert_exported(run, output):
+  tensors, _ = weights.read_weights(output)
+  expected = mapping.to_hf(run.params, run.config, 'torch')
   assert set(tensors) == set(expected)
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_scanned_layers(make_run, tmp_path):
+  run = make_run(tmp_path / 'a', scan_layers=True, num_decoder_layers=11)
+  assert export_command(run, tmp_path / 'out') == 0
+  assert_exported(run, tmp_path / 'out')
 
 
 def test_bfloat16(run, tmp_path):
@@ -81,13 +87,13 @@ def test_bfloat16(run, tmp_path):
   config = json.loads((tmp_path / 'out/config.json').read_text())
   assert config['torch_dtype'] == 'bfloat16'
   tensors, _ = weights.read_weights(tmp_path / 'out')
-  exact = mapping.to_hf(run.params, 301, 'torch')
+  exact = mapping.to_hf(run.params, run.config, 'torch')
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(tensor, exact[name].astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_checkpoint_in_bfloat16(run, tmp_path, dtype):
+def test_checkpoint_in_bfloat16(run, tmp_path, dtype):
   """As `utils.SaveCheckpointConfig.dtype = 'bfloat16'` writes it."""
   kept = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), run.params)
   checkpoints.write_params(tmp_path / 'b/checkpoint_0', kept)
@@ -95,7 +101,7 @@ def test_a_checkpoint_in_bfloat16(run, tmp_path, dtype):
   (tmp_path / 'b/checkpoint_0').rename(run.checkpoint)
   assert export_command(run, tmp_path / 'out', f'--dtype={dtype}') == 0
   tensors, _ = weights.read_weights(tmp_path / 'out')
-  for name, array in mapping.to_hf(kept, 301, 'torch').items():
+  for name, array in mapping.to_hf(kept, run.config, 'torch').items():
     assert tensors[name].dtype == np.dtype(getattr(ml_dtypes, dtype, dtype))
     np.testing.assert_array_equal(tensors[name], array)
   (tmp_path / 'out' / weights.SAFETENSORS).unlink()
@@ -104,10 +110,10 @@ def test_a_checkpoint_in_bfloat16(run, tmp_path, dtype):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_processes(run, tmp_path):
+def test_checkpoint_of_two_processes(run, tmp_path):
   """Each process wrote its part of every parameter; the export has the whole."""
   given = tmp_path / 'params.npz'
-  np.savez(given, **mapping.flatten(run.params))
+  np.savez(given, **flatten_dict(run.params, sep='/'))
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
@@ -128,26 +134,30 @@ def test_a_checkpoint_of_two_processes(run, tmp_path):
   run.checkpoint = run.model_dir / 'checkpoint_3'
   assert list(run.checkpoint.glob('state/ocdbt.process_*'))
   assert export_command(run, tmp_path / 'out') == 0
-  tensors, _ = weights.read_weights(tmp_path / 'out')
-  expected = mapping.to_hf(run.params, 301, 'torch')
-  assert set(tensors) == set(expected)
-  for name, tensor in tensors.items():
-    np.testing.assert_array_equal(tensor, expected[name])
+  assert_exported(run, tmp_path / 'out')
 
 
-def test_the_card(run, tmp_path):
+def card_of(folder):
+  """The front matter and the text."""
+  _, front, text = (folder / 'README.md').read_text().split('---\n', 2)
+  return yaml.safe_load(front), text
+
+
+def test_card_of_a_pretrained_model(run, tmp_path):
   output = tmp_path / 'norbart'
   assert export_command(run, output) == 0
-  _, front, text = (output / 'README.md').read_text().split('---\n', 2)
-  front = yaml.safe_load(front)
-  assert front['language'] == 'no' and front['license'] == 'cc-by-4.0'
-  assert front['library_name'] == 'transformers' and 'bart' in front['tags']
-  parameters = sum(
-    leaf.size for leaf in mapping.to_hf(run.params, 301, 'flax').values()
-  )
+  front, text = card_of(output)
+  assert front == {
+    'language': 'no',
+    'license': 'cc-by-4.0',
+    'library_name': 'transformers',
+    'pipeline_tag': 'fill-mask',
+    'tags': ['bart', 't5x', 'norwegian'],
+  }
+  tensors = mapping.to_hf(run.params, run.config, 'flax').values()
   for line in (
     '# norbart',
-    f'| parameters | {parameters - 301:,} |',
+    f'| parameters | {sum(leaf.size for leaf in tensors) - 301:,} |',
     '| layers | 2 + 3 |',
     '| licence | CC BY 4.0: "Bjørner", Ås |',
     '| train, documents | 1,234 |',
@@ -162,91 +172,105 @@ def test_the_card(run, tmp_path):
     assert line in text
 
 
-def test_the_card_of_a_fine_tuned_model(run, tmp_path, monkeypatch):
-  from bart_t5x import report
-
+def test_card_of_a_finetuned_model(run, tmp_path, monkeypatch):
+  start = tmp_path / 'imported/checkpoint_0'
+  start.mkdir(parents=True)
+  (start.parent / 'config.gin').write_text(
+    '# facebook/bart-base, imported from the Hugging Face Hub.\n'
+  )
   config = run.model_dir / 'config.gin'
   text = config.read_text().replace('noise.Recipe.infill_ratio = 0.3', '')
-  config.write_text(text + "INITIAL_CHECKPOINT_PATH = 'runs/base/checkpoint_9'\n")
+  config.write_text(text + f"INITIAL_CHECKPOINT_PATH = '{start}'\n")
   (run.model_dir / 'inference_eval/bjorner/eval').mkdir(parents=True)
   monkeypatch.setattr(report, 'read_curves', lambda folder: {'macro_f1': [(0, 71.5)]})
   assert export_command(run, tmp_path / 'out') == 0
-  card = (tmp_path / 'out/README.md').read_text()
-  assert 'license' not in yaml.safe_load(card.split('---\n')[1])
-  assert 'fine-tuned on `bjorner` from `runs/base/checkpoint_9` to step 0' in card
-  assert 'pre-trained' not in card
-  assert 'The vocabulary was made from this corpus' in card
-  assert '| generated, macro_f1 | 71.5 |' in card
+  front, text = card_of(tmp_path / 'out')
+  assert 'license' not in front and 'pipeline_tag' not in front
+  assert front['base_model'] == 'facebook/bart-base'
+  (result,) = front['model-index'][0]['results']
+  assert result['dataset']['name'] == 'bjorner'
+  assert result['metrics'] == [
+    {'type': 'macro_f1', 'value': 71.5, 'name': 'generated, macro_f1'}
+  ]
+  assert f'fine-tuned on `bjorner` from `{start}` to step 0' in text
+  assert 'pre-trained' not in text
+  assert 'The vocabulary was made from this corpus' in text
+  assert '| generated, macro_f1 | 71.5 |' in text
 
 
-def test_the_card_of_an_imported_model(run, tmp_path):
+def test_card_of_an_imported_model(run, tmp_path):
   config = run.model_dir / 'config.gin'
   lines = [
     line for line in config.read_text().splitlines() if line.startswith('network')
   ]
-  config.write_text('\n'.join(lines))
+  config.write_text('\n'.join(['# /tmp/a/b, imported from Hugging Face.', *lines]))
   assert export_command(run, tmp_path / 'out') == 0
-  card = (tmp_path / 'out/README.md').read_text()
-  assert 'imported by bart-t5x and not trained since' in card
-  assert 'license' not in yaml.safe_load(card.split('---\n')[1])
+  front, text = card_of(tmp_path / 'out')
+  assert 'imported by bart-t5x and not trained since' in text
+  assert not {'license', 'language', 'base_model', 'pipeline_tag'} & front.keys()
 
 
-def test_a_licence_that_the_hub_has_no_name_for(run, tmp_path):
-  stated = 'NLOD 2.0, CC BY 4.0: "to" av dem'
+@pytest.mark.parametrize(
+  ('stated', 'license_id', 'name'),
+  [
+    ('CC0 1.0', 'cc0-1.0', None),
+    ('CC0-1.0', 'cc0-1.0', None),
+    ('ODC-By 1.0', 'odc-by', None),
+    ('Apache 2.0', 'apache-2.0', None),
+    ('NLOD 2.0, CC BY 4.0: "to" av dem', 'other', 'nlod-2.0-cc-by-4.0'),
+  ],
+)
+def test_licences_and_datasets_have_ids_of_the_hub(
+  run, tmp_path, stated, license_id, name
+):
   corpus = json.loads((run.corpus / 'corpus.json').read_text())
-  (run.corpus / 'corpus.json').write_text(json.dumps(corpus | {'license': stated}))
+  corpus |= {'license': stated, 'source': 'hf', 'settings': {'dataset': 'org/texts'}}
+  (run.corpus / 'corpus.json').write_text(json.dumps(corpus))
   assert export_command(run, tmp_path / 'out') == 0
-  front = yaml.safe_load((tmp_path / 'out/README.md').read_text().split('---\n')[1])
-  assert front['license'] == 'other' and front['license_name'] == stated
+  front, _ = card_of(tmp_path / 'out')
+  assert (front['license'], front.get('license_name')) == (license_id, name)
+  assert front['datasets'] == ['org/texts']
 
 
-def test_metrics_are_those_of_the_checkpoint_s_step(run, tmp_path, monkeypatch):
-  from bart_t5x import report
-  from bart_t5x.hf import model_card
-
+def test_card_has_the_metrics_of_the_checkpoints_step(run, tmp_path, monkeypatch):
   (run.model_dir / 'training_eval/bjorner').mkdir(parents=True)
   curves = {
-    'eval/accuracy': [(0, 0.125), (50, 0.5), (100, 0.75)],
-    'eval/loss': [(100, 1.0)],
-    'eval/timing/seconds': [(0, 3.0)],
+    'accuracy': [(0, 0.125), (50, 0.5)],
+    'loss': [(100, 1.0)],
+    'timing/seconds': [(0, 3.0)],
   }
   monkeypatch.setattr(report, 'read_curves', lambda folder: curves)
-  assert model_card.run_metrics(run.model_dir, 99) == {'eval/accuracy': 0.5}
   assert export_command(run, tmp_path / 'out') == 0
-  assert '| eval/accuracy | 0.125 |' in (tmp_path / 'out/README.md').read_text()
+  front, text = card_of(tmp_path / 'out')
+  assert '| accuracy | 0.125 |' in text and '| loss' not in text
+  (result,) = front['model-index'][0]['results']
+  assert result['metrics'] == [{'type': 'accuracy', 'value': 0.125, 'name': 'accuracy'}]
 
 
-def test_what_is_there_is_not_replaced_unless_asked(run, tmp_path, capsys):
+def test_folder_is_replaced_only_with_overwrite(run, tmp_path, capsys):
   output = tmp_path / 'out'
   output.mkdir()
-  assert export_command(run, output) == 0  # an empty folder is no hindrance
+  assert export_command(run, output, '--overwrite') == 0
   (output / 'mine').write_text('')
   assert export_command(run, output) == 1
-  assert 'is not empty; add --overwrite' in capsys.readouterr().err
+  assert '--overwrite' in capsys.readouterr().err
   assert names(output) == FILES | {'mine'}
   assert export_command(run, output, '--overwrite') == 0
   assert names(output) == FILES
 
 
-def test_an_empty_folder_may_be_overwritten(run, tmp_path):
-  (tmp_path / 'out').mkdir()
-  assert export_command(run, tmp_path / 'out', '--overwrite') == 0
-
-
-def test_a_run_and_a_folder_of_models_are_never_replaced(run, tmp_path, capsys):
+def test_runs_and_folders_of_models_are_never_replaced(run, tmp_path, capsys):
   models = tmp_path / 'models'
   assert export_command(run, models / 'one') == 0
   (run.model_dir / 'train').mkdir()
   for folder in (run.model_dir, models, tmp_path):
     before = names(folder)
     assert export_command(run, folder, '--overwrite') == 1
-    assert 'so --overwrite does not replace it' in capsys.readouterr().err
+    assert 'other files' in capsys.readouterr().err
     assert names(folder) == before
 
 
-def test_a_failure_leaves_nothing_and_keeps_what_was_there(
-  run, tmp_path, monkeypatch, capsys
-):
+def test_failed_export_keeps_the_earlier_folder(run, tmp_path, monkeypatch, capsys):
   parent = tmp_path / 'parent'
   (parent / 'out').mkdir(parents=True)
   (parent / 'out/config.json').write_text('mine')
@@ -286,16 +310,16 @@ FAULTS = {
   'binds num_experts of BartConfig': newer_config,
   'cannot be read': damaged,
   'no tokenizer in': lambda run: (run.corpus / 'tokenizer.json').unlink(),
-  'reads the shape of the model': lambda run: (run.model_dir / 'config.gin').unlink(),
+  'It describes the model': lambda run: (run.model_dir / 'config.gin').unlink(),
   'There are: checkpoint_0': lambda run: setattr(
     run, 'checkpoint', run.model_dir / 'checkpoint_7'
   ),
-  'names no checkpoint': lambda run: setattr(run, 'checkpoint', run.model_dir),
+  'is not a checkpoint': lambda run: setattr(run, 'checkpoint', run.model_dir),
 }
 
 
 @pytest.mark.parametrize('message', FAULTS)
-def test_bad_input_is_one_message_and_writes_nothing(run, tmp_path, capsys, message):
+def test_bad_input_is_one_error_and_writes_nothing(run, tmp_path, capsys, message):
   FAULTS[message](run)
   assert export_command(run, tmp_path / 'parent/out') == 1
   error = capsys.readouterr().err
@@ -304,14 +328,9 @@ def test_bad_input_is_one_message_and_writes_nothing(run, tmp_path, capsys, mess
   assert not parent.exists() or not names(parent)
 
 
-def test_a_sentencepiece_tokenizer_becomes_a_tokenizer_json(make_run, tmp_path):
+def test_sentencepiece_tokenizer_becomes_a_tokenizer_json(make_run, tmp_path):
   run = make_run(tmp_path, tokenizer='unigram')
   assert export_command(run, tmp_path / 'out') == 0
   written = json.loads((tmp_path / 'out/tokenizer.json').read_text())
   assert written['model']['type'] == 'Unigram'
   assert len(written['model']['vocab']) == run.config.vocab_size
-
-
-def test_defaults_of_a_run_s_config(run):
-  config = export.bart_config(run_config.read(run.model_dir / 'config.gin'))
-  assert config == run.config

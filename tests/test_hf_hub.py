@@ -1,12 +1,15 @@
-"""Pushing and fetching, against a server on this machine that speaks the protocol."""
+"""Pushes and downloads, against a server on this machine that speaks the protocol."""
 
 import json
+import shutil
+import threading
+import time
 
 import huggingface_hub.constants
 import pytest
 from fake_hub import TOKEN
 
-from bart_t5x.hf import convert, hub
+from bart_t5x.hf import convert, hub, push_action
 
 FILES = {
   'config.json': b'{}',
@@ -25,7 +28,7 @@ def folder(tmp_path):
   return folder
 
 
-def test_all_files_in_one_commit(server, folder):
+def test_all_files_are_pushed_in_one_commit(server, folder):
   url = hub.push(folder, 'ola/norbart', 'Export of checkpoint_7')
   assert url.startswith(f'{server.url}/ola/norbart/commit/')
   assert server.repos['ola/norbart'] == {'private': False, 'branches': {'main': FILES}}
@@ -33,21 +36,21 @@ def test_all_files_in_one_commit(server, folder):
   assert len(commits) == 1
 
 
-def test_private_and_on_a_branch(server, folder):
+def test_push_to_a_private_branch(server, folder):
   hub.push(folder, 'ola/norbart', 'm', private=True, revision='v1')
   repo = server.repos['ola/norbart']
   assert repo == {'private': True, 'branches': {'main': {}, 'v1': FILES}}
   hub.push(folder, 'ola/norbart', 'again', private=True, revision='v1')
 
 
-def test_private_never_pushes_to_a_public_repository(server, folder):
+def test_private_push_leaves_a_public_repository_alone(server, folder):
   server.repos['ola/norbart'] = {'private': False, 'branches': {'main': {}}}
   with pytest.raises(hub.HubError, match='is public, and --private was given'):
     hub.push(folder, 'ola/norbart', 'm', private=True)
   assert server.repos['ola/norbart']['branches']['main'] == {} and not server.objects
 
 
-def test_logs_go_along_where_asked(server, folder, tmp_path):
+def test_logs_are_pushed_if_asked(server, folder, tmp_path):
   events = tmp_path / 'run/training_eval/task/events.out.tfevents.1.v2'
   events.parent.mkdir(parents=True)
   events.write_bytes(b'events')
@@ -59,7 +62,7 @@ def test_logs_go_along_where_asked(server, folder, tmp_path):
 
 @pytest.mark.parametrize('step', ['create', 'preupload', 'batch', 'upload', 'commit'])
 @pytest.mark.parametrize('status', [403, 500])
-def test_a_failure_shows_nothing_of_the_model(server, folder, step, status):
+def test_failed_push_shows_nothing_of_the_model(server, folder, step, status):
   server.fail[step] = status
   with pytest.raises(hub.HubError, match='Pushing to ola/norbart failed') as error:
     hub.push(folder, 'ola/norbart', 'm')
@@ -73,26 +76,20 @@ def test_a_failure_shows_nothing_of_the_model(server, folder, step, status):
   assert server.repos['ola/norbart']['branches']['main'] == FILES
 
 
-def test_a_slow_server_is_waited_for(server, folder):
-  server.delay = 0.4
-  hub.push(folder, 'ola/norbart', 'm')
-  assert server.repos['ola/norbart']['branches']['main'] == FILES
-
-
-def test_no_server(server, folder, monkeypatch):
+def test_unreachable_server_is_an_error(server, folder, monkeypatch):
   monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')
   with pytest.raises(hub.HubError, match='Pushing to ola/norbart failed'):
     hub.push(folder, 'ola/norbart', 'm')
 
 
 @pytest.mark.parametrize('name', ['a/b/c', 'har mellomrom/x', '--'])
-def test_names_that_are_none(server, name):
+def test_invalid_names(server, name):
   with pytest.raises(hub.HubError, match='failed: '):
     hub.check_login(name)
   assert not server.requests
 
 
-def test_login(server, monkeypatch):
+def test_login_is_checked(server, monkeypatch):
   hub.check_login('ola/norbart')
   monkeypatch.setenv('HF_TOKEN', 'hf_wrongwrongwrong')
   with pytest.raises(hub.HubError, match='Logging in.*hf auth login') as error:
@@ -103,7 +100,7 @@ def test_login(server, monkeypatch):
     hub.check_login('ola/norbart')
 
 
-def test_export_pushes_and_import_fetches(server, make_run, tmp_path, capsys):
+def test_export_pushes_and_import_downloads(server, make_run, tmp_path, capsys):
   run = make_run(tmp_path / 'trained')
   command = [
       'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
@@ -134,12 +131,14 @@ def test_export_pushes_and_import_fetches(server, make_run, tmp_path, capsys):
   assert convert.main(fetch) == 0
   assert (tmp_path / 'in/checkpoint_0').is_dir()
   assert (tmp_path / 'in/tokenizer.json').exists()
-  assert 'forced_first_id = 1' in (tmp_path / 'in/config.gin').read_text()
+  gin = (tmp_path / 'in/config.gin').read_text()
+  assert 'forced_first_id = 1' in gin
+  assert gin.startswith('# ola/norbart, imported from the Hugging Face Hub.')
   # One format of weights is enough.
   assert not [path for _, path in server.requests if 'msgpack' in path]
 
 
-def test_a_wrong_token_stops_an_export_before_it_begins(
+def test_wrong_token_stops_an_export_before_it_begins(
   server, make_run, tmp_path, capsys, monkeypatch
 ):
   run = make_run(tmp_path / 'trained')
@@ -155,7 +154,115 @@ def test_a_wrong_token_stops_an_export_before_it_begins(
   assert 'belong to --push_to_hub' in capsys.readouterr().err
 
 
-def test_a_model_that_is_neither_here_nor_there(server, tmp_path, capsys):
+def test_model_that_does_not_exist(server, tmp_path, capsys):
   fetch = ['import', '--model=ola/none', f'--output_dir={tmp_path}/in']
   assert convert.main(fetch) == 1
-  assert 'There is no folder ola/none, and fetching' in capsys.readouterr().err
+  assert 'There is no folder ola/none' in capsys.readouterr().err
+
+
+# ---- pushes while training ----
+
+REPO = 'ola/norbart'
+
+
+@pytest.fixture
+def run(make_run, tmp_path):
+  return make_run(tmp_path / 'trained')
+
+
+@pytest.fixture
+def log(caplog):
+  caplog.set_level('INFO', 'absl')
+  return lambda: [r.getMessage() for r in caplog.records if r.name == 'absl']
+
+
+@pytest.fixture
+def start(run, monkeypatch):
+  """Starts the action on a run, without long pauses."""
+  monkeypatch.setattr(push_action, '_POLL_SECONDS', 0.1)
+  monkeypatch.setattr(push_action, '_FIRST_PAUSE', 0.1)
+  monkeypatch.setattr(push_action, '_LAST_PAUSES', (0.0, 0.1, 0.1))
+
+  def start(**options):
+    return push_action.PushToHub(
+      REPO, str(run.model_dir), corpus_dir=str(run.corpus), **options
+    )
+
+  return start
+
+
+def wait_for(condition):
+  for _ in range(600):
+    if condition():
+      return
+    time.sleep(0.1)
+  raise AssertionError('nothing happened for 60 seconds')
+
+
+def test_newest_checkpoint_is_by_number(tmp_path):
+  assert push_action.newest_checkpoint(tmp_path / 'none') is None
+  for name in ('checkpoint_900', 'checkpoint_1000', 'damaged_checkpoint_2000'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'checkpoint_3000.tmp').mkdir()
+  assert push_action.newest_checkpoint(tmp_path) == tmp_path / 'checkpoint_1000'
+
+
+def test_each_newest_checkpoint_is_pushed_once(server, run, start, log):
+  events = run.model_dir / 'train/events.out.tfevents.1.v2'
+  events.parent.mkdir()
+  events.write_bytes(b'')
+  action = start(revision='steg', private=True)
+  wait_for(lambda: any('checkpoint_0 pushed to' in line for line in log()))
+  assert action.run(None, {}) is False
+  shutil.copytree(run.checkpoint, run.model_dir / 'checkpoint_12')
+  action.close()  # Waits for the last one.
+  action.close()  # Also called by atexit.
+  commits = sum('/commit/' in path for _, path in server.requests)
+  assert commits == 2 and 'checkpoint_12 pushed to' in log()[-1]
+  pushed = server.repos[REPO]['branches']['steg']
+  assert b'for 12 steps' in pushed['README.md']
+  assert {'model.safetensors', 'runs/train/events.out.tfevents.1.v2'} <= pushed.keys()
+  assert TOKEN not in str(log())
+
+
+def test_failing_hub_is_tried_again_and_stops_nothing(server, start, log):
+  server.fail['whoami'] = 418  # One that huggingface_hub does not retry itself.
+  action = start()
+  assert 'Training starts' in log()[0]
+  wait_for(lambda: any('was not pushed' in line for line in log()))
+  assert action.run(None, {}) is False
+  server.fail.clear()
+  action.close()
+  assert 'checkpoint_0 pushed to' in log()[-1]
+  assert 'model.safetensors' in server.repos[REPO]['branches']['main']
+
+
+def test_last_push_is_tried_three_times(server, run, start, log):
+  shutil.rmtree(run.checkpoint / 'state')
+  (run.checkpoint / 'state').mkdir()  # Cannot be exported.
+  action = start()
+  action.close()
+  assert sum('checkpoint_0 was not pushed' in line for line in log()) in (3, 4)
+  assert 'model.safetensors' not in str(server.repos)
+
+
+def test_end_of_the_run_waits_only_so_long(server, start, log, monkeypatch):
+  release = threading.Event()
+  monkeypatch.setattr(
+    push_action.PushToHub, '_push_newest', lambda self: release.wait(60)
+  )
+  action = start(last_push_seconds=0.2)
+  action.close()
+  release.set()
+  assert 'no longer waits' in log()[-1]
+
+
+def test_wrong_token_stops_the_run_before_it_begins(server, start, monkeypatch):
+  monkeypatch.setenv('HF_TOKEN', 'hf_wrongwrongwrong')
+  with pytest.raises(hub.LoginError, match='hf auth login'):
+    start()
+
+
+def test_remote_model_dir_is_rejected(server):
+  with pytest.raises(ValueError, match='gs://b/r'):
+    push_action.PushToHub(REPO, 'gs://b/r')

@@ -13,9 +13,9 @@ import pytest
 import seqio
 import tensorflow as tf
 from flax.linen import partitioning
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bart_t5x import features, flash, model, network, noise
-from bart_t5x.hf import mapping
 from t5x import decoding, models, train_state, trainer
 from t5x import partitioning as t5x_partitioning
 
@@ -126,7 +126,7 @@ def _sharded_step(bart, params, batch, axes):
     place = jax.sharding.NamedSharding
     shardings = jax.tree.map(
       lambda spec: place(mesh, partitioning.logical_to_mesh_axes(spec, rules)),
-      dict(mapping.unflatten(mapping.flatten(names))),
+      unflatten_dict(flatten_dict(names)),
     )
     by_row = place(mesh, jax.sharding.PartitionSpec('data'))
     step = jax.jit(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import partitioning
+from flax.traverse_util import flatten_dict
 
-from bart_t5x import network
-from bart_t5x.hf import mapping
+from bart_t5x import network, restack
 from t5x import partitioning as t5x_partitioning
 
 CONFIG = network.BartConfig(
@@ -268,11 +268,11 @@ def _loss_and_gradients(config, seed=None):
   key = None if seed is None else jax.random.key(seed)
   params = _random_params(dataclasses.replace(config, scan_layers=False))
   if config.scan_layers:
-    params = mapping.stack_layers(params)
+    params = restack.stack_layers(params)
   value, gradients = _run(
     jax.value_and_grad(functools.partial(_loss, config, key=key)), params
   )
-  return value, mapping.unstack_layers(gradients)
+  return value, restack.unstack_layers(gradients)
 
 
 def _assert_close(left, right, tolerance):
@@ -366,7 +366,7 @@ def test_each_dropout_rate_acts(name):
 def test_published_models_have_as_many_parameters(overrides, parameters, leaves):
   config = network.BartConfig(vocab_size=50265, vocab_multiple_of=1, **overrides)
   shapes = _shapes(config)['params']
-  flat = mapping.flatten(shapes)
+  flat = flatten_dict(shapes, sep='/')
   counted = sum(leaf.size for name, leaf in flat.items() if name != 'final_logits_bias')
   assert (counted, len(flat)) == (parameters, leaves)
 
@@ -375,7 +375,10 @@ def test_published_models_have_as_many_parameters(overrides, parameters, leaves)
 def test_every_parameter_has_axes_that_the_standard_rules_know(scan_layers):
   variables = _shapes(dataclasses.replace(CONFIG, scan_layers=scan_layers))
   axes = partitioning.get_axis_names(variables['params_axes'])
-  names, params = mapping.flatten(axes), mapping.flatten(variables['params'])
+  names, params = (
+    flatten_dict(axes, sep='/'),
+    flatten_dict(variables['params'], sep='/'),
+  )
   assert names.keys() == params.keys()
   known = {name for name, _ in t5x_partitioning.standard_logical_axis_rules()}
   for path, spec in names.items():
@@ -389,7 +392,7 @@ def test_initial_parameters_are_bart_s():
   init = jax.jit(network.Transformer(config).init, static_argnames='enable_dropout')
   params = init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
   params = params['params']
-  for path, leaf in mapping.flatten(params).items():
+  for path, leaf in flatten_dict(params, sep='/').items():
     if path.endswith('scale'):
       np.testing.assert_array_equal(leaf, 1)
     elif path.endswith('bias'):
@@ -409,7 +412,7 @@ def test_logits_bias_is_not_trained_and_padding_is_never_best():
 
 
 def test_weight_decay_spares_biases_norms_and_the_logits_bias():
-  mask = mapping.flatten(network.weight_decay_mask(_random_params(CONFIG)))
+  mask = flatten_dict(network.weight_decay_mask(_random_params(CONFIG)), sep='/')
   decayed = {path.rsplit('/', 1)[-1] for path, decays in mask.items() if decays}
   spared = {path.rsplit('/', 1)[-1] for path, decays in mask.items() if not decays}
   assert decayed == {'kernel', 'embedding'}

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from bart_t5x import network, restack
-from bart_t5x.hf import checkpoints, mapping
+from bart_t5x import checkpoints, network, restack
 from t5x import optimizers, partitioning, utils
 
 CONFIG = network.BartConfig(
@@ -17,23 +17,18 @@ CONFIG = network.BartConfig(
 )  # fmt: skip
 
 
-def test_stacks_and_separates_by_hand():
+def test_stack_and_unstack_by_hand():
   written_out = {
     'a': {f'layers_{i}': {'w': np.full(3, i), 'b': None} for i in range(11)},
     'other': np.zeros(2),
     'empty': {},
   }
-  joined = restack.stacked(written_out)
+  joined = restack.stack_layers(written_out)
   np.testing.assert_array_equal(joined['a']['layers']['w'][:, 0], np.arange(11))
   assert joined.keys() == written_out.keys() and set(joined['a']) == {'layers'}
-  again = restack.separate(joined)
+  again = restack.unstack_layers(joined)
   assert jax.tree.structure(again) == jax.tree.structure(written_out)
   jax.tree.map(np.testing.assert_array_equal, again, written_out)
-
-
-def test_axes_of_layers_that_differ_are_refused():
-  with pytest.raises(ValueError, match=r'of one length. Got lengths: \[2, 3\]'):
-    restack.separate({'layers': {'a': np.zeros((2, 1)), 'b': np.zeros(3)}})
 
 
 class _Run:
@@ -83,7 +78,7 @@ def _write(run, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_each_kind_restores_into_the_other(tmp_path, scan_layers, capsys):
+def test_each_form_restores_into_the_other(tmp_path, scan_layers, capsys):
   before = _write(_Run(scan_layers), tmp_path / 'a')
   first = tmp_path / 'a/checkpoint_1'
   command = [f'--checkpoint={first}', f'--output_dir={tmp_path / "b"}']
@@ -93,10 +88,10 @@ def test_each_kind_restores_into_the_other(tmp_path, scan_layers, capsys):
   restored, _ = _Run(not scan_layers).open(tmp_path / 'b', turned)
   assert int(restored.step) == 1
   one, other = (
-    restack.separate(jax.device_get(dict(state.state_dict())))
+    restack.unstack_layers(jax.device_get(dict(state.state_dict())))
     for state in (before, restored)
   )
-  one, other = (mapping.flatten(state) for state in (one, other))
+  one, other = (flatten_dict(state, sep='/') for state in (one, other))
   assert one.keys() == other.keys()
   moments = [name for name in one if '/mu/' in name and 'layers_2' in name]
   assert moments
@@ -111,22 +106,25 @@ def test_each_kind_restores_into_the_other(tmp_path, scan_layers, capsys):
   )
 
 
-def test_what_lies_beside_the_state_is_kept(make_run, tmp_path):
+def test_dataset_state_and_first_step_are_kept(make_run, tmp_path):
   run = make_run(tmp_path / 'a')
   (run.checkpoint / 'dataset').mkdir()
-  (run.checkpoint / 'dataset/position').write_text('7')
+  (run.checkpoint / 'dataset/iterator').write_text('7')
   (run.checkpoint.parent / 'first_step.txt').write_text('3')
   output = restack.restack(run.checkpoint, tmp_path / 'b')
-  assert (output / 'dataset/position').read_text() == '7'
+  assert (output / 'dataset/iterator').read_text() == '7'
   assert (tmp_path / 'b/first_step.txt').read_text() == '3'
-  assert not list((tmp_path / 'b').glob('*.partial'))
+  assert {p.name for p in (tmp_path / 'b').iterdir()} == {
+    'checkpoint_0',
+    'first_step.txt',
+  }
 
 
-def test_refusals(make_run, tmp_path, capsys):
+def test_bad_arguments(make_run, tmp_path, capsys):
   run = make_run(tmp_path / 'a')
   arguments = [f'--checkpoint={run.checkpoint}', f'--output_dir={run.model_dir}']
   assert restack.main(arguments) == 1
-  assert 'is there already: choose another --output_dir' in capsys.readouterr().err
+  assert 'choose another --output_dir' in capsys.readouterr().err
   missing = [f'--checkpoint={tmp_path}/checkpoint_9', f'--output_dir={tmp_path}/b']
   assert restack.main(missing) == 1
   assert 'no checkpoint in' in capsys.readouterr().err

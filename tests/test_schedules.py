@@ -32,20 +32,20 @@ def test_first_step_shifts_it():
 
 
 @pytest.mark.parametrize('warmup_steps', [100, 101, -1])
-def test_a_warmup_that_does_not_fit_is_refused(warmup_steps):
+def test_warmup_that_does_not_fit_is_rejected(warmup_steps):
   with pytest.raises(ValueError, match=f'Got: {warmup_steps} / 100'):
     schedules.linear_warmup_linear_decay(1.0, warmup_steps, 100)
 
 
 @pytest.mark.parametrize('position', [0, 1, 2])
-def test_a_number_in_quotes_is_refused(position):
+def test_number_in_quotes_is_rejected(position):
   numbers = [1.0, 10, 100]
   numbers[position] = str(numbers[position])
   with pytest.raises(ValueError, match=f'without quotes. Got: {numbers[position]!r}'):
     schedules.linear_warmup_linear_decay(*numbers)
 
 
-def test_a_checkpoint_s_name_tells_its_step():
+def test_step_of_a_checkpoint_by_its_name():
   assert schedules.checkpoint_step('runs/no/checkpoint_1500') == 1500
   assert schedules.checkpoint_step('gs://b/checkpoint_7/') == 7
   assert schedules.checkpoint_step([]) == schedules.checkpoint_step(None) == 0
@@ -57,12 +57,12 @@ def test_a_checkpoint_s_name_tells_its_step():
   ('decay', 'rates'),
   [('linear', [0, 0.5, 1, 0.5, 0]), ('constant', [0, 0.5, 1, 1, 1])],
 )
-def test_what_follows_the_rise(decay, rates):
+def test_decay_after_the_rise(decay, rates):
   schedule = schedules.linear_warmup(1.0, 10, 100, first_step=40, decay=decay)
   steps = [40, 45, 50, 95, 140]
   np.testing.assert_allclose([schedule(s) for s in steps], rates, atol=1e-7)
 
 
-def test_an_unknown_decay_is_refused():
+def test_unknown_decay_is_rejected():
   with pytest.raises(ValueError, match="'linear' or 'constant'. Got: 'cosine'"):
     schedules.linear_warmup(1.0, 10, 100, decay='cosine')

@@ -1,12 +1,18 @@
-"""`config.json` and `generation_config.json` of a BART, from and to BartConfig."""
+"""Configurations: Hugging Face's `config.json`, a run's `config.gin`, BartConfig."""
 
+import dataclasses
+import json
+import pathlib
 from typing import Any
+
+from gin import config_parser
 
 from bart_t5x.network import BartConfig
 
-# The ids outside: those of every Hugging Face BART.
-BOS_ID, PAD_ID, EOS_ID = 0, 1, 2
+# ---- config.json and generation_config.json ----------------------------------
 
+# The ids of every Hugging Face BART.
+BOS_ID, PAD_ID, EOS_ID = 0, 1, 2
 _SPECIAL_IDS = {
   'bos_token_id': BOS_ID,
   'pad_token_id': PAD_ID,
@@ -14,8 +20,7 @@ _SPECIAL_IDS = {
   'decoder_start_token_id': EOS_ID,
 }
 
-# What would make a model with config.json's model_type "bart" another network than
-# the one in network.py. Value: what it must be, or be absent.
+# Another value of one of these makes another network than network.py.
 _REQUIRED = {
   'scale_embedding': False,
   'normalize_before': False,
@@ -33,26 +38,25 @@ _REQUIRED = {
 def to_hf(
   config: BartConfig, dtype: str, forced_bos_id: int | None = None
 ) -> dict[str, Any]:
-  """`config.json` for a model of this shape.
+  """Returns the `config.json` of a model.
 
   Args:
-    config: the network's configuration.
+    config: of the network.
     dtype: of the stored weights, 'float32' or 'bfloat16'.
-    forced_bos_id: the id outside that its texts begin with; None for none.
-
-  Returns:
-    The JSON object.
+    forced_bos_id: Hugging Face's id of the token that every text begins with, if any.
   """
-  both = {
-    'layers': (config.num_encoder_layers, config.num_decoder_layers),
-    'attention_heads': (config.num_heads, config.num_heads),
-    'ffn_dim': (config.mlp_dim, config.mlp_dim),
-    'layerdrop': (0.0, 0.0),
-  }
   sides = {
-    f'{side}_{key}': values[i]
-    for i, side in enumerate(('encoder', 'decoder'))
-    for key, values in both.items()
+    f'{side}_{key}': value
+    for side, layers in (
+      ('encoder', config.num_encoder_layers),
+      ('decoder', config.num_decoder_layers),
+    )
+    for key, value in (
+      ('layers', layers),
+      ('attention_heads', config.num_heads),
+      ('ffn_dim', config.mlp_dim),
+      ('layerdrop', 0.0),
+    )
   }
   return {
     'architectures': ['BartForConditionalGeneration'],
@@ -79,14 +83,10 @@ def to_hf(
   }
 
 
-def _forced(bos_id: int | None) -> dict[str, int]:
-  return {} if bos_id is None else {'forced_bos_token_id': bos_id}
-
-
 def generation_to_hf(
   config: BartConfig, forced_bos_id: int | None = None
 ) -> dict[str, Any]:
-  """`generation_config.json`: greedy search up to the longest sequence."""
+  """Returns `generation_config.json`: greedy search up to the longest sequence."""
   return {
     **_SPECIAL_IDS,
     **_forced(forced_bos_id),
@@ -95,35 +95,30 @@ def generation_to_hf(
   }
 
 
+def _forced(bos_id):
+  return {} if bos_id is None else {'forced_bos_token_id': bos_id}
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-  """The values of BartConfig that a `config.json` determines.
-
-  Args:
-    hf: the JSON object.
-
-  Returns:
-    Field name to value; fields that a checkpoint does not fix (dtype, remat,
-    layout) are left out.
+  """Returns the values of BartConfig that a `config.json` determines.
 
   Raises:
-    ValueError: it is no BART, or a variant that network.py does not compute.
+    ValueError: it is not a BART, or a variant that network.py does not compute.
   """
-  if not isinstance(hf, dict):
-    raise ValueError(f'config.json holds no JSON object but {type(hf).__name__}')
   if hf.get('model_type') != 'bart':
     raise ValueError(
       f'config.json has model_type {hf.get("model_type")!r}. Only "bart" can be '
-      'imported: mBART, for one (and with it BARTpho and BARThez, which are mBARTs '
-      'to Hugging Face), is pre-norm with a final norm.'
+      'imported: mBART, for one (BARTpho and BARThez are mBARTs to Hugging Face), is '
+      'pre-norm with a final norm.'
     )
-  for key, value in _REQUIRED.items():
-    if hf.get(key, value) != value:
-      raise ValueError(
-        f'config.json has {key} = {hf[key]!r}, BART has {value!r}: a variant that '
-        'this network does not compute'
-      )
   try:
-    _check_sides(hf)
+    sides = {f'decoder_{k}': hf[f'encoder_{k}'] for k in ('attention_heads', 'ffn_dim')}
+    for key, value in {**_REQUIRED, **sides}.items():
+      if hf.get(key, value) != value:
+        raise ValueError(
+          f'config.json has {key} = {hf[key]!r}, this network {value!r}: a variant '
+          'that it does not compute'
+        )
     return {
       'vocab_size': hf['vocab_size'],
       'emb_dim': hf['d_model'],
@@ -137,40 +132,137 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
       'activation_dropout_rate': hf.get('activation_dropout', 0.0),
     }
   except KeyError as e:
-    raise ValueError(f'config.json has no {e.args[0]!r}: it is no whole config') from e
+    raise ValueError(f'config.json has no {e.args[0]!r}: it is incomplete') from e
 
 
 def forced_bos(hf: dict[str, Any], generation: dict[str, Any] | None) -> int | None:
-  """The id outside that every generated text begins with, None for none.
+  """Returns Hugging Face's id that every generated text begins with, if any.
 
   Args:
     hf: config.json.
-    generation: generation_config.json, which alone counts where there is one.
+    generation: generation_config.json; if there is one, it alone counts.
+  """
+  if generation is not None:
+    return generation.get('forced_bos_token_id')
+  # The older name of the setting has no id.
+  old = BOS_ID if hf.get('force_bos_token_to_be_generated') else None
+  forced = hf.get('forced_bos_token_id')
+  return old if forced is None else forced
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes JSON as people read it: indented, æøå as they are."""
+  text = json.dumps(content, ensure_ascii=False, indent=2) + '\n'
+  path.write_text(text, encoding='utf-8')
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Reads JSON. Raises ValueError, with the path, if the file is damaged."""
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
+
+
+# ---- config.gin --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Macro:
+  name: str
+
+
+class _Unresolved(config_parser.ParserDelegate):
+  def configurable_reference(self, scoped_configurable_name, evaluate):
+    return f'@{scoped_configurable_name}' + '()' * evaluate
+
+  def macro(self, macro_name):
+    return _Macro(macro_name)
+
+
+class RunConfig:
+  """A run's config.gin as data: macros resolved, references as strings.
+
+  T5X writes there what a run was bound to. The file refers to the script that ran
+  (`__main__.train`), so Gin can evaluate it nowhere else.
+
+  Attributes:
+    imports: modules that the file imports.
+  """
+
+  def __init__(self, text: str):
+    self.imports: list[str] = []
+    self._bindings: dict[tuple[str, str], Any] = {}
+    for statement in config_parser.ConfigParser(text, _Unresolved()):
+      if isinstance(statement, config_parser.ImportStatement):
+        self.imports.append(statement.module)
+      elif isinstance(statement, config_parser.BindingStatement):
+        selector = '/'.join(filter(None, (statement.scope, statement.selector)))
+        self._bindings[selector, statement.arg_name or ''] = statement.value
+
+  def bindings_of(self, selector: str) -> dict[str, Any]:
+    """Returns all values bound on a configurable, by parameter.
+
+    Args:
+      selector: 'BartConfig' also finds 'bart_t5x.network.BartConfig'; a scope is part
+        of it ('train/DatasetConfig').
+    """
+    *scope, name = selector.split('/')
+    found = {}
+    for (bound, parameter), value in self._bindings.items():
+      *bound_scope, bound_name = bound.split('/')
+      same_name = f'.{bound_name}'.endswith(f'.{name}')
+      if parameter and same_name and bound_scope == scope:
+        found[parameter] = self._resolved(value)
+    return found
+
+  def macro(self, name: str) -> Any:
+    """Returns a macro's value, None where the run has no such macro."""
+    return self._resolved(self._bindings.get((name, '')))
+
+  def bart_config(self) -> BartConfig:
+    """Returns the network's configuration.
+
+    Raises:
+      ValueError: the run trained another model.
+    """
+    bound = self.bindings_of('BartConfig')
+    if 'vocab_size' not in bound:
+      raise ValueError(
+        'config.gin binds no network.BartConfig.vocab_size: the run trained another '
+        'model than bart_t5x.network'
+      )
+    unknown = bound.keys() - {field.name for field in dataclasses.fields(BartConfig)}
+    if unknown:
+      raise ValueError(
+        f'config.gin binds {", ".join(sorted(unknown))} of BartConfig, which has no '
+        'such field: the run was made by another version of bart-t5x'
+      )
+    return BartConfig(**bound)
+
+  def _resolved(self, value: Any) -> Any:
+    if isinstance(value, _Macro):
+      return self.macro(value.name)
+    if isinstance(value, dict):
+      return {key: self._resolved(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+      return type(value)(self._resolved(item) for item in value)
+    return value
+
+
+def read_gin(path: pathlib.Path) -> RunConfig:
+  """Reads a run's config.gin.
 
   Raises:
-    ValueError: it is no id of the model.
+    FileNotFoundError: there is none.
+    ValueError: it is not Gin.
   """
-  forced = (hf if generation is None else generation).get('forced_bos_token_id')
-  # What the setting was before it had an id.
-  if generation is None and hf.get('force_bos_token_to_be_generated'):
-    forced = BOS_ID if forced is None else forced
-  # The inside id 0 is padding, with which no text begins.
-  if forced is not None and (
-    not isinstance(forced, int)
-    or forced == PAD_ID
-    or not 0 <= forced < hf['vocab_size']
-  ):
-    raise ValueError(
-      f'forced_bos_token_id = {forced!r} is no id that a text could begin with'
-    )
-  return forced
-
-
-def _check_sides(hf: dict[str, Any]) -> None:
-  """Raises unless encoder and decoder have layers of one shape."""
-  for key in ('attention_heads', 'ffn_dim'):
-    if hf[f'encoder_{key}'] != hf[f'decoder_{key}']:
-      raise ValueError(
-        f'config.json has encoder_{key} = {hf[f"encoder_{key}"]} and decoder_{key} '
-        f'= {hf[f"decoder_{key}"]}: encoder and decoder must agree here'
-      )
+  try:
+    return RunConfig(path.read_text(encoding='utf-8'))
+  except FileNotFoundError as e:
+    raise FileNotFoundError(
+      f'{path} not found. It describes the model, and every run has one next to its '
+      'checkpoints; name another with --config=FILE.'
+    ) from e
+  except SyntaxError as e:
+    raise ValueError(f'{path} is not a valid Gin file: {e}') from e

@@ -1,4 +1,4 @@
-"""The bridge to Hugging Face, from the command line.
+"""Exports to and imports from Hugging Face.
 
 python -m bart_t5x.hf.convert export --checkpoint=RUN/checkpoint_N --output_dir=OUT
 python -m bart_t5x.hf.convert import --model=FOLDER_OR_HUB_ID --output_dir=OUT
@@ -21,66 +21,55 @@ def _parser() -> argparse.ArgumentParser:
   export = commands.add_parser(
     'export', help='write a checkpoint as a folder that transformers loads'
   )
-  export.add_argument(
-    '--checkpoint', type=pathlib.Path, required=True, help='MODEL_DIR/checkpoint_N'
-  )
-  export.add_argument(
-    '--config', type=pathlib.Path, help="the run's config.gin, if it lies elsewhere"
-  )
-  export.add_argument(
+  add = export.add_argument
+  add('--checkpoint', type=pathlib.Path, required=True, help='MODEL_DIR/checkpoint_N')
+  add('--config', type=pathlib.Path, help="the run's config.gin, if not in MODEL_DIR")
+  add(
     '--corpus_dir',
     type=pathlib.Path,
     help="the folder with the tokenizer; by default that of the run's task",
   )
-  export.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
-  export.add_argument(
+  add('--dtype', choices=['float32', 'bfloat16'], default='float32')
+  add(
     '--push_to_hub',
     metavar='ORG/NAME',
     help='upload the folder too; the token is that of `hf auth login` or HF_TOKEN',
   )
-  export.add_argument(
-    '--private', action='store_true', help='push to a private repository only'
-  )
-  export.add_argument(
-    '--with_logs', action='store_true', help="push the run's TensorBoard logs too"
-  )
-  export.add_argument('--revision', help='branch to push to; by default main')
+  add('--private', action='store_true', help='push to a private repository only')
+  add('--with_logs', action='store_true', help="push the run's TensorBoard logs too")
+  add('--revision', help='branch to push to; by default main')
   import_ = commands.add_parser(
     'import',
     help='write a BART of Hugging Face or fairseq as a checkpoint to start from',
   )
-  import_.add_argument(
+  add = import_.add_argument
+  add(
     '--model',
     required=True,
-    help="a folder, a .pt file of fairseq's beside its dict.txt, or an id on the Hub",
+    help="a folder, a .pt file of fairseq's next to its dict.txt, or an id on the Hub",
   )
-  import_.add_argument('--revision', help='branch, tag or commit on the Hub')
-  import_.add_argument(
-    '--skip_tokenizer', action='store_true', help='import the weights alone'
-  )
+  add('--revision', help='branch, tag or commit on the Hub')
+  add('--skip_tokenizer', action='store_true', help='import the weights alone')
   for command in (export, import_):
     command.add_argument('--output_dir', type=pathlib.Path, required=True)
     command.add_argument(
-      '--overwrite', action='store_true', help='replace what is in output_dir'
+      '--overwrite', action='store_true', help='replace an earlier model in output_dir'
     )
   return parser
 
 
-# The modules are imported late, so that --help answers at once.
+# Modules are imported late, so that --help answers at once.
 
 
 def _export(args: argparse.Namespace, command: str) -> None:
-  from bart_t5x.hf import export
+  from bart_t5x.hf import export, hub
 
-  pushing = args.private or args.revision or args.with_logs
-  if pushing and not args.push_to_hub:
-    raise ValueError(
+  if args.push_to_hub:
+    hub.check_login(args.push_to_hub)
+  elif args.private or args.revision or args.with_logs:
+    raise cli.UsageError(
       '--private, --revision and --with_logs belong to --push_to_hub=ORG/NAME'
     )
-  if args.push_to_hub:
-    from bart_t5x.hf import hub
-
-    hub.check_login(args.push_to_hub)
   export.export(
     args.checkpoint,
     args.output_dir,
@@ -114,7 +103,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; bad input is one message on stderr and the exit status 1."""
+  """Runs a command; returns its exit status."""
   cli.quiet_libraries()
   argv = list(sys.argv[1:] if argv is None else argv)
   args = _parser().parse_args(argv)
@@ -123,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       _export(args, 'python -m bart_t5x.hf.convert ' + shlex.join(argv))
     else:
       _import(args)
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, ImportError) as e:
     return cli.fail(e)
   return 0
 

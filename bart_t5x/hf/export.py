@@ -1,6 +1,6 @@
-"""A T5X checkpoint as a folder that transformers loads."""
+"""Exports a T5X checkpoint as a folder that transformers loads, with its model card."""
 
-import dataclasses
+import importlib
 import json
 import pathlib
 import re
@@ -8,102 +8,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bart_t5x import cli, tokenization
-from bart_t5x.hf import (
-  checkpoints,
-  configs,
-  folders,
-  mapping,
-  model_card,
-  run_config,
-  tokenizer_files,
-  weights,
-)
+from bart_t5x import checkpoints, cli, files, report, tokenization
+from bart_t5x.hf import configs, mapping, tokenizers, weights
 from bart_t5x.network import BartConfig
 
 _DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-
-
-def bart_config(run: run_config.RunConfig) -> BartConfig:
-  """The network's configuration as a run used it.
-
-  Raises:
-    ValueError: the run was none of this project's model.
-  """
-  bound = run.bindings_of('BartConfig')
-  if 'vocab_size' not in bound:
-    raise ValueError(
-      'config.gin binds no network.BartConfig.vocab_size: the run trained another '
-      'model than bart_t5x.network'
-    )
-  unknown = bound.keys() - {field.name for field in dataclasses.fields(BartConfig)}
-  if unknown:
-    raise ValueError(
-      f'config.gin binds {", ".join(sorted(unknown))} of BartConfig, which it does '
-      'not have here: the run was made by another version of bart-t5x'
-    )
-  return BartConfig(**bound)
-
-
-def task_corpus_dir(run: run_config.RunConfig) -> pathlib.Path:
-  """The corpus folder of the task that a run trained on."""
-  cli.import_tensorflow()
-  import tasks  # noqa: F401  (late, as it imports TensorFlow; registers the tasks)
-  from bart_t5x import vocabularies
-
-  name = run.macro('MIXTURE_OR_TASK_NAME')
-  if name is None:
-    raise ValueError('config.gin has no MIXTURE_OR_TASK_NAME: give --corpus_dir')
-  module = run.macro('MIXTURE_OR_TASK_MODULE')
-  return pathlib.Path(vocabularies.task_vocabulary(name, module=module).path)
-
-
-def _recipe(run: run_config.RunConfig) -> dict[str, Any]:
-  """The settings of a run that a card tells."""
-  names = (
-      'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', 'BATCH_SIZE', 'TRAIN_STEPS',
-      'WARMUP_STEPS', 'LEARNING_RATE', 'WEIGHT_DECAY', 'DROPOUT_RATE', 'COMPUTE_DTYPE',
-  )  # fmt: skip
-  values = {name: run.macro(name) for name in names}
-  noise = run.bindings_of('noise.Recipe')
-  values |= {f'noise: {name}': value for name, value in sorted(noise.items())}
-  return {name: value for name, value in values.items() if value is not None}
-
-
-def _step_of(checkpoint: pathlib.Path) -> int:
-  """The step in a checkpoint's name."""
-  match = re.fullmatch('checkpoint_([0-9]+)', checkpoint.name)
-  if not match:
-    raise ValueError(
-      f'--checkpoint={checkpoint} names no checkpoint: give MODEL_DIR/checkpoint_N'
-    )
-  return int(match[1])
-
-
-def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
-  """The tokenizer that goes along, of as many ids as the model.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is another model's.
-  """
-  path = tokenization.find_tokenizer_file(corpus_dir)
-  if path is None:
-    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
-  found = tokenization.read_tokenizer(path).vocab_size
-  if found != vocab_size:
-    raise ValueError(
-      f'the tokenizer {path} has {found} ids, the model {vocab_size}: it is not '
-      'the one the model was trained with'
-    )
-  return pathlib.Path(path)
-
-
-def _corpus_facts(corpus_dir: pathlib.Path) -> dict[str, Any]:
-  """The content of corpus.json; empty for a folder that holds only a tokenizer."""
-  path = corpus_dir / 'corpus.json'
-  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
 
 
 def export(
@@ -120,52 +31,86 @@ def export(
 
   Args:
     checkpoint: MODEL_DIR/checkpoint_<step>.
-    output_dir: the folder to make; appears whole or not at all.
-    command: for the card: how this was called.
-    config_file: the run's config.gin; by default the one beside the checkpoint.
-    corpus_dir: with the tokenizer; by default that of the run's task.
-    dtype: of the stored weights, 'float32' or 'bfloat16'.
-    overwrite: replace what is in output_dir.
+    output_dir: the folder to make; it appears whole or not at all.
+    command: the command line, for the card.
+    config_file: the run's config.gin; by default the one in MODEL_DIR.
+    corpus_dir: has the tokenizer; by default that of the run's task.
+    dtype: of the stored PyTorch weights, 'float32' or 'bfloat16'.
+    overwrite: replace an earlier model in output_dir.
     model_name: for the card; by default the name of output_dir.
 
   Raises:
-    FileNotFoundError, FileExistsError, ValueError: with what to do about it.
+    OSError, ValueError: something is missing or does not fit, or output_dir may not be
+      replaced.
   """
-  step = _step_of(checkpoint)
-  run = run_config.read(config_file or checkpoint.parent / 'config.gin')
-  config = bart_config(run)
-  corpus_dir = corpus_dir or task_corpus_dir(run)
+  match = re.fullmatch('checkpoint_([0-9]+)', checkpoint.name)
+  if not match:
+    raise ValueError(
+      f'--checkpoint={checkpoint} is not a checkpoint: give MODEL_DIR/checkpoint_<step>'
+    )
+  config_file = config_file or checkpoint.parent / 'config.gin'
+  run = configs.read_gin(config_file)
+  config = run.bart_config()
+  corpus_dir = corpus_dir or _task_corpus_dir(run)
   tokenizer_file = _tokenizer_file(corpus_dir, config.vocab_size)
-  with folders.new_folder(output_dir, overwrite) as folder:
-    forced = _forced_bos_id(run)
+  forced = run.bindings_of('BartModel').get('forced_first_id')
+  if forced is not None:
+    forced = int(tokenization.to_hf_ids(np.asarray(forced)))
+  with files.whole_folder(output_dir, overwrite, is_model_folder) as folder:
     num_parameters = _write_model(folder, checkpoint, config, dtype, forced)
-    tokenizer_files.write(tokenizer_file, folder, config.max_positions)
-    facts = model_card.CardFacts(
+    tokenizers.write(tokenizer_file, folder, config.max_positions)
+    card = _card(
       name=model_name or output_dir.absolute().name,
-      config=config,
+      run=run,
+      config_file=config_file,
       num_parameters=num_parameters,
-      step=step,
-      corpus=_corpus_facts(corpus_dir),
-      recipe=_recipe(run),
-      training=_training(run),
-      start=run.macro('INITIAL_CHECKPOINT_PATH') or None,
-      metrics=model_card.run_metrics(checkpoint.parent, step),
+      step=int(match[1]),
+      corpus=_corpus(corpus_dir),
+      metrics=_metrics(checkpoint.parent, int(match[1])),
       command=command,
     )
-    (folder / 'README.md').write_text(model_card.render(facts), encoding='utf-8')
+    (folder / 'README.md').write_text(card, encoding='utf-8')
 
 
-def _forced_bos_id(run: run_config.RunConfig) -> int | None:
-  """The id outside with which the run's model begins every text, or None."""
-  inside = run.bindings_of('BartModel').get('forced_first_id')
-  return None if inside is None else int(tokenization.to_hf_ids(np.asarray(inside)))
+def is_model_folder(folder: pathlib.Path) -> bool:
+  """Whether a folder has nothing but an exported or imported model in it.
+
+  Such a folder may be overwritten. Runs and folders of several models have folders
+  other than an import's one checkpoint.
+  """
+  names = {path.name for path in folder.iterdir()}
+  folders = {path.name for path in folder.iterdir() if path.is_dir()}
+  is_model = 'config.json' in names or {'config.gin', 'checkpoint_0'} <= names
+  return is_model and folders <= {'checkpoint_0'}
 
 
-def _training(run: run_config.RunConfig) -> str:
-  """What kind of training a run was, for the card."""
-  if run.bindings_of('noise.Recipe'):
-    return 'pre-trained'
-  return 'fine-tuned' if run.macro('MIXTURE_OR_TASK_NAME') else 'imported'
+def _task_corpus_dir(run: configs.RunConfig) -> pathlib.Path:
+  """The folder of the tokenizer of the task that a run trained on."""
+  task = run.macro('MIXTURE_OR_TASK_NAME')
+  if task is None:
+    raise ValueError('config.gin has no MIXTURE_OR_TASK_NAME: give --corpus_dir')
+  cli.import_tensorflow()
+  from bart_t5x import vocabularies
+
+  # The modules that register tasks; the others are not needed.
+  for module in run.imports:
+    if module.partition('.')[0] not in ('__gin__', '__main__', 'bart_t5x', 't5x'):
+      importlib.import_module(module)
+  module = run.macro('MIXTURE_OR_TASK_MODULE')
+  return pathlib.Path(vocabularies.task_vocabulary(task, module=module).path)
+
+
+def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
+  path = tokenization.find_tokenizer_file(corpus_dir)
+  if path is None:
+    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
+  found = tokenization.read_tokenizer(path).vocab_size
+  if found != vocab_size:
+    raise ValueError(
+      f'the tokenizer {path} has {found} ids, the model {vocab_size}: the model was '
+      'trained with another one'
+    )
+  return pathlib.Path(path)
 
 
 def _write_model(
@@ -177,22 +122,235 @@ def _write_model(
 ) -> int:
   """Writes weights and configurations; returns the number of parameters."""
   params = checkpoints.read_params(checkpoint)
-  torch_weights = mapping.to_hf(params, config.vocab_size, 'torch')
+  torch_weights = mapping.to_hf(params, config, 'torch')
   weights.write_safetensors(
     folder / weights.SAFETENSORS,
     {name: w.astype(_DTYPES[dtype]) for name, w in torch_weights.items()},
   )
-  # Flax reads parameters as they are stored, and trains in float32.
-  flax_weights = mapping.to_hf(params, config.vocab_size, 'flax')
+  # Flax reads parameters in the dtype they are stored in, and trains in float32.
+  flax_weights = mapping.to_hf(params, config, 'flax')
   weights.write_msgpack(
     folder / weights.MSGPACK,
     {name: w.astype(np.float32) for name, w in flax_weights.items()},
   )
-  tokenizer_files.write_json(
+  configs.write_json(
     folder / 'config.json', configs.to_hf(config, dtype, forced_bos_id)
   )
-  tokenizer_files.write_json(
+  configs.write_json(
     folder / 'generation_config.json', configs.generation_to_hf(config, forced_bos_id)
   )
-  # The bias on the logits is a buffer, no parameter.
+  # The bias on the logits is a buffer, not a parameter.
   return sum(w.size for w in torch_weights.values()) - config.vocab_size
+
+
+# ---- the model card ----------------------------------------------------------
+
+# What import writes into config.gin for models of the Hub, and the card reads there.
+HUB_ORIGIN = 'the Hugging Face Hub'
+
+# Ids of the Hub for licences of text.
+_HUB_LICENSES = {
+  'apache-2.0', 'cc-by-3.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'cc-by-nc-nd-4.0',
+  'cc-by-nc-sa-4.0', 'cc-by-nd-4.0', 'cc-by-sa-3.0', 'cc-by-sa-4.0', 'cc0-1.0', 'mit',
+  'odbl', 'odc-by', 'pddl', 'unknown',
+}  # fmt: skip
+
+# Macros of a run that the card lists.
+_SETTINGS = (
+  'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', 'BATCH_SIZE', 'TRAIN_STEPS',
+  'WARMUP_STEPS', 'LEARNING_RATE', 'WEIGHT_DECAY', 'DROPOUT_RATE', 'COMPUTE_DTYPE',
+)  # fmt: skip
+
+_LOADING = """\
+```python
+# PyTorch (transformers 5)
+from transformers import AutoTokenizer, BartForConditionalGeneration
+tokenizer = AutoTokenizer.from_pretrained('{name}')
+model = BartForConditionalGeneration.from_pretrained('{name}')
+batch = tokenizer('Hovedstaden i Norge er <mask>.', return_tensors='pt')
+batch.pop('token_type_ids', None)
+print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))
+```
+
+```python
+# Flax (transformers 4.57 or earlier)
+from transformers import FlaxBartForConditionalGeneration
+model = FlaxBartForConditionalGeneration.from_pretrained('{name}')
+```"""
+
+
+def _card(
+  name: str,
+  run: configs.RunConfig,
+  config_file: pathlib.Path,
+  num_parameters: int,
+  step: int,
+  corpus: dict[str, Any],
+  metrics: dict[str, dict[str, float]],
+  command: str,
+) -> str:
+  """Returns the text of README.md.
+
+  Args:
+    name: of the model.
+    run: the run's configuration.
+    config_file: its file.
+    num_parameters: without rows that pad the vocabulary.
+    step: of the checkpoint.
+    corpus: the content of corpus.json; empty if there is only a tokenizer.
+    metrics: see `_metrics`.
+    command: that made the export.
+  """
+  config = run.bart_config()
+  task = run.macro('MIXTURE_OR_TASK_NAME')
+  noise = run.bindings_of('noise.Recipe')
+  start = run.macro('INITIAL_CHECKPOINT_PATH')
+  end = f'from `{start}` to step {step:,}' if start else f'for {step:,} steps'
+  data: dict[str, Any] = {'library_name': 'transformers', 'tags': ['bart', 't5x']}
+  if noise:
+    purpose = (
+      'A BART for Norwegian, pre-trained to restore noised text ([Lewis et al. 2019]'
+      f'(https://arxiv.org/abs/1910.13461)) {end} with bart-t5x.'
+    )
+    data |= {'pipeline_tag': 'fill-mask', **_license(corpus), **_datasets(corpus)}
+  elif task:
+    purpose = (
+      f'A BART for Norwegian, fine-tuned on `{task}` {end} with bart-t5x. The licence '
+      'of that data is to be stated here.'
+    )
+  else:
+    purpose = 'A BART that was imported by bart-t5x and not trained since.'
+  if task:
+    data['language'] = 'no'
+    data['tags'].append('norwegian')
+  source_gin = pathlib.Path(start).parent / 'config.gin' if start else config_file
+  if base_model := _hub_id(source_gin):
+    data['base_model'] = base_model
+  if metrics:
+    data |= {
+      'model_name': name,
+      'eval_results': [
+        EvalResult(
+          task_type='fill-mask' if noise else 'text-generation',
+          dataset_type=task,
+          dataset_name=task,
+          metric_type=metric.removeprefix('generated, '),
+          metric_name=metric,
+          metric_value=value,
+        )
+        for task, values in metrics.items()
+        for metric, value in values.items()
+      ],
+    }
+  settings = {macro: run.macro(macro) for macro in _SETTINGS}
+  settings |= {f'noise: {key}': value for key, value in sorted(noise.items())}
+  sections = [
+    f'---\n{ModelCardData(**data).to_yaml()}\n---',
+    f'# {name}',
+    purpose,
+    _table(
+      ('model', ''),
+      {
+        'parameters': f'{num_parameters:,}',
+        'layers': f'{config.num_encoder_layers} + {config.num_decoder_layers}',
+        'width': config.emb_dim,
+        'heads': config.num_heads,
+        'feed-forward width': config.mlp_dim,
+        'vocabulary': f'{config.vocab_size:,}',
+        'longest input, tokens': config.max_positions,
+      },
+    ),
+    '## Loading',
+    _LOADING.format(name=name),
+    '## Training',
+  ]
+  if corpus:
+    sections += ([] if noise else ['The vocabulary was made from this corpus:']) + [
+      _corpus_table(corpus)
+    ]
+  sections.append(
+    _table(('setting', 'value'), {k: v for k, v in settings.items() if v is not None})
+  )
+  if metrics:
+    rows = {
+      f'{task}: {metric}' if len(metrics) > 1 else metric: value
+      for task, values in metrics.items()
+      for metric, value in values.items()
+    }
+    sections += [
+      '## Held-out documents, at the last evaluation before the export',
+      _table(('metric', 'value'), rows),
+    ]
+  sections += ['## Made by', f'```\n{command}\n```']
+  return str(ModelCard('\n\n'.join(sections) + '\n'))
+
+
+def _license(corpus: dict[str, Any]) -> dict[str, str]:
+  """The Hub's id of a corpus's licence, or `other` with a name of the same form."""
+  # What follows a colon is an attribution.
+  stated = (corpus.get('license') or 'unknown').partition(':')[0].strip().lower()
+  name = re.sub('[^a-z0-9.]+', '-', stated)
+  for known in (name, name.removesuffix('-1.0')):
+    if known in _HUB_LICENSES:
+      return {'license': known}
+  return {'license': 'other', 'license_name': name}
+
+
+def _datasets(corpus: dict[str, Any]) -> dict[str, Any]:
+  name = corpus.get('settings', {}).get('dataset')
+  on_hub = corpus.get('source') == 'hf' and not pathlib.Path(name).exists()
+  return {'datasets': [name]} if on_hub else {}
+
+
+def _hub_id(config_file: pathlib.Path) -> str | None:
+  """The Hub id that a model was imported from, as its config.gin begins."""
+  if not config_file.is_file():
+    return None
+  text = config_file.read_text(encoding='utf-8')
+  match = re.match(rf'# (\S+), imported from {HUB_ORIGIN}\.\n', text)
+  return match[1] if match else None
+
+
+def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
+  lines = [f'| {header[0]} | {header[1]} |', '| --- | --- |']
+  for name, value in rows.items():
+    shown = f'{value:.4g}' if isinstance(value, float) else str(value)
+    lines.append(f'| {name} | {shown.replace("|", "/")} |')
+  return '\n'.join(lines)
+
+
+def _corpus_table(corpus: dict[str, Any]) -> str:
+  rows = {'source': corpus['source'], 'licence': corpus.get('license') or 'unknown'}
+  for split, numbers in corpus['splits'].items():
+    for unit in ('documents', 'tokens', 'bytes'):
+      rows[f'{split}, {unit}'] = f'{numbers[unit]:,}'
+  return _table(('corpus', ''), rows)
+
+
+def _corpus(corpus_dir: pathlib.Path) -> dict[str, Any]:
+  path = corpus_dir / 'corpus.json'
+  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+
+
+def _metrics(model_dir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:
+  """A run's last metrics up to a step, by task and name."""
+  metrics = {}
+  for folder in sorted((model_dir / 'training_eval').glob('*/')):
+    metrics[folder.name] = {
+      name: value
+      for name, value in _last_values(folder, step).items()
+      if name.endswith(('accuracy', 'loss'))
+    }
+  for folder in sorted((model_dir / 'inference_eval').glob('*/eval/')):
+    metrics.setdefault(folder.parent.name, {}).update(
+      {f'generated, {k}': v for k, v in _last_values(folder, step).items()}
+    )
+  return {task: values for task, values in metrics.items() if values}
+
+
+def _last_values(folder: pathlib.Path, step: int) -> dict[str, float]:
+  values = {}
+  for name, curve in sorted(report.read_curves(folder).items()):
+    if points := [value for at, value in curve if at <= step]:
+      values[name] = points[-1]
+  return values

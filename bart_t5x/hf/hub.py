@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: models from it, models to it.
+"""The Hugging Face Hub: downloads and pushes of models.
 
-The token is that of HF_TOKEN or of `hf auth login`; huggingface_hub finds it. It
-appears in no message.
+huggingface_hub finds the token, in HF_TOKEN or from `hf auth login`. No message shows
+it.
 """
 
 import pathlib
@@ -11,49 +11,45 @@ from contextlib import contextmanager
 import huggingface_hub
 import huggingface_hub.utils
 
-from bart_t5x.hf import tokenizer_import, weights
+from bart_t5x.hf import tokenizers, weights
 
 _LOGIN = 'Log in with `hf auth login`, or set HF_TOKEN to a token that may write.'
 
 
 class HubError(ValueError):
-  """The Hub refused, or was not reached; the message says what to do."""
+  """The Hub refused, or was not reached."""
 
 
 class LoginError(HubError):
-  """No token, or none that the Hub accepts: trying again would not help."""
+  """There is no token, or the Hub refuses it: trying again would not help."""
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-  """Turns whatever goes wrong at the Hub into one message without the token."""
+def _explained(action: str) -> Iterator[None]:
+  """Turns whatever goes wrong at the Hub into a HubError without the token in it."""
   try:
     yield
   except HubError:
     raise
-  except Exception as e:  # the HTTP client and its errors change between versions
-    # An upload's own error says no more than which file it was about.
-    causes = [e]
-    while causes[-1].__cause__ is not None:
-      causes.append(causes[-1].__cause__)
-    told = next((c for c in causes if getattr(c, 'response', None) is not None), e)
-    status = getattr(getattr(told, 'response', None), 'status_code', None)
-    reason = ' '.join(str(told).split()) or type(told).__name__
+  except Exception as e:  # The HTTP client and its errors change between versions.
+    # The error of an upload only names the file; its cause has the Hub's answer.
+    error = e
+    while getattr(error, 'response', None) is None and error.__cause__ is not None:
+      error = error.__cause__
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    reason = ' '.join(str(error if status else e).split()) or type(e).__name__
     if token := huggingface_hub.get_token():
       reason = reason.replace(token, '***')
     if status in (401, 403):
-      raise LoginError(f'{what} failed: {reason}. {_LOGIN}') from e
-    raise HubError(f'{what} failed: {reason}.') from e
+      raise LoginError(f'{action} failed: {reason}. {_LOGIN}') from e
+    raise HubError(f'{action} failed: {reason}.') from e
 
 
 def check_login(repo_id: str) -> None:
-  """Makes sure, before any work, that a push can begin.
-
-  Args:
-    repo_id: `org/name`.
+  """Checks, before any work, that a push to `org/name` can begin.
 
   Raises:
-    LoginError: the name is none, there is no token, or the Hub refuses it.
+    LoginError: the name is not valid, there is no token, or the Hub refuses it.
     HubError: the Hub was not reached.
   """
   try:
@@ -74,26 +70,26 @@ def push(
   revision: str | None = None,
   logs: pathlib.Path | None = None,
 ) -> str:
-  """Uploads a model folder as one commit: all of it is seen, or none.
+  """Uploads a model folder as one commit: all of it appears, or nothing.
 
   Args:
-    folder: with the model.
-    repo_id: `org/name`; made if there is no such repository.
+    folder: of the model.
+    repo_id: `org/name`; created if there is no such repository.
     message: of the commit.
     private: whether the repository must be private.
-    revision: branch, made if there is none; by default main.
-    logs: a run's folder, whose TensorBoard events go along, under `runs`.
+    revision: branch, created if missing; by default main.
+    logs: a run's folder, whose TensorBoard events are uploaded to `runs`.
 
   Returns:
-    The commit's address.
+    The commit's URL.
 
   Raises:
-    HubError: the Hub refuses or fails; or the repository exists and is public,
-      and private was asked for. Nothing of the model is to be seen there then.
+    HubError: the Hub refuses or is not reached, or `private` was asked for and the
+      repository exists and is public.
   """
   files = {p.relative_to(folder): p for p in folder.rglob('*') if p.is_file()}
   if logs is not None:
-    # Read now, as a run that goes on makes them longer during the upload.
+    # Read now: a run that continues appends to them during the upload.
     for path in logs.rglob('events.out.tfevents.*'):
       files['runs' / path.relative_to(logs)] = path.read_bytes()
   operations = [
@@ -103,11 +99,11 @@ def push(
   api = huggingface_hub.HfApi(library_name='bart-t5x')
   with _explained(f'Pushing to {repo_id}'):
     api.create_repo(repo_id, private=private or None, exist_ok=True)
-    # A repository that was there keeps its visibility, whatever is asked for.
+    # An existing repository keeps its visibility, whatever create_repo asks for.
     if private and not api.model_info(repo_id).private:
       raise HubError(
-        f'{repo_id} is public, and --private was given: nothing was pushed. Make '
-        'it private on its settings page, or push to another name.'
+        f'{repo_id} is public, and --private was given: nothing was pushed. Make it '
+        'private on its settings page, or push to another name.'
       )
     if revision is not None:
       api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -118,35 +114,28 @@ def push(
 
 
 def download(repo_id: str, revision: str | None = None) -> pathlib.Path:
-  """Fetches a model into the Hub's cache: weights in one format, and the rest.
+  """Downloads a model, with weights in one format, into the Hub's cache.
 
   Args:
-    repo_id: `org/name`, or a name of the Hub's own.
+    repo_id: such as `org/name`.
     revision: branch, tag or commit; by default main.
 
   Returns:
     The folder in the cache.
 
   Raises:
-    HubError: there is no such model or folder, or the Hub was not reached.
+    HubError: there is no such model, or the Hub was not reached.
   """
-  what = f'There is no folder {repo_id}, and fetching it from the Hub'
-  with _explained(what):
+  with _explained(f'There is no folder {repo_id}, and downloading it from the Hub'):
     info = huggingface_hub.HfApi().model_info(repo_id, revision=revision)
     names = {sibling.rfilename for sibling in info.siblings}
     kinds = [k for k in weights.KINDS if {k, f'{k}.index.json'} & names]
-    stem, _, suffix = kinds[0].partition('.') if kinds else ('', '', '')
+    patterns = ['config.json', 'generation_config.json', *tokenizers.FILES]
+    if kinds:
+      stem, _, suffix = kinds[0].partition('.')
+      patterns += [kinds[0], f'{stem}-*.{suffix}', f'{kinds[0]}.index.json']
     return pathlib.Path(
       huggingface_hub.snapshot_download(
-        repo_id,
-        revision=info.sha,
-        allow_patterns=[
-          'config.json',
-          'generation_config.json',
-          *tokenizer_import.FILES,
-          f'{stem}.{suffix}',
-          f'{stem}-*.{suffix}',
-          f'{stem}.{suffix}.index.json',
-        ],
-      )  # fmt: skip
+        repo_id, revision=info.sha, allow_patterns=patterns
+      )
     )

@@ -1,31 +1,18 @@
-"""A BART of Hugging Face or fairseq as a T5X checkpoint, with its gin file."""
+"""Imports a BART of Hugging Face or fairseq as a T5X checkpoint with its gin file."""
 
 import pathlib
 import re
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bart_t5x import network, tokenization
-from bart_t5x.hf import (
-  checkpoints,
-  configs,
-  fairseq,
-  folders,
-  mapping,
-  tokenizer_files,
-  tokenizer_import,
-  weights,
-)
+from bart_t5x import checkpoints, files, network, tokenization
+from bart_t5x.hf import configs, export, fairseq, mapping, tokenizers, weights
 
-# Entries of old PyTorch files that hold no parameter.
-_LEFTOVERS = re.compile(r'(model\.)?(encoder|decoder)\.version')
-# How a model that was saved without its head begins its names.
+# Entries of old PyTorch files that are not parameters.
+_VERSIONS = re.compile(r'(model\.)?(encoder|decoder)\.version')
+# How names begin in a model that was saved without its head.
 _HEADLESS = re.compile(r'(shared|encoder|decoder)\.')
-# Dropout's fields, each to be changed by DROPOUT_RATE where they agree.
-_DROPOUTS = ('dropout_rate', 'attention_dropout_rate', 'activation_dropout_rate')
 
 _GIN = """\
 # {model}, imported from {origin}.
@@ -35,8 +22,8 @@ _GIN = """\
 #   {checkpoint}
 # It is CHECKPOINT_PATH to gin/eval.gin and gin/infer.gin, INITIAL_CHECKPOINT_PATH to
 # gin/finetune.gin, and with gin/from_checkpoint.gin to the files that pre-train. The
-# task must use the tokenizer beside this file: name this folder where a corpus folder
-# is asked for.
+# task must use the tokenizer in this folder: name the folder where a corpus folder is
+# asked for.
 include 'gin/models/bart.gin'
 
 DROPOUT_RATE = {dropout_rate}
@@ -51,15 +38,15 @@ model.BartModel.forced_first_id = {forced_first_id}
 
 
 class Source(NamedTuple):
-  """A foreign model, read and checked.
+  """A model as its makers saved it.
 
   Attributes:
     origin: whose it is, 'Hugging Face' or 'fairseq'.
-    folder: where its tokenizer lies.
+    folder: where its tokenizer is.
     fields: of BartConfig, those that the model determines.
     tensors: weights under Hugging Face's names.
     framework: whose names and layout they have.
-    forced_first_id: the (inside) id with which its texts begin, or None.
+    forced_first_id: this project's id that its texts begin with, or None.
   """
 
   origin: str
@@ -70,181 +57,89 @@ class Source(NamedTuple):
   forced_first_id: int | None
 
 
-def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], int | None]:
-  """What a model folder's configurations say.
-
-  Returns:
-    The fields of BartConfig that config.json determines, and the (inside) id that
-    every text of the model begins with, None where none is forced.
-
-  Raises:
-    FileNotFoundError, ValueError: it is not there, damaged, or no BART's.
-  """
-  path = folder / 'config.json'
-  if not path.exists():
-    raise FileNotFoundError(
-      f'{folder} is no model folder: it holds no config.json (Hugging Face) and no '
-      f'{fairseq.MODEL} (fairseq)'
-    )
-  hf = tokenizer_files.read_json(path)
-  fields = configs.from_hf(hf)
-  generation = folder / 'generation_config.json'
-  forced = configs.forced_bos(
-    hf, tokenizer_files.read_json(generation) if generation.exists() else None
-  )
-  if forced is not None:
-    forced = int(tokenization.from_hf_ids(np.asarray(forced)))
-  return fields, forced
-
-
-def normalized(
-  tensors: weights.Weights, framework: mapping.Framework
-) -> weights.Weights:
-  """Brings the ways in which a BART is saved to the one that `mapping` knows.
-
-  A model saved without its head lacks the prefix `model.` and the bias on the
-  logits, which is zero then; old files hold a format's version among the weights.
-
-  Args:
-    tensors: as they were read.
-    framework: whose names they have.
-
-  Returns:
-    Tensors under the names of BartForConditionalGeneration.
-
-  Raises:
-    ValueError: the head has a table of its own.
-  """
-  tensors = {k: w for k, w in tensors.items() if not _LEFTOVERS.fullmatch(k)}
-  if any(_HEADLESS.match(name) for name in tensors):
-    tensors = {
-      f'model.{name}' if _HEADLESS.match(name) else name: w
-      for name, w in tensors.items()
-    }
-  table = 'model.shared.embedding' if framework == 'flax' else 'model.shared.weight'
-  aliases = [name for name in mapping.TORCH_ALIASES if name in tensors]
-  if table not in tensors and aliases:
-    # Where all names share one tensor, a file keeps it under any of them.
-    tensors[table] = tensors[aliases[0]]
-  for alias in aliases:
-    if not np.array_equal(tensors[alias], tensors[table]):
-      raise ValueError(
-        f'{alias} differs from {table}: the model has several token tables, this '
-        'network has one'
-      )
-  if table in tensors and 'final_logits_bias' not in tensors:
-    rows = tensors[table].shape[0]
-    tensors['final_logits_bias'] = np.zeros((1, rows), np.float32)
-  return tensors
-
-
-def _check_shapes(params: dict[str, Any], config: network.BartConfig) -> None:
-  """Raises unless the parameters are those of the network that config describes."""
-  tokens = jnp.ones((1, 2), jnp.int32)
-  expected = jax.eval_shape(
-    lambda: network.Transformer(config).init(
-      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-    )
-  )['params']
-  wanted = {path: leaf.shape for path, leaf in mapping.flatten(expected).items()}
-  given = {path: leaf.shape for path, leaf in mapping.flatten(params).items()}
-  wrong = [
-    f'{path} is {given.get(path)}, config.json asks for {wanted.get(path)}'
-    for path in sorted(wanted.keys() | given.keys())
-    if given.get(path) != wanted.get(path)
-  ]
-  if wrong:
-    raise ValueError(
-      f'the weights do not fit config.json in {len(wrong)} places: '
-      + '; '.join(wrong[:3])
-    )
-
-
 def read_source(path: pathlib.Path) -> Source:
-  """Reads a model of either kind.
+  """Reads a model.
 
   Args:
-    path: a folder of Hugging Face's; or of fairseq's, or its `.pt` file.
+    path: a folder of Hugging Face's or fairseq's, or fairseq's `.pt` file.
 
   Raises:
-    FileNotFoundError, ValueError: it is not there, damaged, or no BART.
+    FileNotFoundError, ValueError: it is missing, damaged, or not a BART.
   """
   if checkpoint := fairseq.find(path):
     fields, tensors = fairseq.read(checkpoint)
     return Source('fairseq', checkpoint.parent, fields, tensors, 'torch', None)
-  fields, forced = read_config(path)
+  config_file, generation_file = path / 'config.json', path / 'generation_config.json'
+  if not config_file.exists():
+    raise FileNotFoundError(
+      f'{path} is not a model folder: it has neither config.json (Hugging Face) nor '
+      f'{fairseq.MODEL} (fairseq)'
+    )
+  hf = configs.read_json(config_file)
+  fields = configs.from_hf(hf)
+  forced = configs.forced_bos(
+    hf, configs.read_json(generation_file) if generation_file.exists() else None
+  )
+  if forced is not None:
+    forced = int(tokenization.from_hf_ids(np.asarray(forced)))
   tensors, kind = weights.read_weights(path)
   framework = 'flax' if kind == weights.MSGPACK else 'torch'
-  tensors = normalized(tensors, framework)
+  tensors = _normalized(tensors, framework)
   return Source('Hugging Face', path, fields, tensors, framework, forced)
 
 
-def to_params(source: Source, config: network.BartConfig) -> dict[str, Any]:
-  """The weights of a foreign model as parameters of the network.
+def _normalized(
+  tensors: weights.Weights, framework: mapping.Framework
+) -> weights.Weights:
+  """Gives tensors the names of BartForConditionalGeneration, however they were saved.
 
-  Args:
-    source: from `read_source`.
-    config: of the network.
-
-  Returns:
-    Nested parameters, float32.
-
-  Raises:
-    ValueError: the weights are not those of a BART of this shape.
+  Without its head, a model lacks the prefix `model.` and the bias on the logits. If
+  several names share the token table, a file may keep it under any of them.
   """
-  tensors = source.tensors
-  table = tensors.get('model.shared.weight', tensors.get('model.shared.embedding'))
-  if table is not None and len(table) != config.vocab_size:
-    raise ValueError(
-      f'config.json has vocab_size = {config.vocab_size}, the token table '
-      f'{len(table)} rows: they must agree'
-    )
-  params = mapping.from_hf(
-    tensors, source.framework, config.padded_vocab_size, config.scan_layers
-  )
-  _check_shapes(params, config)
-  return params
+  tensors = {
+    f'model.{name}' if _HEADLESS.match(name) else name: tensor
+    for name, tensor in tensors.items()
+    if not _VERSIONS.fullmatch(name)
+  }
+  table = mapping.hf_name('token_embedder/embedding', framework)
+  aliases = [name for name in mapping.TORCH_ALIASES if name in tensors]
+  if table not in tensors and aliases:
+    tensors[table] = tensors[aliases[0]]
+  for alias in aliases:
+    if not np.array_equal(tensors[alias], tensors[table]):
+      raise ValueError(
+        f'{alias} differs from {table}, but this network has one token table'
+      )
+  if table in tensors:
+    zeros = np.zeros((1, len(tensors[table])), np.float32)
+    tensors.setdefault('final_logits_bias', zeros)
+  return tensors
 
 
 def gin_file(model: str, checkpoint: pathlib.Path, source: Source) -> str:
-  """The text of the gin file that describes an imported model.
+  """Returns the gin file that describes an imported model.
 
   Args:
     model: folder or Hub id, for its first line.
     checkpoint: where the checkpoint will be.
     source: the model.
-
-  Returns:
-    Gin, for use from the repository's root.
   """
-  bound = dict(source.fields)
-  for name in _DROPOUTS:
-    if bound[name] == source.fields['dropout_rate']:
-      bound[name] = '%DROPOUT_RATE'
+  rate = source.fields['dropout_rate']
+  bindings = [
+    # One macro changes all rates that agree.
+    f'  {name} = {"%DROPOUT_RATE" if "dropout" in name and value == rate else value}'
+    for name, value in source.fields.items()
+  ]
   text = _GIN.format(
-    model=model.replace('\n', ' '),
+    model=model,
     origin=source.origin,
     checkpoint=checkpoint,
-    dropout_rate=source.fields['dropout_rate'],
-    bindings='\n'.join(f'  {name} = {value}' for name, value in bound.items()),
+    dropout_rate=rate,
+    bindings='\n'.join(bindings),
   )
   if source.forced_first_id is not None:
     text += _GIN_FORCED.format(forced_first_id=source.forced_first_id)
   return text
-
-
-def _local(model: str, revision: str | None) -> pathlib.Path:
-  """The path that `model` names, or where the Hub's model of that id came to lie."""
-  path = pathlib.Path(model)
-  if not path.exists():
-    from bart_t5x.hf import hub  # late: it need not be there for a folder
-
-    return hub.download(model, revision)
-  if revision:
-    raise ValueError(
-      f'--revision={revision} belongs to a Hub id; {model} is a folder or file'
-    )
-  return path
 
 
 def import_model(
@@ -254,29 +149,37 @@ def import_model(
   skip_tokenizer: bool = False,
   overwrite: bool = False,
 ) -> None:
-  """Writes a foreign model as a folder that T5X starts from.
+  """Writes `checkpoint_0`, `config.gin` and the tokenizer of a model.
 
   Args:
-    model: a folder of Hugging Face's or fairseq's, fairseq's `.pt` file, or an id
-      on the Hub.
-    output_dir: gets `checkpoint_0`, `config.gin` and the tokenizer; appears whole
-      or not at all.
+    model: a folder of Hugging Face's or fairseq's, fairseq's `.pt` file, or a Hub id.
+    output_dir: the folder to make; it appears whole or not at all.
     revision: branch, tag or commit on the Hub; by default its main branch.
-    skip_tokenizer: leave the tokenizer where it is.
-    overwrite: replace what is in output_dir.
+    skip_tokenizer: import the weights alone.
+    overwrite: replace an earlier model in output_dir.
 
   Raises:
-    OSError, ValueError: with what to do about it.
+    OSError, ValueError: the model cannot be read, or output_dir not be replaced.
   """
-  source = read_source(_local(model, revision))
+  path = pathlib.Path(model)
+  downloaded = not path.exists()
+  if downloaded:
+    from bart_t5x.hf import hub  # Late: folders need no Hub client.
+
+    path = hub.download(model, revision)
+  elif revision:
+    raise ValueError(f'--revision={revision} is for Hub ids; {model} is a local path')
+  source = read_source(path)
+  if downloaded:
+    source = source._replace(origin=export.HUB_ORIGIN)
   config = network.BartConfig(**source.fields)
   tokenizer = None
   if not skip_tokenizer:
-    tokenizer = tokenizer_import.read(source.folder, config.vocab_size)
-  params = to_params(source, config)
-  with folders.new_folder(output_dir, overwrite) as work:
-    checkpoints.write_params(work / 'checkpoint_0', params)
+    tokenizer = tokenizers.read(source.folder, config.vocab_size)
+  params = mapping.from_hf(source.tensors, config, source.framework)
+  with files.whole_folder(output_dir, overwrite, export.is_model_folder) as folder:
+    checkpoints.write_params(folder / 'checkpoint_0', params)
     text = gin_file(model, output_dir / 'checkpoint_0', source)
-    (work / 'config.gin').write_text(text, encoding='utf-8')
+    (folder / 'config.gin').write_text(text, encoding='utf-8')
     if tokenizer is not None:
-      (work / tokenizer.name).write_bytes(tokenizer.content)
+      (folder / tokenizer.name).write_bytes(tokenizer.content)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bart_t5x import network
-from bart_t5x.hf import configs, mapping, tokenizer_files, weights
+from bart_t5x.hf import configs, mapping, weights
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +42,10 @@ def imported(helpers, data_root, tmp_path_factory):
   )(jax.random.key(3), tokens, tokens, tokens, enable_dropout=False)
   # A model that has learned: far from an untrained one's uniform guesses.
   params = jax.tree.map(lambda leaf: 3 * np.asarray(leaf), variables['params'])
-  tensors = mapping.to_hf(params, 512, 'torch')
+  tensors = mapping.to_hf(params, config, 'torch')
   weights.write_safetensors(source / weights.SAFETENSORS, tensors)
   hf_config = configs.to_hf(config, 'float32') | {'forced_bos_token_id': 0}
-  tokenizer_files.write_json(source / 'config.json', hf_config)
+  configs.write_json(source / 'config.json', hf_config)
   shutil.copy(data_root / 'mini' / 'tokenizer.json', source)
   call(
       helpers, data_root, 'bart_t5x.hf.convert', 'import',

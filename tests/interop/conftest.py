@@ -12,9 +12,9 @@ import subprocess
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from bart_t5x import network, tokenization
 from bart_t5x.hf import mapping
@@ -51,6 +51,11 @@ def flax_peer(tmp_path):
 @pytest.fixture
 def torch_peer(tmp_path):
   return _run_peer('TORCH_PEER_PYTHON', 'torch_peer.py', tmp_path)
+
+
+@pytest.fixture
+def torch_files_peer(tmp_path):
+  return _run_peer('TORCH_PEER_PYTHON', 'torch_files_peer.py', tmp_path)
 
 
 @pytest.fixture
@@ -139,7 +144,7 @@ class Case:
         'pad_token_id': 1, 'bos_token_id': 0, 'eos_token_id': 2,
         'forced_eos_token_id': None,
     }  # fmt: skip
-    tensors = mapping.to_hf(self.params, config.vocab_size, framework)
+    tensors = mapping.to_hf(self.params, config, framework)
     # T5X's start, id 0, is BART's </s>; nothing else in these inputs is 0.
     start = np.where(self.decoder_inputs == 0, 2, self.decoder_inputs)
     return {
@@ -149,17 +154,6 @@ class Case:
       'attention_mask': (self.inputs != 0).astype(np.int64),
       'decoder_input_ids': tokenization.to_hf_ids(start),
     }
-
-
-def _random_leaf(rng, path, shape):
-  """Every leaf away from its initial value: biases not 0, scales not 1."""
-  if path.endswith('scale'):
-    return rng.uniform(0.5, 1.5, shape)
-  if path.endswith('kernel'):
-    return rng.normal(0, shape[-2] ** -0.5, shape)
-  if path.endswith('embedding'):
-    return rng.normal(0, 0.3, shape)
-  return rng.normal(0, 0.3, shape)
 
 
 # Beside the usual one: one head and layer, many layers in a narrow model, and a wide
@@ -186,18 +180,7 @@ def _case(seed: int = 0, **overrides) -> Case:
     inputs[row, :length] = [1, *rng.integers(4, 61, length - 2), 2]
   decoder_inputs = rng.integers(4, 61, (3, 9))
   decoder_inputs[:, 0], decoder_inputs[:, 1] = 0, 1
-  tokens = jnp.ones((1, 2), jnp.int32)
-  shapes = jax.eval_shape(
-    lambda: network.Transformer(config).init(
-      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
-    )
-  )['params']
-  params = mapping.unflatten(
-    {
-      path: _random_leaf(rng, path, leaf.shape).astype(np.float32)
-      for path, leaf in mapping.flatten(shapes).items()
-    }
-  )
+  params = random_params(config, rng)
   return Case(config, params, inputs, decoder_inputs)
 
 

@@ -13,9 +13,10 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from bart_t5x import model, network, tokenization, vocabularies
-from bart_t5x.hf import checkpoints, convert, mapping
+from bart_t5x import checkpoints, model, network, tokenization, vocabularies
+from bart_t5x.hf import convert
 from t5x import decoding
 
 FRAMEWORKS = [
@@ -45,7 +46,7 @@ def make_peaked(run):
   have a component along the end token's embedding, which grows with the position.
   The model is written anew, run.checkpoint then names it.
   """
-  flat = mapping.flatten(run.params)
+  flat = flatten_dict(run.params, sep='/')
   for path in flat:
     if path.endswith('embedding'):
       flat[path] *= 3

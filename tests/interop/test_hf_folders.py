@@ -7,8 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from bart_t5x import model, network, tokenization, tokenizer_training, vocabularies
-from bart_t5x.hf import checkpoints, convert, export, run_config, tokenizer_files
+from bart_t5x import (
+  checkpoints,
+  model,
+  network,
+  tokenization,
+  tokenizer_training,
+  vocabularies,
+)
+from bart_t5x.hf import configs, convert, tokenizers
 
 FRAMEWORKS = [
   pytest.param('flax', marks=pytest.mark.flax_peer),
@@ -113,7 +120,7 @@ def test_sentencepiece_has_the_same_ids(request, framework, tmp_path, kind):
   source.write_bytes(tokenizer_training.train(kind, texts, len(texts), 340, 2))
   folder = tmp_path / 'exported'
   folder.mkdir()
-  tokenizer_files.write(source, folder, 64)
+  tokenizers.write(source, folder, 64)
   texts = TEXTS + lines()
   given = {'folder': np.array(str(folder)), 'texts': np.array(json.dumps(texts))}
   check_tokens(peer(given), texts, source)
@@ -148,7 +155,7 @@ def loss_by(logits, targets):
 
 def our_loss(imported):
   """The first loss of a run that starts from an imported folder, and its targets."""
-  config = export.bart_config(run_config.read(imported / 'config.gin'))
+  config = configs.read_gin(imported / 'config.gin').bart_config()
   vocabulary = vocabularies.load_vocabulary(str(imported))
   bart = model.BartModel(
     network.Transformer(config), vocabulary, vocabulary, optimizer_def=None

@@ -9,7 +9,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from bart_t5x import tokenization
-from bart_t5x.hf import tokenizer_import
+from bart_t5x.hf import tokenizers
 
 FRAMEWORKS = [
   pytest.param('flax', marks=pytest.mark.flax_peer),
@@ -37,7 +37,7 @@ def peer(request, framework):
 
 
 def check(peer, tokenizer_class, folder, vocab_size, masks=True):
-  file = tokenizer_import.read(folder, vocab_size)
+  file = tokenizers.read(folder, vocab_size)
   ours = tokenization.read_tokenizer(file.name, file.content)
   answer = peer(
     {

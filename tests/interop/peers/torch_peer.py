@@ -3,11 +3,9 @@
 Usage: torch_peer.py IN.npz OUT.npz. IN holds `config` (JSON of a BartConfig),
 `param:NAME` for every parameter by its name in PyTorch, without the tied aliases,
 and `input_ids`, `attention_mask`, `decoder_input_ids` with Hugging Face's ids. OUT
-gets `encoded` and `logits`. With `fairseq` (a path) and `settings` (JSON) the weights
-are also saved by `torch.save` as fairseq does it.
+gets `encoded` and `logits`.
 """
 
-import argparse
 import json
 import sys
 
@@ -22,20 +20,6 @@ _ALIASES = {
 }
 
 
-def save_fairseq(path, settings, state):
-  """Without the bias on the logits, which fairseq's BART does not have."""
-  tensors = {
-    name.removeprefix('model.'): tensor
-    for name, tensor in state.items()
-    if name not in ('model.shared.weight', 'final_logits_bias')
-  }
-  for name in ('encoder.embed_tokens', 'decoder.embed_tokens'):
-    tensors[f'{name}.weight'] = state['model.shared.weight']
-  tensors['decoder.output_projection.weight'] = state['model.shared.weight']
-  tensors['encoder.version'] = torch.tensor([3.0])
-  torch.save({'args': argparse.Namespace(**settings), 'model': tensors}, path)
-
-
 def main():
   given = dict(np.load(sys.argv[1]))
   config = BartConfig(**json.loads(str(given['config'])))
@@ -45,9 +29,6 @@ def main():
     for name, array in given.items()
     if name.startswith('param:')
   }
-  if 'fairseq' in given:
-    settings = json.loads(str(given['settings']))
-    save_fairseq(str(given['fairseq']), settings, state)
   report = model.load_state_dict(state, strict=False)
   wrong = set(report.missing_keys) - _ALIASES, set(report.unexpected_keys)
   if any(wrong):

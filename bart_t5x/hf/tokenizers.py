@@ -1,0 +1,356 @@
+"""Tokenizer files: ours to a Hugging Face folder, those of other BARTs to ours.
+
+Out: a byte-level `tokenizer.json` is already Hugging Face's; a SentencePiece model goes
+along with a `tokenizer.json` made from it. In: byte-level BPE becomes a
+`tokenizer.json`, SentencePiece a `tokenizer.model` with the ids of the model. A
+`dict.txt` in the folder decides about ids: fairseq writes one with every model, and
+some models of Hugging Face (BARTpho's tokenizer) kept it.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tokenizers
+from google.protobuf import message
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from bart_t5x import tokenization
+from bart_t5x.hf import configs, fairseq
+from bart_t5x.tokenization import BOS, EOS, MASK, PAD, UNK
+
+_MASK = tokenizers.AddedToken(MASK, lstrip=True, special=True, normalized=False)
+
+# ---- out ---------------------------------------------------------------------
+
+_SPECIAL_TOKENS = {
+  'bos_token': BOS,
+  'eos_token': EOS,
+  'unk_token': UNK,
+  'sep_token': EOS,
+  'pad_token': PAD,
+  'cls_token': BOS,
+}
+
+
+def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
+  """Writes what AutoTokenizer of transformers 4 and 5 reads.
+
+  Args:
+    source: the corpus's tokenizer.json or SentencePiece model.
+    folder: gets tokenizer.json, tokenizer_config.json, special_tokens_map.json and the
+      SentencePiece model, if it is one.
+    max_length: longest input of the model, in tokens.
+
+  Raises:
+    ValueError: a SentencePiece model has no counterpart in tokenizer.json.
+  """
+  content = source.read_bytes()
+  if not tokenization.is_json(content):
+    (folder / tokenization.SENTENCEPIECE_FILE).write_bytes(content)
+    content = sentencepiece_to_json(content, str(source))
+  (folder / tokenization.BYTE_LEVEL_FILE).write_bytes(content)
+  added = json.loads(content)['added_tokens']
+  mask = next(dict(token) for token in added if token['content'] == MASK)
+  del mask['id']
+  config = {
+    # The generic class takes everything from tokenizer.json; BartTokenizerFast would
+    # rebuild parts of it, and lose its post-processor.
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'model_max_length': max_length,
+    'model_input_names': ['input_ids', 'attention_mask'],
+    # So that decode(encode(text)) is the text.
+    'clean_up_tokenization_spaces': False,
+    **_SPECIAL_TOKENS,
+    'mask_token': {'__type': 'AddedToken', **mask},
+  }
+  configs.write_json(folder / 'tokenizer_config.json', config)
+  configs.write_json(
+    folder / 'special_tokens_map.json', {**_SPECIAL_TOKENS, 'mask_token': mask}
+  )
+
+
+_NORMAL = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+_UNIGRAM = sentencepiece_model_pb2.TrainerSpec.UNIGRAM
+_BPE = sentencepiece_model_pb2.TrainerSpec.BPE
+
+# After a `<` that begins the name of a piece which text must not yield.
+_NAMES = r'<(?=(?:0x[0-9A-F]{2}|/?s|pad|unk|mask)>)'
+
+
+def sentencepiece_to_json(content: bytes, name: str) -> bytes:
+  """Converts a SentencePiece model to a tokenizer.json with the same ids for all text.
+
+  It differs from other conversions where those lose something:
+
+    - Pieces contain a plain space where SentencePiece writes U+2581, and text is not
+      rewritten: a U+2581 in text is spelt in bytes, as `tokenization` does.
+    - SentencePiece finds neither control symbols nor byte pieces in text, but the
+      Unigram model of `tokenizers` looks for all of its vocabulary. So text such as
+      `<0x41>` is split after its `<` first.
+    - A SentencePiece model has no list of merges. They are all the ways to make a piece
+      of two others, in the order of the pieces' scores.
+
+  Args:
+    content: of a model that `tokenization.SentencePieceTokenizer` reads.
+    name: of its file, for messages.
+
+  Raises:
+    ValueError: the model is neither unigram nor BPE, or it rewrites text.
+  """
+  model = _parse(content, name)
+  kind, rules = model.trainer_spec.model_type, model.normalizer_spec
+  if kind not in (_UNIGRAM, _BPE):
+    raise ValueError(
+      f'{name} is of type {kind}: only unigram and BPE models have a counterpart in '
+      'tokenizer.json'
+    )
+  if (
+    rules.precompiled_charsmap
+    or rules.add_dummy_prefix
+    or rules.remove_extra_whitespaces
+    or not rules.escape_whitespaces
+  ):
+    raise ValueError(
+      f'{name} rewrites text before it tokenizes (normalization, a space in front or '
+      'spaces removed), which tokenizer.json cannot do alike. Train it as '
+      '`python -m bart_t5x.prepare` does.'
+    )
+  # Hugging Face's order: the first two ids are swapped.
+  pieces = [*model.pieces[1::-1], *model.pieces[2:]]
+  spelt = [
+    p.piece.replace(tokenization.SPACE_PIECE, ' ') if p.type == _NORMAL else p.piece
+    for p in pieces
+  ]
+  if kind == _UNIGRAM:
+    scores = [(text, piece.score) for text, piece in zip(spelt, pieces, strict=True)]
+    tokenizer = tokenizers.Tokenizer(
+      models.Unigram(scores, tokenization.UNK_ID, byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+      tokenizers.Regex(_NAMES), 'merged_with_previous'
+    )
+  else:
+    ids = {text: i for i, text in enumerate(spelt)}
+    tokenizer = tokenizers.Tokenizer(
+      models.BPE(ids, _merges(pieces, spelt), unk_token=UNK, byte_fallback=True)
+    )
+  tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+  tokenizer.add_special_tokens([BOS, PAD, EOS, UNK, _MASK])
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=f'{BOS} $A {EOS}',
+    pair=f'{BOS} $A {EOS} {EOS} $B {EOS}',
+    special_tokens=[(token, spelt.index(token)) for token in (BOS, EOS)],
+  )
+  # Letters stay readable, whatever the library's version does.
+  text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=2)
+  return (text + '\n').encode('utf-8')
+
+
+def _merges(pieces, spelt: Sequence[str]) -> list[tuple[str, str]]:
+  scores = {
+    text: piece.score
+    for text, piece in zip(spelt, pieces, strict=True)
+    if piece.type == _NORMAL
+  }
+  merges = [
+    (score, text[:i], text[i:])
+    for text, score in scores.items()
+    for i in range(1, len(text))
+    if text[:i] in scores and text[i:] in scores
+  ]
+  # The sort is stable: ways to make one piece stay next to each other.
+  return [(left, right) for _, left, right in sorted(merges, key=lambda m: -m[0])]
+
+
+def _parse(content: bytes, name: str):
+  try:
+    return sentencepiece_model_pb2.ModelProto.FromString(content)
+  except message.DecodeError as e:
+    raise ValueError(f'{name} is not a SentencePiece model, or damaged: {e}') from e
+
+
+# ---- in ----------------------------------------------------------------------
+
+_SENTENCEPIECE = (
+  'sentencepiece.bpe.model',
+  'spiece.model',
+  'spm.model',
+  tokenization.SENTENCEPIECE_FILE,
+)
+_GPT2 = ('encoder.json', 'vocab.bpe')
+_BYTE_LEVEL = ('vocab.json', 'merges.txt')
+
+# What a model's tokenizer may consist of, for downloads.
+FILES = (
+  tokenization.BYTE_LEVEL_FILE,
+  *_BYTE_LEVEL,
+  *_SENTENCEPIECE,
+  *_GPT2,
+  fairseq.DICTIONARY,
+)
+_SKIP = 'or import the weights alone: --skip_tokenizer'
+
+
+class TokenizerFile(NamedTuple):
+  """A file for a corpus folder."""
+
+  name: str
+  content: bytes
+
+
+def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
+  """Reads the tokenizer of a Hugging Face or fairseq model.
+
+  Looks for: 1. SentencePiece, with or without dict.txt; 2. tokenizer.json;
+  3. vocab.json and merges.txt; 4. fairseq's encoder.json, vocab.bpe and dict.txt.
+
+  Args:
+    folder: the model's.
+    vocab_size: the model's number of ids.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged, of another kind, or has another number of ids.
+  """
+  dictionary = folder / fairseq.DICTIONARY
+  symbols = fairseq.read_dictionary(dictionary) if dictionary.exists() else None
+  piece_models = [folder / n for n in _SENTENCEPIECE if (folder / n).exists()]
+
+  def has(*names: str) -> bool:
+    return all((folder / name).exists() for name in names)
+
+  if piece_models:
+    found = _sentencepiece(piece_models[0], symbols)
+  elif has(tokenization.BYTE_LEVEL_FILE):
+    found = _tokenizer_json(folder / tokenization.BYTE_LEVEL_FILE)
+  elif has(*_BYTE_LEVEL):
+    vocabulary = configs.read_json(folder / _BYTE_LEVEL[0])
+    found = _byte_level(vocabulary, folder / _BYTE_LEVEL[1])
+  elif symbols is not None and has(*_GPT2):
+    vocabulary = _gpt2_vocabulary(folder / _GPT2[0], symbols)
+    found = _byte_level(vocabulary, folder / _GPT2[1])
+  else:
+    raise FileNotFoundError(
+      f'{folder} has no tokenizer: neither tokenizer.json, nor vocab.json with '
+      'merges.txt, nor a SentencePiece model, nor dict.txt with encoder.json and '
+      f'vocab.bpe. Put them there, {_SKIP}'
+    )
+  size = tokenization.read_tokenizer(found.name, found.content).vocab_size
+  if size != vocab_size:
+    raise ValueError(
+      f'the tokenizer in {folder} has {size} ids, the model {vocab_size}. Take the '
+      f'tokenizer that belongs to the model, {_SKIP}'
+    )
+  return found
+
+
+def _tokenizer_json(path: pathlib.Path) -> TokenizerFile:
+  if '"ByteLevel"' not in json.dumps(configs.read_json(path).get('pre_tokenizer')):
+    raise ValueError(
+      f'{path} is not byte-level BPE, and the folder has no SentencePiece model. Put '
+      f'it there, {_SKIP}'
+    )
+  return TokenizerFile(tokenization.BYTE_LEVEL_FILE, path.read_bytes())
+
+
+def _gpt2_vocabulary(path: pathlib.Path, symbols: Sequence[str]) -> dict[str, int]:
+  """Ids by token, where dict.txt has the numbers of encoder.json for tokens."""
+  numbers = configs.read_json(path)
+  ids = _with_specials(symbols)
+  lacking = [token for token, number in numbers.items() if str(number) not in ids]
+  if lacking:
+    raise ValueError(
+      f'{path.parent / fairseq.DICTIONARY} lacks {len(lacking)} of the {len(numbers)} '
+      f'tokens of {path.name}, {lacking[0]!r} for one: it cannot write all text. Take '
+      f'the dict.txt of the whole vocabulary, {_SKIP}'
+    )
+  tokens = {str(number): token for token, number in numbers.items()}
+  return {tokens.get(symbol, symbol): i for symbol, i in ids.items()}
+
+
+def _with_specials(symbols: Sequence[str]) -> dict[str, int]:
+  """Hugging Face's ids of a dictionary's symbols, specials included."""
+  # fairseq's denoising task adds the mask if the dictionary has none.
+  mask = [] if MASK in symbols else [MASK]
+  return {s: i for i, s in enumerate([BOS, PAD, EOS, UNK, *symbols, *mask])}
+
+
+def _byte_level(vocabulary: dict[str, int], merges: pathlib.Path) -> TokenizerFile:
+  """A tokenizer.json as transformers writes BART's.
+
+  Args:
+    vocabulary: Hugging Face's ids by token, specials included.
+    merges: a file with a pair of tokens a line, maybe after a comment.
+  """
+  lines = merges.read_text(encoding='utf-8').split('\n')
+  if lines[0].startswith('#version'):
+    del lines[0]
+  pairs = [tuple(line.split(' ')) for line in lines if line.strip()]
+  try:
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+  except Exception as e:  # tokenizers raises nothing narrower.
+    raise ValueError(f'{merges} does not fit its vocabulary: {e}') from e
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens([BOS, PAD, EOS, UNK, _MASK])
+  tokenizer.post_processor = processors.RobertaProcessing(
+    (EOS, tokenizer.token_to_id(EOS)),
+    (BOS, tokenizer.token_to_id(BOS)),
+    add_prefix_space=False,
+  )
+  content = tokenizer.to_str(pretty=True).encode('utf-8')
+  return TokenizerFile(tokenization.BYTE_LEVEL_FILE, content)
+
+
+def _sentencepiece(path: pathlib.Path, symbols: Sequence[str] | None) -> TokenizerFile:
+  """A SentencePiece model whose pieces have the ids of this project.
+
+  Without a dictionary, models as `prepare` trains them stay as they are; others are
+  numbered as by XLM-R's tokenizer: the specials, the pieces after `<unk>`, `<s>` and
+  `</s>`, and `<mask>` last.
+  """
+  content = path.read_bytes()
+  model = _parse(content, str(path))
+  pieces = [piece.piece for piece in model.pieces]
+  if symbols is None:
+    if pieces[:4] == [PAD, BOS, EOS, UNK] and MASK in pieces:
+      return TokenizerFile(tokenization.SENTENCEPIECE_FILE, content)
+    symbols = [p for p in pieces if p not in (BOS, PAD, EOS, UNK, MASK)]
+  order = list(_with_specials(symbols))
+  order[0], order[1] = order[1], order[0]
+  return TokenizerFile(
+    tokenization.SENTENCEPIECE_FILE, _reordered(model, order).SerializeToString()
+  )
+
+
+def _reordered(model, order: Sequence[str]) -> Any:
+  """The same model with its pieces in another order.
+
+  Pieces that the order lacks come after the others: text is split as before, and what
+  becomes one of them is unknown (`SentencePieceTokenizer.vocab_size`).
+  """
+  made = type(model)()
+  made.CopyFrom(model)
+  del made.pieces[:]
+  kinds = made.SentencePiece
+  known = {piece.piece: piece for piece in model.pieces}
+  for symbol in order:
+    piece = made.pieces.add(piece=symbol, score=0.0)
+    if symbol == UNK:
+      piece.type = kinds.UNKNOWN
+    elif symbol in (BOS, PAD, EOS, MASK):
+      piece.type = kinds.CONTROL
+    elif symbol in known:
+      piece.CopyFrom(known[symbol])
+    else:
+      piece.type = kinds.UNUSED  # A filler, which text never yields.
+  placed = {*order, BOS, PAD, EOS, UNK, MASK}
+  made.pieces.extend(piece for name, piece in known.items() if name not in placed)
+  spec = made.trainer_spec
+  spec.vocab_size = len(order)
+  spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = 0, 1, 2, 3
+  spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = PAD, BOS, EOS, UNK
+  return made
