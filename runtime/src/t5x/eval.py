@@ -1,12 +1,12 @@
-"""Evaluates checkpoints: decodes or scores a split and computes the task's metrics.
+"""Evaluates checkpoints by the metrics of a seqio task or mixture.
 
   python -m t5x.eval --gin_file=MODEL.gin --gin_file=t5x/configs/runs/eval.gin \\
     --gin.CHECKPOINT_PATH="'runs/mine/checkpoint_1000'" \\
     --gin.EVAL_OUTPUT_DIR="'runs/evaluation'" --gin.MIXTURE_OR_TASK_NAME="'my_task'"
 
-With `--gin.utils.RestoreCheckpointConfig.mode="'all'"` and a run's folder as path, all
-its checkpoints that have not been evaluated yet are. Metrics are written to
-`EVAL_OUTPUT_DIR/inference_eval/`.
+`--gin.utils.RestoreCheckpointConfig.mode="'all'"`, with a run's folder as path,
+evaluates all its checkpoints not yet evaluated. Metrics are written to
+EVAL_OUTPUT_DIR/inference_eval/.
 """
 
 if __name__ == '__main__':
@@ -41,7 +41,7 @@ from t5x import trainer as trainer_lib
 
 
 class InferenceEvaluator:
-  """Runs a model over a task's split and has seqio compute the task's metrics."""
+  """Runs inference on a task's split; seqio computes the task's metrics."""
 
   def __init__(
     self,
@@ -58,24 +58,19 @@ class InferenceEvaluator:
     """Loads the examples.
 
     Args:
-      infer_eval_dataset_cfg: which task and split; `pack` has no effect.
-      inference_evaluator_cls: `seqio.Evaluator`, or what gin made of it.
-      model: the model.
-      partitioner: shards parameters and data over the devices.
-      log_dir: metrics go to its folder `inference_eval`; None writes none.
-      verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
+      infer_eval_dataset_cfg: `pack` has no effect.
+      inference_evaluator_cls: `seqio.Evaluator`, or a partial of it.
+      log_dir: metrics are written to its folder `inference_eval`; None writes none.
 
     Raises:
-      ValueError: no task has that name, or the vocabularies differ.
+      ValueError: the task does not exist, or its vocabularies are not the model's.
     """
     if verify_matching_vocabs_fn and isinstance(model, models.BaseTransformerModel):
       verify_matching_vocabs_fn(infer_eval_dataset_cfg, model)
-    data.find_provider(infer_eval_dataset_cfg)  # Suggests a name, if there is none.
-    logs = (
-      {'log_dir': os.path.join(log_dir, 'inference_eval')}
-      if log_dir
-      else {'logger_cls': ()}
-    )
+    data.find_provider(infer_eval_dataset_cfg)  # Its error suggests a name.
+    logs = {'logger_cls': ()}
+    if log_dir:
+      logs = {'log_dir': os.path.join(log_dir, 'inference_eval')}
     self._evaluator = inference_evaluator_cls(
       mixture_or_task_name=infer_eval_dataset_cfg.task_name,
       feature_converter=model.FEATURE_CONVERTER_CLS(pack=False),
@@ -98,11 +93,11 @@ class InferenceEvaluator:
 
   @property
   def eval_tasks(self) -> Sequence[seqio.Task]:
-    """The tasks that have metrics and the split."""
+    """The tasks with metrics and this split."""
     return self._evaluator.eval_tasks
 
   def close(self) -> None:
-    """Waits for metrics that are being computed and closes the loggers."""
+    """Waits for pending metrics and closes the loggers."""
     self._evaluator.close()
 
   def evaluate(
@@ -110,16 +105,7 @@ class InferenceEvaluator:
     train_state: train_state_lib.TrainState,
     train_state_axes: train_state_lib.TrainState,
   ) -> Any:
-    """Evaluates the parameters of a state.
-
-    Args:
-      train_state: the state; its step labels the metrics.
-      train_state_axes: mesh axes of its arrays.
-
-    Returns:
-      A future whose `result()` is {task name: {metric: value}}, or None on processes
-      other than the first.
-    """
+    """Returns a future of {task: {metric: value}}, of None on all but process 0."""
     if not self._infer_fns:
       for step in ('predict_batch', 'predict_batch_with_aux', 'score_batch'):
         self._infer_fns[step] = inference.get_infer_fn(
@@ -141,7 +127,7 @@ class InferenceEvaluator:
 
 
 def _by_step(path: str) -> tuple[int, str]:
-  """Sorts checkpoints: checkpoint_7, model.ckpt-7, 7; first those without a step."""
+  """Sorting key of checkpoints by the number their path ends in, if any."""
   number = re.search(r'(\d+)/*$', path)
   return int(number[1]) if number else -1, path
 
@@ -165,18 +151,18 @@ def evaluate(
   fallback_init_rng: int | None = None,
   use_orbax: bool = True,
 ) -> None:
-  """Evaluates one checkpoint or several; `configs/runs/eval.gin` comments parameters.
+  """Evaluates checkpoints; `configs/runs/eval.gin` comments the parameters.
 
   Args:
-    restore_checkpoint_cfg: which checkpoints; mode 'all' leaves out those evaluated,
-      which `output_dir/eval.<task>.ckpt` lists.
+    restore_checkpoint_cfg: mode 'all' skips the evaluated checkpoints, listed in
+      `output_dir/eval.<task>.ckpt`.
     training_evaluator_cls: a Trainer that also computes the training metrics, on
       batches of `train_eval_get_dataset_fn`.
-    fallback_init_rng: seed of parameters that a checkpoint lacks, where
-      `RestoreCheckpointConfig.fallback_to_scratch` allows that.
+    fallback_init_rng: seed of parameters missing in a checkpoint, with
+      `RestoreCheckpointConfig.fallback_to_scratch`.
 
   Raises:
-    ValueError: the task has no metrics or not that split, or no checkpoint was found.
+    ValueError: the task lacks metrics or this split, or no checkpoint was found.
   """
   # ---- Data ----
   data.find_provider(dataset_cfg)
@@ -193,7 +179,7 @@ def evaluate(
 
   # ---- Checkpoints ----
   initializer = train_state_initializer_cls(
-    optimizer_def=None,  # Its state is not needed.
+    optimizer_def=None,  # No optimizer state is needed.
     init_fn=model.get_initial_variables,
     input_shapes={
       name: (dataset_cfg.batch_size, *shape)
@@ -208,11 +194,11 @@ def evaluate(
     partitioner,
   )
   restore_cfg, paths = restore.get_first_valid_restore_config_and_paths(
-    # The optimizer's state in the checkpoint is not read.
+    # Not strict: the checkpoint also has optimizer state.
     [dataclasses.replace(restore_checkpoint_cfg, strict=False)]
   )
   if not paths:
-    raise ValueError(f'There is no checkpoint at {restore_checkpoint_cfg.path}.')
+    raise ValueError(f'No checkpoint found at {restore_checkpoint_cfg.path}.')
   record = epath.Path(output_dir) / f'eval.{dataset_cfg.task_name}.ckpt'
   done = set(record.read_text().splitlines()) if record.exists() else set()
   if restore_cfg.mode == 'all':
@@ -226,7 +212,7 @@ def evaluate(
   trainer, train_eval_datasets = None, {}
   if training_evaluator_cls is not None:
     layout = partitioner.get_data_layout(dataset_cfg.batch_size)
-    # Gin sets the number of batches: get_training_eval_datasets.eval_steps.
+    # Gin binds get_training_eval_datasets.eval_steps.
     train_eval_datasets = train_eval_get_dataset_fn(
       dataset_cfg,
       layout.shard_id,
@@ -252,7 +238,7 @@ def evaluate(
       initializer, partitioner, restore_cfg, path, init_rng, use_orbax=use_orbax
     )
     if train_state is None:
-      raise ValueError(f'There is no checkpoint at {path}.')
+      raise ValueError(f'No checkpoint found at {path}.')
     if trainer is not None:
       trainer.train_state = train_state
       trainer.eval(train_eval_datasets)
@@ -260,7 +246,6 @@ def evaluate(
     multihost.sync(f'evaluated:{int(train_state.step)}')
     if jax.process_index() == 0:
       done.add(path)
-      # Whole, as some file systems cannot append.
       with whole_files.whole_file(record) as file:
         file.write('\n'.join(sorted(done, key=_by_step)))
   evaluator.close()

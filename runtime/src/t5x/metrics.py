@@ -1,8 +1,8 @@
 """Metrics that sum over microbatches, steps and hosts, on top of `clu.metrics`.
 
-Two quantities are unknown inside the compiled step that makes a metric: the wall time,
-and the number of steps (a microbatch is not a step). The trainer sets them afterwards,
-with `set_time_metrics_duration` and `set_step_metrics_num_steps`.
+The compiled step knows neither the wall time nor the number of steps (a microbatch is
+not a step). The trainer sets them afterwards, with `set_time_metrics_duration` and
+`set_step_metrics_num_steps`.
 """
 
 import numbers
@@ -29,30 +29,25 @@ class Sum(clu_metrics.Metric):
 
   @classmethod
   def from_model_output(cls, values: Num[Array, '*d'] | float, **_: Any) -> Self:
-    """Sums a scalar or an array of any shape."""
     return cls(total=jnp.sum(jnp.asarray(values)))
 
   def merge(self, other: Self) -> Self:
-    """Adds the totals."""
     return type(self)(total=self.total + other.total)
 
   def compute(self) -> Num[Array, '']:
-    """The total."""
     return jnp.asarray(self.total)
 
 
 @flax.struct.dataclass
 class Step(clu_metrics.Metric):
-  """A metric that knows how many steps it covers."""
+  """The number of steps, and a base class of metrics that depend on it."""
 
   steps: int | None = 1
 
   def replace_steps(self, steps: int) -> Self:
-    """A copy that covers `steps` steps."""
     return self.replace(steps=steps)
 
   def compute(self) -> Shaped[Array, '']:
-    """The number of steps; ValueError if it was never set."""
     if self.steps is None:
       raise ValueError(f'{type(self).__name__}: set `steps` with replace_steps first.')
     return jnp.asarray(self.steps)
@@ -68,30 +63,25 @@ class AveragePerStep(Step):
   def from_model_output(
     cls, values: Num[Array, '*d'] | float, steps: int | None = 1, **_: Any
   ) -> Self:
-    """Sums a scalar or an array, over `steps` steps."""
     return cls(total=jnp.sum(jnp.asarray(values)), steps=steps)
 
   def merge(self, other: Self) -> Self:
-    """Adds totals and steps."""
     return type(self)(total=self.total + other.total, steps=self.steps + other.steps)
 
   def compute(self) -> Float[Array, '']:
-    """Total / steps."""
     return self.total / super().compute()
 
 
 @flax.struct.dataclass
 class Time(clu_metrics.Metric):
-  """A wall time in seconds, known only outside the compiled step."""
+  """A wall time in seconds, set outside the compiled step."""
 
   duration: Scalar | None = None
 
   def merge(self, other: Self) -> Self:
-    """Either one: both cover the same interval, whose length is set later."""
-    return self
+    return self  # Both cover the same interval, whose duration is set later.
 
   def compute(self) -> Shaped[Array, '']:
-    """The duration in seconds; ValueError if it was never set."""
     if self.duration is None:
       raise ValueError(
         f'{type(self).__name__}: set `duration` with replace_duration first.'
@@ -99,7 +89,6 @@ class Time(clu_metrics.Metric):
     return jnp.asarray(self.duration)
 
   def replace_duration(self, duration: Scalar) -> Self:
-    """A copy that covers `duration` seconds."""
     return self.replace(duration=duration)
 
 
@@ -111,17 +100,14 @@ class TimeRate(Time):
 
   @classmethod
   def from_model_output(cls, numerator: Num[Array, ''] | float, **_: Any) -> Self:
-    """Starts from a count."""
     return cls(numerator=numerator)
 
   def merge(self, other: Self) -> Self:
-    """Adds the counts; ValueError once a duration is set, as it would be outdated."""
     if self.duration is not None or other.duration is not None:
       raise ValueError('TimeRate: merge before replace_duration.')
     return type(self)(numerator=self.numerator + other.numerator)
 
   def compute(self) -> Float[Array, '']:
-    """Count / seconds."""
     return self.numerator / super().compute()
 
 
@@ -131,25 +117,22 @@ class StepsPerTime(Step, Time):
 
   @classmethod
   def from_model_output(cls, steps: int | None = 1, **_: Any) -> Self:
-    """Starts from a number of steps."""
     return cls(steps=steps)
 
   def merge(self, other: Self) -> Self:
-    """Adds the steps."""
     return type(self)(steps=self.steps + other.steps)
 
   def compute(self) -> Float[Array, '']:
-    """Steps / seconds."""
     return Step.compute(self) / Time.compute(self)
 
 
 def is_metric_obj(obj: Any) -> bool:
-  """True for a metric: the leaf at which to map over trees of metrics."""
+  """Whether an object is a metric, as `is_leaf` of `jax.tree.map`."""
   return isinstance(obj, clu_metrics.Metric)
 
 
 def as_number(value: Any) -> float | None:
-  """The value of a metric as a float; None if it is a text, an array or the like."""
+  """Converts the value of a metric to float; None if it is not a single number."""
   if isinstance(value, clu.values.Scalar):
     value = value.value
   single = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
@@ -165,12 +148,12 @@ def _update_each(
 
 
 def set_time_metrics_duration(metrics: Any, duration: Scalar) -> Any:
-  """Sets the duration, in seconds, of every metric that has one."""
+  """Sets the duration in seconds of every `Time` in a tree of metrics."""
   return _update_each(metrics, Time, lambda m: m.replace_duration(duration))
 
 
 def set_step_metrics_num_steps(metrics: Any, num_steps: int) -> Any:
-  """Sets the number of steps of every metric that has one."""
+  """Sets the number of steps of every `Step` in a tree of metrics."""
   return _update_each(metrics, Step, lambda m: m.replace_steps(num_steps))
 
 
@@ -180,10 +163,7 @@ def set_step_metrics_num_steps(metrics: Any, num_steps: int) -> Any:
 def count_packed_examples(
   segment_ids: Num[Array, 'batch length'] | Bool[Array, 'batch length'],
 ) -> Int[Array, '']:
-  """Counts examples: runs of one id other than 0.
-
-  [[1, 1, 3, 3, 0, 0], [2, 7, 7, 7, 7, 0]] holds 4.
-  """
+  """Counts runs of one nonzero id: [[1, 1, 3, 3, 0, 0], [2, 7, 7, 7, 7, 0]] has 4."""
   before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
   return jnp.sum((segment_ids != before) & (segment_ids != 0))
 
@@ -200,16 +180,14 @@ def compute_base_metrics(
   """Computes the metrics of one step, to be merged over microbatches and steps.
 
   Args:
-    logits: of the decoder.
-    targets: the tokens to predict.
     mask: the positions that count; None counts all.
-    loss: the loss, z-loss included.
-    z_loss: the z-loss in it; None leaves out its metrics.
-    segment_ids: by feature, the example that each position belongs to.
+    loss: the loss, including the z-loss.
+    z_loss: None leaves out its metrics.
+    segment_ids: by feature, the example of each position; 0 is padding.
 
   Returns:
-    Metrics by name. Losses are given per step and per target token, rates under
-    `timing/`, `non_padding_fraction/` and `effective_batch_size/` per feature.
+    Metrics by name. Losses are per step and per target token, rates under `timing/`,
+    `non_padding_fraction/` and `effective_batch_size/` per feature.
   """
   slots = jnp.asarray(targets.size)
   examples = jnp.asarray(targets.shape[0])
@@ -257,7 +235,6 @@ def _timing_metrics(examples: jax.Array, slots: jax.Array) -> MetricsMap:
 
 
 def _packing_metrics(segment_ids: Mapping[str, jax.Array]) -> MetricsMap:
-  """Examples and padding per feature, and padding of all features together."""
   metrics = {}
   filled_total = size_total = jnp.asarray(0)
   for feature, ids in segment_ids.items():

@@ -1,4 +1,4 @@
-"""Reports of a run: a progress bar, lines in the log, and MODEL_DIR/metrics.jsonl."""
+"""Progress of a run: a bar, lines in the log, and MODEL_DIR/metrics.jsonl."""
 
 import json
 import sys
@@ -15,11 +15,11 @@ from t5x import whole_files
 
 
 def _rate(number: float) -> str:
-  """Three figures, or all before the point; no exponent: 0.0123, 78.9, 54,160."""
+  """Formats with three significant digits and no exponent: 0.0123, 78.9, 54,160."""
   return f'{number:,.0f}' if number >= 99.95 else f'{number:.3g}'
 
 
-# (name in a line, metrics to take it from: the first that exists, format)
+# (label, names of metrics of which the first that exists is shown, format)
 _QUALITY = (
   ('loss', ('loss_per_nonpadding_target_token', 'loss'), '{:.4f}'.format),
   ('accuracy', ('accuracy',), '{:.4f}'.format),
@@ -30,7 +30,6 @@ _DATA_WAIT = ('data wait', ('timing/data_wait_share',), '{:.0%}'.format)
 
 
 def _shown(items: Iterable[tuple], metrics: Mapping[str, Any]) -> list[str]:
-  """`name value` for each of the items that exists."""
   parts = []
   for name, sources, form in items:
     found = [metrics_lib.as_number(metrics[s]) for s in sources if s in metrics]
@@ -47,14 +46,7 @@ def _quality(metrics: Mapping[str, Any], chosen: Mapping[str, str]) -> list[str]
 def interval_line(
   step: int, total_steps: int, metrics: Mapping[str, Any], chosen: Mapping[str, str]
 ) -> str:
-  """Describes an interval of training: quality, speed and the time left.
-
-  Args:
-    step: the step at the interval's end.
-    total_steps: the run's last step.
-    metrics: values by name, as the trainer reports them; missing ones are left out.
-    chosen: {name: metric} to show after the accuracy.
-  """
+  """Describes an interval that ends at `step`; see `Progress` for `chosen`."""
   speed = _shown([_TOKENS], metrics) or _shown([_STEPS], metrics)
   steps_per_second = metrics_lib.as_number(metrics.get(_STEPS[1][0]))
   left = []
@@ -67,7 +59,7 @@ def interval_line(
 
 
 class Progress:
-  """Shows a run: a line per interval and, on a terminal, a bar below them."""
+  """Shows a line per interval and, on a terminal, a progress bar below them."""
 
   def __init__(
     self,
@@ -76,14 +68,11 @@ class Progress:
     chosen: Mapping[str, str] | None = None,
     stream: TextIO | None = None,
   ):
-    """Prepares the display; nothing appears before the first step.
+    """Prepares the display, which appears at the first step.
 
     Args:
-      total_steps: the run's last step.
-      first_step: the step the run starts or resumes at.
-      chosen: {name: metric}, shown after the accuracy in the bar, at evaluations and at
-        the last step.
-      stream: where the bar goes, if it is a terminal; stderr by default.
+      chosen: {label: metric} to show in the bar, at evaluations and at the last step.
+      stream: where to show the bar, if it is a terminal; stderr by default.
     """
     self._total, self._first = total_steps, first_step
     self._chosen = chosen or {}
@@ -105,7 +94,7 @@ class Progress:
       self._bar.update()
 
   def report(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Logs an interval's line; the last step's has the chosen metrics too."""
+    """Logs the line of an interval."""
     chosen = self._chosen if step == self._total else {}
     self._log(interval_line(step, self._total, metrics, chosen))
     if self._bar is not None:
@@ -113,7 +102,7 @@ class Progress:
       self._bar.set_postfix_str(' | '.join(shown))
 
   def report_evaluation(self, name: str, step: int, metrics: Mapping[str, Any]) -> None:
-    """Logs the quality on an evaluation dataset."""
+    """Logs the line of an evaluation."""
     parts = [f'{name}: step {step:,}', *_quality(metrics, self._chosen)]
     self._log(' | '.join(parts))
 
@@ -133,20 +122,19 @@ class Progress:
 
 
 class MetricsLog:
-  """Every report of a run as a line of MODEL_DIR/metrics.jsonl, which process 0 writes.
+  """Writes every report of a run as a line of MODEL_DIR/metrics.jsonl, on process 0.
 
   A line is `{"step": 20, "source": "train", "values": {"loss": 2.5, ...}}`. Sources are
-  'train', 'training_eval/<task>' and 'inference_eval/<task>/eval', so that
-  `<source>/<metric>` is the name of a metric for `metric_name_to_monitor`.
+  'train', 'training_eval/<task>' and 'inference_eval/<task>/eval';
+  `metric_name_to_monitor` takes `<source>/<metric>`.
   """
 
   def __init__(self, model_dir: str, step: int = 0, evaluates_first: bool = False):
-    """Reads the lines of a run that is resumed and drops those it will write again.
+    """Reads the lines of a resumed run and drops those it will write again.
 
     Args:
-      model_dir: the run's folder.
       step: the step at which the run resumes.
-      evaluates_first: whether it evaluates before the first step.
+      evaluates_first: whether it evaluates before its first step.
     """
     self._path = epath.Path(model_dir) / 'metrics.jsonl'
     self._latest: tuple[int, dict[str, float]] = (step, {})
@@ -156,7 +144,7 @@ class MetricsLog:
     for line in self._path.read_text().splitlines():
       try:
         report = json.loads(line)
-      except ValueError:  # The line that a killed run was writing.
+      except ValueError:  # A killed run was writing this line.
         continue
       again = evaluates_first and report['source'] != 'train'
       if report['step'] < step + (not again):
@@ -165,7 +153,7 @@ class MetricsLog:
       file.writelines(json.dumps(report) + '\n' for report in self._before)
 
   def add(self, step: int, source: str, values: Mapping[str, Any]) -> None:
-    """Appends a line with those of the values that are numbers."""
+    """Appends a line with the values that are numbers."""
     found = {name: metrics_lib.as_number(value) for name, value in values.items()}
     found = {name: number for name, number in found.items() if number is not None}
     latest = self.at(step) | {f'{source}/{name}': x for name, x in found.items()}
@@ -175,10 +163,10 @@ class MetricsLog:
         file.write(json.dumps({'step': step, 'source': source, 'values': found}) + '\n')
 
   def at(self, step: int) -> dict[str, float]:
-    """{`<source>/<metric>`: value} of the latest step; empty if it is another one."""
+    """Returns {`<source>/<metric>`: value} if `step` is the latest step, else {}."""
     return self._latest[1] if self._latest[0] == step else {}
 
   def recall(self, source: str, metric: str) -> list[float]:
-    """The values that the run had reported before it was resumed, in order."""
+    """Returns the values reported before the run was resumed, in order."""
     reports = [r['values'] for r in self._before if r['source'] == source]
     return [values[metric] for values in reports if metric in values]

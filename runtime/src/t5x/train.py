@@ -5,10 +5,10 @@
     --gin.MIXTURE_OR_TASK_NAME="'my_task'" \\
     --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 
-Everything is in MODEL_DIR: checkpoint_<step>/, config.gin, model-info.txt,
-metrics.jsonl, and for TensorBoard train/, training_eval/<task>/ and
-inference_eval/<task>/. The same command, given again after an interruption, resumes
-from the last checkpoint. SIGTERM saves and ends the run.
+Writes checkpoint_<step>/, config.gin, model-info.txt and metrics.jsonl to MODEL_DIR,
+and TensorBoard files to train/, training_eval/<task>/ and inference_eval/<task>/ in it.
+The same command resumes an interrupted run from its last checkpoint. SIGTERM saves and
+ends the run.
 """
 
 if __name__ == '__main__':
@@ -52,7 +52,7 @@ from t5x import train_state as train_state_lib
 from t5x import trainer as trainer_lib
 from t5x.trainer import ActionMode
 
-# Where TensorBoard files and `metrics.jsonl` have the metrics of a mode and a task.
+# Names of metrics in TensorBoard files and `metrics.jsonl`, by mode; {} is the task.
 _SOURCES = {
   ActionMode.TRAIN: '{}',
   ActionMode.TRAIN_EVAL: 'training_eval/{:.113}',
@@ -63,11 +63,11 @@ _SOURCES = {
 def _restore_configs(
   checkpoint_cfg: restore.CheckpointConfig, model_dir: str
 ) -> list[restore.RestoreCheckpointConfig]:
-  """Lists where parameters may come from; the first that exists is taken.
+  """Lists the sources of the state, of which the first that exists is restored.
 
-  1. The run's own last checkpoint: the run is resumed.
-  2. The checkpoint that the configuration names: fine-tuning starts.
-  (3. Neither: random parameters.)
+  1. The run's own last checkpoint, to resume it.
+  2. The checkpoint in the configuration, to fine-tune it.
+  (3. Neither exists: random parameters.)
   """
   initial, save = checkpoint_cfg.restore, checkpoint_cfg.save
   transformations = initial.state_transformation_fns if initial else ()
@@ -78,7 +78,7 @@ def _restore_configs(
   own = restore.RestoreCheckpointConfig(
     path=model_dir,
     mode='latest',
-    dtype='float32',  # A run trains in it, whatever dtype it saves in.
+    dtype='float32',  # Training uses it, whatever dtype is saved.
     restore_dataset=bool(save and save.save_dataset),
     state_transformation_fns=[
       functools.partial(transform, is_resuming=True) for transform in transformations
@@ -96,7 +96,7 @@ def _restore_configs(
 
 
 def _whole_steps(name: str, steps: float | None) -> int:
-  """A number of steps as an int: gin files may have 1e5, and None for 0."""
+  """Converts a number of steps to int: gin files may have 1e5, and None for 0."""
   steps = 0 if steps is None else steps
   if not isinstance(steps, numbers.Real) or steps < 0 or steps != int(steps):
     raise ValueError(f'{name} must be a whole number of steps. Got: {steps!r}.')
@@ -104,7 +104,7 @@ def _whole_steps(name: str, steps: float | None) -> int:
 
 
 def _first_step_of_run(model_dir: str, step: int) -> int:
-  """The step the run began at, whenever that was; `relative_steps` count from it."""
+  """Returns the step the run began at before any restart; process 0 records it."""
   note = epath.Path(model_dir) / 'first_step.txt'
   began = int(note.read_text()) if note.exists() else step
   multihost.sync('first_step_read')
@@ -117,10 +117,7 @@ def _first_step_of_run(model_dir: str, step: int) -> int:
 def _next_stop(
   step: int, total_steps: int, periods: Sequence[int], further: Sequence[int] = ()
 ) -> int:
-  """The first step after `step` at which something happens.
-
-  Periods count from step 0, wherever the run was resumed; 0 switches one off.
-  """
+  """The first step after `step` at which something happens; period 0 is off."""
   coming = [(step // period + 1) * period for period in periods if period]
   return min([total_steps, *coming, *(stop for stop in further if stop > step)])
 
@@ -134,25 +131,22 @@ def run_actions(
   """Runs the actions of a mode on process 0; True, everywhere, if one asks to stop."""
   stop = False
   if jax.process_index() == 0:
-    for action in actions.get(mode, ()):  # All of them, whatever the first one returns.
+    for action in actions.get(mode, ()):  # Runs all, even after one asks to stop.
       stop |= bool(action.run(train_state, metrics_by_task=metrics_by_task))
   return bool(multihost.broadcast(np.asarray(stop)))
 
 
 @contextlib.contextmanager
 def _sigterm_noticed() -> Iterator[Callable[[int], bool]]:
-  """Yields a function of a step: whether to stop before that step is taken.
-
-  Processes of one run agree on a step by JAX's coordination service, which listens for
-  the signal itself. Python sets handlers in the main thread only.
-  """
+  """Yields a function of a step: whether to stop before it."""
   if jax.process_count() > 1:
+    # JAX's coordination service handles the signal, so that processes agree on a step.
     yield multihost_utils.reached_preemption_sync_point
     return
-  noticed = threading.Event()
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False
+    yield lambda step: False  # Only the main thread can set signal handlers.
     return
+  noticed = threading.Event()
   before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
   try:
     yield lambda step: noticed.is_set()
@@ -163,12 +157,10 @@ def _sigterm_noticed() -> Iterator[Callable[[int], bool]]:
 def _until_stopped(
   batches: Iterator[Any], step: int, stops_before: Callable[[int], bool]
 ) -> Iterator[Any]:
-  """Yields batches until the run has to stop.
-
-  Asks before it takes a batch, so that the saved dataset state is that of the step.
-  """
+  """Yields batches; raises PreemptionError if the run has to stop."""
   end = object()
   for number in itertools.count(step):
+    # Before taking a batch, so that the dataset state matches the step.
     if stops_before(number):
       raise trainer_lib.PreemptionError(f'Asked to stop before step {number}.')
     if (batch := next(batches, end)) is end:
@@ -214,25 +206,23 @@ def train(
 ) -> tuple[int, train_state_lib.TrainState]:
   """Trains a model; `configs/runs/pretrain.gin` comments most parameters.
 
-  Every period counts absolute steps; 0 or None switches it off. What has a period also
-  happens at the last step.
+  Periods count absolute steps, and everything periodic also happens at the last step.
+  0 or None switches a period off.
 
   Args:
-    total_steps: the step at which training ends, counted with those of the checkpoint
-      it starts from.
-    eval_steps: batches of each evaluation with teacher forcing.
-    relative_steps: ends this many steps after the one the run began at, in place of
-      `total_steps`.
+    total_steps: the last step, including those of an initial checkpoint.
+    eval_steps: batches per evaluation with teacher forcing.
+    relative_steps: replaces `total_steps` by this many steps from the run's first one.
     stats_period: steps between reports of the training metrics, which are also reported
-      at each evaluation and each checkpoint.
-    concurrent_metrics: whether training continues while the metrics of infer-eval are
-      computed on the CPU.
-    actions: {mode: actions that run on its metrics}; see `trainer.ActionMode`.
-    gc_period: steps between runs of Python's garbage collector, which then never runs
-      by itself; 0 leaves it alone.
+      at evaluations and checkpoints.
+    concurrent_metrics: whether training continues while the CPU computes infer-eval
+      metrics.
+    actions: {name of a `trainer.ActionMode`: actions on its metrics}.
+    gc_period: steps between runs of Python's garbage collector, whose automatic runs
+      are then disabled; 0 leaves them enabled.
 
   Returns:
-    The step reached and the state at that step.
+    The last step and the state after it.
 
   Raises:
     ValueError: an argument is out of range or does not fit another.
@@ -245,7 +235,7 @@ def train(
   for name, chosen in (actions or {}).items():
     if name not in ActionMode.__members__:
       raise ValueError(
-        f'train.actions knows the modes {", ".join(ActionMode.__members__)}. '
+        f'The modes of train.actions are {", ".join(ActionMode.__members__)}. '
         f'Got: {name!r}.'
       )
     if concurrent_metrics and name in ('TRAIN', 'INFER_EVAL'):
@@ -279,9 +269,8 @@ def train(
       verify_matching_vocabs_fn(cfg, model)
   if train_dataset_cfg.seed is not None and not (save_cfg and save_cfg.save_dataset):
     logging.warning(
-      'The data seed is fixed and the dataset state is not saved: after each restart '
-      'training sees the same examples again. Set '
-      'SaveCheckpointConfig.save_dataset = True.'
+      'The data seed is fixed but the dataset state is not saved, so each restart '
+      'repeats the same examples. Set SaveCheckpointConfig.save_dataset = True.'
     )
   layout = partitioner.get_data_layout(train_dataset_cfg.batch_size)
   converter_cls = model.FEATURE_CONVERTER_CLS
@@ -343,8 +332,8 @@ def train(
   total_steps = _whole_steps('total_steps', total_steps)
   if first_step > total_steps:
     raise ValueError(
-      f'The run is to end at step {total_steps}, but its checkpoint is at step '
-      f'{first_step} already. Raise TRAIN_STEPS, or set TRAIN_STEPS_RELATIVE.'
+      f'The run ends at step {total_steps}, but its checkpoint is already at step '
+      f'{first_step}. Raise TRAIN_STEPS, or set TRAIN_STEPS_RELATIVE.'
     )
   restore_seconds = time.monotonic() - start
   logging.info(
@@ -370,10 +359,10 @@ def train(
     summary_dir=model_dir,
     rng=train_key,
   )
-  del train_state  # The trainer reuses its memory for the next state.
+  del train_state  # The first step donates its buffers.
   train_metrics = trainer.train_metrics_manager
   if first_step < total_steps or not paths:
-    # A finished run keeps the configuration that it was trained with.
+    # A finished run keeps its configuration.
     summarize_config_fn(model_dir, train_metrics.summary_writer, first_step)
   train_metrics.write_scalar(
     'timing/init_or_restore_seconds', restore_seconds, first_step
@@ -409,11 +398,11 @@ def train(
   inferred = []  # [(step, future of metrics)], at most one.
 
   def take_inferred():
-    """Waits for the metrics of infer-eval and writes them down."""
+    """Waits for pending infer-eval metrics and logs them."""
     found = {}
     while inferred:
       step, future = inferred.pop()
-      found = future.result() or {}  # Other processes than the first have none.
+      found = future.result() or {}  # None on all processes but the first.
       for task, values in found.items():
         source = _SOURCES[ActionMode.INFER_EVAL].format(task)
         metrics_log.add(step, source, values)
@@ -462,7 +451,7 @@ def train(
   periods = (stats_period, save_period, evaluates and eval_period, gc_period)
   step = first_step
   with contextlib.ExitStack() as stack:
-    # Whatever happens, the checkpoint and the metrics under way are finished.
+    # Pending checkpoints and metrics are completed even after an error.
     if manager is not None:
       stack.callback(manager.close)
     if evaluator is not None:
@@ -474,11 +463,13 @@ def train(
     if save_period or step in save_steps:
       save(step)
     if step == total_steps:
-      logging.info('Nothing to train: the run is at its last step, %d.', total_steps)
+      logging.info(
+        'Nothing to train: the run has reached its last step, %d.', total_steps
+      )
     elif trainer.stop_training:
       logging.info('Stopped by an action before the first step.')
     else:
-      # The pipeline fills its buffers while XLA compiles.
+      # Fills the pipeline's buffers while XLA compiles.
       train_iter.peek_async()
       trainer.compile_train(data_iterators.get_zeros_batch_like_dataset(train_iter))
       if gc_period and gc.isenabled():

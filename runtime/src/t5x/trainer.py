@@ -1,12 +1,11 @@
 """Training and evaluation of a model over a mesh.
 
-`Trainer.train` dispatches steps ahead of the devices. Each step is checked, and each
-interval reported, once the devices are done with it; nothing but that runs between two
-steps. A step's random key follows from the trainer's key and the step's number, so that
-a resumed run continues exactly as an uninterrupted one.
+`Trainer.train` dispatches steps ahead of the devices, and checks and reports them once
+they are done. A step's random key depends only on the trainer's key and the step, so a
+resumed run is identical to an uninterrupted one.
 
-A trainer of another kind subclasses `BaseTrainer` and defines `_partitioned_train_step`
-and `_partitioned_eval_step` from the functions below.
+A custom trainer subclasses `BaseTrainer` and builds `_partitioned_train_step` and
+`_partitioned_eval_step` from the functions below.
 """
 
 import abc
@@ -46,44 +45,35 @@ PartitionSpec = partitioning.PartitionSpec
 TrainState = train_state_lib.TrainState
 LearningRateCallable = Callable[[Int[Array, '']], Float[Array, '']]
 
-# Steps dispatched to the devices and not yet checked.
+# Steps dispatched to the devices but not yet checked.
 _STEPS_IN_FLIGHT = 2
 
-# A loss may be finite while its gradients are not. The next loss would show it, but by
-# then the batch at fault would be gone.
+# A finite loss may have non-finite gradients, which the next loss would only show once
+# the batch at fault is gone.
 _MUST_BE_FINITE = ('loss', 'weight_gradient_norm')
 
 
 class PreemptionError(Exception):
-  """The run has to stop between two steps, to be saved and resumed."""
+  """Asks `train` to stop between two steps, to save and resume later."""
 
 
 class NonFiniteLossError(FloatingPointError):
-  """The loss or its gradients were infinite or NaN.
-
-  Attributes:
-    step: the step at fault, which began from the state of that step.
-    batch_path: the file with its batch; None where it was not saved.
-  """
+  """The loss or gradient of the step after `step` updates is infinite or NaN."""
 
   def __init__(self, step: int, batch_path: str | None):
     self.step, self.batch_path = step, batch_path
     saved = f'saved in {batch_path}' if batch_path else 'not saved'
     super().__init__(
       f'The loss or the gradient of step {step} is not finite; its batch is {saved}. '
-      'Training stops and saves no checkpoint of it. Start again from the last '
-      'checkpoint with a lower learning rate, a longer warm-up or gradient clipping, '
-      'or inspect the batch.'
+      'Resume from the last checkpoint with a lower learning rate, a longer warm-up or '
+      'gradient clipping, or inspect the batch.'
     )
 
 
-# ---- Before a run ----
-
-
 def set_hardware_rng_ops() -> None:
-  """Makes new keys use XLA's RngBitGenerator, which is fast on TPU.
+  """Makes new keys use XLA's RngBitGenerator, fast on TPU.
 
-  Its numbers depend on how an array is sharded, and on the hardware.
+  Its numbers depend on the sharding and the hardware.
   """
   jax.config.update('jax_default_prng_impl', 'unsafe_rbg')
 
@@ -97,7 +87,7 @@ def _merge(a: PyTree, b: PyTree) -> PyTree:
   )
 
 
-# Merges two trees of metrics of the same structure, on the device.
+# Merges two trees of metrics of the same structure on the devices.
 merge_metrics = jax.jit(_merge)
 
 
@@ -110,7 +100,7 @@ def _per_step(value: Float[Array, '']) -> metrics_lib.AveragePerStep:
 
 
 class WeightMetricsComputer:
-  """Metrics of every parameter, for TensorBoard; each costs a pass over the weights."""
+  """Metrics of every parameter; each costs a pass over the weights."""
 
   def compute_metrics(
     self,
@@ -118,13 +108,11 @@ class WeightMetricsComputer:
     old_train_state: TrainState,
     new_train_state: TrainState,
   ) -> dict[str, clu.metrics.Metric]:
-    """Compares the weights before and after an update.
+    """Returns averages per step, named `<metric>/<parameter>`.
 
-    Returns:
-      Averages per step, under `<metric>/<parameter>`: `weight_rms`, `weight_max` (the
-      largest absolute value) and `weight_update_rms` of the new weights and the change,
-      `weight_gradient_rms`, and `weight_update_divided_by_weight_rms` over the weights
-      that were not 0; and `weight_gradient_norm` over all parameters.
+    `weight_rms` and `weight_max` (the largest absolute value) are of the new weights,
+    `weight_update_divided_by_weight_rms` is over weights that were not 0, and
+    `weight_gradient_norm` is over all parameters.
     """
 
     def by_name(tree):
@@ -143,7 +131,7 @@ class WeightMetricsComputer:
       values[f'weight_rms/{name}'] = rms(weight)
       values[f'weight_max/{name}'] = jnp.max(jnp.abs(weight))
       values[f'weight_update_rms/{name}'] = rms(update)
-      # Biases start at 0: a change has no size relative to that.
+      # Biases start at 0, to which no change is relative.
       present = before != 0
       relative = jnp.where(present, update / jnp.where(present, before, 1), 0)
       count = jnp.maximum(jnp.sum(present), 1)
@@ -156,10 +144,9 @@ class WeightMetricsComputer:
 def _split_microbatches(
   batch: BatchType, num_microbatches: int, data_partition_spec: PartitionSpec
 ) -> BatchType:
-  """Puts row i into microbatch i mod `num_microbatches`: [rows, …] → [n, rows / n, …].
+  """Puts row i into microbatch i mod n: [rows, …] → [n, rows / n, …].
 
-  So every row stays on its device. Blocks of consecutive rows would each be on a few
-  devices and have to move.
+  Rows stay on their devices; blocks of consecutive rows would have to move.
   """
 
   def deal(x):
@@ -181,20 +168,17 @@ def accumulate_grads_microbatched(
 ) -> tuple[ModelWeights, MetricMapType, flax.core.FrozenDict | None]:
   """Computes gradients and metrics of a batch, as a whole or summed over microbatches.
 
-  Where the loss is a sum over examples divided by a constant, both give the same.
+  Both are equal if the loss is a sum over examples divided by a constant.
 
   Args:
-    model: has `loss_fn(params, batch, dropout_rng)`. If the state has mutable
-      collections, they are its fourth argument and are returned with the metrics.
-    train_state: has the parameters and the mutable collections.
+    model: has `loss_fn(params, batch, dropout_rng)`. Mutable collections of the state
+      are its fourth argument and are returned with the metrics.
     batch: arrays of [rows, ...].
-    dropout_rng: the step's key, split for the microbatches.
     num_microbatches: None or 1 takes the batch as a whole.
-    data_partition_spec: how rows are split over the mesh.
 
   Returns:
-    (gradients, metrics, mutable collections or None). Sums over microbatches are kept
-    in float32.
+    (gradients, metrics, mutable collections or None). Gradients of microbatches are
+    summed in float32.
   """
   gradient_of = jax.value_and_grad(model.loss_fn, has_aux=True)
 
@@ -226,12 +210,12 @@ def accumulate_grads_microbatched(
 
 
 def _merge_stacked(stacked: PyTree) -> PyTree:
-  """Merges metrics whose leaves are [microbatches, ...], in their order."""
+  """Merges metrics whose leaves are [microbatches, ...], in order."""
   first = jax.tree.map(lambda x: x[0], stacked)
   rest = jax.tree.map(lambda x: x[1:], stacked)
 
   def merge(total, one):
-    # A merge may promote (an int count to float32); the carry keeps its types.
+    # A merge may promote an int count to float32; the carry must keep its types.
     merged = _merge(total, one)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, total), None
 
@@ -246,20 +230,11 @@ def apply_grads(
   weight_metrics_computer: WeightMetricsComputer | None,
   other_state_variables: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, MetricMapType]:
-  """Updates the state.
+  """Returns the updated state, and the metrics with learning rate and norms added.
 
   Args:
-    train_state: the state.
-    grad_accum: gradients of the step.
-    metrics: metrics of the step so far; not changed.
-    learning_rate: for optimizers that take it from outside, and for the report.
-    weight_metrics_computer: adds metrics of every parameter; None adds none.
-    other_state_variables: more for the new state, such as `flax_mutables`.
-
-  Returns:
-    The new state; the metrics with `learning_rate` (averaged over steps and
-    `learning_rate/current`), `weight_norm` (before the update) and
-    `weight_gradient_norm`.
+    learning_rate: for optimizers that do not have their own, and for the report.
+    other_state_variables: more fields of the new state, such as `flax_mutables`.
   """
   updated = train_state.apply_gradient(
     grad_accum, learning_rate=learning_rate, **(other_state_variables or {})
@@ -304,7 +279,7 @@ def train_with_lr(
 def eval_step(model: Any, train_state: TrainState, batch: BatchType) -> MetricMapType:
   """Computes metrics of a batch without dropout, by `model.eval_fn(params, batch)`.
 
-  If the state has mutable collections, they are a third argument of `eval_fn`.
+  Mutable collections of the state are a third argument of `eval_fn`.
   """
   mutables = (train_state.flax_mutables,) if train_state.flax_mutables else ()
   _, metrics = model.eval_fn(train_state.params, batch, *mutables)
@@ -315,18 +290,11 @@ def eval_step(model: Any, train_state: TrainState, batch: BatchType) -> MetricMa
 
 
 class MetricsManager:
-  """Writes the metrics of one source, such as 'train', for TensorBoard.
-
-  The first process writes; the others compute the same values. Call `close` at the end.
-
-  Attributes:
-    summary_dir: the folder of the files; None writes nothing.
-    summary_writer: the `clu.metric_writers.MetricWriter`.
-  """
+  """Computes metrics on all processes and writes them for TensorBoard on the first."""
 
   def __init__(self, name: str, summary_dir: str | None = None):
-    """Opens a writer in the folder `name` under `summary_dir`."""
-    # Not at the top: clu's writers import TensorFlow, which takes seconds.
+    """Opens a writer in `summary_dir/name`; None writes nothing."""
+    # Not at the top: imports TensorFlow, which takes seconds.
     from clu import metric_writers
 
     self.summary_dir = os.path.join(summary_dir, name) if summary_dir else None
@@ -337,32 +305,25 @@ class MetricsManager:
       )
 
   def write_scalar(self, key: str, val: Any, step: Any) -> None:
-    """Writes one number."""
     self.write_scalars(step, {key: val})
 
   def write_scalars(self, step: Any, scalars: Mapping[str, Any]) -> None:
-    """Writes numbers; `step` may be an array on devices."""
+    """Writes numbers by name."""
     self.summary_writer.write_scalars(int(np.asarray(step)), scalars)
 
   def write_metrics_summary(
     self, metrics: MetricMapType, step: Any, num_steps: int, seconds: float
   ) -> MetricValueMapType:
-    """Computes and writes the values of metrics that were merged over steps.
+    """Writes and returns the values of metrics merged over `num_steps` steps.
 
     Args:
-      metrics: metrics by name, on devices.
-      step: the step they belong to.
-      num_steps: the steps they cover.
-      seconds: the time that these steps took.
-
-    Returns:
-      Values by name; scalars hold NumPy numbers.
+      seconds: the duration of these steps.
     """
     from clu import metric_writers
 
     metrics = metrics_lib.set_time_metrics_duration(jax.device_get(metrics), seconds)
     metrics = metrics_lib.set_step_metrics_num_steps(metrics, num_steps)
-    # Small sums on an accelerator would queue behind the steps already dispatched.
+    # On an accelerator they would queue behind the steps dispatched ahead.
     try:
       host = jax.local_devices(backend='cpu')[0]
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU.
@@ -376,11 +337,9 @@ class MetricsManager:
     return values
 
   def flush(self) -> None:
-    """Waits until everything is written."""
     self.summary_writer.flush()
 
   def close(self) -> None:
-    """Waits until everything is written and closes the files."""
     self.summary_writer.close()
 
 
@@ -388,7 +347,7 @@ class MetricsManager:
 
 
 class _Interval:
-  """Steps of one `train` call, whose metrics are merged and reported together."""
+  """The steps of one `train` call; a future of their merged metrics."""
 
   def __init__(self, first_step: int, settle: Callable[[], None]):
     self.first_step, self.num_steps = first_step, 0
@@ -399,23 +358,23 @@ class _Interval:
     self._settle = settle
 
   def result(self) -> MetricValueMapType:
-    """Waits for the devices; returns the values of the metrics."""
+    """Waits for the devices and returns the values of the metrics."""
     if self.values is None:
       self._settle()
     return self.values
 
 
 class BaseTrainer(abc.ABC):
-  """Holds a state, trains it and evaluates it. Call `close` (or use `with`) at the end.
+  """Trains and evaluates a state. Call `close` (or use `with`) at the end.
 
   Attributes:
-    train_metrics_manager: writes the metrics of training.
-    eval_metrics_managers: writes those of each evaluation dataset, by its name.
-    stop_training: set by the training script when an action asks for the end.
-    halt_on_nonfinite_loss: whether `train` stops at a loss or gradient that is not
-      finite. Unset it for optimizers that skip such updates.
-    on_step: called after each step that the devices have finished.
-    on_report: called with (step, values of metrics) at the end of each interval.
+    train_metrics_manager: the `MetricsManager` of training.
+    eval_metrics_managers: one per evaluation dataset, by name.
+    stop_training: set by the training script when an action asks to stop.
+    halt_on_nonfinite_loss: whether `train` stops at a non-finite loss or gradient.
+      Unset it for optimizers that skip such updates.
+    on_step: called after each finished step.
+    on_report: called with (step, values of metrics) after each interval.
   """
 
   def __init__(
@@ -428,18 +387,15 @@ class BaseTrainer(abc.ABC):
     train_state_axes: Any,
     rng: Rng,
   ):
-    """Takes over a state.
+    """Creates a trainer.
 
     Args:
-      model: the model.
-      train_state: parameters and optimizer state, on the devices. The first step reuses
-        its memory.
-      partitioner: shards batches over the devices.
-      eval_names: names of the evaluation datasets that `eval` will be given.
+      train_state: on the devices; the first step donates its buffers.
+      eval_names: names of the datasets for `eval`.
       summary_dir: folder for TensorBoard files and for the batch of a non-finite loss;
         None writes nothing.
       train_state_axes: mesh axes of the state.
-      rng: key from which those of all steps follow.
+      rng: key from which the keys of all steps are derived.
     """
     self._model = model
     self._partitioner = partitioner
@@ -450,7 +406,7 @@ class BaseTrainer(abc.ABC):
     self._train_program: Callable[..., Any] | None = None
     self._eval_programs: dict[str, Callable[..., Any]] = {}
     self._programs_by_spec: dict[Any, Callable[..., Any]] = {}
-    # What is left to do for steps and intervals that the devices may still work on.
+    # Checks and reports of steps that the devices may not have finished.
     self._pending: collections.deque[Callable[[], None]] = collections.deque()
     self._failure: NonFiniteLossError | None = None
     self._created = time.monotonic()
@@ -461,7 +417,7 @@ class BaseTrainer(abc.ABC):
     self.on_report: Callable[[int, MetricValueMapType], None] = lambda *_: None
     self.train_metrics_manager = MetricsManager('train', summary_dir)
     self.eval_metrics_managers = {
-      # File systems allow names of 255 bytes, the ending that the writer adds included.
+      # File names have at most 255 bytes, with the suffix that the writer adds.
       name: MetricsManager(f'training_eval/{name:.113}', summary_dir)
       for name in eval_names
     }
@@ -473,7 +429,7 @@ class BaseTrainer(abc.ABC):
     self.close()
 
   def close(self) -> None:
-    """Waits until all metrics are written."""
+    """Waits for the devices and until all metrics are written."""
     try:
       if self._failure is None:
         self._settle()
@@ -486,11 +442,7 @@ class BaseTrainer(abc.ABC):
 
   @property
   def train_state(self) -> TrainState:
-    """The state after the steps so far.
-
-    Raises:
-      NonFiniteLossError: the loss of one was not finite, so this state is useless.
-    """
+    """The state after all steps; NonFiniteLossError if one of them was non-finite."""
     self._settle()
     return self._state
 
@@ -525,19 +477,17 @@ class BaseTrainer(abc.ABC):
     """Runs steps.
 
     Args:
-      batch_iter: yields batches: this host's rows, or arrays over all hosts.
-      num_steps: how many steps to run.
-      start_step: the state's step, if known, to save asking the devices.
+      batch_iter: yields batches: this host's rows, or arrays over all hosts. If it
+        raises (PreemptionError, say), the state is that of the steps done.
+      start_step: the state's step, if known, which saves a wait for the devices.
 
     Returns:
-      A future of the metrics of these steps, merged. Its `result` raises
-      NonFiniteLossError if one of the last steps was not finite.
+      A future of the merged metrics of these steps. Its `result` raises
+      NonFiniteLossError if one of the last steps was non-finite.
 
     Raises:
-      NonFiniteLossError: the loss or gradient of a step was not finite.
-      ValueError: the batches came to an end.
-      PreemptionError: raised by `batch_iter` to stop early. As after any exception
-        from there, the state is that of the steps done.
+      NonFiniteLossError: the loss or gradient of a step was non-finite.
+      ValueError: the batches ended.
     """
     if num_steps < 1:
       raise ValueError(f'num_steps must be at least 1. Got: {num_steps}.')
@@ -565,7 +515,7 @@ class BaseTrainer(abc.ABC):
     run = self._train_program or self._partitioned_train_step
     asked = time.perf_counter()
     batch = next(batch_iter)
-    # The devices waited for this batch if they have run out of work.
+    # A ready state: the devices ran out of work and waited for this batch.
     is_ready = getattr(self._state.step, 'is_ready', lambda: True)
     if is_ready():
       interval.waited += time.perf_counter() - asked
@@ -594,16 +544,16 @@ class BaseTrainer(abc.ABC):
       return
     watched = [metrics[name] for name in _MUST_BE_FINITE if name in metrics]
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(watched))):
-      # All steps after it are non-finite because of it.
+      # Later steps are non-finite as a consequence.
       self._pending.clear()
       path = _save_batch(batch, step, self._summary_dir) if self._summary_dir else None
       self._failure = NonFiniteLossError(step, path)
       raise self._failure
 
   def _report(self, interval: _Interval) -> None:
-    """Writes the metrics of an interval whose steps are done."""
+    """Writes the metrics of an interval whose steps are finished."""
     step = interval.first_step + interval.num_steps
-    # Its first steps may have been dispatched before the interval before it had ended.
+    # It may have begun before the devices finished the previous interval.
     seconds = self._step_ended - max(interval.begun, self._interval_ended)
     self._interval_ended = self._step_ended
     metrics = {
@@ -625,11 +575,7 @@ class BaseTrainer(abc.ABC):
     self.on_report(step, interval.values)
 
   def compile_train(self, batch: BatchType) -> None:
-    """Compiles the training step, which otherwise the first step does.
-
-    Args:
-      batch: a batch of the shapes and types to come; its values do not matter.
-    """
+    """Compiles the training step for the shapes and types of a batch."""
     begun = time.perf_counter()
     self._train_program = self._partitioner.compile(
       self._partitioned_train_step, self._state, self._on_devices(batch)
@@ -643,17 +589,16 @@ class BaseTrainer(abc.ABC):
   def eval(
     self, batch_iters: Mapping[str, Iterable[BatchType]]
   ) -> Mapping[str, MetricValueMapType]:
-    """Evaluates the state on datasets.
+    """Evaluates the state on finite datasets.
 
     Args:
-      batch_iters: batches by dataset name: this host's rows, or arrays over all hosts.
-        They must end.
+      batch_iters: batches by dataset: this host's rows, or arrays over all hosts.
 
     Returns:
-      Values of the merged metrics, by dataset and metric.
+      {dataset: {metric: value}}.
 
     Raises:
-      ValueError: a dataset has no batch, or hosts have different numbers of batches.
+      ValueError: a dataset is empty, or hosts have different numbers of batches.
     """
     state = self.train_state
     found = {}
@@ -665,12 +610,12 @@ class BaseTrainer(abc.ABC):
         metrics = run(state, self._on_devices(batch))
         merged = metrics if merged is None else merge_metrics(merged, metrics)
         count += 1
-        # Nothing else keeps the loop from filling the devices' memory with batches.
+        # Keeps the loop from filling the devices' memory with batches.
         jax.block_until_ready(previous)
         previous = metrics
       if merged is None:
         raise ValueError(
-          f'The evaluation dataset {name!r} has no batch: it is empty, or smaller than '
+          f'The evaluation dataset {name!r} has no batch: it is empty or smaller than '
           'one batch.'
         )
       jax.block_until_ready(merged)
@@ -680,11 +625,7 @@ class BaseTrainer(abc.ABC):
     return found
 
   def compile_eval(self, batches: Mapping[str, BatchType]) -> None:
-    """Compiles the evaluation step, once for all datasets of the same shapes.
-
-    Args:
-      batches: for each dataset a batch of its shapes and types.
-    """
+    """Compiles the evaluation step for a batch of each dataset, once per shape."""
     state = self.train_state
     for name, batch in batches.items():
       begun = time.perf_counter()
@@ -702,12 +643,12 @@ class BaseTrainer(abc.ABC):
   @property
   @abc.abstractmethod
   def _partitioned_train_step(self) -> Callable[..., Any]:
-    """(state, batch) → (next state, metrics) over the mesh; donates the state."""
+    """(state, batch) → (next state, metrics); donates the state."""
 
   @property
   @abc.abstractmethod
   def _partitioned_eval_step(self) -> Callable[..., Any]:
-    """(state, batch) → metrics over the mesh."""
+    """(state, batch) → metrics."""
 
 
 BaseTrainerConstructor = Callable[..., BaseTrainer]
@@ -716,9 +657,9 @@ BaseTrainerConstructor = Callable[..., BaseTrainer]
 def _in_step_with_other_hosts(
   name: str, batches: Iterable[BatchType]
 ) -> Iterator[BatchType]:
-  """Yields batches; checks that they end at the same time on all hosts.
+  """Yields batches; ValueError if hosts have different numbers of them.
 
-  A host with one batch more would wait forever for the others to compute with it.
+  A host with one more would wait forever for the others.
   """
   batches = iter(batches)
   while True:
@@ -736,7 +677,7 @@ def _in_step_with_other_hosts(
 
 
 def _save_batch(batch: PyTree, step: int, folder: str) -> str | None:
-  """Writes this process's rows of a batch as NumPy arrays, named as its features."""
+  """Writes this process's rows of a batch to an .npz file, by feature name."""
   suffix = f'_process_{jax.process_index()}' if jax.process_count() > 1 else ''
   path = epath.Path(folder) / f'nonfinite_step_{step}{suffix}.npz'
 
@@ -756,7 +697,7 @@ def _save_batch(batch: PyTree, step: int, folder: str) -> str | None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.getvalue())
-  except OSError as e:  # A full disk must not hide the non-finite loss.
+  except OSError as e:  # A failed dump must not hide the non-finite loss.
     logging.error('The batch of step %d could not be saved in %s: %s', step, path, e)
     return None
   return str(path)
@@ -778,24 +719,16 @@ class Trainer(BaseTrainer):
     num_microbatches: int | None,
     weight_metrics_computer: WeightMetricsComputer | None = None,
   ):
-    """Takes over a state; see `BaseTrainer` for the other arguments.
+    """Creates a trainer; see `BaseTrainer` for the other arguments.
 
     Args:
       learning_rate_fn: the schedule, a function of the step. Adafactor follows it;
-        optax optimizers have their own, and this one is only reported: bind the same to
-        both.
-      num_microbatches: how many parts to compute a batch in, one after another; None
-        takes it as a whole.
-      weight_metrics_computer: adds metrics of every parameter; None adds none.
+        optax optimizers have their own, to which bind the same: here it is reported.
+      num_microbatches: how many parts to compute a batch in; None: as a whole.
+      weight_metrics_computer: adds metrics of every parameter.
     """
     super().__init__(
-      model=model,
-      train_state=train_state,
-      partitioner=partitioner,
-      eval_names=eval_names,
-      summary_dir=summary_dir,
-      train_state_axes=train_state_axes,
-      rng=rng,
+      model, train_state, partitioner, eval_names, summary_dir, train_state_axes, rng
     )
     self._learning_rate_fn = learning_rate_fn
     self._num_microbatches = num_microbatches
@@ -810,9 +743,9 @@ class Trainer(BaseTrainer):
       for name, x in batch.items():
         if x.ndim and x.shape[0] % (num_microbatches * devices):
           raise ValueError(
-            'A batch must be a multiple of the number of microbatches times the number '
-            f'of data partitions. Got: {x.shape[0]} rows of {name!r}, '
-            f'{num_microbatches} microbatches, {devices} data partitions.'
+            'The batch size must be a multiple of microbatches times data partitions. '
+            f'Got: {x.shape[0]} rows of {name!r}, {num_microbatches} microbatches, '
+            f'{devices} data partitions.'
           )
       return train_with_lr(
         train_state,
@@ -846,7 +779,7 @@ class Trainer(BaseTrainer):
 
 @enum.unique
 class ActionMode(enum.Enum):
-  """When an action runs: after an interval of training, or after an evaluation."""
+  """When an action runs: after an interval of training or an evaluation."""
 
   TRAIN = 1
   TRAIN_EVAL = 2
@@ -854,7 +787,7 @@ class ActionMode(enum.Enum):
 
 
 class BaseAction(abc.ABC):
-  """Looks at metrics and decides whether training should end."""
+  """Decides from metrics whether training should stop."""
 
   @abc.abstractmethod
   def run(
@@ -862,24 +795,23 @@ class BaseAction(abc.ABC):
     train_state: TrainState,
     metrics_by_task: Mapping[str, MetricValueMapType],
   ) -> bool:
-    """Returns True if training should end. Called on process 0.
+    """Returns whether training should stop; called on process 0.
 
     Args:
-      train_state: the current state.
-      metrics_by_task: {task: {metric: value}}; training metrics are under 'train'.
+      metrics_by_task: {task: {metric: value}}; the task of training is 'train'.
     """
 
   def recall(self, recorded: Callable[[str, str], Sequence[float]]) -> None:
-    """Called on process 0 when training begins; T5X has no such call.
+    """Restores what a resumed run knew; called on process 0 before training.
 
-    A resumed run then decides as an uninterrupted one.
+    T5X lacks this method.
 
     Args:
-      recorded: (task, metric) → the values that the run has reported so far, in order.
+      recorded: (task, metric) → all values reported before, in order.
     """
 
   def close(self) -> None:
-    """Called on every process when training has ended. T5X has no such call."""
+    """Called on every process after training. T5X lacks this method."""
 
 
 ActionMapType = Mapping[ActionMode, Sequence[BaseAction]]
@@ -891,13 +823,13 @@ def _find_number(
   task: str,
   metric: str,
 ) -> float | None:
-  """The value that an action follows; None, with a warning, if it is not a number."""
+  """Returns the value an action monitors; None, with a warning, if not a number."""
   value = metrics_by_task.get(task, {}).get(metric)
   number = None if value is None else metrics_lib.as_number(value)
   if number is None:
     known = {name: sorted(metrics) for name, metrics in metrics_by_task.items()}
     logging.warning(
-      '%s does nothing: there is no number %r of %r. Metrics by task: %s.',
+      '%s has no effect: no number %r of %r found. Metrics by task: %s.',
       type(action).__name__,
       metric,
       task,
@@ -907,10 +839,7 @@ def _find_number(
 
 
 class EarlyStoppingAction(BaseAction):
-  """Ends training when a metric has stopped improving.
-
-  Training ends if none of the last `patience` values improved on the one before it.
-  """
+  """Stops training if none of the last `patience` values improved on the previous."""
 
   def __init__(
     self,
@@ -920,24 +849,20 @@ class EarlyStoppingAction(BaseAction):
     atol: float = 0.0,
     rtol: float = 0.0,
   ):
-    """Sets the metric to follow.
+    """Sets the metric to monitor.
 
     Args:
       metric: (task, metric).
-      mode: 'min' where lower is better, 'max' where higher is.
-      patience: how many values to compare, two or more.
-      atol: a value improves on the one before it if it is better by more than
-        `atol + rtol * |the one before|`.
+      mode: 'min' if lower is better, 'max' if higher is.
+      patience: how many values to compare, at least 2.
+      atol: an improvement is more than `atol + rtol * |previous value|`.
       rtol: see `atol`.
-
-    Raises:
-      ValueError: an argument is out of range.
     """
     if mode not in ('min', 'max'):
       raise ValueError(f"mode must be 'min' or 'max'. Got: {mode!r}.")
     if patience < 2 or atol < 0 or rtol < 0:
       raise ValueError(
-        'patience must be at least 2, atol and rtol not negative. '
+        'patience must be at least 2, and atol and rtol at least 0. '
         f'Got: {patience}, {atol} and {rtol}.'
       )
     self._task, self._metric = metric
@@ -947,7 +872,6 @@ class EarlyStoppingAction(BaseAction):
     self._recent: list[float] = []
 
   def recall(self, recorded: Callable[[str, str], Sequence[float]]) -> None:
-    """See `BaseAction.recall`."""
     self._recent = list(recorded(self._task, self._metric))[-self._patience :]
 
   def run(
@@ -955,7 +879,6 @@ class EarlyStoppingAction(BaseAction):
     train_state: TrainState,
     metrics_by_task: Mapping[str, MetricValueMapType],
   ) -> bool:
-    """See `BaseAction.run`."""
     value = _find_number(self, metrics_by_task, self._task, self._metric)
     if value is None:
       return False
@@ -967,7 +890,7 @@ class EarlyStoppingAction(BaseAction):
     if improved or len(self._recent) < self._patience:
       return False
     logging.warning(
-      '%s of %s has not improved: %s. Training ends.',
+      'Stopping: %s of %s has not improved: %s.',
       self._metric,
       self._task,
       ', '.join(f'{v:g}' for v in self._recent),
@@ -976,14 +899,13 @@ class EarlyStoppingAction(BaseAction):
 
 
 class TerminateOnNanAction(BaseAction):
-  """Ends training when a metric is not finite.
+  """Stops training if a metric is not finite, mostly one of an evaluation.
 
-  The trainer itself stops at a training loss that is not finite; this action is for
-  other metrics, above all those of evaluations.
+  At a non-finite training loss the trainer stops by itself.
   """
 
   def __init__(self, task: str, metric: str = 'loss'):
-    """Sets the metric to follow; the task may be 'train'."""
+    """Sets the metric to monitor."""
     self._task, self._metric = task, metric
 
   def run(
@@ -991,9 +913,8 @@ class TerminateOnNanAction(BaseAction):
     train_state: TrainState,
     metrics_by_task: Mapping[str, MetricValueMapType],
   ) -> bool:
-    """See `BaseAction.run`."""
     value = _find_number(self, metrics_by_task, self._task, self._metric)
     if value is None or math.isfinite(value):
       return False
-    logging.warning('%s of %s is %g. Training ends.', self._metric, self._task, value)
+    logging.warning('Stopping: %s of %s is %g.', self._metric, self._task, value)
     return True
