@@ -221,7 +221,7 @@ def test_a_share_without_examples_is_an_empty_file(run, tmp_path, caplog):
   name = f'tiny_copy-predict.jsonl-{shards - 1:05}-of-{shards:05}'
   assert rows(tmp_path, name) == []
   assert (tmp_path / f'{name}.COMPLETED').exists()
-  assert f'{name}: this share of the split has no example' in caplog.text
+  assert f'{name}: this shard of the split is empty' in caplog.text
 
 
 def test_shards_together_are_the_whole(run, tmp_path):

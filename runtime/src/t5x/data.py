@@ -1,8 +1,4 @@
-"""From a seqio task or mixture to batches of model features.
-
-A `DatasetConfig` names the task; functions here look it up, check it against the
-configuration, and build a `tf.data.Dataset` of this host's share of every batch.
-"""
+"""Builds batches of model features from seqio tasks and mixtures."""
 
 import concurrent.futures
 import dataclasses
@@ -23,7 +19,7 @@ from absl import logging
 
 from t5x import gin_utils, multihost
 
-# Fields that configure AirIO pipelines, with the values that mean nothing.
+# Fields that configure AirIO pipelines, with the values that mean unset.
 _AIRIO_FIELDS = {
   'runtime_preprocessors': (None, ()),
   'num_prefetch_threads': (None,),
@@ -36,18 +32,18 @@ FeatureConverterClass = Callable[..., seqio.FeatureConverter]
 
 @dataclasses.dataclass
 class DatasetConfig:
-  """Which task to read, and how to batch it."""
+  """Selects a task and how to batch it."""
 
   mixture_or_task_name: str | TaskOrMixture
   task_feature_lengths: Mapping[str, int]  # in tokens
   split: str  # a TFDS source also takes slices such as 'train[:1%]'
   batch_size: int  # over all hosts, in rows
   shuffle: bool
-  seed: int | None  # None draws one, the same for all hosts
+  seed: int | None  # None: random, the same on all hosts
   use_cached: bool = False
   pack: bool = False
   use_custom_packing_ops: bool = False
-  module: str | None = None  # imported first, for its tasks
+  module: str | None = None  # imported first; registers tasks
   use_memory_cache: bool = True  # for evaluation batches
   trim_output_features: bool = True
   runtime_preprocessors: Sequence[Any] | None = None
@@ -58,10 +54,10 @@ class DatasetConfig:
     for field, unset in _AIRIO_FIELDS.items():
       if getattr(self, field) not in unset:
         raise ValueError(
-          f'DatasetConfig.{field} is {getattr(self, field)!r}, but it configures AirIO '
-          f'pipelines and this runtime reads seqio. Leave it at {unset[0]!r}.'
+          f'DatasetConfig.{field} is {getattr(self, field)!r}, but it is for AirIO '
+          f'pipelines, which are not supported. Leave it at {unset[0]!r}.'
         )
-    # Unset macros arrive here as None or as gin.REQUIRED; those raise elsewhere.
+    # Unset macros are None or gin.REQUIRED here; those raise elsewhere.
     size = self.batch_size
     if isinstance(size, str | float) or (isinstance(size, int) and size <= 0):
       raise ValueError(
@@ -70,12 +66,11 @@ class DatasetConfig:
 
   @property
   def task_name(self) -> str:
-    """Name of the task or mixture, also if the field holds the object."""
+    """Name of the task or mixture, even if the field holds the object."""
     return str(getattr(self.mixture_or_task_name, 'name', self.mixture_or_task_name))
 
 
-# What `train` takes as `get_dataset_fn`, `train_eval_get_dataset_fn` and
-# `inference_evaluator_cls`.
+# `get_dataset_fn`, `train_eval_get_dataset_fn`, `inference_evaluator_cls` of `train`.
 GetDatasetCallable = Callable[..., Any]
 GetEvalDatasetCallable = Callable[..., Mapping[str, Any]]
 EvaluatorConstructor = Callable[..., seqio.Evaluator]
@@ -88,21 +83,20 @@ def import_module(module: str) -> None:
   """Imports a module for the tasks it registers.
 
   Raises:
-    ImportError: there is no such module.
+    ImportError: the module is not found or fails to import.
   """
   if module not in sys.modules:
     logging.info('Importing module %s for its tasks.', module)
   try:
-    # The gin files have been read, but the module may register configurables.
+    # Gin is locked by now, but the module may register configurables.
     with gin.unlock_config():
       importlib.import_module(module)
   except ModuleNotFoundError as error:
     if not f'{module}.'.startswith(f'{error.name}.'):
-      raise  # One that the module itself imports.
+      raise  # Missing is a module that this one imports.
     raise ModuleNotFoundError(
-      f'MIXTURE_OR_TASK_MODULE names {module!r}, which Python does not find. It looks '
-      'in the folder that the command runs in, on PYTHONPATH and among the installed '
-      'packages.',
+      f'MIXTURE_OR_TASK_MODULE names {module!r}, which Python cannot find. It must be '
+      'in the working folder, on PYTHONPATH or in an installed package.',
       name=error.name,
     ) from error
 
@@ -111,7 +105,7 @@ def find_task(name: str | TaskOrMixture) -> TaskOrMixture:
   """Looks up a task or mixture by name; returns an object as it is.
 
   Raises:
-    ValueError: nothing of that name is registered.
+    ValueError: no task or mixture has that name.
   """
   if isinstance(name, seqio.DatasetProviderBase):
     return name
@@ -119,13 +113,13 @@ def find_task(name: str | TaskOrMixture) -> TaskOrMixture:
   if name not in known:
     raise ValueError(
       f'No task or mixture is called {name!r}.{gin_utils.nearest(str(name), known)} '
-      'Import the module that registers it in the gin file, or correct the name.'
+      'Correct the name, or import the module that registers it in a gin file.'
     )
   return seqio.get_mixture_or_task(name)
 
 
 def find_provider(cfg: DatasetConfig) -> TaskOrMixture:
-  """Looks up the task or mixture of a config, after importing its module."""
+  """Imports the config's module and looks up its task or mixture."""
   if cfg.module:
     import_module(cfg.module)
   return find_task(cfg.mixture_or_task_name)
@@ -168,14 +162,14 @@ def check_dataset_config(
   """Checks a config before anything is read; returns its task or mixture.
 
   Raises:
-    ValueError: the task, the split or a feature does not exist, the batch does not
-      divide by the number of shards, or a task is to be cached and is not.
+    ValueError: the task, the split or a feature does not exist, `num_shards` does not
+      divide the batch size, or a task is not cached and `use_cached` is set.
   """
   provider = find_provider(cfg)
   if cfg.batch_size % num_shards:
     raise ValueError(
-      f'DatasetConfig.batch_size must be a multiple of the {num_shards} shards of '
-      f'data. Got: {cfg.batch_size}.'
+      f'DatasetConfig.batch_size must be a multiple of the {num_shards} data shards. '
+      f'Got: {cfg.batch_size}.'
     )
   if not _has_split(provider, cfg.split):
     raise ValueError(
@@ -195,15 +189,15 @@ def check_dataset_config(
 
 
 def describe_source(cfg: DatasetConfig) -> dict[str, str]:
-  """Describes the data of a config, to be compared with those of a saved state.
+  """Describes the data of a config, for comparison with a saved dataset state.
 
   Returns:
-    `task`, `split`, and `files`: a digest of the names and sizes (not the folders: a
-    corpus may be moved) of all files that seqio knows.
+    `task`, `split`, and `files`: a digest of the names and sizes of all files that
+    seqio knows. Folders do not count: a corpus may be moved.
   """
   try:
     tasks = seqio.get_subtasks(find_provider(cfg))
-  except ValueError:  # Something else that a user's `get_dataset_fn` reads.
+  except ValueError:  # Not a task: the name belongs to a user's `get_dataset_fn`.
     tasks = []
   lines = [f'{task.name} {line}' for task in tasks for line in _names_sizes(task, cfg)]
   digest = hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
@@ -214,11 +208,11 @@ def _names_sizes(task: seqio.Task, cfg: DatasetConfig) -> Iterator[str]:
   def size(path: str) -> str:
     try:
       return str(tf.io.gfile.stat(path).length)
-    except tf.errors.OpError:  # Not a file: a function, or a data set with a reader.
+    except tf.errors.OpError:  # Not a file: a function, or a TFDS dataset.
       return ''
 
   if cfg.use_cached and task.cache_dir:
-    # Written last, with the counts of all that was cached.
+    # Written last; has the counts of everything cached.
     paths = [seqio.utils.get_cached_info_path(task.cache_dir, cfg.split)]
   else:
     paths = task.source.list_shards(cfg.split)
@@ -241,11 +235,7 @@ def get_dataset(
   """Builds this host's dataset.
 
   Args:
-    cfg: what to read.
-    shard_id: which share of the data this host reads.
-    num_shards: number of shares.
-    feature_converter_cls: makes model features of task features.
-    num_epochs: how often to go through the data; None never stops.
+    num_epochs: None repeats the data forever.
     continue_from_last_checkpoint: for users' functions that restore their own state;
       must be False here.
 
@@ -257,7 +247,7 @@ def get_dataset(
   """
   if continue_from_last_checkpoint:
     raise ValueError(
-      'get_dataset cannot continue_from_last_checkpoint. Set '
+      'get_dataset does not support continue_from_last_checkpoint. Set '
       'CheckpointConfig.save.save_dataset = True to resume the data.'
     )
   rows = cfg.batch_size // num_shards
@@ -272,7 +262,7 @@ def _open(
   num_epochs: int | None,
   rows: int,
 ) -> tf.data.Dataset:
-  """As `get_dataset`; logs `rows` per batch, which the caller may batch itself."""
+  """As `get_dataset`; `rows` per batch are for the log only."""
   provider = check_dataset_config(cfg, num_shards, feature_converter_cls)
   seed = cfg.seed
   if seed is None:
@@ -296,7 +286,7 @@ def get_dataset_inner(
   seed: int | None = None,
   num_epochs: int | None = None,
 ) -> tf.data.Dataset:
-  """Builds a dataset for one shard from a seed, not `cfg.seed`; see `get_dataset`.
+  """Builds the dataset of a shard with `seed`, not `cfg.seed`; see `get_dataset`.
 
   Raises:
     ValueError: the seed is not the same on all hosts.
@@ -331,22 +321,17 @@ def get_training_eval_datasets(
   model_dir: str | None = None,
   start_step: int = 0,
 ) -> Mapping[str, tf.data.Dataset]:
-  """Builds the datasets that are evaluated with teacher forcing.
+  """Builds the datasets for evaluation with teacher forcing.
 
-  A mixture gives a dataset for each task with the split and one for itself. Every
-  host reads all and takes each `num_shards`-th row: no host runs short.
+  A mixture has a dataset for each task with the split and one for itself. Every host
+  reads all data and takes each `num_shards`-th row, so that no host runs short.
 
   Args:
-    cfg: what to read.
-    shard_id: this host's share.
-    num_shards: number of shares.
     eval_steps: batches in each dataset; short data is repeated.
-    feature_converter_cls: makes model features of task features.
-    deterministic, model_dir, start_step: of T5X; must be left alone here.
+    deterministic, model_dir, start_step: T5X's parameters; not supported here.
 
   Returns:
-    Name of the task or mixture -> dataset of `eval_steps` batches, dicts of
-    [batch_size / num_shards, ...] tensors.
+    {task or mixture name: dataset of dicts of [batch_size / num_shards, ...] tensors}.
 
   Raises:
     ValueError: see `check_dataset_config`; or `deterministic` is set.
@@ -357,8 +342,8 @@ def get_training_eval_datasets(
   provider = find_provider(cfg)
   if cfg.batch_size % num_shards:
     raise ValueError(
-      f'The batch size of evaluation must be a multiple of the {num_shards} shards of '
-      f'data. Got: {cfg.batch_size}.'
+      f'The evaluation batch size must be a multiple of the {num_shards} data shards. '
+      f'Got: {cfg.batch_size}.'
     )
   sources = list(seqio.get_subtasks(provider))
   if isinstance(provider, seqio.Mixture):
@@ -371,12 +356,12 @@ def get_training_eval_datasets(
       logging.info("'%s' has no split '%s': not evaluated.", source.name, cfg.split)
       continue
     rows = _open(
-      # One row at a time: rows are dealt to the hosts below.
+      # Single rows, which are distributed over the hosts below.
       dataclasses.replace(cfg, mixture_or_task_name=source, module=None, batch_size=1),
       shard_id=0,
       num_shards=1,
       feature_converter_cls=feature_converter_cls,
-      # Finite, or a task whose examples are all filtered out would loop forever.
+      # Finite: a task whose examples are all filtered out would loop forever.
       num_epochs=eval_steps * cfg.batch_size,
       rows=size,
     )
@@ -394,11 +379,11 @@ def get_vocabulary(
 ) -> tuple[seqio.Vocabulary, seqio.Vocabulary]:
   """Returns the vocabularies of a task's inputs and targets.
 
-  A task without both features has one vocabulary, given twice; pass-through
-  vocabularies count only if there is no other.
+  If the task lacks one of these, all of its features must share a vocabulary;
+  pass-through vocabularies count only if there is no other.
 
   Raises:
-    ValueError: the task lacks inputs or targets and its features disagree.
+    ValueError: they do not share one.
   """
   provider = find_provider(cfg)
   features = provider.output_features
@@ -409,25 +394,21 @@ def get_vocabulary(
   found = real or found
   if not found or any(other != found[0] for other in found[1:]):
     raise ValueError(
-      f"'{provider.name}' needs the features 'inputs' and 'targets', or features of "
-      f'one vocabulary. Got: {sorted(features)}.'
+      f"'{provider.name}' needs the features 'inputs' and 'targets', or features that "
+      f'share a vocabulary. Got: {sorted(features)}.'
     )
   return found[0], found[0]
 
 
 def verify_matching_vocabs(cfg: DatasetConfig, model: Any) -> None:
-  """Checks that the model's vocabularies are the task's.
-
-  Raises:
-    ValueError: they differ.
-  """
+  """Raises ValueError if the model's vocabularies are not the task's."""
   task_side = get_vocabulary(cfg)
   model_side = (model.input_vocabulary, model.output_vocabulary)
   for role, in_task, in_model in zip(('input', 'output'), task_side, model_side):
     if in_task != in_model:
       raise ValueError(
-        f"The {role} vocabulary of task '{cfg.task_name}' is {in_task}, "
-        f'the model has {in_model}. Give the model the vocabulary of the task.'
+        f"The {role} vocabulary of task '{cfg.task_name}' is {in_task}, that of the "
+        f"model is {in_model}. Set the model's to the task's."
       )
 
 
@@ -438,7 +419,7 @@ def round_vocab_size_to_multiple(
   return -(-vocabulary.vocab_size // divisor) * divisor
 
 
-# ---- Files that no task knows ----
+# ---- Files without a task ----
 
 
 def create_task_from_tfexample_file(
@@ -449,25 +430,25 @@ def create_task_from_tfexample_file(
   features: Mapping[str, seqio.Feature],
   task_id: str | None = None,
 ) -> str:
-  """Registers a task over files of tf.train.Example, with one split, 'infer'.
+  """Registers a task that reads files of tf.train.Example; its split is 'infer'.
 
   Args:
     paths: files or patterns.
     file_type: 'tfrecord'.
     inputs_key: the feature with the input text, UTF-8.
-    targets_key: the feature with the target text, to score it; None if there is none.
-    features: 'inputs' and 'targets', with the vocabularies that tokenize the text.
-    task_id: ends the task's name; by default a hash of paths and keys.
+    targets_key: the feature with the target text, for scoring, or None.
+    features: 'inputs' and 'targets'; their vocabularies tokenize the text.
+    task_id: suffix of the task's name; by default a hash of paths and keys.
 
   Returns:
     The task's name.
 
   Raises:
-    ValueError: no such file, or another file type.
+    ValueError: no file matches, or the file type is not supported.
   """
   paths = [paths] if isinstance(paths, str) else list(paths)
   if not tf.io.gfile.glob(paths):
-    raise ValueError(f'No file fits {", ".join(paths)}.')
+    raise ValueError(f'No file matches {", ".join(paths)}.')
   if file_type != 'tfrecord':
     raise ValueError(f"file_type must be 'tfrecord'. Got: {file_type!r}.")
   keys = {'inputs': inputs_key}
@@ -488,7 +469,7 @@ def create_task_from_tfexample_file(
       reader_cls=tf.data.TFRecordDataset,
     ),
     preprocessors=[
-      # A task needs every output feature; without targets theirs is empty.
+      # A task needs every output feature; missing targets become empty.
       functools.partial(seqio.preprocessors.rekey, key_map={'targets': None, **keys}),
       seqio.preprocessors.tokenize_and_append_eos,
     ],

@@ -1,4 +1,4 @@
-"""The iterator between tf.data and the training step."""
+"""Iterator from tf.data to the training step."""
 
 import concurrent.futures
 import os
@@ -19,9 +19,8 @@ DatasetIterator = clu_iterators.DatasetIterator
 class ShardedDatasetIterator(DatasetIterator):
   """Yields global arrays made of this host's batches; can be saved and restored.
 
-  `save` writes the state after the batches that were taken: one that was fetched ahead
-  is not lost when training resumes. `source` describes the data
-  (`data.describe_source`) and is kept with saved states, None if they are not saved.
+  The saved state is that after the batches taken: a batch fetched ahead is not lost.
+  `source` (see `data.describe_source`) is saved with the state; None if none is saved.
   """
 
   def __init__(
@@ -31,12 +30,11 @@ class ShardedDatasetIterator(DatasetIterator):
     global_shapes: Any,
     saves_state: bool = False,
   ):
-    """Wraps an iterator.
+    """Wraps an iterator over trees of this host's rows.
 
     Args:
-      iterator: yields trees of this host's rows.
       partitioner: has `mesh` and `data_partition_spec`.
-      global_shapes: tree of shapes of the batch over all hosts.
+      global_shapes: tree of the shapes of a batch over all hosts.
       saves_state: whether `save` will be called.
     """
     self._iterator = iterator
@@ -58,10 +56,10 @@ class ShardedDatasetIterator(DatasetIterator):
     except tf.errors.InvalidArgumentError as error:
       if self._restored_from is None:
         raise
-      # TensorFlow restores any state, and fails at its first batch if it does not fit.
+      # TensorFlow restores any state; a mismatch fails at the first batch.
       raise ValueError(
-        f"No batch could be read from the dataset state '{self._restored_from}'. Batch "
-        'size, lengths and packing must be those it was saved with; or set '
+        f"The dataset state '{self._restored_from}' does not fit the data. Use the "
+        'batch size, lengths and packing it was saved with, or set '
         'utils.SaveCheckpointConfig.save_dataset = False to restart the data. '
         f'TensorFlow: {error}'
       ) from error
@@ -75,7 +73,7 @@ class ShardedDatasetIterator(DatasetIterator):
     )
 
   def _forget(self) -> None:
-    """Drops the batch fetched ahead, once its thread has ended."""
+    """Drops the batch fetched ahead, after waiting for its thread."""
     if self._ahead is not None:
       concurrent.futures.wait([self._ahead])
       self._ahead = None
@@ -89,15 +87,15 @@ class ShardedDatasetIterator(DatasetIterator):
     done, _ = concurrent.futures.wait([self._ahead], timeout=60)
     if not done:
       logging.warning(
-        'Still waiting for the first batch. Filling buffers may take long; but if the '
-        'task filters out all of its examples, no batch will ever come.'
+        'Still waiting for the first batch. Filling buffers may take long. If the task '
+        'filters out all of its examples, no batch will ever arrive.'
       )
     batch = self._ahead.result()
     self._forget()
     return batch
 
   def peek_async(self) -> None:
-    """Starts to fetch the next batch in a thread, to fill the pipeline's buffers."""
+    """Starts fetching the next batch in a thread, to fill the pipeline's buffers."""
 
     def fetch():
       if self._saves_state:
@@ -119,7 +117,7 @@ class ShardedDatasetIterator(DatasetIterator):
     return self._iterator.element_spec
 
   def save(self, filename):
-    """Saves the state after the batches that were taken, in files of this stem."""
+    """Saves the state after the batches taken, in files with this prefix."""
     if self._ahead is None:
       self._iterator.save(filename)
       return
@@ -137,16 +135,15 @@ class ShardedDatasetIterator(DatasetIterator):
 
 
 def _check_state_can_be_saved(dataset: Any, task_name: str | None) -> None:
-  """Checks that nothing in a pipeline keeps state outside of tf.data.
+  """Checks that a pipeline keeps no state outside of tf.data.
 
-  A trial save would not do: inner pipelines are built with the first batch, so
-  that a fresh iterator saves well and the first real save fails.
+  A trial save does not show it: inner pipelines are only built at the first batch.
   """
   import tensorflow as tf
 
   fail = tf.data.experimental.ExternalStatePolicy.FAIL
   if dataset.options().experimental_external_state_policy not in (None, fail):
-    return  # Whoever built the pipeline decided that the state does not matter.
+    return  # The pipeline's author chose to ignore such state.
   try:
     tf.raw_ops.DatasetToGraphV2(
       input_dataset=tf.data.experimental.to_variant(dataset),
@@ -155,10 +152,10 @@ def _check_state_can_be_saved(dataset: Any, task_name: str | None) -> None:
   except tf.errors.FailedPreconditionError as error:
     raise ValueError(
       f'save_dataset=True, but the dataset state of {task_name or "the training task"} '
-      f'cannot be saved: {error.message}. A Python function (a tokenizer, say) or an '
-      'unseeded random operation does this. Prepare or cache the task without it, or '
-      'set utils.SaveCheckpointConfig.save_dataset = False: a resumed run then '
-      'restarts its data.'
+      f'cannot be saved: {error.message}. The cause is a Python function (such as a '
+      'tokenizer) or an unseeded random operation. Cache the task, or set '
+      'utils.SaveCheckpointConfig.save_dataset = False: a resumed run then starts '
+      'its data again.'
     ) from error
 
 
@@ -171,23 +168,21 @@ def prepare_train_iter(
   task_name: str | None = None,
   describe_source: Callable[[], Mapping[str, str]] | None = None,
 ) -> ShardedDatasetIterator:
-  """Makes the training iterator of what `get_dataset_fn` returned.
+  """Makes the training iterator from the result of `get_dataset_fn`.
 
-  If its state is saved, nothing is prefetched outside the task's own pipeline, so that
-  the state also fits the pipeline that upstream builds. Otherwise batches are
-  prefetched in the background.
+  Prefetches batches, unless the state is saved: prefetching would change the pipeline,
+  and upstream T5X could not read the state.
 
   Args:
     train_iter: this host's `tf.data.Dataset`, or a clu `DatasetIterator`.
-    partitioner: lays the batches over the mesh.
-    checkpoint_cfg: a `CheckpointConfig`; says whether the state is saved or restored.
+    checkpoint_cfg: a `CheckpointConfig`; whether the state is saved or restored.
     data_layout: the partitioner's, for the global batch size.
-    task_name: for messages.
-    describe_source: describes the data, to be kept with saved states.
+    task_name: for error messages.
+    describe_source: returns a description of the data, to save with the state.
 
   Raises:
-    ValueError: of another type, of another batch size than the layout, or its state is
-      to be saved and cannot be.
+    ValueError: the type or the batch size is wrong, or the state is to be saved and
+      cannot be.
   """
   import tensorflow as tf
 
@@ -203,16 +198,15 @@ def prepare_train_iter(
     train_iter = clu_iterators.TfDatasetIterator(train_iter, checkpoint=True)
   elif not isinstance(train_iter, DatasetIterator):
     raise ValueError(
-      f'get_dataset_fn returned a {type(train_iter).__name__}; it must return a '
+      f'get_dataset_fn returned a {type(train_iter).__name__}. It must return a '
       'tf.data.Dataset or a clu.data.DatasetIterator.'
     )
   rows = data_layout.batch_size
   for name, spec in train_iter.element_spec.items():
     if spec.shape and spec.shape[0] not in (None, rows // data_layout.num_shards):
       raise ValueError(
-        f"Feature '{name}' has {spec.shape[0]} rows on this host; a batch of {rows} in "
-        f'{data_layout.num_shards} shards of data needs '
-        f'{rows // data_layout.num_shards}.'
+        f"Feature '{name}' has {spec.shape[0]} rows on this host. A batch of {rows} in "
+        f'{data_layout.num_shards} data shards needs {rows // data_layout.num_shards}.'
       )
   specs = train_iter.element_spec.items()
   global_shapes = {name: (rows, *spec.shape[1:]) for name, spec in specs}
@@ -228,12 +222,11 @@ def get_zeros_batch_like_dataset(
   """Returns a batch of zeros shaped like a dataset's elements.
 
   Args:
-    dataset: a `tf.data.Dataset`, or anything else with a flat `element_spec`.
-    batch_size: replaces the first dimension, if given.
+    dataset: has a flat `element_spec`.
+    batch_size: replaces the first dimension.
   """
   zeros = {}
   for name, spec in dataset.element_spec.items():
-    # TensorFlow's dtypes carry their NumPy counterpart in an attribute.
     dtype = getattr(spec.dtype, 'as_numpy_dtype', spec.dtype)
     shape = tuple(spec.shape)
     if batch_size:

@@ -15,7 +15,7 @@ from absl import app, logging
 from gin import config as gin_config
 from gin import config_parser
 
-# jax and etils are imported where they are needed: `--help` is answered without them.
+# jax and etils are imported where they are used, so that `--help` needs neither.
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -24,12 +24,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
   return f' Did you mean {close[0]!r}?' if close else ''
 
 
-# ---- Bindings of the command line ----
+# ---- Command-line bindings ----
 #
-# Gin resolves `models.EncoderDecoderModel` by the imports of the file it stands in. A
-# binding on the command line stands in no file: it gets the imports of all files. Gin
-# has no public way to that, nor to read what is bound: hence three private names of it,
-# which are used in this file only.
+# Gin resolves `models.EncoderDecoderModel` through the imports of the file it is in. A
+# command-line binding is in no file, so it gets the imports of all files. Gin has no
+# public API for that, nor for reading what is bound: hence its private names below.
 
 _COMMAND_LINE = config_parser.Location(None, 0, None, '')
 _DYNAMIC_REGISTRATION = config_parser.ImportStatement(
@@ -40,7 +39,7 @@ _SCRIPTS = ('train', 'eval', 'infer', 'precompile', 'main')
 
 
 def _imports_of(root: str) -> list[config_parser.ImportStatement]:
-  """The imports of gin files that bind a name, else the runtime's module of it."""
+  """Imports of gin files that bind `root`, otherwise that of the module `t5x.root`."""
   found = {s.module: s for s in gin_config._IMPORTS if s.bound_name() == root}
   if not found and root not in _SCRIPTS and importlib.util.find_spec(f't5x.{root}'):
     module = f't5x.{root}'
@@ -50,14 +49,9 @@ def _imports_of(root: str) -> list[config_parser.ImportStatement]:
 
 @contextlib.contextmanager
 def _scope_of(name: str) -> Iterator[gin_config.Configurable | None]:
-  """Opens a scope in which a name resolves by the imports of all gin files.
+  """Opens a scope in which `name` resolves through the imports of all gin files.
 
-  Yields:
-    What the name means; None if its first part is not imported, so that only gin's
-    registry can know it.
-
-  Raises:
-    ValueError: a module or class lacks the rest of the name, or several have it.
+  Yields None if no file imports its first part: only gin's registry can know it then.
   """
   root, *parts = name.split('.')
   imports = _imports_of(root) if parts else []
@@ -65,7 +59,7 @@ def _scope_of(name: str) -> Iterator[gin_config.Configurable | None]:
     yield None
     return
   direct = any(s.is_from or s.alias for s in imports)
-  if direct:  # Modules of one name; otherwise `import a.b` and `import a.c`.
+  if direct:  # Several modules may share a name. Otherwise `import a.b`.
     fitting = [s for s in imports if hasattr(sys.modules.get(s.module), parts[0])]
     if len(fitting) > 1:
       raise ValueError(
@@ -89,7 +83,7 @@ def _scope_of(name: str) -> Iterator[gin_config.Configurable | None]:
 
 
 class _ResolvingDelegate(gin_config.ParserDelegate):
-  """Resolves references in values by the imports of all gin files."""
+  """Resolves references in values through the imports of all gin files."""
 
   def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
     with _scope_of(scoped_selector.rpartition('/')[2]):
@@ -99,7 +93,7 @@ class _ResolvingDelegate(gin_config.ParserDelegate):
 def _bind(
   text: str, skip_unknown: bool | Sequence[str]
 ) -> Iterator[tuple[str, gin_config.Configurable | None]]:
-  """Applies a binding; yields (macro's name, None) or ('', what was configured)."""
+  """Applies a binding; yields (macro name, None) or ('', configurable)."""
   for statement in config_parser.ConfigParser(text, _ResolvingDelegate(skip_unknown)):
     scope, selector, parameter, value, _ = statement
     if not parameter:
@@ -126,9 +120,9 @@ def _bind(
 def _apply_command_line(
   bindings: Sequence[str], skip_unknown: bool | Sequence[str]
 ) -> list[tuple[str, str, gin_config.Configurable | None]]:
-  """Applies bindings in order; returns (text, macro or '', configurable) of each."""
+  """Applies bindings in order; returns (text, macro name or '', configurable)."""
   if any(text.startswith(('import ', 'from ', 'include ')) for text in bindings):
-    gin.parse_config(list(bindings), skip_unknown)  # Lines of a file.
+    gin.parse_config(list(bindings), skip_unknown)  # As in a file.
     return []
   applied = []
   for text in bindings:
@@ -136,9 +130,9 @@ def _apply_command_line(
       applied += [(text, *bound) for bound in _bind(text, skip_unknown)]
     except (SyntaxError, tokenize.TokenError) as error:
       raise ValueError(
-        f'The binding {text!r} cannot be read. Write NAME = VALUE with a Python '
-        'literal, @reference or %MACRO; a string keeps quotes of its own inside the '
-        f"shell's: --gin.NAME=\"'text'\"."
+        f'The binding {text!r} cannot be parsed. Write NAME = VALUE with a Python '
+        'literal, @reference or %MACRO; strings need their own quotes inside those of '
+        f'the shell: --gin.NAME="\'text\'".'
       ) from error
     except ValueError as error:
       raise ValueError(f'The binding {text!r}: {error}') from error
@@ -146,11 +140,7 @@ def _apply_command_line(
 
 
 def _check_macros() -> set[str]:
-  """Checks that all used macros have a value; returns their names.
-
-  Raises:
-    ValueError: names all macros that are undefined, or required and not set.
-  """
+  """Checks that all used macros have a value; returns their names."""
   config = gin_config._CONFIG
   bound = {
     scope: values['value']
@@ -161,7 +151,7 @@ def _check_macros() -> set[str]:
   used = {'/'.join(r.scopes) for r in gin_config.iterate_references(config, to=macro)}
   if undefined := sorted(used - set(bound)):
     raise ValueError(
-      f'Macros are used and never defined: {", ".join(undefined)}.'
+      f'Macros are used but never defined: {", ".join(undefined)}.'
       f'{nearest(undefined[0], bound)} Set them with --gin.{undefined[0]}=VALUE.'
     )
   if unset := sorted(n for n, value in bound.items() if str(value) == '%gin.REQUIRED'):
@@ -175,18 +165,14 @@ def _check_macros() -> set[str]:
 def _check_command_line_acts(
   applied: Sequence[tuple[str, str, gin_config.Configurable | None]], used: set[str]
 ) -> None:
-  """Checks that something uses what the command line binds.
-
-  Raises:
-    ValueError: no value refers to the macro, or to the function or class.
-  """
+  """Checks that something uses what the command line binds."""
   references = {
     r.configurable.selector for r in gin_config.iterate_references(gin_config._CONFIG)
   }
   for text, macro, configurable in applied:
     if macro and macro not in used:
       raise ValueError(f'No gin file uses the macro of {text!r}.{nearest(macro, used)}')
-    # What is registered in Python, or belongs to the script, is called from Python.
+    # Python code calls what it registered itself, and the script's own functions.
     if (
       configurable is None
       or not configurable.import_source
@@ -199,7 +185,7 @@ def _check_command_line_acts(
     if target not in references:
       raise ValueError(
         f'The binding {text!r} has no effect: no other binding refers to @{target}. '
-        'Gin gives a binding to the very class it names, not to its subclasses.'
+        'Gin applies a binding to the class it names, not to its subclasses.'
       )
 
 
@@ -213,24 +199,20 @@ def parse_gin_flags(
   skip_unknown: bool | Sequence[str] = False,
   finalize_config: bool = True,
 ) -> None:
-  """Parses files, then the bindings of the command line, which win.
+  """Parses gin files in order, then the command-line bindings, which win.
 
-  A file is looked for in the working folder, in importable packages
-  ('t5x/configs/runs/pretrain.gin') and in the search paths. Bindings may name whatever
-  the files import, `t5x` modules, and whatever gin has registered.
+  Files and their includes are searched for in the working folder, in importable
+  packages ('t5x/configs/runs/pretrain.gin') and in the search paths. Bindings
+  ('scope/name.parameter = value', 'MACRO = value') may use whatever the files import,
+  `t5x` modules, and whatever is registered with gin.
 
   Args:
-    gin_search_paths: folders in which files, and their includes, are looked for.
-    gin_files: in order; later ones win.
-    gin_bindings: 'scope/name.parameter = value' or 'MACRO = value'.
-    skip_unknown: as for `gin.parse_config`.
-    finalize_config: whether to lock the configuration, after checks that nothing
-      required is missing and that the command line's bindings have an effect.
+    finalize_config: lock the configuration, after checking that required macros are
+      set and that every command-line binding has an effect.
 
   Raises:
-    ValueError: a name is wrong, a required macro is not set, or a binding is without
-      effect.
-    SyntaxError: a file is not gin; has its name and the line.
+    ValueError: a name is wrong, a required macro unset, or a binding has no effect.
+    SyntaxError: a file is not valid gin; has file and line.
     OSError: a file is not found.
   """
   for folder in gin_search_paths:
@@ -239,13 +221,13 @@ def parse_gin_flags(
     try:
       gin.parse_config_file(path, skip_unknown)
     except tokenize.TokenError as error:
-      raise ValueError(f'{path} cannot be read: {error}.') from None
+      raise ValueError(f'{path} cannot be parsed: {error}.') from None
   applied = _apply_command_line(gin_bindings or (), skip_unknown)
   if finalize_config:
     _check_command_line_acts(applied, _check_macros())
     gin.finalize()
   logging.info(
-    'Gin configuration from %s and %d bindings of the command line.',
+    'Gin configuration from %s and %d command-line bindings.',
     ', '.join(gin_files or ()) or 'no file',
     len(gin_bindings or ()),
   )
@@ -253,17 +235,17 @@ def parse_gin_flags(
 
 
 def rewrite_gin_args(args: Sequence[str]) -> list[str]:
-  """Turns '--gin.NAME=VALUE' into '--gin_bindings=NAME = VALUE'; keeps the rest.
+  """Rewrites '--gin.NAME=VALUE' as '--gin_bindings=NAME = VALUE'.
 
   Raises:
-    ValueError: no '=' after '--gin.NAME'.
+    ValueError: an argument has no '='.
   """
   rewritten = []
   for arg in args:
     if arg.startswith('--gin.'):
       name, equals, value = arg.removeprefix('--gin.').partition('=')
       if not equals:
-        raise ValueError(f'Write --gin.NAME=VALUE, with an equals sign. Got: {arg!r}.')
+        raise ValueError(f'Write --gin.NAME=VALUE with an equals sign. Got: {arg!r}.')
       arg = f'--gin_bindings={name} = {value}'
     rewritten.append(arg)
   return rewritten
@@ -273,12 +255,12 @@ def run_main(
   main: Callable[[Sequence[str]], Any],
   flags_parser: Callable[[Sequence[str]], Sequence[str]],
 ) -> None:
-  """Runs `main` under absl, with the given parser of flags."""
+  """Runs `main` under absl with a custom flags parser."""
   app.run(main, flags_parser=flags_parser)
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
-  """Runs `main` under absl, with '--gin.NAME=VALUE' understood."""
+  """Runs `main` under absl and accepts '--gin.NAME=VALUE' flags."""
   app.run(main, lambda args: app.parse_flags_with_usage(rewrite_gin_args(args)))
 
 
@@ -286,13 +268,10 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
 def summarize_gin_config(
   model_dir: str | os.PathLike, summary_writer: Any, step: int
 ) -> None:
-  """Writes the configuration to MODEL_DIR/config.gin and to TensorBoard.
+  """Writes the configuration to `model_dir`/config.gin and to TensorBoard.
 
   Args:
-    model_dir: the folder of the run, made if it does not exist.
-    summary_writer: a `clu.metric_writers.MetricWriter` that gets the text as 'config';
-      None for none.
-    step: the step at which TensorBoard shows it.
+    summary_writer: a `clu.metric_writers.MetricWriter` or None.
   """
   import jax
   from etils import epath

@@ -1,4 +1,4 @@
-"""Predictions or scores for every example of a task, one JSON object per line.
+"""Writes predictions or scores for every example of a task as JSON lines.
 
   python -m t5x.infer --gin_file=MODEL.gin --gin_file=t5x/configs/runs/infer.gin \\
     --gin.CHECKPOINT_PATH="'runs/mine/checkpoint_1000'" \\
@@ -8,9 +8,8 @@
 
 `--gin.infer.mode` is 'predict' (text), 'score' (log-likelihood of the task's targets)
 or 'predict_with_aux' (text with scores). Results are written every
-`--gin.infer.checkpoint_period` batches; the same command, given again after an
-interruption, resumes after the last of them. A big split is divided among jobs with
-`--gin.infer.num_shards` and `--shard_id`.
+`--gin.infer.checkpoint_period` batches; after an interruption, the same command resumes
+from there. `--gin.infer.num_shards` and `--shard_id` divide a large split among jobs.
 """
 
 if __name__ == '__main__':
@@ -52,7 +51,7 @@ from t5x import (
 
 gfile = tf.io.gfile
 
-# (one prediction or score per example, auxiliary outputs with an entry per example)
+# (prediction or score per example, {name: auxiliary output per example})
 Inferences = tuple[Sequence[Any], Mapping[str, Any]]
 WriteFn = Callable[
   [str, Inferences, tf.data.Dataset, str, seqio.Vocabulary | None], None
@@ -60,7 +59,7 @@ WriteFn = Callable[
 MergeFn = Callable[[str, str, str, int | None], None]
 
 MODES = ('predict', 'score', 'predict_with_aux')
-# On a chunk, and on the result of a task, of which it holds the settings.
+# Marks complete chunks and complete results; for results, it contains the settings.
 DONE_MARK = '.COMPLETED'
 
 # Gin files name it `infer_script.create_task_from_tfexample_file`.
@@ -71,7 +70,7 @@ create_task_from_tfexample_file = data.create_task_from_tfexample_file
 
 
 def _plain(value: Any) -> Any:
-  """Turns bytes, NumPy and JAX values, and dicts and lists of them, into JSON's."""
+  """Converts bytes, arrays and nested dicts and lists of them to JSON types."""
   if isinstance(value, bytes):
     return value.decode('utf-8', errors='replace')
   if isinstance(value, Mapping):
@@ -87,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 
 def _for_each(function: Callable[[list], Any], ids: list) -> Any:
-  """Calls a function on [length] token ids, or on each of [n, length]."""
+  """Applies `function` to [length] token ids, or to each row of [n, length]."""
   if ids and isinstance(ids[0], list):
     return [_for_each(function, one) for one in ids]
   return function(ids)
@@ -104,37 +103,33 @@ def write_inferences_to_file(
   input_fields_to_include: Sequence[str] | None = None,
   output_ids: bool = False,
 ) -> None:
-  """Writes one JSON object per line: the example's text and what the model made of it.
+  """Writes one JSON object per example, with its inputs and the model's output.
 
   The keys are `inputs` and, by mode, `prediction` (and `prediction_tokens`), `score`,
-  `aux`.
+  `aux`. The file appears when it is complete.
 
   Args:
-    path: file to write; it appears when it is whole.
-    inferences: (predictions, aux). Predictions are [length] token ids per example, or
-      [decodes, length] if the model returns several; in mode 'score', numbers. Aux
-      maps names to one value per example, and is empty if the mode has none.
+    inferences: (outputs, aux). Outputs are [length] or [decodes, length] token ids per
+      example; in mode 'score', numbers. Aux maps names to one value per example.
     task_ds: the task's examples in the same order.
     mode: 'predict', 'score' or 'predict_with_aux'.
-    vocabulary: turns token ids into text; needed to predict.
-    json_encoder_cls: for values that JSON does not know.
+    vocabulary: decodes token ids; required except in mode 'score'.
     include_all_inputs: write every field of the example, not only `*_pretokenized`.
-    input_fields_to_include: write these fields and their `*_pretokenized` twins.
+    input_fields_to_include: write these fields and their `*_pretokenized` versions.
     output_ids: also write the predicted ids, without padding.
 
   Raises:
-    ValueError: unknown mode, no vocabulary to predict with, or both ways of choosing
-      fields at once.
+    ValueError: unknown mode, missing vocabulary, or both ways of choosing fields.
   """
   if mode not in MODES:
     raise ValueError(f'mode must be one of {", ".join(MODES)}. Got: {mode!r}.')
   predicts = mode != 'score'
   if predicts and vocabulary is None:
-    raise ValueError(f'mode {mode!r} needs a vocabulary to turn ids into text.')
+    raise ValueError(f'mode {mode!r} needs a vocabulary to decode ids.')
   if include_all_inputs and input_fields_to_include is not None:
     raise ValueError(
-      'include_all_inputs and input_fields_to_include exclude each other; got '
-      f'True and {input_fields_to_include!r}.'
+      'include_all_inputs and input_fields_to_include exclude each other. Got: '
+      f'True, {input_fields_to_include!r}.'
     )
   outputs, aux = inferences
   suffix = '_pretokenized'
@@ -171,13 +166,7 @@ def write_inferences_to_file(
 def merge_chunks_to_file(
   output_dir: str, output_fname: str, tmp_dir: str, step: int | None
 ) -> None:
-  """Joins the chunks of a task into one file, in order.
-
-  Args:
-    output_dir: the joined file's folder.
-    output_fname: its name; the chunks are called `<name>-chunk00000` and so on.
-    tmp_dir: the chunks' folder.
-    step: the checkpoint's step; not used here.
+  """Joins the chunks `<tmp_dir>/<output_fname>-chunk00000` and so on into one file.
 
   Raises:
     FileNotFoundError: there is no chunk.
@@ -186,7 +175,7 @@ def merge_chunks_to_file(
   stem = os.path.join(tmp_dir, output_fname)
   if not gfile.exists(f'{stem}-chunk00000'):
     raise FileNotFoundError(
-      f'No results in {tmp_dir}: the split has no example, or all were filtered out.'
+      f'No results in {tmp_dir}: the split is empty, or all examples were filtered out.'
     )
   path = os.path.join(output_dir, output_fname)
   with whole_files.whole_file(path, 'wb') as joined:
@@ -209,15 +198,15 @@ def _digest(path: str) -> str:
 
 
 def _describe_settings(cfg: data.DatasetConfig, checkpoint: str) -> dict[str, Any]:
-  """Settings that identify an inference run, with digests of the files they name."""
+  """Settings that identify an inference run, with digests of files they name."""
   settings = {}
-  # Not wider: gin draws lines of that length.
+  # No longer than that: gin draws rulers of this length.
   for line in gin.config_str(max_line_length=10_000).splitlines():
     name, bound, value = line.partition(' = ')
-    # Other devices and folders give the same results.
+    # Devices and the output folder do not change the results.
     if bound and not name.startswith(('INFER_OUTPUT_DIR', 'partitioning.')):
       settings[name] = value + _digest(value.strip('\'"'))
-  # Orbax notes in this file when a checkpoint was saved.
+  # Contains the time at which Orbax saved the checkpoint.
   saved_at = _digest(os.path.join(checkpoint, '_CHECKPOINT_METADATA'))
   return {
     **settings,
@@ -229,19 +218,12 @@ def _describe_settings(cfg: data.DatasetConfig, checkpoint: str) -> dict[str, An
 
 
 def _check_settings(path: str, settings: Mapping[str, Any]) -> bool:
-  """Compares settings with those that an earlier run left in a file.
-
-  Returns:
-    Whether there is such a file.
-
-  Raises:
-    ValueError: they differ.
-  """
+  """Returns whether the file exists; raises if its settings differ."""
   if not gfile.exists(path):
     return False
   with gfile.GFile(path) as file:
     text = file.read()
-  # T5X leaves an empty file.
+  # Upstream T5X writes an empty file.
   earlier = json.loads(text) if text else settings
   changed = [
     f'{name} was {earlier.get(name)} and is {settings.get(name)}'
@@ -251,7 +233,7 @@ def _check_settings(path: str, settings: Mapping[str, Any]) -> bool:
   if changed:
     raise ValueError(
       f'{path} belongs to results of other settings: {"; ".join(changed[:5])}. Restore '
-      'the settings, set another INFER_OUTPUT_DIR, or delete these results.'
+      'the settings, change INFER_OUTPUT_DIR, or delete these results.'
     )
   return True
 
@@ -260,7 +242,7 @@ def _check_settings(path: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _in_memory(examples: Sequence[Any], spec: Any) -> tf.data.Dataset:
-  """A dataset of a list of examples, which may differ in length."""
+  """Makes a dataset of examples, which may differ in shape."""
   return tf.data.Dataset.from_generator(
     lambda: iter(examples), output_signature=spec
   ).apply(tf.data.experimental.assert_cardinality(len(examples)))
@@ -280,13 +262,9 @@ def _chunks(
 
 
 def _checkpoint(cfg: restore.RestoreCheckpointConfig) -> str:
-  """Returns the path of the one checkpoint that a configuration means.
-
-  Raises:
-    ValueError: it means several, or none.
-  """
+  """Returns the path of the single checkpoint that a configuration selects."""
   if isinstance(cfg.path, str) and checkpoints.is_checkpoint(cfg.path):
-    return cfg.path  # Whatever the mode: T5X looks at the path alone.
+    return cfg.path  # In any mode, as in T5X.
   _, paths = restore.get_first_valid_restore_config_and_paths([cfg])
   if len(paths) != 1:
     raise ValueError(
@@ -325,29 +303,28 @@ def infer(
   keep_aux_as_numpy: bool = False,
   use_orbax: bool = True,
 ) -> None:
-  """Infers every example of a task, or of each task of a mixture, and writes it.
+  """Runs inference on every example of a task, or of each task of a mixture.
 
   Writes `<output_dir>/<task>-<mode>.<file_extension>-<shard>-of-<shards>`.
 
   Args:
     mode: 'predict', 'score' or 'predict_with_aux'.
     dataset_cfg: neither packed nor shuffled.
-    restore_checkpoint_cfg: of a single checkpoint.
-    checkpoint_period: batches in a chunk; a restart repeats no finished chunk.
-    shard_id, num_shards: which share of the examples, and of how many.
-    merge_chunked_results: whether the chunks are joined at the end. They stay in
-      `tmp-<task>-<shard>-of-<shards>/` if not.
-    checkpoint_ds_iter: whether the dataset state is saved with each chunk. Without,
-      a restart reads the examples again up to there. Pipelines that keep state
-      outside TensorFlow cannot save it.
+    restore_checkpoint_cfg: selects a single checkpoint.
+    checkpoint_period: batches per chunk; a restart resumes after the last whole chunk.
+    merge_chunked_results: join the chunks at the end; otherwise they stay in
+      `tmp-<task>-<shard>-of-<shards>/`.
+    checkpoint_ds_iter: save the dataset state with each chunk; otherwise a restart
+      reads the examples up to there again. Impossible for pipelines with state outside
+      TensorFlow.
     fallback_init_rng: seed of parameters that the checkpoint lacks, if
       `RestoreCheckpointConfig.fallback_to_scratch` allows that.
-    output_vocab_feature_name: the task's feature whose vocabulary decodes predictions.
-    keep_aux_as_numpy: whether auxiliary outputs stay NumPy arrays for `write_fn`.
+    output_vocab_feature_name: the feature whose vocabulary decodes predictions.
+    keep_aux_as_numpy: pass auxiliary outputs to `write_fn` as lists of arrays.
 
   Raises:
-    ValueError: an argument is invalid, the checkpoint does not exist, or results of
-      other settings do.
+    ValueError: an argument is invalid, the checkpoint does not exist, or the output
+      folder has results of other settings.
   """
   # ---- Arguments ----
   steps = {
@@ -385,7 +362,7 @@ def infer(
   converter = model.FEATURE_CONVERTER_CLS(pack=False)
 
   def read(task_or_mixture: data.TaskOrMixture) -> tf.data.Dataset:
-    """(task features, model features) of this share's examples."""
+    """Returns (task features, model features) of this shard's examples."""
     examples = task_or_mixture.get_dataset(
       sequence_length=dataset_cfg.task_feature_lengths,
       split=dataset_cfg.split,
@@ -405,7 +382,7 @@ def infer(
 
   # ---- Parameters ----
   initializer = train_state_initializer_cls(
-    optimizer_def=None,  # Its state is not needed.
+    optimizer_def=None,
     init_fn=model.get_initial_variables,
     input_shapes={
       name: (batch_size, *spec.shape) for name, spec in element_spec.items()
@@ -424,7 +401,7 @@ def infer(
   train_state, _ = restore.create_checkpoint_manager_and_restore(
     initializer,
     partitioner,
-    # The optimizer's state in the checkpoint has no counterpart here.
+    # Ignore the checkpoint's optimizer state.
     dataclasses.replace(restore_checkpoint_cfg, strict=False),
     checkpoint,
     None if fallback_init_rng is None else jax.random.PRNGKey(fallback_init_rng),
@@ -443,7 +420,7 @@ def infer(
   )
   settings = _describe_settings(dataset_cfg, checkpoint)
   settings |= {'mode': mode, 'checkpoint_period': checkpoint_period}
-  settings = json.loads(json.dumps(settings))  # As they are when read back.
+  settings = json.loads(json.dumps(settings))  # Comparable with those of a file.
   first = jax.process_index() == 0
   chunk_size = batch_size * checkpoint_period
   share = f'{shard_id:05}-of-{num_shards:05}'
@@ -454,7 +431,7 @@ def infer(
       logging.info('%s is complete, nothing to do.', name)
       continue
 
-    # The names of all files in this folder, which modes share, begin with the result's.
+    # Modes share this folder; the names of all files in it start with the result's.
     tmp_dir = os.path.join(output_dir, f'tmp-{task.name}-{share}')
     stem = os.path.join(tmp_dir, name)
     begun = _check_settings(f'{stem}-settings.json', settings)
@@ -505,7 +482,7 @@ def infer(
         )  # fmt: skip
         if first:
           if writing is not None:
-            writing.result()  # Raises what it raised.
+            writing.result()  # Raises the writer's exception.
           if checkpoint_ds_iter:
             state.write(f'{stem}-state{chunk:05}')
           inferences = [output for _, output in results], aux
@@ -516,7 +493,7 @@ def infer(
 
     if first:
       if num_shards > 1 and not gfile.exists(f'{stem}-chunk00000'):
-        logging.warning('%s: this share of the split has no example.', name)
+        logging.warning('%s: this shard of the split is empty.', name)
         write(0, ([], {}), pairs.map(lambda task, _: task).take(0))
       if merge_chunked_results:
         step = int(checkpoints.get_local_data(train_state.step))

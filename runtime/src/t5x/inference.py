@@ -1,4 +1,4 @@
-"""Runs a model over a dataset and returns the results in the dataset's order."""
+"""Runs a model over a dataset; returns results in the dataset's order."""
 
 import collections
 import functools
@@ -14,15 +14,15 @@ from jaxtyping import PyTree
 from t5x import multihost, partitioning
 from t5x import train_state as train_state_lib
 
-# Batches whose results may be on the devices: one that is computed, one that is copied.
+# Batches whose results may be on the devices: one being computed, one being copied.
 _IN_FLIGHT = 2
-# Index of the rows that only fill up a batch.
+# Index of padding rows.
 _FILLER = -1
 
-# A function of parameters and batch, and of `rng` and `flax_mutables` if it has
-# parameters of these names; returns a tree of arrays, one row per example.
+# (params, batch) -> tree of arrays, one row per example. Also gets `rng` and
+# `flax_mutables` if it has parameters of these names.
 InferStepCallable = Callable[..., PyTree]
-# A function of (dataset of (index, features), train state, rng).
+# (dataset of (index, features), train state, rng) -> results.
 InferFnCallable = Callable[..., Any]
 
 
@@ -35,23 +35,19 @@ def get_infer_fn(
 ) -> InferFnCallable:
   """Makes a function that runs `infer_step` over a dataset.
 
-  The dataset yields (index, features) and is the same on every host; each host
-  computes its part, and each gets all results. The last batch is filled up with
-  copies, which are dropped.
+  The dataset yields (index, features), the same on every host. Each host computes its
+  share and gets all results.
 
   Args:
-    infer_step: from parameters and a batch to results. A pair whose second part is a
-      mapping is results and auxiliary values (`predict_batch_with_aux`).
-    batch_size: examples in a batch, over all hosts.
-    train_state_axes: the state's mesh axes.
-    partitioner: distributes the step.
-    keep_aux_as_numpy: leave auxiliary values as lists of arrays; by default
-      they become lists of numbers.
+    infer_step: if it returns a pair whose second item is a mapping, these are results
+      and auxiliary values (`predict_batch_with_aux`).
+    batch_size: examples per batch, over all hosts.
+    keep_aux_as_numpy: return auxiliary values as lists of arrays, not of numbers.
 
   Returns:
-    A function of (dataset, train state, rng=None) that returns (index, result) by
-    rising index, or these and the auxiliary values. Results are numbers and
-    nested lists, in trees like those that the step returns.
+    A function of (dataset, train state, rng=None) that returns [(index, result), ...]
+    sorted by index, or a pair of this and the auxiliary values. Results are trees, as
+    `infer_step` returns them, of numbers and nested lists.
   """
   layout = partitioner.get_data_layout(batch_size)
   step = partition_step(infer_step, partitioner, train_state_axes)
@@ -84,7 +80,7 @@ def partition_step(
   partitioner: partitioning.BasePartitioner,
   axes: train_state_lib.TrainState,
 ) -> Callable[..., tuple[jax.Array, PyTree]]:
-  """Distributes a step, which then also returns the indices it is given.
+  """Partitions a step, which then also returns the indices it was given.
 
   Inputs are this host's rows; outputs are all rows, on every host.
   """
@@ -114,7 +110,7 @@ def partition_step(
 
 
 def _checked_length(ds: Any) -> int:
-  """Number of examples of a dataset, which must be the same on every host."""
+  """Returns the dataset's size, after checking that all hosts have the same data."""
   size = int(ds.cardinality())
   if size <= 0:
     raise ValueError(
@@ -136,17 +132,13 @@ def _padded_batches(
   rows: int,
   layout: partitioning.DataLayout,
 ) -> Iterator[tuple[np.ndarray, PyTree]]:
-  """This host's part of every batch, all of them `rows` long.
-
-  Every host goes through equally many batches, whatever is left for it in the
-  last one.
-  """
+  """Yields this host's `rows` rows of every batch, padded on every host alike."""
   batches = ds.shard(layout.num_shards, layout.shard_id).batch(rows).as_numpy_iterator()
   for _ in range(-(-size // batch_size)):
     indices, features = next(batches, (np.empty((0,), np.int64), None))
     missing = rows - len(indices)
     if missing:
-      # Any example will do; one that the model can handle, unlike zeros.
+      # Copies of an example: the model may fail on zeros.
       example = next(ds.take(1).as_numpy_iterator())[1]
       filler = jax.tree.map(lambda x, n=missing: np.stack([x] * n), example)
       indices = np.pad(indices, (0, missing), constant_values=_FILLER)
@@ -158,7 +150,7 @@ def _padded_batches(
 
 
 def _on_host(results: PyTree) -> PyTree:
-  """Copies results, which every device holds, to NumPy arrays."""
+  """Copies replicated results to NumPy arrays."""
   return jax.tree.map(
     lambda x: np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x),
     results,
@@ -168,21 +160,21 @@ def _on_host(results: PyTree) -> PyTree:
 def _in_order(
   indices: np.ndarray, outputs: PyTree, size: int
 ) -> tuple[np.ndarray, PyTree]:
-  """Drops what filled up batches and sorts by index."""
+  """Drops padding rows and sorts by index."""
   order = np.argsort(indices, kind='stable')
   order = order[np.count_nonzero(indices == _FILLER) :]
   indices = indices[order]
   if len(indices) != size or np.any(np.diff(indices) == 0):
     raise ValueError(
-      'Every example must come back once; are the hosts reading the same dataset in'
-      f' the same order? Got: {len(np.unique(indices))} of {size} examples in'
-      f' {len(indices)} results.'
+      'Every example must have one result; do all hosts read the same dataset in the '
+      f'same order? Got: {len(np.unique(indices))} of {size} examples in '
+      f'{len(indices)} results.'
     )
   return indices, jax.tree.map(lambda x: x[order], outputs)
 
 
 def _as_lists(indices: np.ndarray, outputs: PyTree, keep_aux_as_numpy: bool) -> Any:
-  """Splits results by example, and auxiliary values off."""
+  """Splits results by example and separates auxiliary values."""
   aux = None
   if isinstance(outputs, tuple) and len(outputs) == 2:
     if isinstance(outputs[1], Mapping):

@@ -1,7 +1,7 @@
 """Command line, logging, error reporting and exit of the scripts.
 
 A script calls `prepare` before its heavy imports, so that `--help`, a misspelt flag or
-a missing gin file is answered at once, and `run` with the function that gin configures.
+a missing gin file gets an immediate answer, then `run` with the function to configure.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from t5x import gin_utils
 
 FLAGS = flags.FLAGS
 
-# Run files are named from here: t5x/configs/runs/pretrain.gin.
+# Paths of run files are relative to this folder: t5x/configs/runs/pretrain.gin.
 GIN_SEARCH_PATHS = (str(pathlib.Path(__file__).resolve().parent.parent),)
 
 TRACEBACK_VARIABLE = 'T5X_TRACEBACK'
 
-# What wrong input raises (the last one: a loss that is not finite). Anything else is a
-# bug and gets its traceback.
+# Raised by wrong input (the last one: by a non-finite loss). Anything else is a bug and
+# gets its traceback.
 _USER_ERRORS = (
   ValueError, LookupError, OSError, ImportError, SyntaxError, FloatingPointError
 )  # fmt: skip
-# TensorFlow's errors about files, which are not OSErrors.
+# TensorFlow's file errors, which are not OSErrors.
 _FILE_ERRORS = ('NotFoundError', 'PermissionDeniedError', 'DataLossError')
 
-# Libraries that log about themselves; only their errors are shown.
+# Libraries of which only errors are shown.
 _CHATTY = (
   'absl', 'clu', 'etils', 'flax', 'gin', 'grain', 'jax', 'orbax', 'seqio', 'tensorflow',
   'tensorflow_datasets', 'tensorstore', 'tf_keras',
@@ -60,12 +60,12 @@ def define_flags(
   run_mode: bool = False,
   plan: bool = False,
 ) -> None:
-  """Defines the flags of all scripts, and the groups of flags that are asked for."""
+  """Defines the flags of all scripts and the requested groups of flags."""
   text, boolean, integer = (
     flags.DEFINE_string, flags.DEFINE_boolean, flags.DEFINE_integer
   )  # fmt: skip
   flags.DEFINE_multi_string(
-    'gin_file', [], 'A gin file; repeat the flag for more. Later files win.'
+    'gin_file', [], 'A gin file; repeat the flag for several. Later files win.'
   )
   flags.DEFINE_multi_string(
     'gin_bindings',
@@ -76,38 +76,38 @@ def define_flags(
   flags.DEFINE_list(
     'gin_search_paths',
     ['.'],
-    'Folders searched for gin files and their includes, separated by commas; the first '
+    'Comma-separated folders to search for gin files and their includes; the first '
     'that has the file wins.',
   )
   text('tfds_data_dir', None, 'Folder of TensorFlow Datasets, for all tasks.')
   flags.DEFINE_list(
-    'seqio_additional_cache_dirs', [], 'More folders of cached seqio tasks.'
+    'seqio_additional_cache_dirs', [], 'Additional folders of cached seqio tasks.'
   )
   if run_mode:
     modes = ['train', 'eval', 'infer', 'precompile']
     flags.DEFINE_enum('run_mode', None, modes, 'The script to run.')
     boolean('dry_run', False, 'Check the configuration and stop.')
   if shard:
-    help_text = 'The share of the data to infer, from 0; wins over gin.'
+    help_text = 'Shard of the data to infer, from 0; overrides gin.'
     integer('shard_id', None, help_text)
   if multiprocess:
     boolean(
       'multiprocess_gpu',
       False,
       'Join several processes into one run. Their number and addresses are detected '
-      '(Slurm, Open MPI, TPU VMs, Kubernetes) unless given below.',
+      '(Slurm, Open MPI, TPU VMs, Kubernetes) unless set by the flags below.',
     )
-    text('coordinator_address', None, 'HOST:PORT of process 0; joins the processes.')
+    text('coordinator_address', None, 'HOST:PORT of process 0; implies joining.')
     integer('process_count', None, 'Number of processes.')
-    integer('process_index', None, 'Number of this process, from 0.')
-    help_text = 'Seconds to wait for the other processes (300).'
+    integer('process_index', None, 'Index of this process, from 0.')
+    help_text = 'Seconds to wait for the other processes (default: 300).'
     integer('initialization_timeout', None, help_text)
   if plan:
     known = 'v2-8, v3-8, v4-8, v5e-8, v5p-8, v6e-8, cpu:8'
     text('topology', None, f'Devices to compile for: {known}.')
     flags.DEFINE_enum('step', 'train', ['train', 'eval', 'decode'], 'Step to compile.')
     boolean('find_batch', False, 'Find the largest batch that fits.')
-    text('json', None, 'Also write the figures to this file.')
+    text('json', None, 'File for the results as JSON.')
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -122,11 +122,11 @@ def _show_help(description: str) -> NoReturn:
   }
   texts['--gin.NAME=VALUE'] = (
     'Binds a macro or a parameter: --gin.TRAIN_STEPS=1000, '
-    '--gin.train.eval_period=100. Strings keep their quotes: '
+    '--gin.train.eval_period=100. Strings need their own quotes: '
     '--gin.MODEL_DIR="\'runs/mine\'".'
   )
   texts['-v=1'] = (
-    'Also show the logs of libraries and the traceback of errors (as does '
+    'Show logs of libraries and tracebacks of all errors (tracebacks only: set '
     f'{TRACEBACK_VARIABLE}=1 in the environment).'
   )
   print(description.strip())
@@ -163,11 +163,11 @@ def prepare(
   argv: Sequence[str] | None = None,
   **flags_wanted: bool,
 ) -> None:
-  """Reads the command line, sets up logs and imports TensorFlow and seqio.
+  """Parses the command line, sets up logging and imports TensorFlow and seqio.
 
   Args:
-    description: what `--help` prints first.
-    argv: the command line, sys.argv by default.
+    description: first part of the `--help` text.
+    argv: the command line; sys.argv by default.
     **flags_wanted: arguments of `define_flags`.
   """
   argv = list(sys.argv if argv is None else argv)
@@ -201,25 +201,25 @@ def prepare(
 
 
 class _OwnLines(py_logging.Filter):
-  """Lets through what our code and the user's logs, and libraries' errors."""
+  """Passes log records of our and the user's code, and errors of libraries."""
 
   def filter(self, record: py_logging.LogRecord) -> bool:
     file = record.pathname.rpartition(f'-packages{os.sep}')[2]
     if file == os.path.join('gin', 'resource_reader.py'):
       return False  # Reports each search path without the file as an error.
-    # seqio's PyLoggingLogger is chosen in gin: it logs results.
+    # PyLoggingLogger, which gin files ask for, logs results from there.
     if record.levelno >= py_logging.ERROR or file == os.path.join(
       'seqio', 'loggers.py'
     ):
       return True
     if file != record.pathname:
       return file.partition(os.sep)[0] not in _CHATTY
-    # Code outside of the installed packages writes to the logger of absl.
+    # Code outside of the installed packages logs through absl.
     return record.name == 'absl' or record.name.partition('.')[0] not in _CHATTY
 
 
 class _Line(py_logging.Formatter):
-  """`12:34:56 message`, with the level of warnings and errors."""
+  """Formats records as `12:34:56 message`, with the level of warnings and errors."""
 
   def __init__(self, process: str = ''):
     super().__init__(f'%(asctime)s {process}%(level)s%(message)s', '%H:%M:%S')
@@ -237,7 +237,7 @@ def _set_up_logging(verbose: bool) -> None:
   if verbose:
     return
   logging.set_verbosity(logging.INFO)
-  # Read by the C++ parts when they are loaded.
+  # Read by C++ libraries when they are loaded.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
   handler.setFormatter(_Line())
@@ -248,7 +248,7 @@ def _set_up_logging(verbose: bool) -> None:
 
 @contextlib.contextmanager
 def _hidden_stderr() -> Iterator[None]:
-  """Hides what C++ code prints while it is loaded, unless loading fails."""
+  """Hides the stderr of C++ libraries while they are loaded, unless loading fails."""
   sys.stderr.flush()
   screen = os.dup(2)
   with tempfile.TemporaryFile() as kept:
@@ -269,13 +269,13 @@ def _hidden_stderr() -> Iterator[None]:
 
 
 class _ImportedAtUse(types.ModuleType):
-  """Stands for a module until one of its public names is used."""
+  """A module that is imported when one of its public names is used."""
 
   def __getattr__(self, name: str) -> Any:
-    # TensorFlow looks for marks such as _tf_decorator on everything it exports.
+    # TensorFlow looks for attributes such as _tf_decorator on all that it exports.
     if name.startswith('_'):
       raise AttributeError(name)
-    if name == 'Callback':  # tensorboard looks it up at once and may never call it.
+    if name == 'Callback':  # tensorboard looks it up when imported.
       return lambda *args, **kwargs: self._import().Callback(*args, **kwargs)
     return getattr(self._import(), name)
 
@@ -286,15 +286,15 @@ class _ImportedAtUse(types.ModuleType):
 
 
 def _import_tensorflow_and_seqio() -> None:
-  """Imports both without Keras, which neither needs and which takes seconds.
+  """Imports both without Keras, which takes seconds, and hides GPUs from TensorFlow.
 
-  Keras is imported at its first use. Hides accelerators from TensorFlow.
+  Keras is imported when it is first used.
   """
   if 'tensorflow' in sys.modules:
     return
-  gc.disable()  # Imports make many objects and no garbage.
+  gc.disable()  # Imports allocate many objects and leave no garbage.
   before = os.environ.get('TF_USE_LEGACY_KERAS')
-  # Keeps TensorFlow from importing Keras; `tf.keras` reads it again when it is used.
+  # Keeps TensorFlow from importing Keras. `tf.keras` reads the variable on first use.
   os.environ['TF_USE_LEGACY_KERAS'] = '1'
   import tensorflow as tf
 
@@ -324,7 +324,7 @@ def configure(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _message(error: BaseException) -> str:
-  # KeyError's own text is the repr of its argument.
+  # str() of a KeyError is the repr of its argument.
   keyed = isinstance(error, KeyError) and len(error.args) == 1
   text = str(error.args[0] if keyed else error)
   text = text.partition('\n  In call to configurable')[0].strip()  # Gin's call stack.
@@ -335,25 +335,25 @@ def _message(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
-  """Turns an exception into one message on stderr and exit code 1.
+  """Reports an exception as one message on stderr and exits with code 1.
 
-  A user's error gets its traceback only where asked for; a bug always does.
+  User errors get a traceback only on request; bugs always do.
   """
   try:
     yield
   except KeyboardInterrupt:
     _fail('interrupted.', 130)
-  except Exception as error:  # Everything: this is the end of the program.
+  except Exception as error:  # Everything: the program ends here.
     place = traceback.extract_tb(error.__traceback__)[-1]
     tensorflow = sys.modules.get('tensorflow')
     of_files = tuple(getattr(tensorflow.errors, e) for e in _FILE_ERRORS if tensorflow)
-    # Gin raises TypeError for a missing argument, AttributeError for a wrong name.
+    # Gin raises TypeError for missing arguments, AttributeError for unknown names.
     by_gin = place.filename.endswith(os.path.join('gin', 'config.py'))
     expected = by_gin or isinstance(error, (*_USER_ERRORS, *of_files))
     wanted = FLAGS.verbosity > 0 or os.environ.get(TRACEBACK_VARIABLE, '0') != '0'
     if wanted or not expected:
       traceback.print_exc()
-    hint = '' if wanted or not expected else f'; {TRACEBACK_VARIABLE}=1 shows more'
+    hint = '' if wanted or not expected else f'; {TRACEBACK_VARIABLE}=1 for a traceback'
     logging.flush()
     print(
       f'ERROR: {_message(error)}\n'
@@ -365,18 +365,18 @@ def reported_errors() -> Iterator[None]:
 
 
 def keep_to_the_end(thing: Any) -> None:
-  """Keeps an object alive until a script exits; does nothing outside of one.
+  """Keeps an object alive until the script exits; does nothing outside of scripts.
 
-  Destroying an iterator of tf.data can take a minute: it waits for its tuning thread.
+  Destroying a tf.data iterator can take a minute: it waits for its autotuning thread.
   """
   if _kept is not None:
     _kept.append(thing)
 
 
 def leave(code: int) -> NoReturn:
-  """Ends the program at once; everything has been written and closed by now.
+  """Ends the program immediately, once everything is written and closed.
 
-  Python's own exit takes seconds: it waits for idle threads of TensorFlow, Orbax and
+  A normal exit takes seconds: Python waits for idle threads of TensorFlow, Orbax and
   XLA and destroys millions of objects.
   """
   import jax
@@ -408,17 +408,16 @@ def _join_processes() -> None:
 
 
 def run(function: Callable[..., Any], **overrides: Any) -> NoReturn:
-  """Configures `function` by gin, calls it and ends the program.
+  """Configures `function` with gin, calls it and ends the program.
 
   Args:
-    function: `train`, `evaluate` or `infer`.
-    **overrides: arguments from the command line, which win over gin's.
+    **overrides: arguments of `function` that override gin's.
   """
   run_main(lambda argv: configure(function)(**overrides))
 
 
 def run_main(main: Callable[[Sequence[str]], Any]) -> NoReturn:
-  """Joins the processes, calls `main` with the program's name and ends the program."""
+  """Joins the processes, calls `main([program name])` and ends the program."""
   global _kept
   _kept = []
   with reported_errors():

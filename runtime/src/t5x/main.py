@@ -1,8 +1,8 @@
-"""Any of the scripts under one name: train, eval, infer, precompile.
+"""Runs any of the scripts: train, eval, infer, precompile.
 
   python -m t5x.main --run_mode=train --gin_file=... --gin.MODEL_DIR="'runs/mine'"
 
-The flags are those of the script. `--dry_run` checks the configuration and stops.
+Takes the flags of the script. `--dry_run` only checks the configuration.
 """
 
 if __name__ == '__main__':
@@ -18,8 +18,8 @@ from absl import logging
 
 from t5x import launch
 
-# {mode: (function to run, more names that gin files look up in `__main__`)}.
-# Run files for precompiling are often included after one that binds `train`.
+# {mode: (function to run, *other names that gin files look up in `__main__`)}.
+# precompile.gin is often given after a file that binds `train`.
 _SCRIPTS = {
   'train': ('train',),
   'eval': ('evaluate',),
@@ -29,15 +29,11 @@ _SCRIPTS = {
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the script that `--run_mode` names.
-
-  Raises:
-    ValueError: no `--run_mode`.
-  """
+  """Runs the script named by `--run_mode`."""
   del argv
   mode = launch.FLAGS.run_mode
   if mode is None:
-    raise ValueError(f'Give --run_mode, one of {", ".join(_SCRIPTS)}.')
+    raise ValueError(f'Set --run_mode to one of {", ".join(_SCRIPTS)}.')
   module = importlib.import_module(f't5x.{mode}')
   for name in _SCRIPTS[mode]:
     setattr(sys.modules['__main__'], name, getattr(module, name))
@@ -45,11 +41,8 @@ def main(argv: Sequence[str]) -> None:
   if launch.FLAGS.dry_run:
     logging.info('The configuration is valid; --dry_run stops here.')
     return
-  shard_id = launch.FLAGS.shard_id
-  if mode == 'infer' and shard_id is not None:
-    script(shard_id=shard_id)
-  else:
-    script()
+  shard_id = launch.FLAGS.shard_id if mode == 'infer' else None
+  script(**({} if shard_id is None else {'shard_id': shard_id}))
 
 
 if __name__ == '__main__':

@@ -1,9 +1,6 @@
-"""The names that T5X's users and gin files look for in `utils`, and nothing else.
+"""Names that T5X's users and gin files import from `utils`, defined elsewhere."""
 
-Each is defined in the module of its subject, where the runtime itself takes it from.
-"""
-
-# ruff: noqa: F401  (names for others to import)
+# ruff: noqa: F401
 
 from t5x.checkpoints import get_local_data
 from t5x.data import (
