@@ -424,7 +424,7 @@ def test_one_device_holds_the_whole_model(monkeypatch, caplog):
   with caplog.at_level('WARNING'):
     partitioner = partitioning.PjitPartitioner(num_partitions=2)
     assert dict(partitioner.mesh.shape) == {'data': 1, 'model': 1}
-  assert 'num_partitions is 2, but there is 1 device' in caplog.text
+  assert 'num_partitions is 2' in caplog.text
   loss, _ = one_step(partitioner)
   want, _ = one_step(FirstDevices(1, num_partitions=1))
   np.testing.assert_array_equal(loss[0], want[0])

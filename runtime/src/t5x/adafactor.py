@@ -1,9 +1,9 @@
 """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), with rules for each axis.
 
 The paper factors the second moments of a matrix into row and column means. Parameters
-of more than two axes (attention kernels of [embed, heads, kv], layers stacked by a
-scan) need rules for which axes are rows, which are columns, and which are a batch of
-separate matrices: by axis name, `logical_factor_rules`, or by path, `factor_map`.
+with more than two axes (attention kernels [embed, heads, kv], layers stacked by a scan)
+need rules that make each axis a row, a column, or a batch of separate matrices: by axis
+name (`logical_factor_rules`) or by parameter path (`factor_map`).
 
 State, names and defaults are those of T5X, so that its checkpoints load.
 """
@@ -36,13 +36,13 @@ class FactorDim(enum.Enum):
   """The role of a parameter's axis in the factored second moments."""
 
   NONE = None  # Not factored.
-  BATCH = 1  # Separate parameters, stacked: nothing is averaged over it.
+  BATCH = 1  # Stacked separate parameters, never averaged over.
   ROW = 2
   COLUMN = 3
 
 
 class HeuristicRule(enum.Enum):
-  """The rule for parameters without one of their own: by size, for matrices only."""
+  """The default rule: factors matrices by size."""
 
   token = 1
 
@@ -61,18 +61,18 @@ _FACTOR_NAMES = {
 
 
 def factor_name_to_factordim(name: str | FactorDim | None) -> FactorDim | None:
-  """Reads 'row', 'column', 'batch' or 'none', as gin files spell them."""
+  """Parses 'row', 'column', 'batch' or 'none'; other types are returned unchanged."""
   if not isinstance(name, str):
     return name
   if name.lower() not in _FACTOR_NAMES:
     raise ValueError(
-      f'A factor rule is one of {", ".join(_FACTOR_NAMES)}. Got: {name!r}.'
+      f'A factor rule must be one of {", ".join(_FACTOR_NAMES)}. Got: {name!r}.'
     )
   return _FACTOR_NAMES[name.lower()]
 
 
 def standard_logical_factor_rules() -> flax.core.FrozenDict:
-  """Returns the roles of the axes of T5X's standard models."""
+  """Returns the roles of the axis names that T5X models use."""
   axes = {
     FactorDim.ROW: ['embed'],
     FactorDim.COLUMN: [
@@ -94,7 +94,7 @@ def standard_logical_factor_rules() -> flax.core.FrozenDict:
 
 
 class HParamMap:
-  """Values by a parameter's path: the first regular expression found in it decides."""
+  """Maps parameter paths to values; the first matching regular expression counts."""
 
   def __init__(self, rules: Iterable[tuple[str, Any]]):
     self._rules = [(re.compile(pattern), value) for pattern, value in rules]
@@ -104,11 +104,11 @@ class HParamMap:
       if pattern.search(key):
         return value
     raise KeyError(
-      f'No rule for the parameter {key!r}. A last rule of ".*" would catch the rest.'
+      f'No rule matches the parameter {key!r}. Add a last rule ".*" for the rest.'
     )
 
   def __call__(self, params: PyTree) -> PyTree:
-    """Returns the value for each parameter, in the parameters' tree."""
+    """Returns the tree of values for a tree of parameters."""
     flat = _flatten(flax.serialization.to_state_dict(params))
     values = flax.traverse_util.unflatten_dict({k: self[k] for k in flat}, sep='/')
     return flax.serialization.from_state_dict(params, values)
@@ -116,18 +116,14 @@ class HParamMap:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-  """The roles of one parameter's axes.
+  """The roles of one parameter's axes."""
 
-  `averaged` are the axes of root mean squares; `factors` are (rows, columns), or None
-  where the second moments are not factored.
-  """
-
-  averaged: tuple[int, ...]
-  factors: tuple[tuple[int, ...], tuple[int, ...]] | None
+  averaged: tuple[int, ...]  # Axes of root mean squares.
+  factors: tuple[tuple[int, ...], tuple[int, ...]] | None  # Rows, columns.
 
 
 def _largest_two(shape: Sequence[int], least: int) -> Any:
-  """Returns the second largest axis as row, the largest as column; None if small."""
+  """Makes the second largest axis the row, the largest the column; None if small."""
   if len(shape) < 2:
     return None
   *_, row, column = np.argsort(shape, kind='stable').tolist()
@@ -137,23 +133,20 @@ def _largest_two(shape: Sequence[int], least: int) -> Any:
 def _layout(
   rule: FactorRule | None, shape: Sequence[int], path: str, least: int
 ) -> _Layout:
-  """Applies a rule (None: not factored) to a parameter.
-
-  The heuristic does not factor axes shorter than `least`.
-  """
+  """Applies a rule; None means not factored, as axes shorter than `least` are."""
   every_axis = tuple(range(len(shape)))
   if rule is None:
     return _Layout(every_axis, None)
   if rule is HEURISTIC_RULE:
     if len(shape) > 2:
       raise ValueError(
-        f'Adafactor needs a rule for {path!r} of shape {tuple(shape)}, which has more '
-        'than two axes. Give logical_factor_rules or factor_map.'
+        f'Adafactor needs a rule for {path!r}, which has more than two axes: '
+        f'{tuple(shape)}. Set logical_factor_rules or factor_map.'
       )
     return _Layout(every_axis, _largest_two(shape, least))
   if len(rule) != len(shape):
     raise ValueError(
-      f'The rule {rule} for {path!r} has {len(rule)} axes, the parameter '
+      f'The rule {rule} for {path!r} has {len(rule)} axes, but the parameter has '
       f'{len(shape)}: {tuple(shape)}.'
     )
 
@@ -162,7 +155,7 @@ def _layout(
 
   batch = axes_of(FactorDim.BATCH)
   if len(shape) <= 2 and not batch:
-    # Plain matrices go by size even under a rule, as in T5X's checkpoints.
+    # As in T5X's checkpoints, plain matrices are factored by size despite a rule.
     return _Layout(every_axis, _largest_two(shape, least))
   rows, columns = axes_of(FactorDim.ROW), axes_of(FactorDim.COLUMN)
   averaged = tuple(axis for axis in every_axis if axis not in batch)
@@ -172,12 +165,11 @@ def _layout(
 def _rule_of_axes(
   path: str, axes: Sequence[str], rules: Mapping[str, FactorDim | str]
 ) -> tuple[FactorDim, ...]:
-  """Returns the rule of a parameter whose axes have these names."""
   unknown = [axis for axis in axes if axis not in rules]
   if unknown:
     raise ValueError(
-      f'logical_factor_rules has no rule for {", ".join(map(repr, unknown))}, of '
-      f'{path!r} with axes {tuple(axes)}.'
+      f'logical_factor_rules has no rule for {", ".join(map(repr, unknown))}, '
+      f'used by {path!r} with axes {tuple(axes)}.'
     )
   kinds = tuple(factor_name_to_factordim(rules[axis]) for axis in axes)
   factored = {FactorDim.ROW, FactorDim.COLUMN}
@@ -185,8 +177,8 @@ def _rule_of_axes(
     return tuple(FactorDim.NONE if kind in factored else kind for kind in kinds)
   if FactorDim.NONE in kinds:
     raise ValueError(
-      f'{path!r} with axes {tuple(axes)} has rows and columns, so every other axis '
-      f'must be one too or BATCH. logical_factor_rules make it {kinds}.'
+      f'{path!r} with axes {tuple(axes)} has rows and columns, so no axis may be '
+      f'NONE. logical_factor_rules make it {kinds}.'
     )
   return kinds
 
@@ -196,8 +188,6 @@ def _rule_of_axes(
 
 @flax.struct.dataclass
 class _HyperParams:
-  """See `Adafactor`."""
-
   learning_rate: float | None
   factored: bool
   multiply_by_parameter_scale: bool | HParamMap
@@ -219,16 +209,12 @@ class _HyperParams:
 
 @flax.struct.dataclass
 class _ParamState:
-  """Second moments and momentum; an unused one is a zero of shape (1,).
+  """Second moments and momentum; unused ones are zeros of shape (1,)."""
 
-  `v_row` are means over the column axes, `v_col` over the row axes; `v` are the second
-  moments where they are not factored; `m` is the momentum.
-  """
-
-  v_row: Float[Array, '...']
-  v_col: Float[Array, '...']
-  v: Float[Array, '...']
-  m: Float[Array, '...']
+  v_row: Float[Array, '...']  # Means over the column axes.
+  v_col: Float[Array, '...']  # Means over the row axes.
+  v: Float[Array, '...']  # Unfactored second moments.
+  m: Float[Array, '...']  # Momentum.
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,37 +229,29 @@ def _nest(flat: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
 class Adafactor(OptimizerDef):
   """The optimizer definition, with one state entry per parameter.
 
-  Sections are the paper's.
-
-  Args:
-    learning_rate: step size, relative to a parameter's own scale; the trainer's
-      schedule replaces it at each step.
+  Args (sections are the paper's):
+    learning_rate: step size; the trainer's schedule replaces it at each step.
     factored: whether second moments are factored at all.
     multiply_by_parameter_scale: whether the learning rate is relative to the root
       mean square of the parameter (section 8), for all or by path.
     beta1: momentum, if any.
-    decay_rate: the exponent c of the second moments' decay, 1 - t**-c (section 7.2).
+    decay_rate: exponent c of the second moments' decay, 1 - t**-c (section 7.2).
     step_offset: the step that counts as 0 for that decay.
-    clipping_threshold: largest root mean square of an update, before it is scaled
+    clipping_threshold: largest root mean square of an update before it is scaled
       (section 6); None for no limit.
-    weight_decay_rate: share of a parameter that is lost per step.
-    min_dim_size_to_factor: a matrix is factored if both its axes are as long.
+    weight_decay_rate: fraction of a parameter that is subtracted per step.
+    min_dim_size_to_factor: minimum length of both axes of a factored matrix.
     epsilon1: added to squared gradients.
     epsilon2: smallest scale of a parameter.
-    dtype_momentum: the momentum's dtype.
+    dtype_momentum: dtype of the momentum.
     factor_map: rules by path.
-    logical_factor_rules: the role of an axis, by name (see `FactorDim`, or the names of
-      `factor_name_to_factordim`). Once `set_param_axes` is called they replace
-      `factor_map`.
+    logical_factor_rules: `FactorDim` or its name, by axis name. `set_param_axes`
+      turns them into `factor_map`.
     weight_decay_rate_lr_exponent: if given, the weight decay is (weight_decay_rate or
       1) times learning_rate to this power.
-    global_norm_clip_threshold: largest norm of all gradients together, before
-      anything else.
+    global_norm_clip_threshold: largest norm of all gradients together; clipped first.
     max_parameter_scale: largest scale of a parameter.
     skip_nan_updates: whether entries that would become NaN keep their value.
-
-  Raises:
-    ValueError: rules for factoring without factoring, or not an `HParamMap`.
   """
 
   def __init__(
@@ -298,7 +276,7 @@ class Adafactor(OptimizerDef):
     skip_nan_updates: bool | None = False,
   ):
     if factor_map is not None and not factored:
-      raise ValueError('factor_map has no effect with factored = False. Drop one.')
+      raise ValueError('factor_map needs factored = True.')
     for name, value, types in (
       ('multiply_by_parameter_scale', multiply_by_parameter_scale, (bool, HParamMap)),
       ('factor_map', factor_map, (HParamMap, type(None))),
@@ -328,8 +306,8 @@ class Adafactor(OptimizerDef):
     )
     self.dtype_momentum = jnp.dtype(dtype_momentum)
 
-  # Definitions with equal settings are equal, so that states made with either (one
-  # traced for its shapes, one real) are trees of one structure.
+  # States made by equal definitions (one real, one for its shapes) must have the same
+  # tree structure.
   def __eq__(self, other: Any) -> bool:
     return (
       type(self) is type(other)
@@ -349,7 +327,6 @@ class Adafactor(OptimizerDef):
     return _layout(rule, shape, path, hyper.min_dim_size_to_factor)
 
   def init_param_state(self, param: Float[Array, '...'], path: str) -> _ParamState:
-    """Makes the state of one parameter: zeros."""
     shape, factors = param.shape, self._layout_of(path, param.shape).factors
     shapes = dict.fromkeys(('v_row', 'v_col', 'v', 'm'), (1,))
     if factors is None:
@@ -363,7 +340,6 @@ class Adafactor(OptimizerDef):
     return _ParamState(**moments)
 
   def init_state(self, params: Params) -> OptimizerState:
-    """Makes the state of all parameters."""
     states = {p: self.init_param_state(x, p) for p, x in _flatten(params).items()}
     return OptimizerState(
       step=jnp.zeros((), jnp.int32), param_states=_nest(states, params)
@@ -382,22 +358,16 @@ class Adafactor(OptimizerDef):
 
     Args:
       step: updates made before this one.
-      hyper_params: of this update, with a learning rate.
-      param: its value.
+      hyper_params: those of this update, with a learning rate.
+      param: the value.
       state: its state.
       grad: its gradient.
       path: its path, joined by '/'.
-
-    Returns:
-      The new value and the new state.
-
-    Raises:
-      ValueError: there is no learning rate.
     """
     hyper = hyper_params
     if hyper.learning_rate is None:
       raise ValueError(
-        'Adafactor needs a learning rate: its own `learning_rate`, or the '
+        'Adafactor needs a learning rate. Set its `learning_rate` or the '
         "trainer's learning_rate_fn."
       )
     layout = self._layout_of(path, param.shape)
@@ -442,7 +412,6 @@ class Adafactor(OptimizerDef):
     state: OptimizerState,
     grads: Params,
   ) -> tuple[Params, OptimizerState]:
-    """Updates all parameters."""
     flat_grads, flat_states = _flatten(grads), _flatten(state.param_states)
     if hyper_params.global_norm_clip_threshold:
       norm = optax.tree.norm([grad.astype(jnp.float32) for grad in flat_grads.values()])
@@ -458,13 +427,10 @@ class Adafactor(OptimizerDef):
     )
 
   def set_param_axes(self, param_logical_axes: PyTree) -> None:
-    """Derives a rule for each parameter from the names of its axes.
+    """Derives a rule for each parameter from its PartitionSpec of axis names.
 
     A parameter without a row or without a column axis is not factored; its batch axes
     stay.
-
-    Args:
-      param_logical_axes: a PartitionSpec of axis names for each parameter.
 
     Raises:
       ValueError: an axis has no rule, or some axes of a factored parameter are NONE.
@@ -479,15 +445,9 @@ class Adafactor(OptimizerDef):
   def derive_logical_axes(
     self, optimizer_state: Optimizer, param_logical_axes: PyTree
   ) -> Optimizer:
-    """Replaces arrays by logical axes.
+    """Replaces arrays by PartitionSpecs of axis names.
 
-    Args:
-      optimizer_state: an optimizer of this definition.
-      param_logical_axes: a PartitionSpec of axis names for each parameter.
-
-    Returns:
-      The same structure. What has a parameter's shape has its axes; the rest, None:
-      factored moments are small, and so replicated.
+    Factored moments are small and get None: replicated.
     """
     axes = match_axes(optimizer_state.target, param_logical_axes)
     flat_axes = _flatten(axes)
@@ -521,7 +481,7 @@ def _normalize(
   kept: Float[Array, ''],
   epsilon: float,
 ) -> tuple[Float[Array, '*d'], _ParamState]:
-  """Updates the second moments and divides a gradient by their root."""
+  """Updates the second moments and divides the gradient by their root."""
   squared = grad * grad + epsilon
 
   def blend(old, new):
@@ -535,7 +495,7 @@ def _normalize(
   mean_of_columns = jnp.mean(squared, axis=rows, keepdims=True)
   v_row = blend(state.v_row, jnp.squeeze(mean_of_rows, columns))
   v_col = blend(state.v_col, jnp.squeeze(mean_of_columns, rows))
-  # Kept axes of size 1 broadcast against the gradient again.
+  # Restore the averaged axes, to broadcast against the gradient.
   over_rows = v_row.reshape(mean_of_rows.shape)
   over_columns = v_col.reshape(mean_of_columns.shape)
   relative = over_rows / jnp.mean(over_rows, axis=rows, keepdims=True)

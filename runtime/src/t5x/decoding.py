@@ -1,14 +1,14 @@
 """Beam search and sampling with a cache, traced with static shapes.
 
-Position 0 of the inputs is the start token; the tokens after it, up to the first 0,
-are a prompt: they are forced, cost no probability, and end tokens among them end
-nothing. Without `initial_index` the model is fed the prompt token by token; with it,
-the cache holds the prompt up to that position, whose token is fed first. After the end
-token a sequence is padded with 0.
+Position 0 of the inputs is the start token. The tokens after it, up to the first 0, are
+a prompt: they are forced and do not count in the log probability, and end tokens among
+them do not end the sequence. Without `initial_index` the prompt is fed token by token;
+with it, the cache already holds the prompt before that position, whose token is fed
+first. After the end token a sequence is padded with 0.
 
-The rows of one example are neighbours, so `[batch * beam, ...]` and `[batch, beam,
-...]` are views of the same memory. Under scanned layers a cache has one leading layer
-axis; `offset` (0 or 1) is the number of axes before the batch.
+The rows of an example are adjacent: `[batch * beam, ...]` and `[batch, beam, ...]` are
+reshapes of each other. With scanned layers a cache has a leading layer axis; `offset`
+(0 or 1) is the number of axes before the batch axis.
 """
 
 import functools
@@ -22,15 +22,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-# The score of an empty slot: far below any sequence's, and finite, so that sums of it
-# stay numbers.
+# The score of an empty slot: below that of any sequence, and finite, so that sums are.
 NEG_INF_VALUE = -1.0e7
 NEG_INF = np.array(NEG_INF_VALUE)
 
-# A lower score is an empty slot, however many log probabilities were added.
+# Below this a slot is empty, even after adding log probabilities.
 _EMPTY = NEG_INF_VALUE / 2
 
-# Lower temperatures mean the most probable token: 1 / temperature would overflow soon.
+# Lower temperatures are greedy: 1 / temperature would overflow.
 MIN_TEMPERATURE = np.array(1e-4)
 
 # Width of a TPU vector register, the unit in which top-k is split.
@@ -47,7 +46,7 @@ class DecodingState:
   cache: Mapping[str, Any]
 
 
-# From a state to logits [batch * num_decodes, vocabulary] and the new cache.
+# Returns logits [batch * num_decodes, vocabulary] and the new cache.
 TokensToLogits = Callable[[DecodingState], tuple[jax.Array, Mapping[str, Any]]]
 
 
@@ -64,17 +63,10 @@ def cache_map(
   cache: PyTree,
   apply_to_index: bool = False,
 ) -> PyTree:
-  """Applies `fn` to those leaves of a cache that have a batch axis.
+  """Applies `fn` to the leaves of a cache that have a batch axis.
 
-  Args:
-    fn: the function on one array.
-    cache: nested mappings of arrays; a FrozenDict stays one.
-    apply_to_index: whether `cache_index` has a batch axis. It does in a cache filled
-      from prompts of various lengths, and is a scalar otherwise.
-
-  Returns:
-    The new cache. Relative biases and the index of absolute positions
-    (`cached_bias`, `position_embedder_index`) are passed through.
+  These are all but `cached_bias`, `position_embedder_index` and, unless the cache was
+  filled from prompts (`apply_to_index`), `cache_index`.
   """
   untouched = {'cached_bias', 'position_embedder_index'}
   if not apply_to_index:
@@ -87,7 +79,7 @@ def cache_map(
 def add_beam_dim(
   x: Shaped[Array, '...'], beam_size: int, offset: int = 0
 ) -> Shaped[Array, '...']:
-  """Repeats every example: [batch, ...] to [batch, beam_size, ...]."""
+  """Repeats each example: [batch, ...] to [batch, beam_size, ...]."""
   x = jnp.expand_dims(x, offset + 1)
   shape = x.shape[: offset + 1] + (beam_size,) + x.shape[offset + 2 :]
   return jnp.broadcast_to(x, shape)
@@ -109,23 +101,19 @@ def unflatten_beam_dim(
 def flat_batch_beam_expand(
   x: Shaped[Array, '...'], beam_size: int, offset: int = 0
 ) -> Shaped[Array, '...']:
-  """Repeats every example in place: [batch, ...] to [batch * beam_size, ...]."""
+  """Repeats each example: [batch, ...] to [batch * beam_size, ...]."""
   return flatten_beam_dim(add_beam_dim(x, beam_size, offset), offset)
 
 
 def _expand_position_indices(
   cache: PyTree, batch_size: int, beam_size: int, offset: int
 ) -> PyTree:
-  """Repeats the position of every example for its beams.
-
-  A cache filled from prompts has one position per example; `cache_map` never changes
-  that leaf, so it is expanded once, before decoding starts.
-  """
+  """Repeats the position of each prompt for its beams, as `cache_map` does not."""
 
   def expand(path, leaf):
     if _leaf_name(path) != 'position_embedder_index':
       return leaf
-    # An embedder outside the layer scan has no layer axis, whatever the offset is.
+    # An embedder outside the layer scan has no layer axis.
     axis = next(
       (a for a in (0, offset) if leaf.ndim > a and leaf.shape[a] == batch_size), None
     )
@@ -138,8 +126,7 @@ def _take_beams(
   x: Shaped[Array, '...'], beam_indices: Int[Array, 'batch new_beam'], offset: int = 0
 ) -> Shaped[Array, '...']:
   """Picks beams by index: [batch, beam, ...] to [batch, new_beam, ...]."""
-  # vmap makes the batch a batching dimension of the gather, which the partitioner keeps
-  # local to each device.
+  # With vmap the gather stays local where the batch is sharded.
   take = functools.partial(jnp.take, axis=offset, mode='clip')
   return jax.vmap(take, in_axes=(offset, 0), out_axes=offset)(x, beam_indices)
 
@@ -147,7 +134,7 @@ def _take_beams(
 def _best_beams(
   nested: PyTree, scores: Float[Array, 'batch old_beam'], new_beam_size: int
 ) -> PyTree:
-  """Keeps the best beams of arrays [batch, old_beam, ...], the best one last."""
+  """Keeps the best beams of arrays [batch, old_beam, ...], best last."""
   _, best = lax.top_k(scores, new_beam_size)
   return jax.tree.map(lambda x: _take_beams(x, best[:, ::-1]), nested)
 
@@ -155,13 +142,9 @@ def _best_beams(
 def top_k_two_stage(
   x: Float[Array, 'batch samples'], k: int
 ) -> tuple[Float[Array, 'batch k'], Int[Array, 'batch k']]:
-  """Does `lax.top_k` by rows, faster on TPU for few long rows.
+  """Computes `lax.top_k` faster on TPUs for few long rows.
 
-  A row is cut into 128 pieces, the best k of each are found in parallel, and the best k
-  of those are the row's.
-
-  Returns:
-    The k largest values per row in descending order, and their positions.
+  It finds the top k of 128 pieces of a row in parallel, and then the top k of those.
   """
   batch, samples = x.shape
   if batch > 8 or samples <= 8 * _LANES * k:
@@ -180,7 +163,7 @@ def top_k_two_stage(
 
 @flax.struct.dataclass
 class BeamState:
-  """State of a beam search; beams are sorted by ascending score."""
+  """State of a beam search, with beams sorted by ascending score."""
 
   cur_index: jax.Array  # int32 scalar, steps done.
   live_logprobs: jax.Array  # float32 [batch, beam], of open sequences.
@@ -195,13 +178,10 @@ class BeamState:
 def brevity_penalty(
   alpha: float | Float[Array, ''], length: Int[Array, '...'] | int
 ) -> Float[Array, '...']:
-  """Returns the length penalty by which log probabilities are divided.
+  """Returns the length penalty, a divisor of log probabilities.
 
-  `((5 + length) / 6) ** alpha`, equation 14 of Wu et al. 2016 (arXiv:1609.08144).
-
-  Args:
-    alpha: 0 for none; larger values favour longer sequences.
-    length: number of tokens, the end token included.
+  `((5 + length) / 6) ** alpha`, equation 14 of Wu et al. 2016 (arXiv:1609.08144); the
+  length includes the end token.
   """
   return ((5.0 + jnp.asarray(length)) / 6.0) ** alpha
 
@@ -224,28 +204,28 @@ def beam_search(
 ]:
   """Searches for the most probable sequences.
 
-  A closed sequence scores its log probability divided by `brevity_penalty` of its
-  length, prompt and end token included. An example is done when no open sequence can
-  beat the worst kept one. If none closed, it gets its open sequences with plain log
-  probabilities; slots without a sequence are all 0 and score NEG_INF. The result of an
-  example does not depend on the others of its batch.
+  The score of a finished sequence is its log probability divided by `brevity_penalty`
+  of its length, prompt and end token included. The search for an example ends when no
+  live sequence can beat its worst finished one. If none finished, it returns the live
+  ones with plain log probabilities. Empty slots are all 0 and score NEG_INF. Examples
+  do not depend on the rest of their batch.
 
   Args:
     inputs: start token and prompt, padded with 0.
     cache: the model's cache for `batch` rows.
     tokens_to_logits: the model, for batch * num_decodes rows.
-    eos_id: token that closes a sequence.
+    eos_id: the end token.
     num_decodes: number of beams, all of which are returned.
     alpha: exponent of the length penalty, 0 for none; may be traced.
     max_decode_len: maximum number of tokens; by default the length of `inputs`.
-    max_decode_step: maximum number of steps; no bound unless positive.
-    min_log_prob: an example is done when its open sequences are all below.
-    decode_rng: unused, as nothing is drawn; all decoding functions take it.
+    max_decode_step: maximum number of steps, if positive.
+    min_log_prob: an example is done when all its live sequences are below.
+    decode_rng: ignored; part of the interface of decoding functions.
     cache_offset: axes before the batch axis of the cache.
-    initial_index: position to begin at, if the cache is filled up to there.
+    initial_index: position to start at, if the cache is filled up to there.
 
   Returns:
-    Sequences without the start token, and scores; the best is the last.
+    Sequences without the start token, and scores, best last.
   """
   del decode_rng
   batch, beams = inputs.shape[0], num_decodes
@@ -261,13 +241,13 @@ def beam_search(
     """Returns which examples no further step can change."""
     position = state.initial_index + state.cur_index
     best_live = state.live_logprobs.max(axis=1)
-    # Log probabilities only fall, and the penalty is monotonic in the length: the best
-    # one is that of the shortest or the longest continuation.
+    # Log probabilities only fall and the penalty is monotonic in the length: the best
+    # penalty is that of the shortest or the longest continuation.
     best_penalty = jnp.maximum(
       brevity_penalty(alpha, jnp.minimum(position + 1, limit)),
       brevity_penalty(alpha, limit),
     )
-    # Empty slots score NEG_INF, so the minimum counts only once all are taken.
+    # Empty slots score NEG_INF, so this holds only once all slots are taken.
     beaten = state.finished_scores.min(axis=1) > best_live / best_penalty
     hopeless = best_live < jnp.maximum(min_log_prob, _EMPTY)
     return (position >= limit) | beaten | hopeless
@@ -279,7 +259,6 @@ def beam_search(
   def next_log_probs(
     state: BeamState, position: Int[Array, ' batch']
   ) -> tuple[Float[Array, 'batch beam vocabulary'], Any]:
-    """Returns log probabilities of whole sequences and the new cache."""
     token = jnp.take_along_axis(state.live_seqs, position[:, None, None], axis=2)
     flatten = functools.partial(flatten_beam_dim, offset=cache_offset)
     logits, new_cache = tokens_to_logits(
@@ -300,23 +279,20 @@ def beam_search(
   def step(state: BeamState) -> BeamState:
     """Extends every live sequence by one token."""
     done = is_done(state)
-    # Examples at their last position are computed along with the others.
     position = jnp.minimum(state.initial_index + state.cur_index, limit)
     log_probs, new_cache = next_log_probs(state, position)
 
-    # Twice as many candidates as beams: even if half of them close, every beam finds an
-    # open continuation.
+    # Of twice as many candidates as beams at most half end, so that enough stay live.
     width = 2 * beams
     vocabulary = log_probs.shape[-1]
     scores, flat_index = top_k_two_stage(log_probs.reshape(batch, -1), width)
     parents, tokens = flat_index // vocabulary, flat_index % vocabulary
     forced = jnp.take_along_axis(prompts, position[:, None] + 1, axis=1)
     in_prompt = forced != 0
-    # All beams share a prompt, so that only one may leave it alive.
+    # All beams share the prompt, so keep only one alive.
     only_first = jnp.where(jnp.arange(width) == 0, 0.0, NEG_INF_VALUE)
     scores = jnp.where(in_prompt, only_first, scores)
     tokens = jnp.where(in_prompt, forced, tokens)
-    # An end token in a prompt separates its parts and closes nothing.
     closes = ~in_prompt & (tokens == eos_id)
 
     sequences = _take_beams(state.live_seqs, parents)
@@ -337,13 +313,12 @@ def beam_search(
     )
     finished = _best_beams(pool, pool[1], beams)
 
-    # An example that is done keeps its result, which must not depend on how long the
-    # others of its batch take.
+    # The result of a finished example must not depend on the rest of its batch.
     def keep(old, new):
       return jnp.where(done.reshape((batch,) + (1,) * (new.ndim - 1)), old, new)
 
     if beams > 1:
-      # `cache_index` is the same for all beams.
+      # Not `on_cache`: `cache_index` is the same for all beams.
       new_cache = cache_map(
         lambda x: _take_beams(x, live_parents, cache_offset), new_cache
       )
@@ -365,7 +340,7 @@ def beam_search(
     cache = _expand_position_indices(cache, batch, beams, cache_offset)
   else:
     initial_index = jnp.zeros((batch,), jnp.int32)
-  # One live beam per example: equal beams, all alive, would stay copies.
+  # Start with one live beam per example: equal beams would stay copies.
   only_last = jnp.where(jnp.arange(beams) == beams - 1, 0.0, NEG_INF_VALUE)
   state = BeamState(
     cur_index=jnp.zeros((), jnp.int32),
@@ -391,7 +366,7 @@ def beam_search(
 
 @flax.struct.dataclass
 class SamplingLoopState:
-  """State of sampling, seen and replaced by callbacks; rows = batch * num_decodes."""
+  """State of sampling, passed to callbacks; rows = batch * num_decodes."""
 
   step: jax.Array  # int32 scalar, steps done.
   cur_index: jax.Array  # int32 [rows], position of the current token.
@@ -399,7 +374,7 @@ class SamplingLoopState:
   cache: Mapping[str, Any]
   cur_token: jax.Array  # int32 [rows, 1], the token to feed next.
   ended: jax.Array  # bool [rows, 1], which rows are complete.
-  rng: jax.Array  # Key of the next steps.
+  rng: jax.Array  # Key for the next steps.
   log_prob: jax.Array  # float32 [rows], of the sampled tokens.
 
 
@@ -417,12 +392,12 @@ def _largest_that_suffice(
 ) -> Bool[Array, '*batch vocabulary']:
   """Returns the smallest set of largest values, ties included, that is `enough`.
 
-  The cutoff is found bit by bit: 32 reductions over the vocabulary, where a sort is
-  slower on TPU. If no set is enough, all values are kept.
+  If no set is enough, it returns all. Finding the cutoff bit by bit takes 32 reductions
+  over the vocabulary, which is faster than a sort on TPUs.
   """
   bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
   sign = jnp.uint32(1 << 31)
-  # Unsigned integers in the order of the floats: negative ones count downwards.
+  # Unsigned integers in the order of the floats.
   keys = jnp.where(bits & sign, ~bits, bits | sign)
 
   def set_bit(step, cutoff):
@@ -436,9 +411,9 @@ def _largest_that_suffice(
 def keep_top_k(
   logits: Float[Array, '*batch vocabulary'], k: int | Int[Array, '']
 ) -> Float[Array, '*batch vocabulary']:
-  """Sets all but the k largest logits of a row to NEG_INF.
+  """Sets all but the k largest logits of each row, ties included, to NEG_INF.
 
-  Logits equal to the k-th largest stay too. `k` may be traced; 0 keeps all.
+  `k` may be traced; 0 keeps all.
   """
   kept = _largest_that_suffice(logits, lambda chosen: chosen.sum(-1) >= k)
   return jnp.where(kept | (jnp.asarray(k) <= 0), logits, NEG_INF_VALUE)
@@ -447,11 +422,10 @@ def keep_top_k(
 def keep_top_p(
   logits: Float[Array, '*batch vocabulary'], p: float | Float[Array, '']
 ) -> Float[Array, '*batch vocabulary']:
-  """Keeps the fewest logits of a row that hold at least the probability `p`.
+  """Sets all but the fewest logits with total probability `p` to NEG_INF.
 
-  Nucleus sampling, Holtzman et al. 2020 (arXiv:1904.09751), section 3.1. Logits equal
-  to the smallest kept one stay too; the others become NEG_INF. `p` may be traced; 0
-  keeps all.
+  Nucleus sampling, Holtzman et al. 2020 (arXiv:1904.09751), section 3.1. Keeps ties.
+  `p` may be traced; 0 keeps all.
   """
   probabilities = jax.nn.softmax(logits.astype(jnp.float32))
 
@@ -487,28 +461,28 @@ def temperature_sample(
   state_callback_fn: StateCallbackFn | None = None,
   logit_callback_fn: LogitCallbackFn | None = None,
 ) -> tuple[Int[Array, 'batch num_decodes length'], Float[Array, 'batch num_decodes']]:
-  """Draws sequences token by token, all of them independently.
+  """Samples sequences independently, token by token.
 
   Args:
     inputs: start token and prompt, padded with 0.
     cache: the model's cache for `batch` rows.
     tokens_to_logits: the model, for batch * num_decodes rows.
-    eos_id: token that ends a sequence.
-    decode_rng: key to draw with; by default that of seed 0.
-    num_decodes: sequences to draw per example.
-    temperature: divides the logits; up to 1e-4 is greedy. One, or one per example.
-    topk: draw from this many most probable tokens; 0 for all.
-    topp: draw from the fewest tokens that hold this probability; 0 for all.
+    eos_id: the end token.
+    decode_rng: key for sampling; by default that of seed 0.
+    num_decodes: sequences to sample per example.
+    temperature: divisor of the logits, greedy up to 1e-4; one, or one per example.
+    topk: number of most probable tokens to sample from; 0 for all.
+    topp: total probability of the most probable tokens to sample from; 0 for all.
     cache_offset: axes before the batch axis of the cache.
-    initial_index: position to begin at, if the cache is filled up to there.
-    max_decode_steps: maximum number of tokens after the prompt; None for all that fit.
-    max_decode_steps_hard_limit: static bound on it; none unless positive.
-    rescale_log_probs: report probabilities as drawn from, not the model's.
-    state_callback_fn: from state to state, before each step and after the last.
-    logit_callback_fn: from logits and state to logits.
+    initial_index: position to start at, if the cache is filled up to there.
+    max_decode_steps: maximum number of tokens after the prompt.
+    max_decode_steps_hard_limit: static upper bound of it, if positive.
+    rescale_log_probs: report probabilities after temperature, topk and topp.
+    state_callback_fn: maps the state, before each step and after the last.
+    logit_callback_fn: maps logits, given the state.
 
   Returns:
-    Sequences without the start token, and log probabilities; the best is last.
+    Sequences without the start token, and log probabilities, best last.
 
   Raises:
     ValueError: topk and topp are both set, or max_decode_steps exceeds the inputs.
@@ -516,8 +490,8 @@ def temperature_sample(
   batch, length = inputs.shape
   if _is_static(topk) and _is_static(topp) and topk and topp:
     raise ValueError(
-      'topk and topp exclude each other: set one of them to 0. Got: topk '
-      f'{topk}, topp {topp}.'
+      f'topk and topp cannot be used together: set one to 0. Got: topk {topk}, topp '
+      f'{topp}.'
     )
   steps = max_decode_steps
   if steps is not None and (max_decode_steps_hard_limit or 0) > 0:
@@ -544,7 +518,7 @@ def temperature_sample(
   def draw(
     key: jax.Array, logits: Float[Array, 'rows vocabulary']
   ) -> tuple[Int[Array, ' rows'], Float[Array, ' rows']]:
-    """Draws one token per row; returns it and its log probability."""
+    """Samples one token per row; returns it and its log probability."""
     heated = heat > MIN_TEMPERATURE
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -558,7 +532,6 @@ def temperature_sample(
       token = jnp.where(heated, drawn, greedy)
       log_prob = _log_prob_of(token, shaped if rescale_log_probs else logits)
       if rescale_log_probs:
-        # At temperature 0 all probability is on the token that is taken.
         log_prob = jnp.where(heated, log_prob, 0.0)
       return token, log_prob
 
@@ -593,8 +566,7 @@ def temperature_sample(
     token = jnp.where(ended, 0, jnp.where(drawn, token, forced))
     here = (jnp.arange(state.sequences.shape[1]) == following) & ~state.ended
     sequences = jnp.where(here, token[:, None], state.sequences)
-    # Counted and not compared with the token: a prompt may hold end tokens, and a
-    # callback may end a row by writing one.
+    # End tokens are counted, as prompts may contain some and callbacks may write one.
     ends = jnp.sum(sequences == eos_id, axis=1, keepdims=True)
     complete = state.cur_index + 1 >= last
     return SamplingLoopState(

@@ -1,12 +1,12 @@
-"""Cross-entropy with label smoothing and a penalty on the softmax normaliser.
+"""Cross-entropy with label smoothing and z-loss.
 
 With logits x, a target distribution t over C classes and log Z = logsumexp(x), the loss
 of one position is
 
     -sum_c t_c (x_c - log Z)  +  z_loss * (log Z)**2
 
-The second term is the z-loss of Mesh TensorFlow's T5: it keeps log Z near 0, so that
-logits stay where bfloat16 is still fine-grained.
+The second term, from Mesh TensorFlow's T5, keeps log Z near 0, where logits in bfloat16
+are precise.
 """
 
 import enum
@@ -21,7 +21,7 @@ from t5x import gin_utils
 
 
 def _sum_dtype(logits: Float[Array, '*d']) -> jnp.dtype:
-  # A sum over 50,000 classes has no digits left in bfloat16.
+  # bfloat16 is too coarse for a sum over 50,000 classes.
   return jnp.promote_types(logits.dtype, jnp.float32)
 
 
@@ -57,15 +57,12 @@ def _d_logits(
 def cross_entropy_with_logits(
   logits: Float[Array, '*b c'], targets: Float[Array, '*b c'], z_loss: float
 ) -> tuple[Float[Array, '*b'], Float[Array, '*b']]:
-  """Computes cross-entropy and z-loss of each position, against dense targets.
+  """Computes cross-entropy and z-loss per position against dense targets.
 
-  Args:
-    logits: unnormalised log probabilities, last axis the classes.
-    targets: a distribution over the classes (one-hot, or smoothed).
-    z_loss: weight of the (log Z)**2 term; 0 for none. A constant: it has no gradient.
+  `z_loss`, the weight of (log Z)**2, gets no gradient.
 
   Returns:
-    (loss in nats, z-loss included; the z-loss alone), each of shape [*b].
+    (loss in nats including the z-loss; the z-loss alone).
   """
   loss, z_term, _ = _losses(logits, targets, z_loss)
   return loss, z_term
@@ -89,7 +86,7 @@ cross_entropy_with_logits.defvjp(_dense_forward, _dense_backward)
 def _smooth(
   targets: Int[Array, '*b'], logits: Float[Array, '*b c'], smoothing: float
 ) -> Float[Array, '*b c']:
-  """Returns distributions: 1 - smoothing on the target, the rest spread evenly."""
+  """Puts 1 - smoothing on the target and spreads the rest evenly."""
   classes, dtype = logits.shape[-1], _sum_dtype(logits)
   elsewhere = smoothing / (classes - 1) if classes > 1 else 0.0
   on_target = 1.0 - smoothing if classes > 1 else 1.0
@@ -101,8 +98,7 @@ def _smooth(
 
 @jax.custom_vjp
 def _cross_entropy_with_ids(logits, targets, z_loss, smoothing):
-  # With the rule of `cross_entropy_with_logits`, dense targets (as large as the logits,
-  # in float32) would be kept from the forward to the backward pass.
+  # `cross_entropy_with_logits` would keep dense float32 targets for the backward pass.
   return _ids_forward(logits, targets, z_loss, smoothing)[0]
 
 
@@ -143,23 +139,23 @@ def compute_weighted_cross_entropy(
   """Sums the loss over a batch.
 
   Args:
-    logits: unnormalised log probabilities, last axis the classes.
+    logits: unnormalised log probabilities.
     targets: class ids.
-    weights: weight of each position; None is 1 everywhere.
+    weights: one weight per position; None means 1 everywhere.
     label_smoothing: probability spread over the other classes. The entropy of the
       smoothed target is subtracted, so that a perfect prediction costs 0.
     z_loss: weight of the (log Z)**2 term.
-    loss_normalizing_factor: divisor of both sums; None for no division.
+    loss_normalizing_factor: divisor of both losses; None for no division.
 
   Returns:
-    (total loss, z-loss included; total z-loss; sum of the weights).
+    (total loss including the z-loss; total z-loss; sum of the weights).
 
   Raises:
-    ValueError: the logits do not have one axis more than the targets.
+    ValueError: the shapes of logits and targets do not fit.
   """
   if logits.ndim != targets.ndim + 1 or logits.shape[:-1] != targets.shape:
     raise ValueError(
-      'logits must have the shape of the targets and one last axis, the classes. Got '
+      'logits must have the shape of targets plus a last axis for the classes. Got: '
       f'logits {logits.shape}, targets {targets.shape}.'
     )
   loss, z_term = _cross_entropy_with_ids(logits, targets, z_loss, label_smoothing)
@@ -178,11 +174,11 @@ def compute_weighted_cross_entropy(
 class SpecialLossNormalizingFactor(enum.Enum):
   """Divisors of the loss that depend on the batch.
 
-  NUM_REAL_TARGET_TOKENS: the sum of the loss weights. The sum of the gradients of
-    microbatches is then not the gradient of their union.
-  NUM_TOTAL_TARGET_TOKENS: the number of target slots, batch size times length.
-  AVERAGE_PER_SEQUENCE: mean over sequences of each one's mean over its tokens; a packed
-    row counts every sequence in it.
+  NUM_REAL_TARGET_TOKENS: the sum of the loss weights. The gradients of microbatches
+    then do not add up to the gradient of the whole batch.
+  NUM_TOTAL_TARGET_TOKENS: batch size times length, padding included.
+  AVERAGE_PER_SEQUENCE: the mean over sequences of the mean over their tokens; in packed
+    rows each sequence counts.
   """
 
   NUM_REAL_TARGET_TOKENS = 1
@@ -193,7 +189,7 @@ class SpecialLossNormalizingFactor(enum.Enum):
 def convert_special_loss_normalizing_factor_to_enum(
   x: str,
 ) -> SpecialLossNormalizingFactor:
-  """Reads a member's name, in any case: gin files cannot refer to an enum's member."""
+  """Parses a member's name, case-insensitively; gin cannot refer to enum members."""
   members = SpecialLossNormalizingFactor.__members__
   if x.upper() not in members:
     raise ValueError(
@@ -206,8 +202,8 @@ def convert_special_loss_normalizing_factor_to_enum(
 def _sum_by_segment(
   weights: Num[Array, 'b l'], segment_ids: Int[Array, 'b l']
 ) -> Float[Array, 'b l']:
-  """Returns for each position the summed weight of its segment; 0 for padding."""
-  # A packed row numbers its segments from 1, so at most to l; 0 is padding.
+  """Returns for each position the total weight of its segment; 0 for padding."""
+  # Segments of a packed row are numbered from 1, at most to l; 0 is padding.
   num_segments = weights.shape[-1] + 1
 
   def one_row(row, ids):
@@ -220,14 +216,13 @@ def get_loss_normalizing_factor_and_weights(
   loss_normalizing_factor: float | int | str | SpecialLossNormalizingFactor | None,
   batch: Mapping[str, Array],
 ) -> tuple[Num[Array, ''] | int | float | None, Num[Array, 'b l'] | None]:
-  """Resolves the configured divisor to a number and the weights that go with it.
+  """Resolves the configured divisor to a number, with the weights to use.
 
   Args:
-    loss_normalizing_factor: a number or None, which are returned as they are, or a
-      `SpecialLossNormalizingFactor` or its name.
-    batch: `decoder_target_tokens` [b, l] and optionally `decoder_loss_weights` and
-      `decoder_segment_ids`. Without weights a special divisor counts every non-padding
-      target.
+    loss_normalizing_factor: a `SpecialLossNormalizingFactor` or its name; a number or
+      None is returned unchanged, with the batch's own weights.
+    batch: `decoder_target_tokens` [b, l] and optionally `decoder_loss_weights` (by
+      default 1 for non-padding targets) and `decoder_segment_ids`.
 
   Returns:
     (the divisor; the weights, None if the batch has none and the divisor is plain).

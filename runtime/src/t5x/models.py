@@ -1,7 +1,4 @@
-"""Models: a Flax module with its vocabularies, loss, metrics and decoding.
-
-The trainer, the evaluator and inference use a model through `BaseModel`.
-"""
+"""Models: a Flax module with its vocabularies, loss, metrics and decoding."""
 
 import abc
 import dataclasses
@@ -49,17 +46,16 @@ LossNormalizingFactor = float | int | str | losses.SpecialLossNormalizingFactor
 
 
 class TokensIdsToLogitsCallable(Protocol):
-  """A model as a decoding function calls it."""
+  """The interface of a model in a decoding function."""
 
   def __call__(
     self, decoding_state: decoding.DecodingState
   ) -> tuple[jax.Array, Mapping[str, Any]]:
     """Returns logits [rows, vocabulary] of the next token and the new cache."""
-    ...
 
 
 class DecodeFnCallable(Protocol):
-  """A decoding function as a model calls it."""
+  """The interface of a decoding function."""
 
   def __call__(
     self,
@@ -79,24 +75,20 @@ class DecodeFnCallable(Protocol):
       inputs: int32 [batch, length], a forced prompt where not 0.
       cache: the model's cache.
       tokens_to_logits: the model, one token per call.
-      eos_id: end token of the target vocabulary.
+      eos_id: end token of the output vocabulary.
       num_decodes: sequences per example.
-      decode_rng: key for decoding functions that draw.
+      decode_rng: key for sampling.
       cache_offset: axes before the batch axis of the cache.
       **kwargs: the caller's `decoder_params`.
 
     Returns:
       Sequences [batch, num_decodes, length] and log probabilities
-      [batch, num_decodes], sorted so that the best is the last.
+      [batch, num_decodes], best last.
     """
-    ...
 
 
 class _SeqioConverter:
-  """A class attribute that is a feature converter of seqio.
-
-  It imports seqio, and with it TensorFlow, when the attribute is first read.
-  """
+  """A class attribute that imports seqio, and so TensorFlow, only when it is read."""
 
   def __init__(self, name: str):
     self._name = name
@@ -110,9 +102,8 @@ class _SeqioConverter:
 class BaseModel(abc.ABC):
   """The interface of any model.
 
-  `FEATURE_CONVERTER_CLS` makes model features from task features. `PROGRESS_METRICS`,
-  {name on the screen: metric}, are reported next to loss and accuracy. Additional
-  parameters of these methods in a subclass need defaults.
+  `FEATURE_CONVERTER_CLS` converts task features to model features. `PROGRESS_METRICS`,
+  {name on the screen: metric}, are reported next to loss and accuracy.
   """
 
   FEATURE_CONVERTER_CLS: Callable[..., 'seqio.FeatureConverter']
@@ -125,7 +116,7 @@ class BaseModel(abc.ABC):
   def loss_fn(
     self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
   ) -> tuple[Float[Array, ''], MetricsMap]:
-    """Computes the loss that is differentiated, and metrics; no key, no dropout."""
+    """Computes the loss to differentiate, and metrics; without a key no dropout."""
 
   def eval_fn(
     self, params: PyTree, batch: Batch
@@ -144,13 +135,13 @@ class BaseModel(abc.ABC):
   def predict_batch_with_aux(
     self, params: PyTree, batch: Batch, rng: jax.Array | None = None
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """Returns predictions for a batch and, by name, values that belong to them."""
+    """Returns predictions for a batch, and named auxiliary values."""
 
   @abc.abstractmethod
   def score_batch(
     self, params: PyTree, batch: Batch, return_intermediates: bool = False
   ) -> Any:
-    """Returns a score per example, and intermediates on request."""
+    """Returns a score per example, and optionally intermediates."""
 
   @abc.abstractmethod
   def get_initial_variables(
@@ -159,14 +150,14 @@ class BaseModel(abc.ABC):
     input_shapes: Mapping[str, tuple[int, ...]],
     input_types: Mapping[str, Any] | None = None,
   ) -> Mapping[str, Any]:
-    """Initialises all variables of the module for inputs of these shapes."""
+    """Initialises the module's variables for inputs of these shapes."""
 
 
 class BaseTransformerModel(BaseModel):
-  """A module that turns a batch into logits over an output vocabulary.
+  """A model that computes logits over an output vocabulary.
 
-  Subclasses define `_compute_logits`, which takes `mutable` if intermediates are to be
-  returned, and the remaining abstract methods of `BaseModel`.
+  Subclasses define `_compute_logits`, with a parameter `mutable` if `score_batch` is to
+  return intermediates, and the remaining abstract methods of `BaseModel`.
   """
 
   def __init__(
@@ -182,17 +173,8 @@ class BaseTransformerModel(BaseModel):
   ):
     """Stores its arguments.
 
-    Args:
-      module: the Flax module.
-      input_vocabulary: vocabulary of the inputs.
-      output_vocabulary: vocabulary of the targets.
-      optimizer_def: definition of the optimizer.
-      decode_fn: decoding function.
-      label_smoothing: probability taken from the target and spread over the
-        other tokens.
-      z_loss: weight of the squared log partition function in the loss.
-      loss_normalizing_factor: divisor of the summed loss, a number or one of
-        `losses.SpecialLossNormalizingFactor`; None for no division.
+    For `label_smoothing` and `z_loss` see `losses.compute_weighted_cross_entropy`, for
+    `loss_normalizing_factor` see `losses.get_loss_normalizing_factor_and_weights`.
     """
     super().__init__(optimizer_def=optimizer_def)
     self.module = module
@@ -205,24 +187,21 @@ class BaseTransformerModel(BaseModel):
 
   @property
   def input_vocabulary(self) -> 'seqio.Vocabulary':
-    """Vocabulary of the inputs."""
     return self._input_vocabulary
 
   @property
   def output_vocabulary(self) -> 'seqio.Vocabulary':
-    """Vocabulary of the targets."""
     return self._output_vocabulary
 
   @property
   def decode_fn(self) -> DecodeFnCallable | None:
-    """The decoding function."""
     return self._decode_fn
 
   @abc.abstractmethod
   def _compute_logits(
     self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None = None
   ) -> Float[Array, 'batch length vocabulary']:
-    """Computes logits of the decoder targets."""
+    """Computes the logits of the decoder targets."""
 
   def loss_fn(
     self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
@@ -269,7 +248,7 @@ class BaseTransformerModel(BaseModel):
     segment_ids: Mapping[str, Num[Array, 'batch _'] | Bool[Array, 'batch _']]
     | None = None,
   ) -> MetricsMap:
-    """Computes metrics of a training or evaluation step."""
+    """Computes the metrics of a training or evaluation step."""
     return compute_base_metrics(
       logits=logits,
       targets=targets,
@@ -282,17 +261,11 @@ class BaseTransformerModel(BaseModel):
   def score_batch(
     self, params: PyTree, batch: Batch, return_intermediates: bool = False
   ) -> Any:
-    """Returns the targets' log probabilities under the model, without z-loss.
+    """Returns the log probabilities [batch] of the targets, without z-loss.
 
-    Args:
-      params: the parameters.
-      batch: model features; `decoder_loss_weights` weights the targets.
-      return_intermediates: also return what the module sowed as `intermediates`,
-        to which `decoder` adds `target_tokens`, `loss_weights` and `token_scores`,
-        each in a tuple of one.
-
-    Returns:
-      Scores [batch], or the scores and the intermediates.
+    `decoder_loss_weights` weights the tokens. With `return_intermediates` it returns
+    also the collection `intermediates` that the module sowed, with `target_tokens`,
+    `loss_weights` and `token_scores` added to `decoder`.
     """
     targets = batch['decoder_target_tokens'].astype(jnp.int32)
     weights = batch['decoder_loss_weights']
@@ -304,14 +277,13 @@ class BaseTransformerModel(BaseModel):
     else:
       logits = self._compute_logits(params=params, batch=batch)
     logits = jnp.asarray(logits, jnp.float32)
-    # By index: a one-hot matrix would be as large as the logits.
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     token_scores = (target_logits - jax.nn.logsumexp(logits, axis=-1)) * weights
     scores = token_scores.sum(axis=-1)
     if not return_intermediates:
       return scores
     intermediates = dict(flax_core.unfreeze(changed.get('intermediates', {})))
-    # Values are tuples, as those that `nn.Module.sow` collects.
+    # Tuples, like the values that `nn.Module.sow` collects.
     intermediates['decoder'] = {
       **intermediates.get('decoder', {}),
       'target_tokens': (targets,),
@@ -321,18 +293,17 @@ class BaseTransformerModel(BaseModel):
     return scores, intermediates
 
   def _cache_offset(self) -> int:
-    """Returns the axes before the cache's batch axis: 1 if layers are scanned."""
+    """Returns the number of axes before the cache's batch axis."""
     return int(getattr(self.module, 'scan_layers', False))
 
   def _decode_options(
     self, rng: jax.Array | None, decoder_params: Mapping[str, Any] | None
   ) -> dict[str, Any]:
-    """Returns arguments for the decoding function, with defaults, in a new dict."""
     options = dict(decoder_params or {})
     if rng is not None:
       if options.get('decode_rng') is not None:
         raise ValueError(
-          "Give the key either as `rng` or as `decoder_params['decode_rng']`. Got "
+          "Pass the key either as `rng` or as `decoder_params['decode_rng']`. Got "
           f'both: {rng} / {options["decode_rng"]}.'
         )
       options['decode_rng'] = rng
@@ -343,25 +314,25 @@ class BaseTransformerModel(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderParams:
-  """Defaults of the parameters of `EncoderDecoderModel.predict_batch_with_aux`."""
+  """Defaults for `EncoderDecoderModel.predict_batch_with_aux`."""
 
   return_all_decodes: bool = False
   num_decodes: int = 1
 
 
 class EncoderDecoderModel(BaseTransformerModel):
-  """A module with an encoder and a decoder.
+  """A model with an encoder and a decoder.
 
   The module provides
 
   - `__call__(encoder_input_tokens, decoder_input_tokens, decoder_target_tokens,
     encoder_segment_ids, decoder_segment_ids, encoder_positions,
-    decoder_positions, decode, enable_dropout)`, giving logits; with `decode` it
+    decoder_positions, decode, enable_dropout)`, which returns logits; with `decode` it
     creates the collection `cache` for as many positions as the tokens have;
   - `encode(encoder_input_tokens, enable_dropout)`;
   - `decode(encoded, encoder_input_tokens, decoder_input_tokens,
-    decoder_target_tokens, enable_dropout, decode, max_decode_length)`, and if
-    it also takes `prefill` and `prefill_lengths`, a prompt is fed at once;
+    decoder_target_tokens, enable_dropout, decode, max_decode_length)`; if it also has
+    `prefill` and `prefill_lengths`, prompts are fed in one call;
   - optionally `scan_layers`, true if the cache has a leading layer axis.
   """
 
@@ -380,10 +351,7 @@ class EncoderDecoderModel(BaseTransformerModel):
     loss_normalizing_factor: LossNormalizingFactor | None = None,
     default_decoder_params: DecoderParams | None = None,
   ):
-    """See `BaseTransformerModel`.
-
-    `feature_converter_cls` replaces the class's FEATURE_CONVERTER_CLS.
-    """
+    """See `BaseTransformerModel`; `feature_converter_cls` overrides the class's."""
     if feature_converter_cls is not None:
       self.FEATURE_CONVERTER_CLS = feature_converter_cls
     super().__init__(
@@ -408,8 +376,8 @@ class EncoderDecoderModel(BaseTransformerModel):
 
     Args:
       rng: key of the parameters.
-      input_shapes: shapes of `encoder_input_tokens`, `decoder_input_tokens` and,
-        where the batch has them, `*_positions` and `*_segment_ids`.
+      input_shapes: shapes of `encoder_input_tokens`, `decoder_input_tokens` and
+        optionally `*_positions` and `*_segment_ids`.
       input_types: their types; by default float32 for tokens, int32 for the others.
 
     Returns:
@@ -464,14 +432,9 @@ class EncoderDecoderModel(BaseTransformerModel):
     raw_inputs: Int[Array, 'rows input_length'],
     max_decode_length: int,
   ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
-    """Computes logits after one more token, and the new cache.
+    """Feeds one token; returns the next token's logits and the new cache.
 
-    Args:
-      decoding_state: the current token and the cache, rows = batch * beams.
-      params: the parameters.
-      encoded_inputs: the encoder's output, repeated for the beams.
-      raw_inputs: the encoder's input tokens, for the padding mask.
-      max_decode_length: positions of the cache.
+    Rows are batch * beams; the encoder's output and input tokens are repeated for them.
     """
     token = decoding_state.cur_token
     logits, changed = self.module.apply(
@@ -496,17 +459,10 @@ class EncoderDecoderModel(BaseTransformerModel):
     decoder_input_tokens: Int[Array, 'batch length'],
     prefill_decoder_prompt: bool = False,
   ) -> tuple[PyTree, Int[Array, ' batch'] | None]:
-    """Creates the decoder's cache.
-
-    Args:
-      params: the parameters.
-      encoded_inputs: the encoder's output.
-      encoder_input_tokens: its input tokens, for the padding mask.
-      decoder_input_tokens: start token, prompt and padding.
-      prefill_decoder_prompt: whether to fill the cache from the prompt.
+    """Creates the decoder's cache and optionally fills it from the prompt.
 
     Returns:
-      The cache, and the number of prompt tokens if it was filled, else None.
+      The cache; the number of prompt tokens, or None if it was not filled.
     """
     sources, targets = map(jnp.ones_like, (encoder_input_tokens, decoder_input_tokens))
     _, changed = self.module.apply(
@@ -526,7 +482,7 @@ class EncoderDecoderModel(BaseTransformerModel):
       encoded=encoded_inputs,
       encoder_input_tokens=encoder_input_tokens,
       decoder_input_tokens=decoder_input_tokens,
-      # No target is known; ones, since padding would be masked.
+      # Targets are unknown; zeros would be masked as padding.
       decoder_target_tokens=jnp.ones_like(decoder_input_tokens),
       mutable=['cache'],
       enable_dropout=False,
@@ -557,22 +513,19 @@ class EncoderDecoderModel(BaseTransformerModel):
     Args:
       params: the parameters.
       batch: `encoder_input_tokens`, and `decoder_input_tokens`, whose length
-        bounds the result and whose content counts only as a prompt.
-      rng: key for decoding functions that draw, passed on as `decode_rng`.
-      decoder_params: more arguments for the decoding function, possibly traced; by
-        default `eos_id` is the output vocabulary's. Not changed.
-      return_all_decodes: return all sequences, the best last, or only the best.
-      num_decodes: beams of a beam search, or sequences to draw.
+        bounds the result and whose content is used only as a prompt.
+      rng: key for sampling, passed on as `decode_rng`.
+      decoder_params: other arguments for the decoding function, possibly traced;
+        `eos_id` is by default the output vocabulary's.
+      return_all_decodes: whether to return all sequences, best last, or only the best;
+        by default as in `default_decoder_params`, as `num_decodes` is.
+      num_decodes: beams of a beam search, or sequences to sample.
       prompt_with_targets: whether the decoder input, without end tokens, is a
         forced prompt.
 
     Returns:
       Sequences [batch, length] and `scores` [batch]; if all are returned, both
-      with an axis num_decodes after the batch. Parameters left out are those of
-      `default_decoder_params`.
-
-    Raises:
-      ValueError: `rng` and `decoder_params` both have a key.
+      with an axis num_decodes after the batch.
     """
     options = self._decode_options(rng, decoder_params)
     defaults = self._default_decoder_params
@@ -582,7 +535,7 @@ class EncoderDecoderModel(BaseTransformerModel):
       num_decodes = defaults.num_decodes
     encoder_tokens = batch['encoder_input_tokens']
     prompt = jnp.asarray(batch['decoder_input_tokens'])
-    # An end token would close the sequence right after the prompt.
+    # An end token would end the sequence right after the prompt.
     if prompt_with_targets:
       prompt = jnp.where(prompt == self.output_vocabulary.eos_id, 0, prompt)
     else:
@@ -600,7 +553,6 @@ class EncoderDecoderModel(BaseTransformerModel):
       decoder_input_tokens=prompt,
       prefill_decoder_prompt=self._can_prefill(),
     )
-    # Only decoding functions that support prefilling take the argument.
     if initial_index is not None:
       options['initial_index'] = initial_index
     expand = functools.partial(decoding.flat_batch_beam_expand, beam_size=num_decodes)
@@ -639,17 +591,16 @@ _PACKING_FEATURES = [
 
 
 class DecoderOnlyModel(BaseTransformerModel):
-  """A module with a decoder alone: a language model or a prefix language model.
+  """A causal language model or prefix language model.
 
-  Inputs and targets are one sequence, `decoder_input_tokens`. In it
-  `decoder_causal_attention` is 1 over the start token and the inputs, that is
-  one position longer than the inputs, and 0 over targets and padding.
+  `decoder_input_tokens` holds inputs and targets in one sequence.
+  `decoder_causal_attention` is 1 over the start token and the inputs, 0 over targets
+  and padding.
 
   The module provides `__call__(decoder_input_tokens, decoder_target_tokens,
   decoder_segment_ids, decoder_positions, decoder_causal_attention, decode,
-  enable_dropout, max_decode_length, prefill, prefill_lengths)`, giving logits.
-
-  The decoding function must take `initial_index`, one per row.
+  enable_dropout, max_decode_length, prefill, prefill_lengths)`, which returns logits.
+  The decoding function must have a parameter `initial_index`.
   """
 
   FEATURE_CONVERTER_CLS = _SeqioConverter('DecoderFeatureConverter')
@@ -666,11 +617,10 @@ class DecoderOnlyModel(BaseTransformerModel):
     z_loss: float = 0.0,
     loss_normalizing_factor: LossNormalizingFactor | None = None,
   ):
-    """See `BaseTransformerModel`.
+    """See `BaseTransformerModel`; `feature_converter_cls` overrides the class's.
 
-    With `inputs_bidirectional_attention` the inputs attend to each other both ways,
-    the prefix language model of Raffel et al. 2019 (arXiv:1910.10683), section 3.2.
-    `feature_converter_cls` replaces the class's FEATURE_CONVERTER_CLS.
+    With `inputs_bidirectional_attention` the inputs attend to each other in both
+    directions: a prefix language model (arXiv:1910.10683, section 3.2).
     """
     if feature_converter_cls is not None:
       self.FEATURE_CONVERTER_CLS = feature_converter_cls
@@ -692,11 +642,7 @@ class DecoderOnlyModel(BaseTransformerModel):
     input_shapes: Mapping[str, tuple[int, ...]],
     input_types: Mapping[str, Any] | None = None,
   ) -> Mapping[str, Any]:
-    """Initialises the module for the shape of `decoder_input_tokens`.
-
-    Returns:
-      All collections of variables, frozen.
-    """
+    """Returns all collections of variables, frozen."""
     name = 'decoder_input_tokens'
     tokens = jnp.ones(input_shapes[name], (input_types or {}).get(name, jnp.float32))
     return flax_core.freeze(self.module.init(rng, tokens, tokens, enable_dropout=False))
@@ -704,14 +650,13 @@ class DecoderOnlyModel(BaseTransformerModel):
   def _get_decoder_causal_attention(
     self, batch: Batch
   ) -> Int[Array, 'batch length'] | None:
-    """Returns the positions of bidirectional attention; None for none."""
     if not self._inputs_bidirectional_attention:
       return None
     if 'decoder_causal_attention' not in batch:
       raise ValueError(
         'inputs_bidirectional_attention needs the feature decoder_causal_attention, '
-        'which the feature converter makes for tasks with inputs and targets. Got: '
-        f'{sorted(batch)}.'
+        'which the feature converter creates for tasks with inputs and targets. Got '
+        f'features: {sorted(batch)}.'
       )
     return batch['decoder_causal_attention']
 
@@ -743,7 +688,7 @@ class DecoderOnlyModel(BaseTransformerModel):
     params: PyTree,
     max_decode_length: int,
   ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
-    """Computes logits after one more token, and the new cache."""
+    """Feeds one token; returns the next token's logits and the new cache."""
     token = decoding_state.cur_token
     logits, changed = self.module.apply(
       {'params': params, 'cache': decoding_state.cache},
@@ -762,18 +707,11 @@ class DecoderOnlyModel(BaseTransformerModel):
     inputs: Int[Array, 'batch length'],
     causal_attention_mask: Int[Array, 'batch length'],
   ) -> tuple[PyTree, Int[Array, ' batch']]:
-    """Creates the cache and fills it from the inputs.
-
-    All inputs but the last are stored. The last one is fed again in the first
-    step of decoding, whose output gives the first target.
-
-    Args:
-      params: the parameters.
-      inputs: start token and inputs, padded with 0.
-      causal_attention_mask: 1 over the start token and the inputs.
+    """Creates the cache and fills it from the inputs (start token first).
 
     Returns:
-      The cache, and the number of inputs, which is the position of the last.
+      The cache; the position of the last input, whose token is fed again to get the
+      logits of the first target.
     """
     lengths = jnp.sum(inputs[:, 1:] != 0, axis=1)
     ones = jnp.ones_like(inputs)
@@ -795,8 +733,7 @@ class DecoderOnlyModel(BaseTransformerModel):
     _, changed = self.module.apply(
       {'params': params, 'cache': cache},
       decoder_input_tokens=inputs,
-      # The mask serves as targets: not 0 over the start token either, so that it is
-      # attended to, and 0 over everything that must not be seen.
+      # As targets, the mask unmasks the start token and the inputs alone.
       decoder_target_tokens=causal_attention_mask,
       decoder_causal_attention=self._get_decoder_causal_attention(
         {'decoder_causal_attention': causal_attention_mask}
@@ -818,31 +755,20 @@ class DecoderOnlyModel(BaseTransformerModel):
     num_decodes: int = 1,
     decoder_params: MutableMapping[str, Any] | None = None,
   ) -> tuple[Int[Array, '...'], Mapping[str, jax.Array]]:
-    """Continues the inputs of a batch.
+    """Continues the inputs of a batch, whose targets are ignored.
 
-    Args:
-      params: the parameters.
-      batch: `decoder_input_tokens`, whose targets are ignored, and
-        `decoder_causal_attention`.
-      rng: see `EncoderDecoderModel.predict_batch_with_aux`.
-      return_all_decodes: see there.
-      num_decodes: see there.
-      decoder_params: see there.
+    For the parameters see `EncoderDecoderModel.predict_batch_with_aux`.
 
     Returns:
-      The sequences after the inputs, [batch, length] or [batch, num_decodes, length],
+      The tokens after the inputs, [batch, length] or [batch, num_decodes, length],
       and `scores`, [batch] or [batch, num_decodes].
-
-    Raises:
-      ValueError: the batch does not mark its inputs, or `rng` and `decoder_params`
-        both have a key.
     """
     if 'decoder_causal_attention' not in batch:
       raise ValueError(
         'Decoding needs the feature decoder_causal_attention: task_feature_lengths '
         f'must name both inputs and targets. Got features: {sorted(batch)}.'
       )
-    # The mask is one longer than the inputs: start token and inputs remain.
+    # The mask is one longer than the inputs, to include the start token.
     attended = batch['decoder_causal_attention']
     inputs = batch['decoder_input_tokens'] * attended
     cache, initial_index = self._compute_kv_cache(params, inputs, attended)
@@ -860,7 +786,6 @@ class DecoderOnlyModel(BaseTransformerModel):
       **self._decode_options(rng, decoder_params),
     )
     if return_all_decodes:
-      # In all decodes of one example the inputs are equally long.
       lengths = jnp.broadcast_to(initial_index[:, None], decodes.shape[:2])
       return jax.vmap(remove_prefix)(decodes, lengths), {'scores': scores}
     return remove_prefix(decodes[:, -1], initial_index), {'scores': scores[:, -1]}
@@ -870,24 +795,16 @@ class DecoderOnlyModel(BaseTransformerModel):
 def remove_prefix(
   sequence: Int[Array, ' length'], prefix_length: Int[Array, '']
 ) -> Int[Array, ' length']:
-  """Drops the first tokens of every row and pads with 0 at the end.
-
-  Args:
-    sequence: int [batch, length].
-    prefix_length: int [batch], the number of tokens to drop.
-
-  Returns:
-    Int [batch, length].
-  """
+  """Drops the first `prefix_length` tokens of each row and pads with 0 at the end."""
   source = jnp.arange(sequence.shape[0]) + prefix_length
   return jnp.take(sequence, source, mode='fill', fill_value=0)
 
 
 def get_input_vocabulary(model: BaseTransformerModel) -> 'seqio.Vocabulary':
-  """Returns the vocabulary of a model's inputs; for gin, which binds functions."""
+  """Returns `model.input_vocabulary`, as a function for gin."""
   return model.input_vocabulary
 
 
 def get_output_vocabulary(model: BaseTransformerModel) -> 'seqio.Vocabulary':
-  """Returns the vocabulary of a model's targets; for gin, which binds functions."""
+  """Returns `model.output_vocabulary`, as a function for gin."""
   return model.output_vocabulary

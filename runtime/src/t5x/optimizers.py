@@ -1,10 +1,9 @@
-"""Optimizers in T5X's form, and learning rate schedules.
+"""Optimizers with T5X's interface, and learning rate schedules.
 
-An `OptimizerDef` is stateless; `Optimizer` carries it with its state and its target
-(the parameters) as one pytree. `OptaxWrapper` makes a definition of any optax
-transformation; the usual ones are here by name, with optax's own parameters. The layout
-of state dicts (`state/step`, `state/param_states`, `target`) is T5X's, so that
-checkpoints go both ways.
+An `OptimizerDef` is stateless; an `Optimizer` holds it with its state and its target
+(the parameters) as one pytree. `OptaxWrapper` wraps any optax transformation; common
+ones are available by name, with optax's parameters. State dicts (`state/step`,
+`state/param_states`, `target`) have T5X's layout, so that checkpoints are exchangeable.
 """
 
 import functools
@@ -30,47 +29,41 @@ LearningRateCallable = Callable[[Int[Array, ''] | int], Float[Array, '']]
 
 @flax.struct.dataclass
 class OptimizerState:
-  """The number of updates applied, and what the algorithm keeps for the parameters."""
+  """The number of updates applied, and the algorithm's statistics."""
 
   step: Int[Array, '']
   param_states: Any
 
 
 class OptimizerDef:
-  """An update rule with its hyperparameters.
-
-  `hyper_params` is a struct with `replace`, or (MultiOptimizer) a list of such.
-  """
+  """An update rule with its hyperparameters, a Flax struct (MultiOptimizer: a list)."""
 
   def __init__(self, hyper_params: Any):
     self.hyper_params = hyper_params
 
   def init_state(self, params: Params) -> OptimizerState:
-    """Makes the state before the first update."""
+    """Creates the state before the first update."""
     raise NotImplementedError(f'{type(self).__name__} does not define init_state.')
 
   def apply_gradient(
     self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
   ) -> tuple[Params, OptimizerState]:
-    """Makes one update; returns the new parameters and the new state."""
+    """Returns parameters and state after one update."""
     raise NotImplementedError(f'{type(self).__name__} does not define apply_gradient.')
 
   def update_hyper_params(self, **hyper_param_overrides: Any) -> Any:
-    """Returns the hyperparameters of one update.
-
-    An override `hyper_params` replaces the whole set before the others apply.
-    """
+    """Returns overridden hyperparameters; `hyper_params` replaces the whole set."""
     base = hyper_param_overrides.pop('hyper_params', self.hyper_params)
     return base.replace(**hyper_param_overrides) if hyper_param_overrides else base
 
   def create(self, target: Params) -> 'Optimizer':
-    """Joins this definition, a fresh state and the parameters."""
+    """Creates an optimizer of these parameters with a new state."""
     return Optimizer(optimizer_def=self, state=self.init_state(target), target=target)
 
   def state_dict(self, target: Params, state: OptimizerState) -> dict[str, Any]:
     """Nests target and state under string keys, for a checkpoint."""
-    # A state without fields (`optax.EmptyState`, a masked node) is an empty dict, which
-    # a checkpoint of arrays cannot hold: flattening leaves it out.
+    # Flattening drops states without fields (`optax.EmptyState`), which become empty
+    # dicts that a checkpoint of arrays cannot hold.
     flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state))
     return {
       'target': flax.serialization.to_state_dict(target),
@@ -80,7 +73,7 @@ class OptimizerDef:
   def restore_state(
     self, opt_target: Params, opt_state: OptimizerState, state_dict: Mapping[str, Any]
   ) -> tuple[Params, OptimizerState]:
-    """Puts the values of a state dict into the structure of a target and a state.
+    """Fills the structure of a target and a state with the values of a state dict.
 
     Raises:
       ValueError: an entry is missing or unknown.
@@ -98,7 +91,7 @@ class OptimizerDef:
         return ', '.join(sorted(map('/'.join, paths))) or 'nothing'
 
       raise ValueError(
-        'The saved state does not fit this optimizer; was it written by another one? '
+        'The saved state does not fit this optimizer. Was it saved with another one? '
         f'Missing: {listing(missing)}. Unknown: {listing(unknown)}.'
       )
     complete = flax.traverse_util.unflatten_dict(empty | saved)
@@ -110,30 +103,25 @@ class OptimizerDef:
 
 
 class Optimizer(flax.struct.PyTreeNode):
-  """A definition with its state and the parameters (`target`) that it updates."""
+  """An optimizer definition with its state and the parameters (`target`)."""
 
   optimizer_def: OptimizerDef = flax.struct.field(pytree_node=False)
   state: Any = flax.struct.field(pytree_node=True)
   target: Any = flax.struct.field(pytree_node=True)
 
   def apply_gradient(self, grads: Params, **hyper_param_overrides: Any) -> 'Optimizer':
-    """Returns the optimizer after one update.
-
-    Args:
-      grads: gradients, in the structure of the target.
-      **hyper_param_overrides: as for `OptimizerDef.update_hyper_params`.
-    """
+    """Returns the optimizer after one update."""
     rule = self.optimizer_def
     hyper_params = rule.update_hyper_params(**hyper_param_overrides)
     target, state = rule.apply_gradient(hyper_params, self.target, self.state, grads)
     return self.replace(target=target, state=state)
 
   def state_dict(self) -> dict[str, Any]:
-    """Returns the state dict of the definition for this target and state."""
+    """See `OptimizerDef.state_dict`."""
     return self.optimizer_def.state_dict(self.target, self.state)
 
   def restore_state(self, state: Mapping[str, Any]) -> 'Optimizer':
-    """Returns the optimizer with the values of a state dict."""
+    """See `OptimizerDef.restore_state`."""
     target, restored = self.optimizer_def.restore_state(self.target, self.state, state)
     return self.replace(target=target, state=restored)
 
@@ -144,11 +132,7 @@ OptimizerDefType = OptimizerDef
 
 
 def match_axes(params: PyTree, params_axes: PyTree) -> PyTree:
-  """Rearranges axes into the structure of the parameters (dict or FrozenDict).
-
-  Raises:
-    ValueError: a parameter has no axes.
-  """
+  """Converts axes to the structure of the parameters (dict or FrozenDict)."""
   return flax.serialization.from_state_dict(params, params_axes, name='params_axes')
 
 
@@ -157,11 +141,7 @@ def match_axes(params: PyTree, params_axes: PyTree) -> PyTree:
 
 @flax.struct.dataclass
 class _NoHyperParams:
-  """Takes the learning rate that the trainer sets, which does not reach optax.
-
-  The learning rate of an optax optimizer is its own `learning_rate`, a number or a
-  schedule.
-  """
+  """Accepts the trainer's learning rate, which optax optimizers ignore."""
 
   learning_rate: float | None = None
 
@@ -172,14 +152,13 @@ class OptaxWrapper(OptimizerDef):
   def __init__(self, optax_optimizer: optax.GradientTransformation):
     if not hasattr(optax_optimizer, 'update'):
       raise ValueError(
-        'OptaxWrapper takes an optax.GradientTransformation. Got: '
+        'OptaxWrapper needs an optax.GradientTransformation. Got: '
         f'{optax_optimizer!r}. In gin, call the constructor: @optax.adam().'
       )
     super().__init__(hyper_params=_NoHyperParams())
     self.optax_optimizer = optax_optimizer
 
   def init_state(self, params: Params) -> OptimizerState:
-    """See `OptimizerDef`."""
     return OptimizerState(
       step=jnp.zeros((), jnp.int32), param_states=self.optax_optimizer.init(params)
     )
@@ -187,7 +166,7 @@ class OptaxWrapper(OptimizerDef):
   def apply_gradient(
     self, hyper_params: Any, params: Params, state: OptimizerState, grads: Params
   ) -> tuple[Params, OptimizerState]:
-    """See `OptimizerDef`; `hyper_params` does not reach optax."""
+    """Makes one update; `hyper_params` are ignored."""
     updates, inner = self.optax_optimizer.update(grads, state.param_states, params)
     advanced = OptimizerState(step=state.step + 1, param_states=inner)
     return optax.apply_updates(params, updates), advanced
@@ -195,17 +174,10 @@ class OptaxWrapper(OptimizerDef):
   def derive_logical_axes(
     self, optimizer: Optimizer, param_logical_axes: PyTree
   ) -> Optimizer:
-    """Replaces arrays by logical axes.
+    """Replaces arrays by PartitionSpecs of axis names, or None: replicated.
 
-    Statistics of a parameter's shape are sharded as it is. Everything else (counts,
+    Statistics with the shape of their parameter get its axes. Everything else (counts,
     random keys, factored statistics) is replicated.
-
-    Args:
-      optimizer: an optimizer of this definition.
-      param_logical_axes: a PartitionSpec of axis names for each parameter.
-
-    Returns:
-      The same structure, each leaf a PartitionSpec, or None where it is replicated.
     """
     axes = match_axes(optimizer.target, param_logical_axes)
 
@@ -233,7 +205,7 @@ class OptaxWrapper(OptimizerDef):
 def wrap_optax_optimizer(
   optax_optimizer: Callable[..., optax.GradientTransformation],
 ) -> Callable[..., OptimizerDef]:
-  """Wraps an optax constructor to return an OptimizerDef, with the same signature."""
+  """Makes an optax constructor return an OptimizerDef, with the same signature."""
 
   @functools.wraps(optax_optimizer)
   def construct(*args, **kwargs) -> OptimizerDef:
@@ -250,8 +222,8 @@ def _chain(
 ) -> optax.GradientTransformation:
   if any(isinstance(t, OptimizerDef) for t in transformations):
     raise ValueError(
-      'optimizers.chain takes optax transformations, not wrapped optimizers. Put '
-      'optax.adamw (not optimizers.adamw) and the like into `transformations`.'
+      'optimizers.chain takes optax transformations, not wrapped optimizers. Use, for '
+      'example, optax.adamw instead of optimizers.adamw.'
     )
   return optax.chain(*transformations)
 
@@ -290,7 +262,6 @@ def _unflatten(flat: Mapping[_Path, Any], like: Mapping[str, Any]) -> Any:
 
 
 def _pick(tree: Mapping[str, Any], paths: Iterable[_Path]) -> dict[str, Any]:
-  """Returns the entries of these paths, nested."""
   return flax.traverse_util.unflatten_dict(
     # Not flattened: an entry may be a subtree of any kind.
     {path: functools.reduce(lambda t, k: t[k], path, tree) for path in paths}
@@ -301,11 +272,11 @@ class MultiOptimizer(OptimizerDef):
   """Different optimizers for different parameters; unselected parameters stay fixed.
 
   Parameters are selected by `flax.traverse_util.ModelParamTraversal(lambda path, value:
-  ...)`, where a path looks like '/encoder/layers_0/mlp/wi/kernel'.
+  ...)`, with paths such as '/encoder/layers_0/mlp/wi/kernel'.
 
-  The states of optimizers that keep one entry per parameter (Adafactor) share one tree
-  in the shape of the parameters, None where no optimizer applies: T5X's layout. If any
-  keeps something else (those of optax), the states form a tuple.
+  If every optimizer keeps one entry per parameter (Adafactor), the states share one
+  tree shaped as the parameters, None where no optimizer applies: T5X's layout.
+  Otherwise (optax) they form a tuple.
   """
 
   def __init__(
@@ -318,11 +289,9 @@ class MultiOptimizer(OptimizerDef):
     super().__init__(hyper_params=[rule.hyper_params for rule in self.sub_optimizers])
 
   def _selections(self, params: Mapping[str, Any]) -> list[list[_Path]]:
-    """Returns the paths of each optimizer's parameters."""
     chosen, owners = object(), {}
     selections = []
     for i, traversal in enumerate(self.traversals):
-      # `update` shows the traversal the real values and marks those that it selects.
       marked = _flatten(traversal.update(lambda _: chosen, params))
       selections.append([path for path, leaf in marked.items() if leaf is chosen])
       for path in selections[-1]:
@@ -330,13 +299,13 @@ class MultiOptimizer(OptimizerDef):
     contested = {name: by for name, by in owners.items() if len(by) > 1}
     if contested:
       raise ValueError(
-        'MultiOptimizer: a parameter can have one optimizer. These have several (by '
-        f'their numbers): {contested}'
+        'In a MultiOptimizer each parameter can have only one optimizer. Got '
+        f'parameters selected by several (indices): {contested}'
       )
     return selections
 
   def _join(self, states: Sequence[Any], selections: Any, params: Any) -> Any:
-    """Arranges the optimizers' states as the class describes."""
+    """Joins the optimizers' states into one tree or a tuple."""
     flat_states = [
       _flatten(state) if isinstance(state, Mapping) else {} for state in states
     ]
@@ -354,11 +323,7 @@ class MultiOptimizer(OptimizerDef):
     return [_pick(states, paths) for paths in selections]
 
   def init_state(self, params: Params) -> OptimizerState:
-    """See `OptimizerDef`.
-
-    Raises:
-      ValueError: two optimizers select one parameter.
-    """
+    """Creates the state; ValueError if two optimizers select one parameter."""
     selections = self._selections(params)
     states = [
       rule.init_state(_pick(params, paths)).param_states
@@ -376,7 +341,7 @@ class MultiOptimizer(OptimizerDef):
     state: OptimizerState,
     grads: Params,
   ) -> tuple[Params, OptimizerState]:
-    """Makes one update with every optimizer, each with its own hyperparameters."""
+    """Makes one update; `hyper_params` are a list with one entry per optimizer."""
     selections = self._selections(params)
     inner_states = self._split(state.param_states, selections)
     updated, new_states = _flatten(params), []
@@ -397,12 +362,12 @@ class MultiOptimizer(OptimizerDef):
     )
 
   def update_hyper_params(self, **hyper_param_overrides: Any) -> list[Any]:
-    """Applies each override to all optimizers; `hyper_params` is a list here."""
+    """Applies the overrides to every optimizer; `hyper_params` is a list."""
     base = hyper_param_overrides.pop('hyper_params', self.hyper_params)
     return [hyper.replace(**hyper_param_overrides) for hyper in base]
 
   def set_param_axes(self, param_logical_axes: Mapping[str, Any]) -> None:
-    """Passes the axis names to those optimizers that work by them."""
+    """Passes the axis names to the optimizers that need them."""
     selections = self._selections(param_logical_axes)
     for rule, paths in zip(self.sub_optimizers, selections, strict=True):
       if hasattr(rule, 'set_param_axes'):
@@ -447,36 +412,28 @@ def create_learning_rate_scheduler(
   step_offset: int = 0,
   min_learning_rate: float = 1e-8,
 ) -> LearningRateCallable:
-  """Makes a schedule that is a product of factors, reached as a name of `utils`.
+  """Makes a schedule that is a product of factors; public as a name of `utils`.
 
-  With s = max(0, step - step_offset), w = warmup_steps, and the other parameters by
-  name, the factors are
+  With s = max(0, step - step_offset) and w = warmup_steps, the factors are
 
   - constant: base_learning_rate
   - linear_warmup: min(1, s / w)
   - linear_decay: base_learning_rate * min(s / w, 1 + decay_factor * (w - s)), which
-    holds the constant and the warm-up already; decay_factor is the share of the peak
+    includes the constant and the warm-up; decay_factor is the fraction of the peak
     lost per step
   - rsqrt_decay: 1 / sqrt(max(s, w))
   - rsqrt_normalized_decay: sqrt(w / max(s, w)), 1 until w
   - decay_every: decay_factor ** floor(s / steps_per_decay)
   - cosine_decay: 1 until w, then (1 + cos(pi * ((s - w) / steps_per_cycle mod 1))) / 2
 
-  Args:
-    factors: names of factors, joined by '*'.
-    base_learning_rate: see above.
-    warmup_steps: see above, in steps.
-    decay_factor: see above.
-    steps_per_decay: see above, in steps.
-    steps_per_cycle: see above, in steps.
-    step_offset: the step at which the schedule starts.
-    min_learning_rate: the lowest value returned, whatever the factors give.
+  `factors` are names joined by '*'. The schedule never returns less than
+  `min_learning_rate`.
 
   Returns:
     A function from the step to a float32 scalar.
 
   Raises:
-    ValueError: an unknown factor, or one that divides by 0 steps.
+    ValueError: a factor is unknown or would divide by 0 steps.
   """
 
   def cosine(step):
@@ -502,7 +459,7 @@ def create_learning_rate_scheduler(
   for name in chosen:
     if name not in known:
       raise ValueError(
-        f'Unknown factor {name!r} of a learning rate schedule; the factors are '
+        f'Unknown learning rate factor {name!r}. The factors are '
         f'{", ".join(known)}.{gin_utils.nearest(name, known)}'
       )
     divisors = {
@@ -512,7 +469,7 @@ def create_learning_rate_scheduler(
     }
     if divisors.get(name, warmup_steps) <= 0:
       raise ValueError(
-        f'The factor {name!r} divides by a number of steps, which must be above 0. '
+        f'The factor {name!r} divides by a number of steps, which must be positive. '
         f'Got: warmup_steps={warmup_steps}, steps_per_decay={steps_per_decay}, '
         f'steps_per_cycle={steps_per_cycle}.'
       )

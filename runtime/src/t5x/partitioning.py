@@ -1,13 +1,12 @@
-"""Spreads arrays and computations over devices.
+"""Partitions arrays and computations over devices.
 
 A model names the axes of its parameters and activations ('embed', 'mlp', 'heads' ...);
-*logical axis rules* map those names to the axes of a mesh: 'data' (copies of the model,
-each on its own examples) and 'model' (the devices that share one copy). On several
-slices joined by a slow network 'replica' comes before them. The partitioner owns the
-mesh and the rules, and compiles functions for them with `jax.jit` and `NamedSharding`.
-While such a function is traced, mesh and rules are in force, so
-`flax.linen.partitioning.with_sharding_constraint` in a model has its effect, on every
-platform alike.
+*logical axis rules* map those names to the axes of a mesh: 'data' (model replicas with
+different examples) and 'model' (the devices that share one replica), preceded by
+'replica' where several slices are joined by a slow network. The partitioner owns the
+mesh and the rules, and compiles functions with `jax.jit` and `NamedSharding`. Mesh and
+rules are in context while such a function is traced, so that
+`flax.linen.partitioning.with_sharding_constraint` works in a model on every platform.
 """
 
 import abc
@@ -52,7 +51,7 @@ _planned_devices: contextvars.ContextVar[tuple[JaxDevice, ...]] = (
 
 @contextlib.contextmanager
 def meshes_of(devices: Sequence[JaxDevice]) -> Iterator[None]:
-  """Makes `default_mesh` use these devices, which need not exist on this machine."""
+  """Makes `default_mesh` use these devices, which may be absent from this machine."""
   token = _planned_devices.set(tuple(devices))
   try:
     yield
@@ -67,28 +66,24 @@ def default_mesh(
   ici_mesh_shape: HardwareMesh | None = None,
   dcn_mesh_shape: HardwareMesh | None = None,
 ) -> Mesh:
-  """Makes the mesh for a number of devices that share one copy of the model.
+  """Makes a mesh with the axes 'data' and 'model', for slices preceded by 'replica'.
 
   Args:
-    num_partitions: devices along 'model'. Ignored where a shape below is given. On a
+    num_partitions: devices along 'model', ignored if a shape below is given. On a
       single device a larger number is reduced to 1, with a warning.
-    model_parallel_submesh: the shape of one copy of the model on the device grid:
-      (x, y, z, cores) of a TPU torus or (hosts, devices). Elsewhere four numbers count
-      by their product, so that one configuration runs on any machine.
-    backend: the platform to take devices from; JAX's default where None.
+    model_parallel_submesh: the shape of one model replica on the device grid:
+      (x, y, z, cores) of a TPU torus or (hosts, devices). On other platforms only the
+      product of four numbers counts, so that a configuration runs on any machine.
+    backend: the platform of the devices; by default JAX's.
     ici_mesh_shape: (replica, data, model) within one slice.
     dcn_mesh_shape: (replica, data, model) over slices; the mesh is the product of the
       two, axis by axis.
-
-  Returns:
-    A mesh with the axes ('data', 'model'), or ('replica', 'data', 'model') for slices.
 
   Raises:
     ValueError: the numbers do not fit the devices.
   """
   devices = sorted(
     _planned_devices.get() or jax.devices(backend),
-    # Neighbours in this order are neighbours in the mesh, where there is no torus.
     key=lambda device: (device.process_index, device.id),
   )
   axes = ('data', 'model')
@@ -107,10 +102,10 @@ def default_mesh(
 
 
 def _by_number(devices: Sequence[JaxDevice], num_partitions: int) -> np.ndarray:
-  """Returns devices [data, model], those of a copy of the model close together."""
+  """Arranges devices [data, model], with those of one model replica close together."""
   if len(devices) == 1 and num_partitions > 1:
     logging.warning(
-      'num_partitions is %d, but there is 1 device: it holds the whole model.',
+      'num_partitions is %d, but there is only 1 device: using 1.',
       num_partitions,
     )
     num_partitions = 1
@@ -126,7 +121,7 @@ def _by_number(devices: Sequence[JaxDevice], num_partitions: int) -> np.ndarray:
 
 
 def _device_grid(devices: Sequence[JaxDevice]) -> np.ndarray:
-  """Returns devices at their places: [x, y, z, core] of a torus or [host, device]."""
+  """Arranges devices by location: [x, y, z, core] of a torus or [host, device]."""
   if all(len(getattr(device, 'coords', None) or ()) == 3 for device in devices):
     places = np.array([(*d.coords, d.core_on_chip) for d in devices])
     places -= places.min(axis=0)
@@ -145,7 +140,7 @@ def _device_grid(devices: Sequence[JaxDevice]) -> np.ndarray:
 
 
 def _tiled(devices: Sequence[JaxDevice], tile: tuple[int, ...]) -> np.ndarray:
-  """Returns devices [data, model]; a copy of the model is a tile of the device grid."""
+  """Arranges devices [data, model]; a model replica is a tile of the device grid."""
   grid = _device_grid(devices)
   if grid.ndim == 2 and len(tile) == 4:
     return _by_number(devices, math.prod(tile))
@@ -162,16 +157,16 @@ def _tiled(devices: Sequence[JaxDevice], tile: tuple[int, ...]) -> np.ndarray:
 def _sliced(
   devices: Sequence[JaxDevice], ici: tuple[int, ...], dcn: tuple[int, ...]
 ) -> np.ndarray:
-  """Returns devices [replica, data, model]: `dcn` between slices, `ici` within each."""
+  """Arranges devices [replica, data, model]: `dcn` between slices, `ici` within."""
   if len(ici) != 3 or len(dcn) != 3 or math.prod(ici + dcn) != len(devices):
     raise ValueError(
-      'ici_mesh_shape and dcn_mesh_shape each need three numbers (replica, data, '
-      'model), whose product over both is the number of devices. Got: '
+      'ici_mesh_shape and dcn_mesh_shape must each have three numbers (replica, data, '
+      'model), whose total product is the number of devices. Got: '
       f'ici_mesh_shape={ici}, dcn_mesh_shape={dcn}, {len(devices)} devices.'
     )
   if devices[0].platform == 'tpu':
     return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices=devices)
-  # Other platforms have no slices: the hosts in their order are divided equally.
+  # Other platforms have no slices: divide the hosts equally, in order.
   in_order = _device_grid(devices).reshape(*dcn, *ici)
   interleaved = in_order.transpose(0, 3, 1, 4, 2, 5)
   return interleaved.reshape([d * i for d, i in zip(dcn, ici)])
@@ -187,21 +182,18 @@ def standard_logical_axis_rules(
 ) -> LogicalAxisRules:
   """Returns rules for the axis names that T5X models use.
 
-  Batches are split along 'data'; the wide dimension of every parameter along 'model'.
-  For a name with several rules, the first whose mesh axis is still free in the array
+  Batches are split along 'data', the wide dimension of every parameter along 'model'.
+  Of several rules for a name, the first whose mesh axis is still free in the array
   counts.
 
   Args:
-    activation_partitioning_dims: 2 shards 'embed' along 'model' wherever that is free.
-    parameter_partitioning_dims: 2 shards 'embed' along 'data' wherever that is free, so
-      that parameters and optimizer states are spread over all devices.
-    additional_rules: (logical name, mesh axis or None) pairs with the lowest priority.
+    activation_partitioning_dims: 2 shards 'embed' along 'model' where that is free.
+    parameter_partitioning_dims: 2 shards 'embed' along 'data' where that is free, which
+      spreads parameters and optimizer states over all devices.
+    additional_rules: rules with the lowest priority.
 
   Returns:
     (logical name, mesh axis or None) pairs in descending priority.
-
-  Raises:
-    ValueError: a number of dimensions is neither 1 nor 2.
   """
   for dims in (activation_partitioning_dims, parameter_partitioning_dims):
     if dims not in (1, 2):
@@ -222,7 +214,7 @@ def standard_logical_axis_rules(
   for name, axis in additional_rules or ():
     if name in ruled and axis is None:
       logging.warning(
-        'The additional rule (%r, None) has no effect: an earlier rule maps %r to %r.',
+        'The additional rule (%r, None) has no effect: a previous rule maps %r to %r.',
         name,
         name,
         ruled[name],
@@ -235,25 +227,23 @@ def override_params_axes_names(
   model_variables: Mapping[str, Any],
   params_axes_names_override: Sequence[tuple[str, tuple[str, ...]]] = (),
 ) -> flax.core.FrozenDict:
-  """Replaces or adds axis names of parameters; reached as a name of `utils`.
+  """Replaces or adds axis names of parameters; public as a name of `utils`.
 
   Args:
-    model_variables: all variables of a model, with `params` and `params_axes`. Not
-      changed.
+    model_variables: all variables of a model, with `params` and `params_axes`.
     params_axes_names_override: (pattern, axis names) pairs. The first pattern that
-      matches the whole '/'-joined name of a parameter counts.
+      matches a parameter's whole '/'-joined path counts.
 
   Returns:
     The variables with the new names in `params_axes`, frozen.
 
   Raises:
-    ValueError: there is no `params_axes`, or the number of names is not the parameter's
-      number of dimensions.
+    ValueError: `params_axes` is missing, or a parameter needs more or fewer names.
   """
   if 'params_axes' not in model_variables:
     raise ValueError(
-      "The model's variables have no collection 'params_axes' whose names could be "
-      f'overridden. They have: {", ".join(model_variables)}.'
+      "Overriding axis names needs the collection 'params_axes'. The model has only: "
+      f'{", ".join(model_variables)}.'
     )
   variables = flax.core.unfreeze(model_variables)
   params = flax.traverse_util.flatten_dict(variables['params'])
@@ -272,7 +262,7 @@ def override_params_axes_names(
     names = matching[0][1]
     if len(names) != param.ndim:
       raise ValueError(
-        f'Parameter {name} has {param.ndim} dimensions and needs as many axis names. '
+        f'Parameter {name} needs {param.ndim} axis names, one per dimension. '
         f'Got: {names}.'
       )
     axes[(*path[:-1], f'{path[-1]}_axes')] = flax_partitioning.AxisMetadata(
@@ -288,22 +278,19 @@ def override_params_axes_names(
 
 
 def global_mesh_defined() -> bool:
-  """Returns whether a mesh is in force (in a partitioned function, or `set_mesh`)."""
+  """Returns whether a mesh is in context (a partitioned function or `set_mesh`)."""
   return not jax.sharding.get_abstract_mesh().empty
 
 
 def with_sharding_constraint(x: PyTree, axis_resources: PyTree) -> PyTree:
-  """Does `jax.lax.with_sharding_constraint` where a mesh is in force.
-
-  Unlike T5X's, it has its effect on CPUs too.
-  """
+  """Applies `jax.lax.with_sharding_constraint` if a mesh is in context."""
   if not global_mesh_defined():
     return x
   return jax.lax.with_sharding_constraint(x, axis_resources)
 
 
 class PjittedFnWithContext:
-  """A jitted function that is traced with a mesh and logical axis rules in force."""
+  """A jitted function that is traced with a mesh and logical axis rules in context."""
 
   def __init__(
     self,
@@ -316,32 +303,32 @@ class PjittedFnWithContext:
     self._rules = tuple(logical_axis_rules)
 
   @contextlib.contextmanager
-  def _in_force(self) -> Iterator[None]:
+  def _context(self) -> Iterator[None]:
     try:
       mesh_context = jax.set_mesh(self._mesh)
     except ValueError:
-      # Refused while another function is traced, where the abstract mesh is enough.
+      # Raised while another function is traced, where the abstract mesh is enough.
       mesh_context = jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
     with mesh_context, flax_partitioning.axis_rules(self._rules):
       yield
 
   def __call__(self, *args, **kwargs):
-    with self._in_force():
+    with self._context():
       return self._jitted(*args, **kwargs)
 
   def lower(self, *args, **kwargs) -> jax.stages.Lowered:
-    """Does `jax.jit(...).lower` in the same context."""
-    with self._in_force():
+    """Lowers the function, as `jax.jit(...).lower`."""
+    with self._context():
       return self._jitted.lower(*args, **kwargs)
 
   def trace(self, *args, **kwargs) -> jax.stages.Traced:
-    """Does `jax.jit(...).trace` in the same context."""
-    with self._in_force():
+    """Traces the function, as `jax.jit(...).trace`."""
+    with self._context():
       return self._jitted.trace(*args, **kwargs)
 
 
 def is_spec(x: Any) -> bool:
-  """Returns True for a leaf in a tree of axis resources."""
+  """Returns whether `x` is a leaf in a tree of axis resources."""
   return x is None or isinstance(x, PartitionSpec | jax.sharding.Sharding)
 
 
@@ -357,7 +344,7 @@ def shardings_on(mesh: Mesh, resources: PyTree) -> PyTree:
 
 
 def map_prefix(fn: Callable[[Any, Any], Any], prefix: PyTree, tree: PyTree) -> PyTree:
-  """Maps fn(spec, leaf) over `tree`; a spec may stand for a subtree."""
+  """Maps fn(spec, leaf) over `tree`; a spec applies to its whole subtree."""
   return jax.tree.map(
     lambda spec, below: jax.tree.map(functools.partial(fn, spec), below),
     prefix,
@@ -369,17 +356,13 @@ def map_prefix(fn: Callable[[Any, Any], Any], prefix: PyTree, tree: PyTree) -> P
 def host_local_array_to_global_array(
   arr_tree: PyTree, mesh: Mesh, pspecs: PyTree
 ) -> PyTree:
-  """Joins the parts of all hosts into arrays over all hosts.
+  """Joins host-local arrays into global arrays.
 
   Args:
-    arr_tree: this host's parts, as NumPy arrays or arrays on local devices. Arrays that
-      already span hosts are returned as they are.
+    arr_tree: this host's parts; dimensions that are not split between hosts are whole.
+      Arrays that already span hosts are returned unchanged.
     mesh: the mesh of all hosts.
-    pspecs: a PartitionSpec (None: replicated) for each array, or for whole subtrees.
-      Along dimensions that are not split between hosts, each host gives the whole.
-
-  Returns:
-    Global arrays in the structure of `arr_tree`.
+    pspecs: PartitionSpecs (None: replicated) of arrays or of whole subtrees.
   """
 
   def join(sharding, array):
@@ -395,19 +378,12 @@ def host_local_array_to_global_array(
 
 @dataclasses.dataclass
 class DataLayout:
-  """The division of a global batch among hosts.
+  """The division of a global batch among hosts."""
 
-  Attributes:
-    batch_size: examples in the global batch.
-    shard_id: the part of the data that this host reads.
-    num_shards: the number of parts.
-    is_first_host_in_replica_set: whether this host is the first of those that read the
-      same part: the one to write results.
-  """
-
-  batch_size: int
-  shard_id: int
+  batch_size: int  # Of the global batch.
+  shard_id: int  # The shard that this host reads.
   num_shards: int
+  # Whether this host writes the results of its shard, which others may also read.
   is_first_host_in_replica_set: bool
 
 
@@ -423,16 +399,16 @@ class BasePartitioner(metaclass=abc.ABCMeta):
     ici_mesh_shape: HardwareMesh | None = None,
     dcn_mesh_shape: HardwareMesh | None = None,
   ):
-    """Takes the size of one copy of the model in one of three ways.
+    """Takes the size of one model replica in one of three ways.
 
     Args:
-      num_partitions: the number of devices that share one copy of the model.
+      num_partitions: the number of devices that share one model replica.
       model_parallel_submesh: the same as a tile of the hardware, see `default_mesh`.
         Then `num_partitions` is None, 1 (the run files' default) or the tile's size.
-      params_on_devices: has no effect: restored parameters go to the devices at once.
-      backend: the platform to take devices from; JAX's default where None.
-      ici_mesh_shape: (replica, data, model) within a slice; with `dcn_mesh_shape`.
-      dcn_mesh_shape: (replica, data, model) over slices; with `ici_mesh_shape`.
+      params_on_devices: has no effect: parameters are always on devices.
+      backend: the platform of the devices; by default JAX's.
+      ici_mesh_shape: with `dcn_mesh_shape`, see `default_mesh`.
+      dcn_mesh_shape: with `ici_mesh_shape`, see `default_mesh`.
 
     Raises:
       ValueError: none of the three is given, or two contradict each other.
@@ -450,7 +426,7 @@ class BasePartitioner(metaclass=abc.ABCMeta):
       or (ici_mesh_shape is None) != (dcn_mesh_shape is None)
     ):
       raise ValueError(
-        'Give the number of devices that share one copy of the model in one way: '
+        'Set the number of devices that share one model replica in one way: '
         'num_partitions (1 for pure data parallelism), model_parallel_submesh, or '
         'ici_mesh_shape together with dcn_mesh_shape. Got: '
         f'num_partitions={num_partitions}, '
@@ -478,7 +454,7 @@ class BasePartitioner(metaclass=abc.ABCMeta):
 
   @property
   def data_mesh_size(self) -> int:
-    """The number of parts a batch is split into, over all devices."""
+    """The number of parts into which a batch is split over all devices."""
     return math.prod(self.mesh.shape[axis] for axis in self._data_axes)
 
   @functools.cached_property
@@ -497,20 +473,20 @@ class BasePartitioner(metaclass=abc.ABCMeta):
     equal = len(set(map(len, distinct))) == 1
     if not equal or sum(map(len, distinct)) != self.data_mesh_size:
       raise ValueError(
-        'Hosts must read equal, disjoint parts of a batch, or the same. Got the mesh '
-        f'{dict(mesh.shape)}, where they do not: choose another num_partitions or '
-        'model_parallel_submesh.'
+        'Any two hosts must read the same or disjoint parts of a batch, of equal size. '
+        f'The mesh {dict(mesh.shape)} does not allow that: choose another '
+        'num_partitions or model_parallel_submesh.'
       )
     return parts
 
   @property
   def data_shards(self) -> int:
-    """The number of parts a batch is split into between hosts."""
+    """The number of parts into which a batch is split between hosts."""
     return len(set(self._parts_of_hosts.values()))
 
   @property
   def data_shard_id(self) -> int:
-    """The index of this host's part, of `data_shards`."""
+    """The index of this host's part."""
     return self.get_data_layout().shard_id
 
   def get_data_layout(
@@ -519,11 +495,11 @@ class BasePartitioner(metaclass=abc.ABCMeta):
     """Returns the part of each batch that a host feeds.
 
     Args:
-      batch_size: examples in the global batch; one per data partition by default.
-      host_index: the host (process); this one by default.
+      batch_size: size of the global batch; one example per data partition by default.
+      host_index: the process; this one by default.
 
     Raises:
-      ValueError: the batch does not divide among the data partitions.
+      ValueError: the batch size is not a multiple of the number of data partitions.
     """
     size = self.data_mesh_size
     batch_size = size if batch_size is None else batch_size
@@ -546,11 +522,11 @@ class BasePartitioner(metaclass=abc.ABCMeta):
   def move_params_to_devices(
     self, train_state: TrainState, train_state_axes: TrainState
   ) -> TrainState:
-    """Puts a state on the devices, sharded.
+    """Shards a state over the devices.
 
     Args:
-      train_state: a state of NumPy arrays (on several hosts: each its own part) or of
-        arrays that are on devices already.
+      train_state: a state of NumPy arrays (on several hosts: each host's own part) or
+        of arrays on devices.
       train_state_axes: its mesh axes, from `get_mesh_axes`.
     """
     if jax.process_count() > 1:
@@ -559,7 +535,7 @@ class BasePartitioner(metaclass=abc.ABCMeta):
     return map_prefix(lambda s, x: jax.device_put(x, s), shardings, train_state)
 
   def get_logical_axes(self, train_state: TrainState) -> TrainState:
-    """Returns a state whose leaves are the names of axes, or None: unnamed."""
+    """Returns a state whose leaves are PartitionSpecs of axis names, or None."""
     unnamed = jax.tree.map(lambda _: None, train_state.state_dict())
     return train_state.restore_state(unnamed)
 
@@ -580,19 +556,18 @@ class BasePartitioner(metaclass=abc.ABCMeta):
 
     Args:
       fn: a function of positional arguments.
-      in_axis_resources: a tuple with a tree for each argument that is not static, whose
-        leaves are PartitionSpecs or None (replicated). A leaf may stand for a subtree.
+      in_axis_resources: a tuple with a tree of PartitionSpecs or None (replicated) for
+        each argument that is not static. A leaf applies to its whole subtree.
       out_axis_resources: the same for the results.
-      static_argnums: positions of arguments that are compiled in.
-      donate_argnums: positions of arguments whose memory the function may reuse; they
-        are deleted by the call.
+      static_argnums: indices of arguments that are compiled in.
+      donate_argnums: indices of arguments that the call may overwrite.
     """
 
   @abc.abstractmethod
   def compile(
     self, partitioned_fn: PartitionedCallable, *args
   ) -> CompiledPartitionedCallable:
-    """Compiles a partitioned function for arguments of these shapes and types."""
+    """Compiles a partitioned function for the shapes and types of these arguments."""
 
 
 class BasePjitPartitioner(BasePartitioner):
@@ -602,7 +577,7 @@ class BasePjitPartitioner(BasePartitioner):
 
   @functools.cached_property
   def mesh(self) -> Mesh:
-    """The mesh of the constructor's numbers, made on first use."""
+    """The mesh of all devices, made on first use."""
     return default_mesh(
       self._num_partitions,
       self._model_parallel_submesh,
@@ -619,7 +594,6 @@ class BasePjitPartitioner(BasePartitioner):
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
   ) -> PjittedFnWithContext:
-    """See `BasePartitioner.partition`."""
     jitted = jax.jit(
       fn,
       in_shardings=shardings_on(self.mesh, in_axis_resources),
@@ -632,12 +606,11 @@ class BasePjitPartitioner(BasePartitioner):
   def compile(
     self, partitioned_fn: PjittedFnWithContext, *args
   ) -> CompiledPartitionedCallable:
-    """See `BasePartitioner.compile`."""
     return partitioned_fn.lower(*args).compile()
 
 
 class PjitPartitioner(BasePjitPartitioner):
-  """The partitioner of T5X models: logical axis names, mapped to a mesh by rules."""
+  """The partitioner of T5X models, which maps logical axis names to a mesh by rules."""
 
   def __init__(
     self,
@@ -649,11 +622,11 @@ class PjitPartitioner(BasePjitPartitioner):
     dcn_mesh_shape: HardwareMesh | None = None,
     logical_axis_rules: LogicalAxisRules | None = None,
   ):
-    """See `BasePartitioner` for all but the last.
+    """See `BasePartitioner`.
 
     `logical_axis_rules` are (logical name, mesh axis, axes or None) pairs in descending
-    priority; `standard_logical_axis_rules()` by default. With slices, 'batch' is split
-    along ('replica', 'data') whatever its rule says.
+    priority; by default `standard_logical_axis_rules()`. With slices, 'batch' is always
+    split along ('replica', 'data').
     """
     super().__init__(
       num_partitions=num_partitions,
@@ -677,25 +650,21 @@ class PjitPartitioner(BasePjitPartitioner):
 
   @property
   def logical_axis_rules(self) -> LogicalAxisRules:
-    """The rules, in descending priority."""
+    """The rules in descending priority."""
     return self._logical_axis_rules
 
   def get_logical_axes(self, train_state: TrainState) -> TrainState:
-    """Returns a state whose leaves are PartitionSpecs of axis names, or None."""
     return train_state.as_logical_axes()
 
   def get_mesh_axes(self, train_state: TrainState) -> TrainState:
-    """Applies the rules to a state's logical axes.
-
-    Args:
-      train_state: a state of arrays or of their shapes.
+    """Applies the rules to a state of arrays or shapes.
 
     Returns:
       A state whose leaves are PartitionSpecs of mesh axes, or None: replicated.
 
     Raises:
-      ValueError: names that the rules cannot map, or a dimension that does not divide
-        by the devices along its mesh axis.
+      ValueError: the rules cannot map the names, or a dimension is not divisible by the
+        number of devices along its mesh axis.
     """
     rules = self._logical_axis_rules
     known = self.mesh.axis_names
@@ -703,7 +672,7 @@ class PjitPartitioner(BasePjitPartitioner):
       for axis in (axes,) if isinstance(axes, str) else axes or ():
         if axis not in known:
           raise ValueError(
-            f'Logical axis rules map to the mesh axes {known}. Got: ({name!r}, '
+            f'Logical axis rules must map to the mesh axes {known}. Got: ({name!r}, '
             f'{axes!r}).'
           )
     logical = self.get_logical_axes(train_state)
@@ -726,9 +695,9 @@ class PjitPartitioner(BasePjitPartitioner):
         parts = math.prod(self.mesh.shape[axis] for axis in axes)
         if size % parts:
           raise ValueError(
-            'A sharded dimension must divide by the devices along its mesh axis. Got: '
-            f'{size} of {where} {array.shape} over {parts} devices ({spec}). Pad it, '
-            'change num_partitions, or give a rule that leaves it whole.'
+            'A sharded dimension must be divisible by the number of devices along its '
+            f'mesh axis. Got: {size} of {where} {array.shape} over {parts} devices '
+            f'({spec}). Pad it, or change num_partitions or the logical axis rules.'
           )
       return spec
 

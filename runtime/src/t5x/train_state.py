@@ -1,4 +1,4 @@
-"""The state of a training run, and its half without an optimizer for inference."""
+"""Train states, and inference states without an optimizer."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -19,7 +19,7 @@ EMPTY_DICT = FrozenDict()
 
 @runtime_checkable
 class TrainState(Protocol):
-  """The interface of a state."""
+  """The interface of a state; its methods return changed copies."""
 
   @property
   def step(self) -> Int[Array, '']:
@@ -38,34 +38,46 @@ class TrainState(Protocol):
     """The module's other collections."""
 
   def state_dict(self) -> MutableVariableDict:
-    """Returns the state under string keys, for a checkpoint."""
+    """Returns `target`, `state` (`step`, `param_states`), any `flax_mutables`."""
 
   def restore_state(self, state_dict: Mapping[str, Any]) -> 'TrainState':
-    """Returns a copy with the values of a state dict."""
+    """Takes the values of a state dict.
 
-  def replace_params(self, params: VariableDict) -> 'TrainState':
-    """Returns a copy with other parameters."""
+    Raises:
+      ValueError: the keys do not fit.
+    """
 
-  def replace_flax_mutables(self, flax_mutables: FrozenDict) -> 'TrainState':
-    """Returns a copy with other collections."""
+  def replace_params(self, params: VariableDict) -> 'TrainState': ...
+
+  def replace_flax_mutables(self, flax_mutables: FrozenDict) -> 'TrainState': ...
 
   def replace_step(self, step: Int[Array, '']) -> 'TrainState':
-    """Returns a copy at another step."""
+    """Replaces the step; counts inside an optax state do not change."""
 
   def apply_gradient(
     self, grads: PyTree, learning_rate: Any, flax_mutables: FrozenDict = EMPTY_DICT
   ) -> 'TrainState':
-    """Returns the state after one update."""
+    """Makes one update.
+
+    Args:
+      grads: gradients, in the structure of the parameters.
+      learning_rate: for Adafactor; optax optimizers have their own.
+      flax_mutables: the collections after the forward pass.
+    """
 
   def as_logical_axes(self) -> 'TrainState':
-    """Returns a copy with the names of its axes in place of each array."""
+    """Replaces arrays by PartitionSpecs of axis names, or None: replicated.
+
+    Raises:
+      ValueError: the optimizer cannot derive axes, or the model names none.
+    """
 
 
 def _split_variables(model_variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Sorts a module's variables into the fields of a state."""
+  """Returns the fields of a state."""
   if 'params' not in model_variables:
     raise ValueError(
-      f"A model's variables need 'params'. Got: {', '.join(model_variables)}."
+      f"A model's variables must include 'params'. Got: {', '.join(model_variables)}."
     )
   values, axes = {}, {}
   for name, tree in model_variables.items():
@@ -83,7 +95,7 @@ def _split_variables(model_variables: Mapping[str, Any]) -> dict[str, Any]:
     if nameless:
       raise ValueError(
         f'{len(nameless)} entries of {name!r} have no logical axis names: '
-        f'{", ".join(nameless)}. Name them in the module, with param_with_axes or '
+        f'{", ".join(nameless)}. Declare them in the module with param_with_axes or '
         'variable_with_axes of flax.linen.partitioning.'
       )
   return {
@@ -99,11 +111,10 @@ def _mutables_of(state_dict: Mapping[str, Any]) -> FrozenDict:
 
 
 def _params_axis_names(params_axes: PyTree | None) -> PyTree:
-  """Returns a PartitionSpec of axis names for each parameter."""
   if params_axes is None:
     raise ValueError(
-      'The model names no axes for its parameters, and partitioning needs them. '
-      'Declare them with flax.linen.partitioning.param_with_axes.'
+      'Partitioning needs logical axis names for the parameters, but the model has '
+      'none. Declare them with flax.linen.partitioning.param_with_axes.'
     )
   return flax_partitioning.get_axis_names(params_axes)
 
@@ -111,8 +122,8 @@ def _params_axis_names(params_axes: PyTree | None) -> PyTree:
 class FlaxOptimTrainState(flax.struct.PyTreeNode):
   """Parameters, optimizer state, step, and the module's other collections.
 
-  `params_axes` and `flax_mutables_axes` are Flax's axis metadata, where the module
-  names axes; `flax_mutables` are the collections other than the parameters.
+  `params_axes` and `flax_mutables_axes` are Flax's axis metadata, if the module names
+  its axes.
   """
 
   _optimizer: optimizers.OptimizerType
@@ -126,12 +137,12 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
     optimizer_def: optimizers.OptimizerDefType,
     model_variables: FrozenVariableDict,
   ) -> 'FlaxOptimTrainState':
-    """Starts training from a module's initial variables.
+    """Creates the state at step 0 from the output of the module's `init`.
 
     Args:
-      optimizer_def: the optimizer. One with `set_param_axes` gets the axis names.
-      model_variables: the output of the module's `init`: `params`, `params_axes`, and
-        any other collections with or without `<name>_axes`.
+      optimizer_def: the optimizer; `set_param_axes` is called if it has one.
+      model_variables: `params`, `params_axes`, and any other collections with or
+        without `<name>_axes`.
 
     Raises:
       ValueError: no parameters; parameters without axis names where others have them,
@@ -144,75 +155,50 @@ class FlaxOptimTrainState(flax.struct.PyTreeNode):
 
   @property
   def step(self) -> Int[Array, '']:
-    """The number of updates applied."""
     return self._optimizer.state.step
 
   @property
   def params(self) -> FrozenVariableDict:
-    """The module's parameters."""
     return self._optimizer.target
 
   @property
   def param_states(self) -> FrozenVariableDict:
-    """The optimizer's state of the parameters."""
     return self._optimizer.state.param_states
 
   def state_dict(self) -> MutableVariableDict:
-    """Returns `target`, `state` (`step`, `param_states`), any `flax_mutables`."""
     tree = self._optimizer.state_dict()
     if self.flax_mutables:
       tree['flax_mutables'] = flax.core.unfreeze(self.flax_mutables)
     return tree
 
   def restore_state(self, state_dict: VariableDict) -> 'FlaxOptimTrainState':
-    """Returns a copy with the values of a state dict.
-
-    Raises:
-      ValueError: the keys do not fit.
-    """
     return self.replace(
       _optimizer=self._optimizer.restore_state(state_dict),
       flax_mutables=_mutables_of(state_dict),
     )
 
   def replace_params(self, params: VariableDict) -> 'FlaxOptimTrainState':
-    """Returns a copy with other parameters."""
     return self.replace(_optimizer=self._optimizer.replace(target=params))
 
   def replace_flax_mutables(self, flax_mutables: FrozenDict) -> 'FlaxOptimTrainState':
-    """Returns a copy with other collections."""
     return self.replace(flax_mutables=flax_mutables)
 
   def replace_step(self, step: Int[Array, '']) -> 'FlaxOptimTrainState':
-    """Returns a copy at another step; counts inside an optax state do not change."""
     state = self._optimizer.state.replace(step=step)
     return self.replace(_optimizer=self._optimizer.replace(state=state))
 
   def apply_gradient(
     self, grads: PyTree, learning_rate: Any, flax_mutables: FrozenDict = EMPTY_DICT
   ) -> 'FlaxOptimTrainState':
-    """Returns the state after one update.
-
-    Args:
-      grads: gradients, in the structure of the parameters.
-      learning_rate: for optimizers that take it from outside (Adafactor); optax ones
-        have their own.
-      flax_mutables: the collections after the forward pass.
-    """
     updated = self._optimizer.apply_gradient(grads, learning_rate=learning_rate)
     return self.replace(_optimizer=updated, flax_mutables=flax_mutables)
 
   def as_logical_axes(self) -> 'FlaxOptimTrainState':
-    """Returns a copy with PartitionSpecs of axis names, or None: replicated.
-
-    Raises:
-      ValueError: the optimizer cannot derive axes, or the model names none.
-    """
     rule = self._optimizer.optimizer_def
     if not hasattr(rule, 'derive_logical_axes'):
       raise ValueError(
-        f'{type(rule).__name__} cannot be partitioned by named axes: it has no '
-        'derive_logical_axes.'
+        f'{type(rule).__name__} cannot be partitioned by logical axes: it has no '
+        'derive_logical_axes method.'
       )
     names = _params_axis_names(self.params_axes)
     mutables = flax_partitioning.get_axis_names(self.flax_mutables_axes or EMPTY_DICT)
@@ -232,27 +218,23 @@ class InferenceState(flax.struct.PyTreeNode):
 
   @classmethod
   def create(cls, model_variables: FrozenVariableDict) -> 'InferenceState':
-    """Takes a module's variables at step 0; see `FlaxOptimTrainState.create`."""
+    """Creates the state at step 0; see `FlaxOptimTrainState.create`."""
     return cls(step=jnp.zeros((), jnp.int32), **_split_variables(model_variables))
 
   @property
   def param_states(self) -> FrozenVariableDict:
-    """Raises NotImplementedError: there is no optimizer."""
     raise NotImplementedError('An InferenceState has no optimizer, so no param_states.')
 
   def apply_gradient(self, *args: Any, **kwargs: Any) -> 'InferenceState':
-    """Raises NotImplementedError: there is no optimizer."""
     raise NotImplementedError('An InferenceState has no optimizer to apply gradients.')
 
   def state_dict(self) -> MutableVariableDict:
-    """Returns `target`, `state/step` and any `flax_mutables`."""
     tree = {'target': flax.core.unfreeze(self.params), 'state': {'step': self.step}}
     if self.flax_mutables:
       tree['flax_mutables'] = flax.core.unfreeze(self.flax_mutables)
     return tree
 
   def restore_state(self, state_dict: Mapping[str, Any]) -> 'InferenceState':
-    """Returns a copy with the values of a state dict."""
     return self.replace(
       step=state_dict['state']['step'],
       params=flax.core.freeze(state_dict['target']),
@@ -260,19 +242,15 @@ class InferenceState(flax.struct.PyTreeNode):
     )
 
   def replace_step(self, step: Int[Array, '']) -> 'InferenceState':
-    """Returns a copy at another step."""
     return self.replace(step=step)
 
   def replace_params(self, params: FrozenVariableDict) -> 'InferenceState':
-    """Returns a copy with other parameters."""
     return self.replace(params=params)
 
   def replace_flax_mutables(self, flax_mutables: FrozenDict) -> 'InferenceState':
-    """Returns a copy with other collections."""
     return self.replace(flax_mutables=flax_mutables)
 
   def as_logical_axes(self) -> 'InferenceState':
-    """Returns a copy with PartitionSpecs of axis names; its step is None."""
     mutables = flax_partitioning.get_axis_names(self.flax_mutables_axes or EMPTY_DICT)
     return InferenceState(
       step=None,
