@@ -1,9 +1,9 @@
-"""Arrays that are read on demand, and the checkpoint layout from before Orbax.
+"""Arrays read on demand, and the checkpoint layout before Orbax.
 
-Most published T5X checkpoints have that layout: a folder `checkpoint_<step>` with a
+Most published T5X checkpoints have this layout: a folder `checkpoint_<step>` with a
 file `checkpoint`, a msgpack map of `version` and `optimizer`, the state dict. Its
-leaves are small arrays, stored in place, or specifications of zarr arrays, one folder
-each (`target.encoder.layers_0...`), with paths relative to the checkpoint.
+leaves are small arrays, stored in place, or TensorStore specifications of zarr arrays,
+one folder each (`target.encoder.layers_0...`), with paths relative to the checkpoint.
 """
 
 import functools
@@ -34,7 +34,7 @@ class DamagedCheckpointError(OSError):
 
 
 class LazyArray:
-  """A shape, a dtype, and a function that reads the values."""
+  """Describes an array whose values are read on demand."""
 
   def __init__(self, shape: Sequence[int], dtype: Any, get_fn: Callable[[], Any]):
     self.shape = tuple(shape)
@@ -50,7 +50,7 @@ class LazyArray:
     return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
   def astype(self, dtype: Any) -> 'LazyArray':
-    """The same array, cast when it is read."""
+    """Returns the same array, cast when it is read."""
     return LazyArray(self.shape, dtype, self.get)
 
   def get(self) -> Any:
@@ -90,17 +90,15 @@ class StoredArray(LazyArray):
   def read(
     self, sharding: jax.sharding.Sharding | None = None, dtype: Any = None
   ) -> np.ndarray | jax.Array:
-    """Reads the values, for each device its own part only.
+    """Reads the values as an array with `sharding`, or as a NumPy array.
 
-    Args:
-      sharding: where they go; None for a NumPy array of all.
-      dtype: what they are cast to; None keeps the dtype on disk.
+    Each device reads only its own part.
 
     Raises:
       DamagedCheckpointError: the files are missing or damaged.
     """
 
-    @functools.cache  # Replicas ask for the same part; a slice cannot be a key.
+    @functools.cache  # Replicas read the same part. Slices are not hashable.
     def part(bounds):
       try:
         values = self._store[tuple(slice(*b) for b in bounds)].read().result()
@@ -119,14 +117,14 @@ class StoredArray(LazyArray):
 
 
 def _stored(name: str, spec: Mapping[str, Any], folder: str) -> StoredArray:
-  """Describes an array by its specification in the index of a folder."""
   dtype = jnp.dtype(spec.get('dtype', spec['metadata'].get('dtype')))
   if spec['driver'] != 'zarr' or dtype == np.uint16:
     raise ValueError(
-      f"'{name}' is stored as {dtype} by driver '{spec['driver']}'; only zarr is read, "
-      'and bfloat16 kept as uint16 is not. Save it with a later T5X.'
+      f"'{name}' is stored as {dtype} by driver '{spec['driver']}'. Only zarr is "
+      'supported, without bfloat16 kept as uint16. Save it again with a later T5X.'
     )
-  path = spec['kvstore'].get('path', spec.get('path'))  # TensorStore 0.1.13: latter
+  # TensorStore 0.1.13 kept the path outside `kvstore`.
+  path = spec['kvstore'].get('path', spec.get('path'))
   if folder.startswith('gs://'):
     bucket, _, inner = folder.removeprefix('gs://').partition('/')
     path = os.path.join(inner, path, '')
@@ -137,14 +135,10 @@ def _stored(name: str, spec: Mapping[str, Any], folder: str) -> StoredArray:
 
 
 def saved_tree(folder: epath.Path) -> dict[str, Any]:
-  """Reads the index of a checkpoint.
-
-  Returns:
-    The state dict (`state`, `target`, ...) with a `StoredArray`, a NumPy array or None
-    for each leaf.
+  """Reads a checkpoint's index: a state dict of `StoredArray`, NumPy array or None.
 
   Raises:
-    ValueError: it is of a version that is not supported.
+    ValueError: its version is not supported.
     DamagedCheckpointError: it is not an index.
   """
   path = folder / INDEX_FILE
@@ -170,7 +164,7 @@ def saved_tree(folder: epath.Path) -> dict[str, Any]:
 def read_all(
   leaves: Mapping[str, Any], read: Callable[[str, StoredArray], Any]
 ) -> dict[str, Any]:
-  """Replaces each `StoredArray` by read(name, array), several at a time."""
+  """Replaces each `StoredArray` by read(name, array), in parallel."""
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     pending = {
       name: pool.submit(read, name, leaf)

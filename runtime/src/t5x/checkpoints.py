@@ -1,10 +1,10 @@
-"""Checkpoints: saving, retention and restoring with Orbax.
+"""Saves, keeps and restores checkpoints with Orbax.
 
 A checkpoint is `MODEL_DIR/checkpoint_<step>` with an item `state`, the train state
 `{state: {param_states, step}, target: params}`, and an item `dataset`, the state of the
 training iterator. It is written in the background under a temporary name and renamed
-when it is complete; what is deleted is renamed first. A process killed at any time
-therefore leaves only complete checkpoints under their names. The layout that T5X wrote
+when complete; a checkpoint to be deleted is renamed first. So a process killed at any
+time leaves only complete checkpoints under their names. The layout that T5X wrote
 before Orbax is read too (`checkpoint_importer`).
 """
 
@@ -37,12 +37,9 @@ PyTreeDef = jax.tree_util.PyTreeDef
 
 _STATE = 'state'
 _DATASET = 'dataset'
-# Deleted checkpoints are moved to this folder of the model's folder first.
-_TRASH = 'deleting'
-# Seconds after which a host stops waiting for the others to finish a save.
-_SAVE_TIMEOUT = 600
-# How many names an error message lists.
-_SHOWN = 8
+_TRASH = 'deleting'  # Folder in the model's folder, emptied after each save.
+_SAVE_TIMEOUT = 600  # Seconds that a host waits for the others to finish a save.
+_SHOWN = 8  # Names listed in an error message.
 
 _RESTART_DATA = (
   'To restart the data instead, set utils.SaveCheckpointConfig.save_dataset = False '
@@ -51,21 +48,21 @@ _RESTART_DATA = (
 
 
 class CheckpointSaveError(OSError):
-  """A checkpoint could not be written; earlier ones are intact."""
+  """A checkpoint could not be written. Earlier ones are intact."""
 
 
 class DatasetStateError(ValueError):
-  """A saved dataset state is missing, or of another pipeline or other data."""
+  """A dataset state is missing, or belongs to another pipeline or other data."""
 
 
 class SaveStateTransformationFn(Protocol):
-  """Changes a state dict and its `ParameterInfo`s before they are saved."""
+  """Transforms a state dict and its `ParameterInfo`s before saving."""
 
   def __call__(self, state_dict: Any, parameter_infos: Any) -> tuple[Any, Any]: ...
 
 
 class RestoreStateTransformationFn(Protocol):
-  """Changes a saved state dict to the names of the current model."""
+  """Maps a saved state dict to the names of the current model."""
 
   def __call__(
     self, state_dict: Any, target_state_dict: Any, *, is_resuming: bool = False
@@ -73,7 +70,7 @@ class RestoreStateTransformationFn(Protocol):
 
 
 def get_local_data(x: Any) -> Any:
-  """Returns this host's part of a global array; anything else unchanged."""
+  """Returns this host's part of a global array, and any other value unchanged."""
   if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
     return x.addressable_data(0)
   return x
@@ -88,13 +85,20 @@ def absolute(path: epath.PathLike) -> epath.Path:
   return epath.Path(text if '://' in text else os.path.abspath(text))
 
 
+def _checkpoint_folder(path: epath.PathLike) -> epath.Path:
+  """The absolute folder of a checkpoint given by its folder or its index file."""
+  folder = absolute(path)
+  is_index = folder.name == checkpoint_importer.INDEX_FILE and folder.is_file()
+  return folder.parent if is_index else folder
+
+
 def get_checkpoint_dir(checkpoints_dir: epath.PathLike, step: int) -> str:
   """Returns `<checkpoints_dir>/checkpoint_<step>`."""
   return os.path.join(checkpoints_dir, f'checkpoint_{step}')
 
 
 def step_in_name(path: epath.PathLike) -> int | None:
-  """Returns the step in a checkpoint's path, or None if it is not one's name."""
+  """Returns the step in the path of a checkpoint, or None for any other path."""
   name = os.path.basename(os.fspath(path).rstrip('/'))
   match = re.fullmatch(r'checkpoint_(\d+)', name)
   return int(match[1]) if match else None
@@ -107,14 +111,14 @@ def all_steps(checkpoints_dir: epath.PathLike) -> list[int]:
     return []
   folders = [folder for folder in root.iterdir() if step_in_name(folder) is not None]
   if os.fspath(root).startswith('gs://'):
-    # A folder cannot be renamed there, so Orbax marks complete ones with a file.
+    # Folders cannot be renamed there; Orbax marks complete checkpoints with a file.
     marks = ('commit_success.txt', checkpoint_importer.INDEX_FILE)
     folders = [f for f in folders if any((f / mark).exists() for mark in marks)]
   return sorted(step_in_name(folder) for folder in folders)
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:
-  """Whether a path is that of a complete checkpoint."""
+  """Returns whether a path is that of a complete checkpoint."""
   return step_in_name(path) in all_steps(absolute(path).parent)
 
 
@@ -127,7 +131,7 @@ def latest_step(checkpoints_dir: epath.PathLike) -> int | None:
 
 
 def _cast(name: str, dtype: Any, wanted: Any) -> np.dtype:
-  """The dtype to save or restore an array in: only floating parameters are cast."""
+  """The dtype to save or restore an array in. Only floating parameters are cast."""
   is_parameter = name.startswith('target/') and jnp.issubdtype(dtype, jnp.floating)
   return np.dtype(wanted if wanted and is_parameter else dtype)
 
@@ -135,33 +139,26 @@ def _cast(name: str, dtype: Any, wanted: Any) -> np.dtype:
 def _map_named(
   function: Callable[[str, Any], Any], tree: Any, name: tuple[str, ...] = ()
 ) -> Any:
-  """Maps function('/'-joined name, leaf) over nested dicts; None stays."""
+  """Maps function('/'-joined name, leaf) over nested dicts. None stays None."""
   if isinstance(tree, Mapping):
     return {k: _map_named(function, v, (*name, k)) for k, v in tree.items()}
   return None if tree is None else function('/'.join(name), tree)
 
 
 def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """'/'-joined name -> leaf, without None."""
+  """Flattens to '/'-joined names and drops leaves that are None."""
   flat = state_utils.flatten_state_dict(tree)
   return {name: leaf for name, leaf in flat.items() if leaf is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-  """Which arrays to restore, and where to.
+  """The arrays to restore and where to put them."""
 
-  Attributes:
-    state_dict: nested dict of arrays or their shapes.
-    axes: the nested dict with a PartitionSpec or None (replicated) for each leaf.
-    mesh: the devices.
-    dtype: what parameters are cast to; None keeps their dtype on disk.
-  """
-
-  state_dict: Mapping[str, Any]
-  axes: Mapping[str, Any]
+  state_dict: Mapping[str, Any]  # Nested, with arrays or their shapes.
+  axes: Mapping[str, Any]  # Nested, with PartitionSpecs or None (replicated).
   mesh: jax.sharding.Mesh
-  dtype: Any = None
+  dtype: Any = None  # Parameters are cast to it; None keeps their dtype on disk.
 
   def sharding(self, name: str) -> NamedSharding:
     spec: Any = self.axes
@@ -185,7 +182,7 @@ class Destination:
 
 @dataclasses.dataclass(frozen=True)
 class _SavedArray:
-  """An array in an Orbax checkpoint, not yet read."""
+  """An array of an Orbax checkpoint, not yet read."""
 
   path: tuple[str, ...]
   shape: tuple[int, ...]
@@ -193,7 +190,6 @@ class _SavedArray:
 
 
 def _saved_tree(folder: epath.Path) -> dict[str, Any]:
-  """Describes the state in an Orbax checkpoint: a nested dict of `_SavedArray`."""
   try:
     tree = ocp.PyTreeCheckpointHandler(use_ocdbt=True).metadata(folder).tree
   except Exception as error:
@@ -209,7 +205,7 @@ def _saved_tree(folder: epath.Path) -> dict[str, Any]:
 def _read_orbax(
   folder: epath.Path, sources: Mapping[str, _SavedArray], destination: Destination
 ) -> dict[str, jax.Array]:
-  """Reads arrays; several names may share one on disk."""
+  """Reads arrays by name. Several names may share a source."""
   restore_args: dict[tuple[str, ...], Any] = {}
   for name, source in sources.items():
     dtype = destination.cast(name, source.dtype)
@@ -248,7 +244,7 @@ def _choose(
   wanted: Mapping[str, Any],
   fallback: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Finds the source of every array: the checkpoint or else the fallback."""
+  """Takes each wanted array from the checkpoint or else from the fallback."""
   wrong = [
     f'{name} is {tuple(np.shape(available[name]))}, the model has {tuple(leaf.shape)}'
     for name, leaf in wanted.items()
@@ -257,7 +253,7 @@ def _choose(
   if wrong:
     raise ValueError(
       f"Checkpoint '{where}' is of another model: {_listed(wrong, '; ')}. Configure "
-      'the model as it was trained, or drop these with '
+      'the model as it was trained, or drop these arrays with '
       'RestoreCheckpointConfig.assignment_map and fallback_to_scratch.'
     )
   missing = [n for n in wanted if n not in available and n not in fallback]
@@ -266,7 +262,7 @@ def _choose(
     raise ValueError(
       f"Checkpoint '{where}' lacks {len(missing)} of {len(wanted)} arrays: "
       f'{_listed(missing)}. Its unused entries: {unused or "none"}. Map the names with '
-      'RestoreCheckpointConfig.assignment_map, or initialise these with '
+      'RestoreCheckpointConfig.assignment_map, or initialise the missing arrays with '
       'fallback_to_scratch.'
     )
   return {name: available.get(name, fallback.get(name)) for name in wanted}
@@ -278,21 +274,17 @@ def read_state(
   transformations: Sequence[RestoreStateTransformationFn] = (),
   fallback_state: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Reads the train state of a checkpoint in either layout.
+  """Reads the train state of a checkpoint in either layout onto the mesh.
 
   Args:
     folder: `checkpoint_<step>`.
-    destination: what is wanted, and where it goes.
-    transformations: applied to the saved state dict, in order, before any array is
-      read.
-    fallback_state: state dict for what the checkpoint lacks.
-
-  Returns:
-    Nested dict of arrays on the mesh.
+    destination: the arrays to read and where to put them.
+    transformations: applied in order to the saved state dict before arrays are read.
+    fallback_state: state dict with the arrays that the checkpoint lacks.
 
   Raises:
     ValueError: the checkpoint is of another model.
-    DamagedCheckpointError: it cannot be read.
+    DamagedCheckpointError: the checkpoint cannot be read.
   """
   if (folder / _STATE).is_dir():
     tree = _saved_tree(folder / _STATE)
@@ -300,8 +292,8 @@ def read_state(
     tree = checkpoint_importer.saved_tree(folder)
   elif steps := all_steps(folder):
     raise ValueError(
-      f"'{folder}' is the folder of a run with checkpoints of steps {steps}. Give one "
-      f'of them: {get_checkpoint_dir(folder, steps[-1])}.'
+      f"'{folder}' is a folder of checkpoints with steps {steps}. Give the path of "
+      f'one, for instance {get_checkpoint_dir(folder, steps[-1])}.'
     )
   else:
     raise DamagedCheckpointError(f"'{folder}' is not a T5X checkpoint, or damaged.")
@@ -332,25 +324,23 @@ def load_t5x_checkpoint(
   restore_dtype: Any = None,
   lazy_parameters: bool = False,
 ) -> dict[str, Any]:
-  """Reads a checkpoint of the layout before Orbax, whatever model it is of.
+  """Reads a checkpoint in the layout before Orbax, of any model.
 
   Args:
-    path: a model's folder, a checkpoint's folder, or its file `checkpoint`.
-    step: which checkpoint of a model's folder; None for the newest.
-    state_transformation_fns: functions of (saved state dict, {}), in order, applied
-      before any array is read.
-    remap: whether to apply them.
-    restore_dtype: what parameters are cast to; None keeps their dtype on disk.
+    path: a folder of checkpoints, a checkpoint, or its file `checkpoint`.
+    step: selects from a folder of checkpoints; None for the newest.
+    state_transformation_fns: called in order with (saved state dict, {}) before arrays
+      are read.
+    remap: whether to call them.
+    restore_dtype: parameters are cast to it; None keeps their dtype on disk.
     lazy_parameters: whether to return `LazyArray`s instead of NumPy arrays.
 
   Raises:
     ValueError: the checkpoint does not exist.
-    DamagedCheckpointError: it is damaged.
+    DamagedCheckpointError: the checkpoint cannot be read.
   """
-  folder = absolute(path)
-  if folder.name == checkpoint_importer.INDEX_FILE and folder.is_file():
-    folder = folder.parent
-  elif step is not None or all_steps(folder):
+  folder = _checkpoint_folder(path)
+  if step is not None or all_steps(folder):
     step = latest_step(folder) if step is None else step
     folder = epath.Path(get_checkpoint_dir(folder, step))
   if not (folder / checkpoint_importer.INDEX_FILE).is_file():
@@ -380,7 +370,7 @@ def load_t5x_checkpoint(
 
 @dataclasses.dataclass
 class _TfIterator:
-  """A bare `tf.data.Iterator` with the two methods of clu's iterators."""
+  """Gives a plain `tf.data.Iterator` the two methods of clu's iterators."""
 
   iterator: Any
 
@@ -401,7 +391,7 @@ def _with_save(iterator: Any) -> Any:
 
 
 def _check_readable(stem: epath.Path):
-  """Reads all of a TensorFlow checkpoint, so that damage is found before it is used."""
+  """Reads a whole TensorFlow checkpoint, to find damage before anything uses it."""
   import tensorflow as tf
 
   try:
@@ -417,7 +407,6 @@ def _check_readable(stem: epath.Path):
 
 
 def _check_source(note: epath.Path, source: Mapping[str, str]):
-  """Compares the data that a state was saved for with those of the run."""
   saved = json.loads(note.read_text())
   differing = [
     f"{field} was '{saved.get(field)}', now '{source[field]}'"
@@ -428,29 +417,22 @@ def _check_source(note: epath.Path, source: Mapping[str, str]):
     raise DatasetStateError(
       f"Dataset state '{note.parent}' was saved for different data: "
       f'{", ".join(differing)} (files: a digest of their names and sizes). Resume with '
-      'the original data or use a new MODEL_DIR. '
-      f'{_RESTART_DATA}'
+      f'the original data or use a new MODEL_DIR. {_RESTART_DATA}'
     )
 
 
 class DatasetCheckpointHandler(ocp.CheckpointHandler):
   """Saves and restores the state of this host's training iterator.
 
-  The files are those of `tf.train.Checkpoint`, named as upstream names them:
-  `dataset/train_ds-<shard>-of-<shards>.*`, or, if several processes write,
+  The files are those of `tf.train.Checkpoint`, named as in upstream T5X:
+  `dataset/train_ds-<shard>-of-<shards>.*` or, with several processes,
   `dataset/process_<i>-of-<n>/train_ds-…`. If the iterator has an attribute `source`, a
-  dict that describes its data, it is written to `train_ds-….source.json` and compared
-  when the state is restored; upstream does neither.
+  dict that describes its data, that is written to `train_ds-….source.json` and compared
+  on restore; upstream does neither.
   """
 
   def __init__(self, checkpoint_filename: str, should_write_dataset_ckpt: bool):
-    """Initialises the handler.
-
-    Args:
-      checkpoint_filename: stem of the shard's files.
-      should_write_dataset_ckpt: whether this host writes; of several hosts that read
-        the same shard, one does.
-    """
+    # One of several hosts that read the same shard writes its state.
     self._filename = checkpoint_filename
     self._writes = should_write_dataset_ckpt
 
@@ -465,7 +447,7 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
       (directory / f'{self._filename}.source.json').write_text(json.dumps(source))
 
   def _find(self, folder: epath.Path) -> epath.Path:
-    """The stem of this shard's files, whichever process wrote them."""
+    """Finds the stem of this shard's files, whichever process wrote them."""
     places = (folder, *sorted(folder.glob('process_*')))
     for place in places:
       if any(place.glob(self._filename + '*')):
@@ -474,9 +456,9 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
     others = {f.name.split('.')[0] for p in places for f in p.glob(prefix + '-*')}
     if others:
       raise DatasetStateError(
-        f"'{folder}' has the dataset states {', '.join(sorted(others))}, not "
-        f'{self._filename}: the number of data shards was different. Resume with as '
-        f'many hosts as before. {_RESTART_DATA}'
+        f"'{folder}' has dataset states {', '.join(sorted(others))}, but not "
+        f'{self._filename}: the number of data shards has changed. Resume with the '
+        f'original number of hosts. {_RESTART_DATA}'
       )
     raise DatasetStateError(
       f"'{folder}' has no dataset state; the checkpoint was saved without "
@@ -484,11 +466,11 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
     )
 
   def restore(self, directory: epath.Path, args: 'DatasetArgs') -> Any:
-    """Restores the iterator in place; all hosts that read a shard read its one file.
+    """Restores the iterator in place and returns it.
 
     Raises:
-      DatasetStateError: there is no state for this shard, or it is of another pipeline
-        or of other data.
+      DatasetStateError: this shard has no state, or that of another pipeline or of
+        other data.
       DamagedCheckpointError: the files are incomplete or damaged.
     """
     stem = self._find(epath.Path(directory))
@@ -496,14 +478,14 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
     source = getattr(args.item, 'source', None)
     if source and note.exists():
       _check_source(note, source)
-    if not stem.exists():  # iterators other than TensorFlow's may write one file
+    if not stem.exists():  # A single file is not TensorFlow's.
       _check_readable(stem)
     try:
       _with_save(args.item).restore(os.fspath(stem))
     except Exception as error:
       raise DatasetStateError(
-        f"Dataset state '{stem}' does not fit the data pipeline: {error}. Task, batch "
-        'size, lengths, packing and preprocessors must be those it was saved with. '
+        f"Dataset state '{stem}' does not fit the data pipeline: {error}. Use the "
+        'task, batch size, lengths, packing and preprocessors it was saved with. '
         f'{_RESTART_DATA}'
       ) from error
     return args.item
@@ -524,23 +506,14 @@ class DatasetArgs(ocp.args.CheckpointArgs):
 
 @dataclasses.dataclass
 class ParameterInfo:
-  """Describes an array to save-time transformations.
+  """Describes an array to a `SaveStateTransformationFn`."""
 
-  Attributes:
-    name: '/'-joined name in the train state.
-    mesh_axes: its PartitionSpec.
-  """
-
-  name: str
-  mesh_axes: Any
-
-
-def _step_of(train_state: Any) -> int:
-  return int(get_local_data(train_state.step))
+  name: str  # '/'-joined name in the train state.
+  mesh_axes: PartitionSpec
 
 
 def _savable(leaf: Any) -> Any:
-  """An array as Orbax takes it: read, and not of one host if there are several."""
+  """Converts a leaf to what Orbax saves: read, and not local to one of many hosts."""
   if isinstance(leaf, LazyArray):
     return leaf.get()
   if jax.process_count() > 1 and isinstance(leaf, jax.Array):
@@ -548,39 +521,40 @@ def _savable(leaf: Any) -> Any:
   return leaf
 
 
-def _check_at_least_1(**values: int | None):
-  for name, value in values.items():
-    if value is not None and value < 1:
-      raise ValueError(f'{name} must be at least 1, or None. Got: {value}.')
-
-
 def _free_bytes(directory: epath.Path) -> float:
-  """Free bytes of the disk; infinite on remote file systems."""
+  """Free bytes on the disk, infinite for remote file systems."""
   path = os.fspath(directory)
   return math.inf if '://' in path else shutil.disk_usage(path).free
 
 
 @gin.configurable(module='t5x.checkpoints')
 class OrbaxCheckpointManagerInterface:
-  """The checkpoints of one model folder.
+  """Manages the checkpoints of one model folder.
 
   Args:
     directory: the model's folder.
-    train_state: state of arrays or of their shapes, for names and axes.
+    train_state: state of arrays or their shapes, for names and axes.
     partitioner: has `mesh`, `get_mesh_axes`, `get_data_layout`.
     dataset_iterator: training iterator whose state is saved and restored.
-    save_dtype: what parameters are cast to on disk; None keeps their dtype.
-    restore_dtype: what restored parameters are cast to; None keeps their dtype.
-    keep: how many checkpoints to keep; None keeps all.
+    save_dtype: parameters are cast to it on disk; None keeps their dtype.
+    restore_dtype: restored parameters are cast to it; None keeps their dtype.
+    keep: how many of the newest to keep, or of the best with
+      `metric_name_to_monitor`; None keeps all.
     period: steps between saves. The training loop decides when to save; with neither
       a period nor checkpoint_steps, the folder is not touched before the first save.
     checkpoint_steps: further steps to save at; see `period`.
     keep_dataset_checkpoints: how many of the newest keep the dataset state; None: all.
     force_keep_period: checkpoints at its multiples are never removed.
-    metric_name_to_monitor: keep the best by this metric, and the newest, instead of
-      the newest only.
+    metric_name_to_monitor: the metric by which to keep the `keep` best of all
+      checkpoints, the newest included, and always the newest: `keep` checkpoints, or
+      one more if the newest is not among the best.
     metric_mode: whether 'max' or 'min' is best.
-    keep_checkpoints_without_metrics: whether those saved without the metric are kept.
+    keep_checkpoints_without_metrics: whether checkpoints saved without the metric are
+      kept as well.
+
+  Raises:
+    ValueError: an argument is out of range.
+    CheckpointSaveError: checkpoints are to be saved and the folder is not writable.
   """
 
   def __init__(
@@ -600,20 +574,16 @@ class OrbaxCheckpointManagerInterface:
     metric_mode: str = 'max',
     keep_checkpoints_without_metrics: bool = True,
   ):
-    """Initialises the manager; the arguments are explained at the class.
-
-    Raises:
-      ValueError: an argument is out of range.
-      CheckpointSaveError: checkpoints are to be saved and the folder is not writable.
-    """
-    _check_at_least_1(
-      keep=keep,
-      keep_dataset_checkpoints=keep_dataset_checkpoints,
-      force_keep_period=force_keep_period,
-    )
+    for name, value in (
+      ('keep', keep),
+      ('keep_dataset_checkpoints', keep_dataset_checkpoints),
+      ('force_keep_period', force_keep_period),
+    ):
+      if value is not None and value < 1:
+        raise ValueError(f'{name} must be at least 1, or None. Got: {value}.')
     if metric_mode not in ('max', 'min'):
       raise ValueError(f"metric_mode must be 'max' or 'min'. Got: '{metric_mode}'.")
-    self._directory = absolute(directory)
+    self.directory = absolute(directory)
     self._train_state = train_state
     self._partitioner = partitioner
     self._dataset_iterator = dataset_iterator
@@ -651,34 +621,29 @@ class OrbaxCheckpointManagerInterface:
     worst = -math.inf if self._metric_mode == 'max' else math.inf
     return worst if math.isnan(value) else value
 
-  @property
-  def directory(self) -> epath.Path:
-    """The model's folder."""
-    return self._directory
-
   def _folder(self, step: int) -> epath.Path:
-    return epath.Path(get_checkpoint_dir(self._directory, step))
+    return epath.Path(get_checkpoint_dir(self.directory, step))
 
   def all_steps(self) -> Sequence[int]:
-    """Steps of complete checkpoints and of the one being written, ascending."""
+    """Returns the steps of complete checkpoints and of the one being written."""
     if self._manager is None:
-      return all_steps(self._directory)
+      return all_steps(self.directory)
     return sorted(self._manager.all_steps())
 
   def latest_step(self) -> int | None:
-    """The newest step, or None."""
+    """Returns the newest step, or None."""
     return max(self.all_steps(), default=None)
 
   # -- Saving ------------------------------------------------------------------
 
   def _open(self):
-    """Opens the folder for saving and removes what a killed run left in it."""
+    """Opens the folder for saving and removes what a killed run left behind."""
     try:
       if multihost.is_host_0():
-        for leftover in self._directory.glob(f'{_TRASH}*'):
+        for leftover in self.directory.glob(f'{_TRASH}*'):
           leftover.rmtree()
       self._manager = ocp.CheckpointManager(
-        self._directory,
+        self.directory,
         options=ocp.CheckpointManagerOptions(
           step_prefix='checkpoint',
           cleanup_tmp_directories=True,
@@ -695,7 +660,7 @@ class OrbaxCheckpointManagerInterface:
       )
     except OSError as error:
       raise CheckpointSaveError(
-        f"Checkpoints cannot be written to '{self._directory}': {error}. Make the "
+        f"Checkpoints cannot be written to '{self.directory}': {error}. Make the "
         'folder writable, or choose another MODEL_DIR.'
       ) from error
     self._finisher = concurrent.futures.ThreadPoolExecutor(1, 't5x_checkpoint')
@@ -706,18 +671,18 @@ class OrbaxCheckpointManagerInterface:
     state_transformation_fns: Sequence[SaveStateTransformationFn] = (),
     metrics: Mapping[str, float] | None = None,
   ) -> bool:
-    """Starts to write a checkpoint; the rest happens in the background.
+    """Starts writing a checkpoint and leaves the rest to the background.
 
-    The state may be changed or donated as soon as this returns. All hosts call it.
+    The state may be changed or donated as soon as this returns. Call it on all hosts.
 
     Args:
-      train_state: what to save.
-      state_transformation_fns: applied to the state dict in order.
-      metrics: metrics of this state; process 0's are stored if they have
-        `metric_name_to_monitor`.
+      train_state: the state to save.
+      state_transformation_fns: applied to its state dict in order.
+      metrics: metrics of this state. If process 0's contain `metric_name_to_monitor`,
+        that one is stored.
 
     Returns:
-      False if a checkpoint of this step exists, which is left as it is.
+      False if this step already has a checkpoint, which stays unchanged.
 
     Raises:
       CheckpointSaveError: this save or the previous one failed.
@@ -725,7 +690,7 @@ class OrbaxCheckpointManagerInterface:
     self.wait_until_finished()
     if self._manager is None:
       self._open()
-    step = _step_of(train_state)
+    step = int(get_local_data(train_state.step))
     if step in self.all_steps():
       logging.info('%s exists and is not written again.', self._folder(step))
       return False
@@ -759,7 +724,7 @@ class OrbaxCheckpointManagerInterface:
     return True
 
   def _monitored(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
-    """The monitored metric of process 0; None if it has none."""
+    """The monitored metric of process 0, or None if it has none."""
     if self.metric_name_to_monitor is None:
       return None
     has_metric = self.metric_name_to_monitor in (metrics or {})
@@ -769,70 +734,66 @@ class OrbaxCheckpointManagerInterface:
     return {self.metric_name_to_monitor: float(value)} if has_metric else None
 
   def _check_space(self, state_dict: Any, save_args: Any):
-    """Checks that the disk can hold the checkpoint before anything is written."""
     needed = sum(
       np.size(x) * args.dtype.itemsize
       for x, args in zip(jax.tree.leaves(state_dict), jax.tree.leaves(save_args))
     )
-    free = _free_bytes(self._directory) if multihost.is_host_0() else math.inf
+    free = _free_bytes(self.directory) if multihost.is_host_0() else math.inf
     is_full = free < needed
     if jax.process_count() > 1:
       is_full = bool(multihost.broadcast(np.int32(is_full)))
     if is_full:
       raise CheckpointSaveError(
-        f"A checkpoint in '{self._directory}' needs {needed / 1e9:.3g} GB; "
+        f"A checkpoint in '{self.directory}' needs {needed / 1e9:.3g} GB; "
         f'{free / 1e9:.3g} GB are free. Free some space, or lower '
         'SaveCheckpointConfig.keep.'
       )
 
   def _failure(self, step: int, error: Exception) -> CheckpointSaveError:
-    """Describes a failed save; the next one, if any, opens the folder again."""
-    self._manager = None
+    self._manager = None  # The next save opens the folder again.
     return CheckpointSaveError(
       f"Checkpoint '{self._folder(step)}' could not be written: {error}. The disk has "
-      f'{_free_bytes(self._directory) / 1e9:.3g} GB free; earlier checkpoints are '
+      f'{_free_bytes(self.directory) / 1e9:.3g} GB free; earlier checkpoints are '
       'intact.'
     )
 
   def _finish(self, step: int):
-    """Waits for the files, then removes what is too old. Runs in the background."""
+    """Waits for the files, then removes old ones. Runs in the background."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._failure(step, error) from error
     if not multihost.is_host_0():
       return
-    trash = self._directory / _TRASH
+    trash = self.directory / _TRASH
     try:
       if self._keep_dataset:
-        steps = [s for s in all_steps(self._directory) if self._has_dataset(s)]
-        for old in steps[: -self._keep_dataset]:
+        states = [self._folder(s) / _DATASET for s in all_steps(self.directory)]
+        states = [state for state in states if state.exists()]
+        for state in states[: -self._keep_dataset]:
           trash.mkdir(exist_ok=True)
-          (self._folder(old) / _DATASET).rename(trash / f'{_DATASET}_{old}')
+          state.rename(trash / f'{_DATASET}_{step_in_name(state.parent)}')
       if trash.exists():
         trash.rmtree()
     except OSError as error:
-      # The new checkpoint is complete; the next save tries again.
+      # The new checkpoint is complete, and the next save will try again.
       logging.warning('Old checkpoints could not be removed: %s', error)
-
-  def _has_dataset(self, step: int) -> bool:
-    return (self._folder(step) / _DATASET).exists()
 
   def wait_until_finished(self):
     """Waits for the checkpoint being written.
 
     Raises:
-      CheckpointSaveError: it could not be written.
+      CheckpointSaveError: the save failed.
     """
     if self._finishing is not None:
       finishing, self._finishing = self._finishing, None
       finishing.result()
 
   def close(self):
-    """Waits for the checkpoint being written and ends the background work.
+    """Waits for the checkpoint being written and stops the background thread.
 
     Raises:
-      CheckpointSaveError: it could not be written.
+      CheckpointSaveError: the save failed.
     """
     try:
       self.wait_until_finished()
@@ -846,7 +807,7 @@ class OrbaxCheckpointManagerInterface:
   # -- Restoring ---------------------------------------------------------------
 
   def set_aside(self, step: int):
-    """Renames a damaged checkpoint, so that its step can be saved again."""
+    """Renames a damaged checkpoint so that its step can be saved again."""
     folder = self._folder(step)
     target = folder.parent / f'damaged_{folder.name}'
     if multihost.is_host_0():
@@ -872,33 +833,28 @@ class OrbaxCheckpointManagerInterface:
     state_transformation_fns: Sequence[RestoreStateTransformationFn] = (),
     lazy_parameters: bool = False,
   ) -> Any:
-    """Restores a train state, and the iterator's state if there is an iterator.
+    """Restores a train state onto the mesh, and the state of the iterator if any.
 
     Args:
-      step: which checkpoint of this folder; the newest if neither is given.
-      path: a checkpoint anywhere, instead.
-      fallback_state: state dict for arrays that the checkpoint lacks.
-      state_transformation_fns: applied to the saved state dict in order.
-      lazy_parameters: for T5X's callers; arrays are always read.
-
-    Returns:
-      The train state, sharded over the partitioner's mesh.
+      step: a checkpoint of this folder; the newest if neither is given.
+      path: a checkpoint in any folder.
+      fallback_state: state dict with the arrays that the checkpoint lacks.
+      state_transformation_fns: applied in order to the saved state dict.
+      lazy_parameters: ignored (T5X compatibility); arrays are always read.
 
     Raises:
       FileNotFoundError: the checkpoint does not exist.
       ValueError: it is of another model, or its dataset state of another pipeline.
-      DamagedCheckpointError: it cannot be read.
+      DamagedCheckpointError: the checkpoint cannot be read.
     """
     del lazy_parameters
     if path is not None:
-      folder = absolute(path)
-      if folder.name == checkpoint_importer.INDEX_FILE and folder.is_file():
-        folder = folder.parent
+      folder = _checkpoint_folder(path)
     else:
-      step = latest_step(self._directory) if step is None else step
-      folder = self._directory if step is None else self._folder(step)
+      step = latest_step(self.directory) if step is None else step
+      folder = self.directory if step is None else self._folder(step)
     if path is None and step is None or not folder.exists():
-      parent = self._directory if path is None else folder.parent
+      parent = self.directory if path is None else folder.parent
       found = f'It has steps {steps}' if (steps := all_steps(parent)) else 'It has none'
       raise FileNotFoundError(
         f"Checkpoint '{folder.name}' was not found in '{parent}'. {found}."
@@ -915,9 +871,11 @@ class OrbaxCheckpointManagerInterface:
 
 
 class Checkpointer(OrbaxCheckpointManagerInterface):
-  """Saves and restores the checkpoints of one folder, waiting for each write.
+  """Manages the checkpoints of one folder and waits for each write.
 
-  T5X's interface from before Orbax; it writes Orbax's layout too.
+  Has the interface of T5X before Orbax, but writes Orbax's layout. `retention` takes
+  `keep`, `keep_dataset_checkpoints` and the like of `OrbaxCheckpointManagerInterface`.
+  Nothing is written before the first save.
   """
 
   def __init__(
@@ -931,18 +889,6 @@ class Checkpointer(OrbaxCheckpointManagerInterface):
     restore_dtype: Any = None,
     **retention: Any,
   ):
-    """Initialises the checkpointer; nothing is written before the first save.
-
-    Args:
-      train_state: state of arrays or of their shapes.
-      partitioner: has `mesh`, `get_mesh_axes`, `get_data_layout`.
-      checkpoints_dir: the folder.
-      dataset_iterator: iterator whose state is saved and restored.
-      save_dtype: what parameters are cast to on disk.
-      restore_dtype: what restored parameters are cast to; None keeps their dtype.
-      **retention: `keep` and `keep_dataset_checkpoints` of
-        `OrbaxCheckpointManagerInterface`.
-    """
     super().__init__(
       checkpoints_dir,
       train_state,
@@ -963,7 +909,7 @@ class Checkpointer(OrbaxCheckpointManagerInterface):
     *,
     concurrent_gb: int = 128,
   ) -> bool:
-    """Saves a checkpoint and waits for it; Orbax needs no `concurrent_gb`."""
+    """Saves a checkpoint and waits for it. Orbax does not need `concurrent_gb`."""
     del concurrent_gb
     saved = super().save(train_state, state_transformation_fns, metrics)
     self.wait_until_finished()
@@ -972,10 +918,9 @@ class Checkpointer(OrbaxCheckpointManagerInterface):
 
 @gin.configurable(module='t5x.checkpoints')
 class SaveBestCheckpointer(Checkpointer):
-  """Keeps the best checkpoints by a metric, and the newest.
+  """Keeps the `keep` best checkpoints by a metric, the newest included, and the newest.
 
-  Bind it to `SaveCheckpointConfig.checkpointer_cls`. Takes the arguments of
-  `Checkpointer` and those of `OrbaxCheckpointManagerInterface` that concern retention.
+  Bind it to `SaveCheckpointConfig.checkpointer_cls`.
   """
 
   def __init__(

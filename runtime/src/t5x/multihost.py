@@ -1,4 +1,4 @@
-"""Joins the processes of a run, and keeps them in step."""
+"""Joins the processes of a run and synchronises them."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ T = TypeVar('T')
 
 
 def is_host_0() -> bool:
-  """Whether this process is the one that writes logs, metrics and indices."""
+  """Returns whether this process writes logs, metrics and indices."""
   return jax.process_index() == 0
 
 
@@ -26,12 +26,12 @@ def sync(name: str) -> None:
 
 
 def broadcast(value: T) -> T:
-  """Returns the tree of numbers or arrays that process 0 passed."""
+  """Returns process 0's tree of numbers or arrays."""
   return multihost_utils.broadcast_one_to_all(value)
 
 
 def broadcast_int(value: int) -> int:
-  """Returns the integer (of 32 bits) that process 0 passed."""
+  """Returns process 0's 32-bit integer."""
   return int(broadcast(np.int32(value)))
 
 
@@ -39,7 +39,7 @@ def assert_same(tree: PyTree, what: str) -> None:
   """Checks that all processes passed equal values.
 
   Raises:
-    ValueError: they did not.
+    ValueError: the values differ.
   """
   if jax.process_count() == 1:
     return
@@ -59,25 +59,24 @@ def initialize(
   multiprocess_gpu: bool = False,
   initialization_timeout: int | None = None,
 ) -> None:
-  """Joins this process to the others of its run, if there are others.
+  """Joins this process to the others of its run, if any. Call it before using JAX.
 
-  Decides in this order, before anything else touches JAX:
-  1. `process_count` 1: alone, whatever the machine looks like;
-  2. any other argument given: as given, the cluster filling in the rest;
-  3. started by Slurm or Open MPI as one of several tasks, or on a TPU VM: as the
-     cluster says;
-  4. alone.
+  In order of precedence:
+  1. `process_count` is 1: the process runs alone.
+  2. Any other argument is given: they are used, and the cluster supplies the rest.
+  3. Slurm or Open MPI started it as one of several tasks, or it is on a TPU VM: the
+     cluster supplies everything.
+  4. The process runs alone.
 
   Args:
     coordinator_address: 'host:port' of process 0.
     process_count: number of processes.
-    process_index: this process's number, from 0.
-    multiprocess_gpu: join even if nothing else is given (T5X's flag).
+    process_index: from 0.
+    multiprocess_gpu: joins even if no other argument is given (T5X's flag).
     initialization_timeout: seconds to wait for the others; None for JAX's default.
 
   Raises:
-    ValueError: the arguments contradict each other, or the cluster does not know what
-      they leave out.
+    ValueError: the arguments contradict each other, or do not suffice to join.
   """
   count = process_count
   if count is not None and count < 1:
@@ -108,18 +107,18 @@ def initialize(
     jax.distributed.initialize(**given)
   except (ValueError, RuntimeError) as error:
     raise ValueError(
-      f'Could not join the other processes (found: {cluster or "no cluster"}; given: '
-      f'{given or "nothing"}). Give --coordinator_address=HOST:PORT, --process_count '
-      f'and --process_index, or --process_count=1 to run alone. JAX: {error}'
+      f'Could not join the other processes (cluster: {cluster or "none"}; arguments: '
+      f'{given or "none"}). Give --coordinator_address=HOST:PORT, --process_count and '
+      f'--process_index, or --process_count=1 to run alone. JAX: {error}'
     ) from error
   logging.info('Process %d of %d.', jax.process_index(), jax.process_count())
 
 
 def detect_cluster() -> str | None:
-  """Names the cluster that started this process as one of several, else None."""
-  # No query to a metadata server, which takes seconds to fail where there is none.
+  """Returns the cluster that started this process as one of several, or None."""
+  # Asking a metadata server would take seconds to fail on other machines.
   for name, size in (
-    ('Slurm', 'SLURM_STEP_NUM_TASKS'),  # Of this `srun`; an sbatch alone has none.
+    ('Slurm', 'SLURM_STEP_NUM_TASKS'),  # Set by srun, not by sbatch alone.
     ('Open MPI', 'OMPI_COMM_WORLD_SIZE'),
   ):
     if int(os.environ.get(size, '1')) > 1:
@@ -132,7 +131,7 @@ def _on_tpu_vm() -> bool:
   if platforms and 'tpu' not in platforms.split(','):
     return False
   if os.environ.get('TPU_SKIP_MDS_QUERY'):
-    return False  # Set where the TPU's own metadata are not to be asked.
+    return False  # Set on machines whose TPU metadata must not be queried.
   if importlib_util.find_spec('libtpu') is None:
     return False
   devices = pathlib.Path('/dev')

@@ -1,10 +1,10 @@
-"""Train states, random or from checkpoints, on the mesh; and what configures them."""
+"""Initialises and restores train states on the mesh, and configures checkpoints."""
 
 import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.core
 import jax
@@ -12,23 +12,11 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
-from flax.core import scope as flax_scope
 from jax.experimental import multihost_utils
 
 from t5x import checkpoints, multihost, state_utils, train_state
 
 _RESTORE_MODES = ('specific', 'latest', 'all')
-
-
-class InitFnCallable(Protocol):
-  """Initialises a model's variables."""
-
-  def __call__(
-    self,
-    rng: Any,
-    input_shapes: Mapping[str, Any],
-    input_types: Mapping[str, Any] | None,
-  ) -> flax_scope.FrozenVariableDict: ...
 
 
 # -- Configuration -------------------------------------------------------------
@@ -41,18 +29,19 @@ def _check_dtype(owner: str, dtype: str | None, known: Sequence[str]):
 
 @dataclasses.dataclass
 class SaveCheckpointConfig:
-  """When and how to save.
+  """Configures when and how to save.
 
   Attributes:
-    dtype: what parameters are cast to on disk: 'float32', 'bfloat16', or None for
+    dtype: parameters are cast to it on disk: 'float32', 'bfloat16', or None for
       unchanged. Optimizer states are never cast.
     period: steps between checkpoints, counted from step 0; 0 or None for none.
     checkpoint_steps: further steps to save at.
-    keep: how many checkpoints to keep; None keeps all.
+    keep: how many of the newest checkpoints to keep (with a monitored metric, of the
+      best); None keeps all.
     keep_dataset_checkpoints: how many of the newest keep the dataset state; None: all.
     save_dataset: whether to save the dataset state.
     checkpointer_cls: `SaveBestCheckpointer` keeps the best by a metric.
-    state_transformation_fns: applied to the state dict, in order, before it is saved.
+    state_transformation_fns: applied in order to the state dict before it is saved.
     checkpoint_manager_cls: builds the manager that saves.
   """
 
@@ -92,7 +81,7 @@ class SaveCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AssignmentMap:
-  """An assignment map as a transformation of restored states."""
+  """Applies an assignment map as a `RestoreStateTransformationFn`."""
 
   rules: Sequence[tuple[str, str | None]]
 
@@ -110,25 +99,24 @@ class AssignmentMap:
 
 @dataclasses.dataclass
 class RestoreCheckpointConfig:
-  """What to restore.
+  """Configures what to restore.
 
   Attributes:
-    path: a checkpoint (mode 'specific') or a folder of them; or several.
-    mode: 'specific' takes `path`, 'latest' the newest in the folder, 'all' one after
-      the other.
+    path: a checkpoint (mode 'specific') or a folder of them, or several of either.
+    mode: 'specific' restores `path`, 'latest' the newest in the folder, 'all' each in
+      turn.
     assignment_map: pairs (pattern, replacement) of regular expressions. A name of
-      this model that matches the pattern is read from the checkpoint's name that
-      the replacement gives; None drops it.
-    strict: whether every optimizer state must be in the checkpoint. If not, those it
-      lacks are initialised.
-    fallback_to_scratch: whether what the checkpoint lacks (after the assignment map)
-      is initialised.
-    dtype: what parameters are cast to: 'float32', 'bfloat16', 'float16', or None for
+      this model that matches the pattern is read from the replacement's name in the
+      checkpoint, or not restored if the replacement is None.
+    strict: if False, optimizer states that the checkpoint lacks are initialised.
+    fallback_to_scratch: whether all arrays that the checkpoint lacks, or that the
+      assignment map drops, are initialised.
+    dtype: parameters are cast to it: 'float32', 'bfloat16', 'float16', or None for
       as saved.
     restore_dataset: whether to restore the dataset state.
-    checkpointer_cls: for T5X's configurations; `checkpoint_manager_cls` reads.
-    state_transformation_fns: applied to the saved state dict, in order. The assignment
-      map is put in front of them.
+    checkpointer_cls: ignored (T5X compatibility); see `checkpoint_manager_cls`.
+    state_transformation_fns: applied in order to the saved state dict, after the
+      assignment map.
     checkpoint_manager_cls: builds the manager that reads.
   """
 
@@ -154,7 +142,7 @@ class RestoreCheckpointConfig:
     _check_dtype(
       'RestoreCheckpointConfig', self.dtype, ('float32', 'bfloat16', 'float16')
     )
-    # `dataclasses.replace` runs this again: the map must not double.
+    # `dataclasses.replace` runs this again and must not add the map twice.
     others = [
       fn for fn in self.state_transformation_fns if not isinstance(fn, AssignmentMap)
     ]
@@ -164,7 +152,7 @@ class RestoreCheckpointConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-  """Saving and restoring; None for neither."""
+  """Configures saving and restoring; None switches either off."""
 
   save: SaveCheckpointConfig | None = None
   restore: RestoreCheckpointConfig | None = None
@@ -186,16 +174,13 @@ def _checkpoints_in(folder: str) -> list[str]:
 def get_first_valid_restore_config_and_paths(
   restore_cfgs: Sequence[RestoreCheckpointConfig],
 ) -> tuple[RestoreCheckpointConfig | None, Sequence[str]]:
-  """Finds the first configuration that has something to restore.
-
-  Args:
-    restore_cfgs: in order of precedence. One of mode 'specific' always counts.
+  """Finds the first configuration with a checkpoint; mode 'specific' always has one.
 
   Returns:
     (the configuration, its checkpoints, oldest first), or (None, []).
 
   Raises:
-    ValueError: a folder to look in does not exist, or is a checkpoint itself.
+    ValueError: a folder to search does not exist, or is itself a checkpoint.
   """
   for cfg in restore_cfgs:
     paths = [cfg.path] if isinstance(cfg.path, str) else list(cfg.path)
@@ -212,7 +197,7 @@ def get_first_valid_restore_config_and_paths(
 
 
 class TrainStateInitializer:
-  """Makes train states on the mesh, random or restored.
+  """Initialises or restores train states on the mesh.
 
   Attributes:
     global_train_state_shape: the state with `jax.ShapeDtypeStruct` for arrays.
@@ -222,16 +207,16 @@ class TrainStateInitializer:
   def __init__(
     self,
     optimizer_def: Any,
-    init_fn: InitFnCallable,
+    init_fn: Callable[..., Any],
     input_shapes: Mapping[str, Any],
     partitioner: Any,
     input_types: Mapping[str, Any] | None = None,
   ):
-    """Derives the shapes and axes of the state; nothing is computed yet.
+    """Derives the shapes and axes of the state without computing it.
 
     Args:
-      optimizer_def: the optimizer; None for a state for inference only.
-      init_fn: usually a model's `get_initial_variables`.
+      optimizer_def: the optimizer; None for an inference state.
+      init_fn: initialises the variables, like a model's `get_initial_variables`.
       input_shapes: feature -> shape of the global batch.
       partitioner: lays the state out on the mesh.
       input_types: feature -> dtype; None for float32.
@@ -251,7 +236,7 @@ class TrainStateInitializer:
     self.train_state_axes = partitioner.get_mesh_axes(self.global_train_state_shape)
 
   def from_scratch(self, init_rng: Any) -> train_state.TrainState:
-    """Initialises a state directly on the devices where it will stay."""
+    """Initialises a state on the devices of its mesh."""
     logging.info('Initialising parameters from scratch.')
     initialize = self._partitioner.partition(
       self._initialize,
@@ -268,14 +253,15 @@ class TrainStateInitializer:
   ) -> Iterable[tuple[train_state.TrainState, str]]:
     """Restores the checkpoints of the first configuration that has any.
 
+    Mode 'latest' reports a damaged checkpoint and restores the one before.
+
     Args:
       restore_cfgs: in order of precedence.
-      ds_iter: iterator whose state is restored if the configuration asks for it.
-      init_rng: random key for what a checkpoint lacks.
+      ds_iter: iterator whose state is restored if the configuration says so.
+      init_rng: random key for arrays that a checkpoint lacks.
 
     Yields:
-      (state, path of its checkpoint); nothing if there are no checkpoints. In mode
-      'latest', a damaged checkpoint is reported and the one before is taken.
+      (state, path of its checkpoint).
     """
     cfg, paths = get_first_valid_restore_config_and_paths(restore_cfgs)
     fallback = _fallback(self, cfg, init_rng)
@@ -297,7 +283,7 @@ class TrainStateInitializer:
     ds_iter: Any = None,
     init_rng: Any = None,
   ) -> train_state.TrainState | None:
-    """Restores one checkpoint, or returns None if there is none.
+    """Restores the only checkpoint, or returns None if there is none.
 
     Raises:
       ValueError: there are several.
@@ -314,7 +300,7 @@ class TrainStateInitializer:
     init_rng: Any,
     ds_iter: Any = None,
   ) -> train_state.TrainState:
-    """Restores one checkpoint, or initialises a state if there is none."""
+    """Restores the only checkpoint, or initialises a state if there is none."""
     restored = self.from_checkpoint(ckpt_cfgs, ds_iter=ds_iter, init_rng=init_rng)
     return self.from_scratch(init_rng) if restored is None else restored
 
@@ -324,31 +310,28 @@ def _fallback(
   cfg: RestoreCheckpointConfig | None,
   init_rng: Any,
 ) -> Mapping[str, Any] | None:
-  """State dict to take what a checkpoint lacks from, or None.
-
-  1. `fallback_to_scratch`: anything.
-  2. `strict` is False: the optimizer's states, if there is an optimizer.
-  """
+  """State dict with the arrays that a checkpoint may lack, or None."""
   if cfg is None or cfg.strict and not cfg.fallback_to_scratch:
     return None
-  if cfg.fallback_to_scratch:
+  if cfg.fallback_to_scratch:  # Any array may be missing.
     if not cfg.state_transformation_fns:
       raise ValueError(
         'RestoreCheckpointConfig.fallback_to_scratch is True without assignment_map or '
         'state_transformation_fns, so a misspelt name would silently start from '
-        'scratch. Name what the checkpoint lacks, for instance with '
+        'scratch. Name the arrays that the checkpoint lacks, for instance with '
         "assignment_map = ((r'target/new_head/.*', None),)."
       )
     if init_rng is None:
       raise ValueError(
-        'RestoreCheckpointConfig.fallback_to_scratch is True without a random key to '
-        'initialise from. In eval and infer, set fallback_init_rng.'
+        'RestoreCheckpointConfig.fallback_to_scratch is True without a random key. In '
+        'eval and infer, set fallback_init_rng.'
       )
     return initializer.from_scratch(init_rng).state_dict()
+  # With strict = False, only optimizer states may be missing.
   shapes = initializer.global_train_state_shape.state_dict()
   if not state_utils.flatten_state_dict(shapes['state'].get('param_states') or {}):
     return None
-  # An optimizer's first state does not depend on the key.
+  # An optimizer's initial state does not depend on the key.
   fresh = initializer.from_scratch(
     jax.random.PRNGKey(0) if init_rng is None else init_rng
   ).state_dict()
@@ -371,10 +354,9 @@ def _restore_newest_readable(
   cfg: RestoreCheckpointConfig,
   fallback_state: Mapping[str, Any] | None,
 ) -> tuple[Any, str, list[int]]:
-  """Restores a checkpoint, or in mode 'latest' one before it if it is damaged.
+  """Restores a checkpoint or, in mode 'latest', the newest undamaged one up to it.
 
-  Returns:
-    (the train state, the path it came from, steps of damaged checkpoints).
+  Returns (the train state, its path, steps of damaged checkpoints).
   """
   candidates = [path]
   if cfg.mode == 'latest':
@@ -402,8 +384,8 @@ def _restore_newest_readable(
       return state, candidate, damaged
     damaged.append(checkpoints.step_in_name(candidate))
   raise checkpoints.DamagedCheckpointError(
-    f"No checkpoint in '{folder}' can be read (steps {steps}). Restore the folder "
-    'from a copy, or move these checkpoints away to start from scratch.'
+    f"All checkpoints in '{folder}' are damaged (steps {steps}). Restore the folder "
+    'from a backup, or move the checkpoints away to start from scratch.'
   ) from problem
 
 
@@ -416,23 +398,18 @@ def create_orbax_checkpoint_manager(
   ds_iter: Any = None,
   model_dir: str | None = None,
 ) -> Any:
-  """Builds the manager that configurations describe.
+  """Builds the checkpoint manager of `model_dir` from its configurations.
 
-  Args:
-    save_cfg: how to save; None for a manager that only reads.
-    restore_cfg: how to restore.
-    train_state: state of arrays or of their shapes.
-    partitioner: lays restored arrays out on the mesh.
-    ds_iter: training iterator; used if a configuration wants its state.
-    model_dir: the folder.
+  Without `save_cfg`, the manager only reads. `train_state` has arrays or their shapes.
+  The state of `ds_iter` is saved or restored if a configuration says so.
   """
   options: dict[str, Any] = dict(period=None)
   with_dataset = bool(restore_cfg and restore_cfg.restore_dataset)
   if save_cfg is not None:
-    # Called rather than inspected: gin and `functools.partial` wrap the class.
+    # Built, not inspected, because gin and `functools.partial` may wrap the class.
     options = save_cfg.checkpointer_cls(train_state, partitioner, model_dir).retention
     options |= dict(period=save_cfg.period, save_dtype=save_cfg.dtype)
-    # What is unset may be bound to the manager's class itself.
+    # Unset values are omitted: gin may bind them to the manager's class.
     for name in ('keep', 'checkpoint_steps', 'keep_dataset_checkpoints'):
       if getattr(save_cfg, name) is not None:
         options[name] = getattr(save_cfg, name)
@@ -459,21 +436,21 @@ def create_checkpoint_manager_and_restore(
   ds_iter: Any = None,
   use_orbax: bool = True,
 ) -> tuple[Any, Any]:
-  """Restores a checkpoint, if one is given, and builds the manager for more.
+  """Restores a checkpoint and builds the manager that saves further ones.
 
-  In mode 'latest', a damaged checkpoint is reported and the one before is taken; if
-  the run saves into that folder, the damaged one is renamed.
+  Mode 'latest' reports a damaged checkpoint and restores the one before. If the run
+  saves into the same folder, the damaged checkpoint is renamed.
 
   Args:
-    train_state_initializer: knows the state's shapes.
+    train_state_initializer: describes the state.
     partitioner: lays restored arrays out on the mesh.
     restore_checkpoint_cfg: how to restore.
     restore_path: the checkpoint; None restores nothing.
-    fallback_init_rng: random key for what the checkpoint lacks.
+    fallback_init_rng: random key for arrays that the checkpoint lacks.
     save_checkpoint_cfg: how to save; None for a manager that only reads.
-    model_dir: the run's folder; by default that of the checkpoint.
+    model_dir: the run's folder; None for that of the checkpoint.
     ds_iter: the training iterator.
-    use_orbax: for T5X's callers; Orbax's layout is written in any case.
+    use_orbax: ignored (T5X compatibility); Orbax's layout is always written.
 
   Returns:
     (the train state or None, the manager).
@@ -512,12 +489,10 @@ def create_checkpoint_manager_and_restore(
 
 
 def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any):
-  """Logs the number of parameters; lists all variables of a state in `log_file`.
+  """Logs the number of parameters and writes a table of all variables to `log_file`.
 
-  Args:
-    log_file: gets names, shapes, sizes and partition specs; None writes nothing.
-    full_train_state: a state of arrays or of their shapes.
-    partitioner: has `mesh` and `get_mesh_axes`.
+  The table has names, shapes, sizes and partition specs. `full_train_state` has arrays
+  or their shapes. With `log_file` None, no table is written.
   """
   if not multihost.is_host_0():
     return

@@ -1,12 +1,8 @@
-"""Nested state dicts: flattening and renaming.
-
-Leaves are arrays or, in an index of the layout before Orbax, TensorStore
-specifications: dicts too, which stay whole.
-"""
+"""Flattens nested state dicts and renames their entries."""
 
 import collections
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -16,7 +12,7 @@ from flax import traverse_util
 def flatten_state_dict(
   state_dict: Mapping[str, Any], keep_empty_nodes: bool = False
 ) -> dict[str, Any]:
-  """Flattens to paths joined by '/'; TensorStore specifications stay whole."""
+  """Flattens to names joined by '/', with TensorStore specifications as leaves."""
   return traverse_util.flatten_dict(
     state_dict,
     keep_empty_nodes=keep_empty_nodes,
@@ -26,23 +22,20 @@ def flatten_state_dict(
 
 
 def flatten_dict_string_keys(x: Mapping[str, Any]) -> dict[str, Any]:
-  """Flattens to paths joined by '/', without empty dicts."""
+  """Flattens to names joined by '/', without empty dicts."""
   return traverse_util.flatten_dict(x, sep='/')
 
 
-def _report(
-  what: str, names: Sequence[str], log: Callable[..., None] = logging.warning
-) -> None:
-  """Logs a few names; of hundreds (an optimizer's), how many each folder has."""
-  if not names:
-    return
+def _report(log: Callable[..., None], what: str, names: Collection[str]):
+  """Logs a few names, or how many there are in each folder."""
   if len(names) <= 8:
     shown = ', '.join(sorted(names))
   else:
     folders = collections.Counter('/'.join(name.split('/')[:2]) for name in names)
     shown = ', '.join(f'{n} in {folder}' for folder, n in sorted(folders.items()))
     logging.debug('%s: %s', what, ', '.join(sorted(names)))
-  log('%s: %s', what, shown)
+  if names:
+    log('%s: %s', what, shown)
 
 
 def apply_assignment_map(
@@ -53,23 +46,22 @@ def apply_assignment_map(
   *,
   is_resuming: bool = False,
 ) -> Mapping[str, Any]:
-  """Renames a checkpoint's entries to those of the current state.
+  """Renames a checkpoint's entries to the names of the current state.
 
-  For each name of the current state, by the first rule whose pattern matches all of it:
+  Each name of the current state follows the first rule whose pattern matches all of it:
 
-  1. a replacement names the checkpoint's entry to take (two may take the same one);
+  1. A replacement names the checkpoint's entry to take. Two names may take the same.
   2. None drops the name: it is not restored, even if the checkpoint has it.
 
-  Names that no rule matches take the checkpoint's entry of the same name. Entries of
-  the checkpoint that were taken under another name are removed; the others stay.
+  A name that no rule matches takes the checkpoint's entry of the same name. Entries
+  taken under another name are removed from the result; the other entries stay.
 
   Args:
-    ckpt_optimizer_state: what the checkpoint holds.
-    optimizer_state: the current state (only its names matter).
-    assignment_map: (regular expression, replacement with group references, or None).
+    ckpt_optimizer_state: the checkpoint's state dict.
+    optimizer_state: the current state dict; only its names matter.
+    assignment_map: (regular expression, replacement with group references or None).
     require_all_rules_match: whether a rule that matches nothing is an error.
-    is_resuming: whether the run's own checkpoint is read, which has the new names
-      already: nothing is renamed then.
+    is_resuming: renames nothing: a run's own checkpoint has the new names already.
 
   Raises:
     ValueError: a rule names an entry that the checkpoint lacks, or matches nothing.
@@ -102,10 +94,10 @@ def apply_assignment_map(
       + ', '.join(map(repr, unused))
     )
   absent = [name for name in unmatched if name not in source]
-  _report('Without a rule and not in the checkpoint', absent)
-  _report('Not restored, by the assignment map', list(dropped), logging.info)
+  _report(logging.warning, 'Not in the checkpoint and without a rule', absent)
+  _report(logging.info, 'Dropped by the assignment map', dropped)
   gone = dropped | set(renamed.values())
-  # An unmatched name keeps its entry even if another name has taken it too.
+  # An unmatched name keeps its entry even if another name takes it too.
   kept = {k: v for k, v in source.items() if k not in gone or k in unmatched}
   taken = {name: source[old] for name, old in renamed.items()}
   return traverse_util.unflatten_dict(kept | taken, sep='/')
