@@ -1,14 +1,13 @@
-"""Byte-level BPE as TensorFlow operations: the ids that `tokenizers` gives, exactly.
+"""Byte-level BPE as TensorFlow operations, with exactly the ids of `tokenizers`.
 
-A Python function inside `tf.data` uses one core at most and keeps an iterator from
-being saved. Here the work is done in the graph, for many texts at once:
+A Python function inside `tf.data` uses at most one core and prevents saving the
+iterator. This runs in the graph, on many texts at once:
 
-    text    -> words   GPT-2's pattern, from the kinds of neighbouring characters
-    words   -> ids     most words are a token of the vocabulary and are looked up
+    text    -> words   GPT-2's pattern, from the kinds of adjacent characters
+    words   -> ids     most words are a token and are looked up
     others  -> ids     merged pair by pair, all words in parallel (arXiv 1508.07909)
 
-Which characters are letters, and which words are tokens, is asked of `tokenizers`. All
-tables are constants: there is nothing to initialise, and no state to save.
+All tables are constants, built by querying `tokenizers`.
 """
 
 import functools
@@ -22,7 +21,7 @@ import tensorflow as tf
 from bart_t5x import tensors
 from bart_t5x.tensors import do_not_convert, select
 
-# Kinds of characters; `_EDGE` is before and after a text.
+# Kinds of characters; `_EDGE` precedes and follows a text.
 _EDGE, _LETTER, _NUMBER, _OTHER, _BLANK, _SPACE = range(6)
 _PROBES = {_LETTER: 'a', _NUMBER: '1', _OTHER: '-'}
 # Unicode has neither letters, numbers nor white space from here on.
@@ -30,7 +29,7 @@ _KNOWN_CODE_POINTS = 0x40000
 _PAGE = 256
 _SURROGATES = range(0xD800, 0xE000)
 
-# The contractions of the pattern, after the apostrophe.
+# Contractions of the pattern, after the apostrophe.
 _SHORT_CONTRACTIONS = 'stmd'
 _LONG_CONTRACTIONS = ('re', 've', 'll')
 
@@ -40,38 +39,34 @@ _HASHES = 2**62
 
 
 class Tables(NamedTuple):
-  """A tokenizer as tensors; the last row of the sorted ones means "not found"."""
+  """A tokenizer as tensors; the last row of sorted ones is for "not found"."""
 
   kinds: tf.Tensor  # uint8 [code points], the kind of each character
   byte_ids: tf.Tensor  # int32 [256], the token of each byte
   pairs: tf.Tensor  # int64 [merges + 1], sorted: left id x `base` + right id
-  ranks: tf.Tensor  # int32 [merges + 1], of each pair: the lowest is merged first
+  ranks: tf.Tensor  # int32 [merges + 1], of each pair; the lowest is merged first
   products: tf.Tensor  # int32 [merges + 1], by rank: the id a pair becomes
-  # bool [merges + 1], by rank: whether the product may have a pair of lower rank, so
-  # that the next merge in the word may be another. None if no product has, as in every
-  # vocabulary that was trained in one go.
+  # bool [merges + 1], by rank: whether the product occurs in a pair of lower rank, so
+  # that only one merge may be done at a time. None if none does, as in every vocabulary
+  # trained in one go.
   single: tf.Tensor | None
   hashes: tf.Tensor  # int64 [words + 1], sorted, of the words that are one token
   words: tf.Tensor  # string [words + 1]
   word_ids: tf.Tensor  # int32 [words + 1]
   base: int  # more than any id
   prefix: bool  # whether a text gets a space before it
-  split: bool  # whether a text is split into words at all
+  split: bool  # whether a text is split into words
 
 
 # ---- tables ------------------------------------------------------------------
 
 
 def build_tables(tokenizer) -> Tables | None:
-  """Builds the tables of a tokenizer; takes about a second for 50,000 tokens.
+  """Builds the tables of a `tokenizers.Tokenizer` with `encode_special_tokens`.
 
-  Args:
-    tokenizer: a `tokenizers.Tokenizer` with `encode_special_tokens`.
-
-  Returns:
-    None for a tokenizer that `encode` cannot follow exactly: with a normalizer, a
-    pre-tokenizer other than a single ByteLevel, added tokens that are not special, or a
-    BPE with dropout, affixes or missing bytes.
+  Takes about a second for 50,000 tokens. Returns None if `encode` cannot reproduce the
+  tokenizer: it has a normalizer, a pre-tokenizer other than a single ByteLevel, added
+  tokens that are not special, or a BPE with dropout, affixes or missing bytes.
   """
   settings = json.loads(tokenizer.to_str())
   model, splitter = settings['model'], settings['pre_tokenizer'] or {}
@@ -91,7 +86,7 @@ def build_tables(tokenizer) -> Tables | None:
     hashes = tf.strings.to_hash_bucket_fast(words, _HASHES).numpy()
     order = np.argsort(hashes)
     if (np.diff(hashes[order]) == 0).any():
-      return None  # never seen, but then a word might not be found
+      return None  # a word might not be found
     return Tables(
       kinds=tf.constant(character_kinds()),
       byte_ids=tf.constant(
@@ -112,7 +107,7 @@ def _constant(rows, not_found, dtype: tf.DType) -> tf.Tensor:
 
 @functools.cache
 def _byte_characters() -> tuple[str, ...]:
-  """Returns the character of GPT-2's alphabet for each of the 256 bytes."""
+  """Characters of GPT-2's alphabet by byte."""
   printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in printed]
   codes = dict(zip(printed, printed, strict=True))
@@ -122,13 +117,13 @@ def _byte_characters() -> tuple[str, ...]:
 
 @functools.cache
 def character_kinds() -> np.ndarray:
-  """Returns the kind of each code point for the pre-tokenizer: uint8 [n]."""
+  """Returns the pre-tokenizer's kind of each code point: uint8 [n]."""
   from tokenizers import pre_tokenizers
 
   split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
 
   def kind_of(character: str) -> int:
-    # Two characters of a kind stay together; blanks match none of the probes.
+    # Two characters of a kind stay together; blanks match no probe.
     found = [k for k, probe in _PROBES.items() if len(split(probe + character)) == 1]
     return found[0] if found else _BLANK
 
@@ -138,7 +133,7 @@ def character_kinds() -> np.ndarray:
   kinds[ord(' ')] = _SPACE
   for first in range(_PAGE, _KNOWN_CODE_POINTS, _PAGE):
     if first not in _SURROGATES:
-      # Without spaces and apostrophes a piece holds one kind only.
+      # Without spaces and apostrophes, each piece is of one kind.
       page = ''.join(map(chr, range(first, first + _PAGE)))
       for _, (begin, end) in split(page):
         kinds[first + begin : first + end] = kind_of(page[begin])
@@ -146,7 +141,7 @@ def character_kinds() -> np.ndarray:
 
 
 def _whole_words(model, vocab: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the words that become one token, as bytes [n], and their ids [n]."""
+  """Returns words that become one token, as bytes [n], and their ids [n]."""
   byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
   words, ids = [], []
   for token in vocab:
@@ -184,14 +179,7 @@ def _merges(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> dict[str
 
 @do_not_convert
 def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
-  """Tokenizes texts; special tokens in them are text like any other.
-
-  Args:
-    texts: string [n], UTF-8.
-    tables: of the tokenizer.
-
-  Returns:
-    int32 [n, (tokens)].
+  """Tokenizes string [n] to int32 [n, (tokens)]; special tokens in texts are text.
 
   Raises:
     tf.errors.InvalidArgumentError: a text is not UTF-8.
@@ -201,7 +189,7 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
     texts = tf.where(bare, tf.strings.join([' ', texts]), texts)
   decoded = tf.strings.unicode_decode(texts, 'UTF-8', errors='strict')
   codes, splits = decoded.values, decoded.row_splits
-  # The byte at which each character of the concatenated texts begins, and the end.
+  # Byte offset of each character of the concatenated texts, and of their end.
   longer = [tf.cast(codes >= bound, tf.int64) for bound in (0x80, 0x800, 0x10000)]
   edges = _with_zero(tf.cumsum(1 + tf.add_n(longer)))
 
@@ -222,7 +210,7 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
   places = tf.concat([select(places, known), other_places], 0)
   ids = tf.concat([ids, other_ids], 0)
 
-  # Put each token at the place of its first byte, then drop the places between.
+  # Scatter tokens to the places of their first bytes, then drop the empty places.
   tokens = tf.tensor_scatter_nd_update(
     tf.fill([edges[-1]], -1), places[:, tf.newaxis], ids
   )
@@ -240,7 +228,7 @@ def _with_zero(sums: tf.Tensor) -> tf.Tensor:
 
 
 def _marks(places: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-  """Returns bool [size + 3], true at places [n] up to `size`."""
+  """Returns bool [size + 3], true at places [n]."""
   ones = tf.ones_like(places, tf.int32)
   return tf.scatter_nd(places[:, tf.newaxis], ones, [size + 3]) > 0
 
@@ -250,17 +238,17 @@ def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tens
 
       's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
-  A word begins where the kind changes, and includes a space before it. In a run of
-  white space the last character stands alone if something follows. The contractions
-  count where an apostrophe begins a word.
+  A word begins where the kind changes, and includes a space before it. The last
+  character of a run of white space stands alone if text follows. Contractions count
+  where an apostrophe begins a word.
 
   Args:
     codes: int32 [n], code points of concatenated texts.
-    edges: bool [n + 3], where a text begins, and the end of the last.
+    edges: bool [n + 3], beginnings of texts and the end of the last.
     kinds: of `Tables`.
 
   Returns:
-    bool [n + 3], of which the first n count.
+    bool [n + 3]; the last three are padding.
   """
   n = tf.size(codes)
   kind = tf.gather(kinds, tf.minimum(codes, _KNOWN_CODE_POINTS - 1))
@@ -273,7 +261,7 @@ def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tens
     (before != kind) & (before != _SPACE),
   )
 
-  # The two characters after each apostrophe, 0 for those of the next text.
+  # The two characters after each apostrophe, 0 if they are in the next text.
   at = tensors.places((codes == ord("'")) & starts)
   padded = tf.concat([codes, [0, 0]], 0)
   one = tf.where(tf.gather(edges, at + 1), 0, tf.gather(padded, at + 1))
@@ -296,15 +284,10 @@ def word_starts(codes: tf.Tensor, edges: tf.Tensor, kinds: tf.Tensor) -> tf.Tens
 def _merged(
   words: tf.Tensor, places: tf.Tensor, tables: Tables
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """Merges the bytes of words until no pair is left that has a rank.
-
-  Args:
-    words: string [n].
-    places: int64 [n], of their first bytes.
-    tables: of the tokenizer.
+  """Merges the bytes of words [n] at byte offsets `places` until no pair has a rank.
 
   Returns:
-    For all tokens the place of the first byte, int64 [m], and the id, int32 [m].
+    Each token's byte offset, int64 [m], and id, int32 [m].
   """
   data = tf.io.decode_raw(tf.strings.reduce_join(words), tf.uint8)
   lengths = tf.strings.length(words)
@@ -324,7 +307,7 @@ def _merged(
 
 
 def _ranks(at: tf.Tensor, word: tf.Tensor, ids: tf.Tensor, tables: Tables) -> tf.Tensor:
-  """Returns the ranks of the pairs at positions `at`, `_NO_RANK` for those without."""
+  """Returns the ranks of the pairs that begin at indices `at`, or `_NO_RANK`."""
   second = tf.minimum(at + 1, tf.size(ids, at.dtype) - 1)
   left, right = (tf.cast(tf.gather(ids, i), tf.int64) for i in (at, second))
   pair = left * tables.base + right
@@ -338,16 +321,16 @@ def _ranks(at: tf.Tensor, word: tf.Tensor, ids: tf.Tensor, tables: Tables) -> tf
 
 
 def _merge_once(places, word, ids, ranks, tables: Tables):
-  """Merges each word's pair of the lowest rank, wherever in the word it is."""
+  """Merges all occurrences of the lowest-ranked pair of each word."""
   lowest = tf.math.segment_min(ranks, word)
-  lowest = tf.where(lowest < _NO_RANK, lowest, -1)  # a word that is done
+  lowest = tf.where(lowest < _NO_RANK, lowest, -1)  # finished words
   at = tensors.places(ranks == tf.gather(lowest, word))
   if tables.single is not None:
     of = tf.gather(word, at)
     is_first = tf.concat([[True], of[1:] != of[:-1]], 0)
     single = tf.gather(tables.single, tf.gather(ranks, at))
     at = select(at, is_first | ~single)
-  # From the left: of overlapping pairs, which are adjacent positions, every other one.
+  # Of overlapping pairs (adjacent indices), merge every other one from the left.
   begins = tf.concat([[True], at[1:] - at[:-1] > 1], 0)
   run = tf.cumsum(tf.cast(begins, tf.int32)) - 1
   at = select(at, (at - tf.gather(select(at, begins), run)) % 2 == 0)
@@ -359,7 +342,7 @@ def _merge_once(places, word, ids, ranks, tables: Tables):
   )
   kept = tensors.places(stays)
   places, word, ids, ranks = (tf.gather(x, kept) for x in (places, word, ids, ranks))
-  # Each merge moved what follows; only pairs that contain a product are new.
+  # Each merge shifts what follows. Only pairs that contain a product are new.
   at -= tf.range(tf.size(at, tf.int64))
   changed = tf.concat([tf.maximum(at - 1, 0), at], 0)
   ranks = tf.tensor_scatter_nd_update(

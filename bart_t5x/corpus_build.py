@@ -1,10 +1,8 @@
-"""The passes of `prepare`: reads the text, trains the tokenizer, writes the shards.
+"""Passes of `prepare`: read the text, train the tokenizer, write the shards.
 
-The source is read once (it may be a download) into a compressed file in the corpus
-folder, from which the tokenizer is trained and the shards are made. A document's digest
-decides whether it is a duplicate, which split it belongs to and which id it has. So the
-split does not depend on the order of the source, and the bytes of the shards do not
-depend on the number of workers.
+The source, which may be a download, is read once into a compressed file in the corpus
+folder; the other passes read that file. A document's digest identifies duplicates and
+determines its split and id, so the split does not depend on the order of the source.
 """
 
 import collections
@@ -31,7 +29,7 @@ import tqdm
 from bart_t5x import cli, corpus_format, text_sources, tokenization, tokenizer_training
 from bart_t5x.corpus_format import TRAIN, VALIDATION
 
-# Text that a worker gets at a time: enough to pay for sending it.
+# Bytes of text sent to a worker at a time, enough to amortize the transfer.
 _BATCH_BYTES = 1 << 19
 _MEGABYTE = 1 << 20
 _SENTENCEPIECE_BYTES = 100 * 10**6
@@ -49,8 +47,8 @@ def build(
 
   Args:
     source: the text.
-    folder: an empty one, for the files.
-    settings: the arguments of `prepare` that decide on the content.
+    folder: an empty folder to write to.
+    settings: arguments of `prepare` that affect the content.
     num_workers: processes that tokenize; None for one per core.
     tokenizer: None to train one.
 
@@ -58,13 +56,13 @@ def build(
     The content of corpus.json.
 
   Raises:
-    ValueError: the text cannot be read, is too little, or holds too few documents.
+    ValueError: the text cannot be read or is too small.
     RuntimeError: a worker died.
   """
   path = os.path.join(folder, 'documents.zst')
-  with _step('Reading the source'), _bar(None) as bar:
+  with _step('Reading the source'):
     kept = spool(
-      _counted(source.documents(), bar),
+      _progress(source.documents()),
       path,
       settings['validation_share'],
       settings['min_validation_documents'],
@@ -109,22 +107,22 @@ def build(
 def _check_size(kept: 'Spool', held_out: int) -> None:
   if not kept.documents:
     raise ValueError(
-      f'The source holds no text: {kept.empty} documents, all of them empty. Check '
-      '--input, --field and --unit.'
+      f'The source holds no text ({kept.empty} empty documents). Check --input, --field '
+      'and --unit.'
     )
   if kept.documents < 2 * held_out:
     raise ValueError(
-      f'The source holds {kept.documents} different documents, and {held_out} are to '
-      'be held out for validation and at least as many to be trained on. Use more '
-      'text, cut it into more documents (--unit=line), or hold out fewer with '
+      f'The source holds {kept.documents} different documents, but at least '
+      f'{2 * held_out} are needed: {held_out} for validation and as many for training. '
+      'Use more text, smaller documents (--unit=line), or a smaller '
       '--min_validation_documents.'
     )
 
 
 def default_num_shards(num_bytes: int) -> int:
-  """Returns a number of training files: a power of two, for equal shares of hosts.
+  """Returns the number of training files, a power of two so that hosts share evenly.
 
-  One per 2 MiB of text up to 64 files; beyond 16 GiB, one per 256 MiB.
+  One file per 2 MiB of text up to 64 files; beyond 16 GiB, one per 256 MiB.
   """
   wanted = max(min(num_bytes / (2 * _MEGABYTE), 64), num_bytes / (256 * _MEGABYTE), 1)
   return 2 ** math.ceil(math.log2(wanted))
@@ -136,7 +134,7 @@ _HEADER = struct.Struct('<QI')  # digest and size of a document
 
 
 class DigestSet:
-  """A set of digests at 8 bytes each, where Python's own takes about 100."""
+  """A set of digests at 8 bytes each; Python's `set` takes about 100."""
 
   def __init__(self, buffer_size: int = 1 << 20):
     self._buffer_size = buffer_size
@@ -161,31 +159,21 @@ class DigestSet:
 
 @dataclasses.dataclass
 class Spool:
-  """The documents of a corpus in a compressed file.
-
-  Attributes:
-    path: of the file.
-    documents: how many.
-    bytes: of their text in UTF-8.
-    empty: dropped documents with white space at most.
-    duplicates: dropped documents with the text of an earlier one.
-    limit: documents whose digest is below it are for validation.
-    text_sha256: hash of the documents in their order.
-  """
+  """A compressed file of documents, and their counts."""
 
   path: str
   documents: int = 0
-  bytes: int = 0
-  empty: int = 0
-  duplicates: int = 0
-  limit: int = 0
-  text_sha256: str = ''
+  bytes: int = 0  # of text in UTF-8
+  empty: int = 0  # dropped: at most white space
+  duplicates: int = 0  # dropped
+  limit: int = 0  # documents with a smaller digest are for validation
+  text_sha256: str = ''  # of the documents in order
 
   def split_of(self, digest: int) -> str:
     return VALIDATION if digest < self.limit else TRAIN
 
   def read(self) -> Iterator[tuple[int, bytes]]:
-    """Yields the digest and text (UTF-8) of each document, in the source's order."""
+    """Yields digest and text (UTF-8) of each document, in the order of the source."""
     import zstandard
 
     with zstandard.open(self.path, 'rb') as f:
@@ -195,14 +183,10 @@ class Spool:
 
 
 def spool(documents: Iterable[str], path: str, share: float, at_least: int) -> Spool:
-  """Reads a source to its end and writes its different documents to a file.
+  """Writes the distinct documents of a source to a file.
 
-  Args:
-    documents: of the source.
-    path: of the file to write.
-    share: of the documents that is held out for validation.
-    at_least: documents to hold out if the share is fewer: those with the smallest
-      digests. If there are not that many, all are; the caller checks.
+  The documents with the smallest digests are held out for validation: a `share` of all,
+  but at least `at_least` (or all, if there are fewer).
   """
   import zstandard
 
@@ -246,7 +230,7 @@ def _train_tokenizer(kept: Spool, settings: Mapping[str, Any]) -> bytes:
   def training_texts() -> Iterator[str]:
     for digest, text in kept.read():
       if kept.split_of(digest) == TRAIN and (
-        # Small digests are held out, so the bits are reversed for another draw.
+        # Reversed bits for an independent draw: small digests are held out.
         share == 1.0 or _reversed_bits(digest) < share * 2**_DIGEST_BITS
       ):
         yield text.decode('utf-8')
@@ -297,20 +281,19 @@ def _write_shards(
     split: Totals(tokenizer.vocab_size, corpus_format.shard_paths(folder, split, count))
     for split, count in ((TRAIN, num_shards), (VALIDATION, 1))
   }
-  # A pool costs more than it saves where there is little to do.
+  # For little text, a pool costs more than it saves.
   workers = min(num_workers or _cores(), math.ceil(kept.bytes / _BATCH_BYTES))
   try:
     with contextlib.ExitStack() as stack:
-      # Documents go to the files of their split in turn.
+      # Documents are dealt to the files of their split in turn.
       writers = {
         split: itertools.cycle(
           [stack.enter_context(tf.io.TFRecordWriter(path)) for path in total.paths]
         )
         for split, total in totals.items()
       }
-      bar = stack.enter_context(_bar(kept.documents))
-      for document in _counted(_tokenized(kept, tokenizer, workers), bar):
-        digest, num_bytes, ids, sentence_starts = document
+      documents = _progress(_tokenized(kept, tokenizer, workers), kept.documents)
+      for digest, num_bytes, ids, sentence_starts in documents:
         split = kept.split_of(digest)
         totals[split].add(num_bytes, ids, sentence_starts)
         record = corpus_format.serialize(ids, sentence_starts, digest)
@@ -334,7 +317,6 @@ _Document = tuple[int, int, np.ndarray, np.ndarray]
 def _tokenized(
   kept: Spool, tokenizer: tokenization.Tokenizer, workers: int
 ) -> Iterator[_Document]:
-  """Tokenizes documents in their order."""
   batches = _batches(kept.read())
   if workers <= 1:
     for batch in batches:
@@ -342,7 +324,7 @@ def _tokenized(
     return
   pool = concurrent.futures.ProcessPoolExecutor(
     workers,
-    # Forking a process that has threads, as this one has, can hang.
+    # Forking a process with threads can hang.
     multiprocessing.get_context('spawn'),
     _start_worker,
     (tokenizer.file_name, tokenizer.content),
@@ -351,15 +333,15 @@ def _tokenized(
     pending: collections.deque = collections.deque()
     for batch in batches:
       pending.append(pool.submit(_encode_in_worker, batch))
-      # Enough for every worker, and no more in memory.
+      # Bounds memory while every worker has work queued.
       if len(pending) >= 3 * workers:
         yield from pending.popleft().result()
     while pending:
       yield from pending.popleft().result()
   except concurrent.futures.process.BrokenProcessPool as e:
     raise RuntimeError(
-      'A worker process ended while tokenizing, most likely for lack of memory: there '
-      f'were {workers}, try fewer with --num_workers.'
+      f'One of {workers} worker processes died while tokenizing, probably out of '
+      'memory. Use fewer with --num_workers.'
     ) from e
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
@@ -394,9 +376,9 @@ _worker_tokenizer: tokenization.Tokenizer | None = None
 
 def _start_worker(name: str, content: bytes) -> None:
   global _worker_tokenizer
-  # Ctrl-C reaches the parent too, which ends its workers.
+  # The parent handles Ctrl-C and ends its workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  # There is one process per core: threads in them would only compete.
+  # With a process per core, threads would compete.
   os.environ['TOKENIZERS_PARALLELISM'] = 'false'
   _worker_tokenizer = tokenization.read_tokenizer(name, content)
 
@@ -411,20 +393,20 @@ def _encode_in_worker(batch: list[tuple[int, bytes]]) -> list[_Document]:
 def baselines(
   train: Totals, validation: Totals, tokenizer: tokenization.Tokenizer
 ) -> dict[str, Any]:
-  """Returns losses and accuracies that need no model, for a model to beat.
+  """Returns validation loss and accuracy that a model has to beat.
 
-  Targets are the documents' tokens, each document between `<s>` and `</s>`, as in
-  training. (There a document longer than the model is several such targets, with more
-  of both: of the dictionary's, cut at 126 tokens, the loss is 6.95 rather than 6.98.)
+  Targets are documents between `<s>` and `</s>`. (Training cuts long documents into
+  several targets with more of both, which lowers the loss slightly: from 6.98 to 6.95
+  for the dictionary at 126 tokens.)
 
   Returns:
-    unigram_loss: nats per target token in validation,
+    unigram_loss: nats per target token,
       -sum_v n_val(v) log p(v) / sum_v n_val(v), where
       p(v) = (n_train(v) + 1) / (sum_v n_train(v) + vocabulary size).
-    commonest_token: text of the ordinary token that is commonest in training.
-    commonest_token_id: its (inside) id.
-    commonest_token_share: its share of the ordinary tokens in validation, the accuracy
-      of always guessing it.
+    commonest_token: text of the most common ordinary token in training.
+    commonest_token_id: its id, inside numbering.
+    commonest_token_share: its share of ordinary tokens in validation, which is the
+      accuracy of always predicting it.
   """
   counts = {}
   for name, split in ((TRAIN, train), (VALIDATION, validation)):
@@ -455,12 +437,6 @@ def _step(name: str) -> Iterator[None]:
   print(f'{name}: {time.monotonic() - begin:.1f} s', file=sys.stderr, flush=True)
 
 
-def _bar(total: int | None) -> tqdm.tqdm:
-  # Only on a terminal.
-  return tqdm.tqdm(total=total, unit=' documents', disable=None, leave=False)
-
-
-def _counted(documents: Iterable, bar: tqdm.tqdm) -> Iterator:
-  for document in documents:
-    bar.update()
-    yield document
+def _progress(documents: Iterable, total: int | None = None) -> tqdm.tqdm:
+  # disable=None: shown on a terminal only.
+  return tqdm.tqdm(documents, total=total, unit=' documents', disable=None, leave=False)

@@ -1,10 +1,10 @@
-"""The format of corpora, which `prepare` writes and tasks read.
+"""Format of corpora, which `prepare` writes and tasks read.
 
-A corpus folder holds a tokenizer (see `tokenization`), corpus.json with what it was
-made from and its sizes, and shards train-*.tfrecord and validation-*.tfrecord. Each of
-their records is a document: a `tf.train.Example` of its token ids (`tokens`), the
-tokens at which its sentences begin (`sentence_starts`) and an id (`example_id`). All
-three depend on the document's text alone.
+A corpus folder holds a tokenizer (see `tokenization`), corpus.json (sources, settings,
+sizes) and shards train-*.tfrecord and validation-*.tfrecord. Each record is a document:
+a `tf.train.Example` of its token ids (`tokens`), the indices of the tokens that begin a
+sentence (`sentence_starts`) and an id (`example_id`). All three depend on the
+document's text alone.
 """
 
 import hashlib
@@ -35,13 +35,12 @@ def parse(text: str, path: str) -> dict[str, Any]:
     return json.loads(text)
   except ValueError as e:
     raise ValueError(
-      f'{path!r} is damaged ({e}). Copy it again, or prepare the corpus again with '
-      '--overwrite.'
+      f'{path!r} is damaged ({e}). Copy it again, or rerun prepare with --overwrite.'
     ) from e
 
 
 def shard_paths(folder: str, split: str, num_shards: int) -> list[str]:
-  """Returns the paths of a split's files, in the order of their numbers."""
+  """Returns the paths of a split's files in order."""
   return [
     os.path.join(folder, f'{split}-{i:05d}-of-{num_shards:05d}.tfrecord')
     for i in range(num_shards)
@@ -49,9 +48,9 @@ def shard_paths(folder: str, split: str, num_shards: int) -> list[str]:
 
 
 def digest(text: bytes) -> int:
-  """Returns 63 bits of a document's BLAKE2b hash: its id, a non-negative int64.
+  """Returns 63 bits of a document's BLAKE2b hash, a non-negative int64.
 
-  Two of 100 million documents collide with a probability of 0.05 %.
+  Among 100 million documents there is a collision with a probability of 0.05 %.
   """
   return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'big') >> 1
 
@@ -59,15 +58,15 @@ def digest(text: bytes) -> int:
 def encode(
   tokenizer: tokenization.Tokenizer, texts: Sequence[str]
 ) -> list[tuple[Int32[np.ndarray, ' tokens'], Int32[np.ndarray, ' sentences']]]:
-  """Returns each document's token ids, and at which tokens its sentences begin.
+  """Returns token ids and sentence starts (indices of tokens) of each document.
 
-  Documents are encoded whole; the tokens' lengths in bytes then show where each begins.
-  A sentence that begins inside a token (no tokenizer trained here has such a token)
-  begins with the next one. With a tokenizer that loses text, as imported ones may,
-  sentences are encoded one by one.
+  Documents are encoded whole, and sentence starts found from the tokens' lengths in
+  bytes. A sentence that begins inside a token (tokenizers trained by `prepare` have no
+  such token) starts at the next one. With a tokenizer that is not lossless, as imported
+  ones may be, sentences are encoded one by one.
 
   Raises:
-    ValueError: the tokens of a tokenizer that should be lossless do not add up.
+    ValueError: the tokens of a lossless tokenizer do not add up to the text.
   """
   if not tokenizer.lossless:
     return [_encode_by_sentence(tokenizer, text) for text in texts]
@@ -78,8 +77,8 @@ def encode(
     pieces = [len(piece.encode('utf-8')) for piece in sentences.split_sentences(text)]
     if lengths.sum() != sum(pieces):
       raise ValueError(
-        f'The tokenizer does not keep the text: {lengths.sum()} of its {sum(pieces)} '
-        f'bytes are in the tokens of {text[:60]!r}…'
+        f'The tokenizer is not lossless: its tokens have {lengths.sum()} bytes and the '
+        f'text has {sum(pieces)}: {text[:60]!r}…'
       )
     token_begins = np.cumsum(lengths, dtype=np.int64) - lengths
     starts = np.searchsorted(token_begins, np.cumsum([0, *pieces[:-1]]))
@@ -101,11 +100,11 @@ def serialize(
   example_id: int,
 ) -> bytes:
   """Returns a document as a serialized `tf.train.Example`."""
-  import tensorflow as tf  # processes that tokenize do without
+  import tensorflow as tf  # not needed by the workers
 
   example = tf.train.Example()
   feature = example.features.feature
   feature['tokens'].int64_list.value.extend(ids.tolist())
   feature['sentence_starts'].int64_list.value.extend(sentence_starts.tolist())
   feature['example_id'].int64_list.value.append(example_id)
-  return example.SerializeToString(deterministic=True)  # in the order of the names
+  return example.SerializeToString(deterministic=True)  # features sorted by name

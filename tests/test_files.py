@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all."""
+"""Folders appear whole or not at all."""
 
 import pytest
 
@@ -7,20 +7,6 @@ from bart_t5x import files
 
 def content(folder):
   return {path.name: path.read_text() for path in folder.iterdir()}
-
-
-def test_file_appears_when_the_body_has_ended(tmp_path):
-  path = tmp_path / 'a.txt'
-  path.write_text('old')
-  with files.whole_file(path) as f:
-    f.write('blåbær')
-    assert path.read_text() == 'old'
-  assert path.read_bytes() == 'blåbær'.encode()
-  with pytest.raises(KeyError):
-    with files.whole_file(path, 'wb') as f:
-      f.write(b'half')
-      raise KeyError
-  assert content(tmp_path) == {'a.txt': 'blåbær'}
 
 
 def test_folder_appears_when_the_body_has_ended(tmp_path):
