@@ -107,8 +107,8 @@ def build(
 def _check_size(kept: 'Spool', held_out: int) -> None:
   if not kept.documents:
     raise ValueError(
-      f'The source holds no text ({kept.empty} empty documents). Check --input, --field '
-      'and --unit.'
+      f'The source holds no text ({kept.empty} empty documents). Check --input, '
+      '--field and --unit.'
     )
   if kept.documents < 2 * held_out:
     raise ValueError(

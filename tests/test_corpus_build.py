@@ -1,4 +1,4 @@
-"""The passes of `prepare`: what is kept, splits, shards, baselines."""
+"""The passes of `prepare`: duplicates, splits, shards, baselines."""
 
 import math
 import os
@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bart_t5x import (
-  corpus_build,
-  corpus_format,
-  sentences,
-  text_sources,
-  tokenization,
-)
+from bart_t5x import corpus_build, corpus_format, sentences, text_sources, tokenization
 
 WORDS = 'fjell fjord skog sjø bjørn ulv elg rev gård kirke skole båt vei bro'.split()
 
@@ -48,7 +42,7 @@ def build(folder, number=600, workers=1, **settings):
 
 
 def read(folder, split):
-  """(tokens, sentence_starts, example_id) of each document."""
+  """Returns (tokens, sentence_starts, example_id) of each document."""
   rows = []
   for name in sorted(os.listdir(folder)):
     if name.startswith(split):
@@ -60,9 +54,12 @@ def read(folder, split):
   return rows
 
 
-def test_shards_hold_every_document_as_it_was(tmp_path):
-  corpus = build(tmp_path / 'out')
-  tokenizer = tokenization.read_tokenizer(str(tmp_path / 'out' / 'tokenizer.json'))
+@pytest.mark.parametrize('kind', ['bytelevel', 'unigram'])
+def test_shards_hold_every_document(tmp_path, kind):
+  corpus = build(tmp_path / 'out', tokenizer=kind)
+  path = tokenization.find_tokenizer_file(tmp_path / 'out')
+  tokenizer = tokenization.read_tokenizer(path)
+  assert corpus['vocab_size'] == tokenizer.vocab_size == 330
   found = {}
   for split in ('train', 'validation'):
     rows = read(tmp_path / 'out', split)
@@ -80,6 +77,7 @@ def test_shards_hold_every_document_as_it_was(tmp_path):
   assert list(found.values()).count('validation') == 20
   total = sum(corpus['splits'][split]['bytes'] for split in corpus['splits'])
   assert total == sum(len(text.encode()) for text in texts(600))
+  assert 1 < corpus['baselines']['unigram_loss'] < math.log(330)
 
 
 def contents(folder):
@@ -89,13 +87,9 @@ def contents(folder):
 def test_same_bytes_whatever_the_number_of_workers(tmp_path, monkeypatch):
   # Batches small enough for every worker to get some.
   monkeypatch.setattr(corpus_build, '_BATCH_BYTES', 5000)
-  corpora_made = [
-    build(tmp_path / str(workers), workers=workers) for workers in (1, 2, 3)
-  ]
-  assert corpora_made[0] == corpora_made[1] == corpora_made[2]
+  assert build(tmp_path / '1') == build(tmp_path / '3', workers=3)
   first = contents(tmp_path / '1')
-  assert len(first) == 5
-  assert contents(tmp_path / '2') == first and contents(tmp_path / '3') == first
+  assert len(first) == 5 and contents(tmp_path / '3') == first
 
 
 def test_baselines_by_hand():
@@ -119,11 +113,6 @@ def test_baselines_by_hand():
   assert baselines['commonest_token_share'] == 0.25
 
 
-def test_unigram_loss_is_better_than_a_uniform_guess(tmp_path):
-  corpus = build(tmp_path / 'out')
-  assert 1 < corpus['baselines']['unigram_loss'] < math.log(330)
-
-
 def test_tokenizer_never_sees_held_out_text(tmp_path, monkeypatch):
   seen = []
 
@@ -144,11 +133,9 @@ def test_tokenizer_never_sees_held_out_text(tmp_path, monkeypatch):
   assert 0.35 < sum(len(text.encode()) for text in seen) / all_bytes < 0.65
 
 
-@pytest.mark.parametrize('number', [0, 1, 39])
-def test_too_few_documents(tmp_path, number):
-  message = f'{number} different.* 40' if number else 'no text'
-  with pytest.raises(ValueError, match=message):
-    build(tmp_path / 'out', number=number)
+def test_too_few_documents(tmp_path):
+  with pytest.raises(ValueError, match='39 different.* 40 '):
+    build(tmp_path / 'out', number=39)
 
 
 @pytest.mark.parametrize(
@@ -159,35 +146,15 @@ def test_number_of_shards(num_bytes, shards):
   assert corpus_build.default_num_shards(num_bytes) == shards
 
 
-@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
-def test_sentencepiece_corpora(tmp_path, kind):
-  corpus = build(tmp_path / 'out', tokenizer=kind, vocab_size=320)
-  assert corpus['vocab_size'] == 320
-  tokenizer = tokenization.read_tokenizer(str(tmp_path / 'out' / 'tokenizer.model'))
-  rows = read(tmp_path / 'out', 'train') + read(tmp_path / 'out', 'validation')
-  assert sorted(tokenizer.decode(ids) for ids, _, _ in rows) == sorted(texts(600))
-
-
-# ---- reading the source ----
-
-
 def collect(tmp_path, texts, share=0.1, at_least=5, name='spool'):
   return corpus_build.spool(texts, str(tmp_path / name), share, at_least)
 
 
-def test_duplicates_and_empty_documents_go(tmp_path):
+def test_duplicates_and_empty_documents_are_dropped(tmp_path):
   texts = ['a', 'b', '', 'a', ' \n', 'c', 'a ', 'b']
   kept = collect(tmp_path, texts)
   assert [text.decode() for _, text in kept.read()] == ['a', 'b', 'c', 'a ']
   assert (kept.documents, kept.duplicates, kept.empty, kept.bytes) == (4, 2, 2, 5)
-
-
-def test_texts_and_digests_come_back(tmp_path):
-  texts = [f'dokument {i} på Ås' * (i % 50) + '.' + str(i) for i in range(3000)]
-  kept = collect(tmp_path, texts)
-  read = list(kept.read())
-  assert [text.decode() for _, text in read] == texts
-  assert all(corpus_format.digest(text) == value for value, text in read)
 
 
 def test_split_depends_on_the_text_alone(tmp_path):
@@ -202,8 +169,8 @@ def test_split_depends_on_the_text_alone(tmp_path):
   assert 60 < held_out < 140  # 100 by the share
 
 
-@pytest.mark.parametrize('at_least', [1, 7, 100])
-def test_never_fewer_held_out_than_asked(tmp_path, at_least):
+@pytest.mark.parametrize('at_least', [1, 100])
+def test_minimum_held_out(tmp_path, at_least):
   texts = [f'dokument {i}' for i in range(500)]
   kept = collect(tmp_path, texts, share=0.0, at_least=at_least)
   splits = [kept.split_of(value) for value, _ in kept.read()]
@@ -217,7 +184,7 @@ def test_hash_of_the_text(tmp_path):
   assert collect(tmp_path, ['ab'], name='4').text_sha256 != one
 
 
-def test_digest_set_like_a_set():
+def test_digest_set_equals_a_set():
   rng = random.Random(0)
   ours, plain = corpus_build.DigestSet(buffer_size=16), set()
   for _ in range(5000):

@@ -1,20 +1,33 @@
-"""From shards to batches, as a T5X run reads them: shared by hosts, and resumed."""
+"""From shards to batches: resumed by hosts, and without Python inside `tf.data`."""
 
 import os
+import pathlib
 
 import gin
 import jax
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 from jax.sharding import Mesh, PartitionSpec
+from tensorflow.core.framework import graph_pb2
 
+import tasks  # noqa: F401, registers them
 from bart_t5x import noise, prepare
 from bart_t5x.features import BartFeatureConverter
-from tasks import fill_in, pretrain
+from tasks import pretrain, text_to_text
 
 LENGTHS = {'inputs': 64, 'targets': 64}
 BATCH = 8
+# Before this file registers tasks of its own.
+REGISTERED = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+
+
+@pytest.fixture(autouse=True)
+def clear_gin():
+  gin.clear_config()
+  yield
+  gin.clear_config()
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +84,7 @@ def train_iterator(name, host, hosts):
     data_partition_spec = PartitionSpec('data')
 
   class Layout:
-    # One process stands for a host here: its batches are all there is.
+    # This process is a whole host.
     batch_size = BATCH // hosts
     shard_id = host
     num_shards = 1
@@ -118,34 +131,80 @@ def unigram_corpus(corpus_dir, tmp_path_factory):
   return str(output)
 
 
-def test_sentencepiece_in_every_kind_of_task(unigram_corpus, tmp_path):
-  from tasks import finetune
+# ---- no Python in tf.data ----
 
-  (tmp_path / 'train.tsv').write_text('ord\tklasse\nfjord på\tsubstantiv\n')
-  names = [f'path_test_unigram_{k}' for k in ('denoising', 'finetune', 'fill_in')]
-  denoising = pretrain.add_denoising_task(names[0], unigram_corpus, noise.Recipe())
-  finetune_task = finetune.add_text_to_text_task(
-    names[1],
-    lambda row: {'inputs': row['ord'], 'targets': row['klasse']},
-    files={'train': str(tmp_path / 'train.tsv')},
-    corpus_dir=unigram_corpus,
+DATA = pathlib.Path(__file__).parent / 'data'
+IN_PYTHON = {'PyFunc', 'PyFuncStateless', 'EagerPyFunc', 'GeneratorDataset'}
+# One task of each kind.
+QUICK = ('norwegian_denoising', 'norwegian_fill_in', 'norec', 'norne_nb', 'nb_nn')
+CASES = [
+  *((name, 'bytelevel') for name in QUICK),
+  *(
+    pytest.param(name, 'bytelevel', marks=pytest.mark.slow)
+    for name in REGISTERED
+    if name not in QUICK and not name.endswith('_mini')  # the same pipelines
+  ),
+  ('norwegian_denoising', 'unigram'),
+  ('norec', 'unigram'),
+  ('norwegian_fill_in', 'unigram'),
+]
+
+
+def operations(dataset):
+  """Returns the names of all operations of a dataset and its functions."""
+  variant = tf.data.experimental.to_variant(dataset)
+  content = tf.raw_ops.DatasetToGraphV2(input_dataset=variant).numpy()
+  graph = graph_pb2.GraphDef.FromString(content)
+  nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+  return {node.op for node in nodes}
+
+
+def use_test_data(monkeypatch, name, corpus_dir):
+  """Makes a task and its subtasks read the tests' corpus and data."""
+  monkeypatch.setenv('BART_T5X_DATA', str(DATA))
+  for task in seqio.get_subtasks(seqio.get_mixture_or_task(name)):
+    if 'denoising' in task.name:
+      monkeypatch.setattr(task.source, 'corpus_dir', corpus_dir)
+    for feature in task.output_features.values():
+      if hasattr(feature.vocabulary, 'path'):
+        monkeypatch.setattr(feature.vocabulary, 'path', corpus_dir)
+        monkeypatch.setattr(feature.vocabulary, '_content', None)
+
+
+@pytest.mark.parametrize(('name', 'kind'), CASES)
+def test_no_python_in_registered_tasks(name, kind, request, tmp_path, monkeypatch):
+  corpora = {'bytelevel': 'corpus_dir', 'unigram': 'unigram_corpus'}
+  use_test_data(monkeypatch, name, request.getfixturevalue(corpora[kind]))
+  split = {'norwegian_fill_in': 'test'}.get(name, 'train')
+  if 'norsumm' in name:
+    split = 'validation'
+  (tmp_path / 'inputs.txt').write_text('Sjø <mask> snø.\n' * 3)
+  gin.bind_parameter('input_file.dataset.path', str(tmp_path / 'inputs.txt'))
+  dataset = seqio.get_dataset(
+    name,
+    LENGTHS,
+    BartFeatureConverter(pack='denoising' in name),
+    dataset_split=split,
+    shuffle=True,
+    seed=0,
+    num_epochs=None,
+    batch_size=2,
+    verbose=False,
   )
-  fill_in_task = fill_in.add_fill_in_task(names[2], unigram_corpus)
-  vocabulary = denoising.output_features['targets'].vocabulary
-  try:
-    example = next(denoising.get_dataset(LENGTHS).as_numpy_iterator())
-    assert example['targets'][0] == 1 and example['targets'][-1] == 2
-    assert vocabulary.mask_id in example['inputs']
-    tuning = finetune_task.get_dataset(LENGTHS, 'train')
-    example = next(tuning.as_numpy_iterator())
-    assert vocabulary.decode(example['inputs'].tolist()) == 'fjord på'
-    (tmp_path / 'lines.txt').write_text('barna <mask> på <s> fjorden\n')
-    gin.bind_parameter('input_file.dataset.path', str(tmp_path / 'lines.txt'))
-    (example,) = fill_in_task.get_dataset(LENGTHS, 'test').as_numpy_iterator()
-    ids = example['inputs'].tolist()
-    assert ids.count(vocabulary.mask_id) == 1 and ids.count(1) == 1  # <s> is text
-    assert vocabulary.decode(ids) == 'barna<mask> på <s> fjorden'
-  finally:
-    gin.clear_config()
-    for name in names:
-      seqio.TaskRegistry.remove(name)
+  found = operations(dataset)
+  assert len(found) > 20 and not found & IN_PYTHON
+  # So its iterator can be saved.
+  iterator = iter(dataset)
+  next(iterator)
+  path = tf.train.Checkpoint(iterator=iterator).write(str(tmp_path / 'state'))
+  want = next(iterator)
+  again = iter(dataset)
+  tf.train.Checkpoint(iterator=again).read(path)
+  tf.nest.map_structure(tf.debugging.assert_equal, next(again), want)
+
+
+def test_python_functions_are_detected(corpus_dir, monkeypatch):
+  vocabulary = text_to_text.load_vocabulary(corpus_dir)
+  monkeypatch.setattr(type(vocabulary), '_graph_encoder', lambda self: None)
+  texts = tf.data.Dataset.from_tensors('sjø')
+  assert operations(texts.map(vocabulary.encode_tf)) & IN_PYTHON == {'PyFunc'}

