@@ -7,28 +7,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-# The folder of a checkpoint that holds the train state.
+# The train state's folder in a checkpoint.
 STATE = 'state'
 
 
 def read_params(checkpoint: str | pathlib.Path) -> dict[str, Any]:
-  """Reads only the parameters of MODEL_DIR/checkpoint_<step>.
-
-  Returns:
-    Nested NumPy arrays, in the dtype they were saved in.
+  """Reads the parameters of MODEL_DIR/checkpoint_<step> as nested NumPy arrays.
 
   Raises:
-    FileNotFoundError: no such checkpoint, or it was not finished.
+    FileNotFoundError: no such checkpoint, or it is unfinished.
     ValueError: it is damaged.
   """
   return _read(checkpoint, ['target'])['target']
 
 
 def read_state(checkpoint: str | pathlib.Path) -> dict[str, Any]:
-  """Reads the train state: `target`, the parameters, and `state`, step and optimizer.
-
-  Raises as `read_params` does.
-  """
+  """Reads the train state: `target` (parameters) and `state` (step, optimizer)."""
   return _read(checkpoint)
 
 
@@ -50,7 +44,7 @@ def _read(checkpoint, names=None):
         item=wanted, restore_args=as_numpy, partial_restore=True
       ),
     )
-  except Exception as e:  # Orbax, tensorstore and JSON errors share no base class.
+  except Exception as e:  # Orbax and tensorstore errors share no base class.
     reason = (str(e) or type(e).__name__).splitlines()[0]
     raise ValueError(
       f'the checkpoint {checkpoint} cannot be read ({reason}). It is damaged or not a '
@@ -59,12 +53,12 @@ def _read(checkpoint, names=None):
 
 
 def write_state(checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
-  """Adds a train state, as `read_state` returns it, to a checkpoint without one."""
+  """Adds a train state to a checkpoint folder that has none."""
   ocp.PyTreeCheckpointer().save(checkpoint.absolute() / STATE, state)
 
 
 def write_params(checkpoint: pathlib.Path, params: dict[str, Any]) -> None:
-  """Writes parameters as the new checkpoint MODEL_DIR/checkpoint_0, no optimizer."""
+  """Writes parameters as the checkpoint MODEL_DIR/checkpoint_0, without optimizer."""
   tree = {'state': {'step': np.asarray(0, np.int32)}, 'target': params}
   manager = ocp.CheckpointManager(
     checkpoint.parent.absolute(),

@@ -1,4 +1,4 @@
-"""Shared by the command lines of this package."""
+"""Helpers of the command lines."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class UsageError(ValueError):
-  """The command line asks for something that cannot be done."""
+  """The arguments are invalid."""
 
 
 def fail(reason: object) -> int:
@@ -19,25 +19,19 @@ def fail(reason: object) -> int:
 
 
 def quiet_libraries() -> None:
-  """Silences TensorFlow's C++ start-up logs, unless the user has set their level.
-
-  Call it first: the environment is read when the libraries are loaded.
-  """
+  """Silences TensorFlow's C++ logs unless the user set their level; call it first."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 
 def import_tensorflow() -> None:
-  """Imports TensorFlow without the lines that TF_CPP_MIN_LOG_LEVEL does not reach.
-
-  They are shown if the import fails.
-  """
+  """Imports TensorFlow, hiding messages that ignore TF_CPP_MIN_LOG_LEVEL."""
   if 'tensorflow' not in sys.modules:
     with _hidden_stderr():
       import tensorflow  # noqa: F401
 
 
 def quiet_warnings() -> None:
-  """Logs each warning once, and only errors of seqio."""
+  """Logs each warning once, and none of seqio."""
   logger = logging.getLogger('absl')
   if not any(isinstance(f, _OnceAndNotSeqio) for f in logger.filters):
     logger.addFilter(_OnceAndNotSeqio())
@@ -59,7 +53,7 @@ class _OnceAndNotSeqio(logging.Filter):
 
 @contextlib.contextmanager
 def _hidden_stderr() -> Iterator[None]:
-  """Holds back file descriptor 2; shows what was written if the body raises."""
+  """Hides writes to file descriptor 2; shows them if the body raises."""
   sys.stderr.flush()
   screen = os.dup(2)
   with tempfile.TemporaryFile() as hidden:

@@ -1,9 +1,8 @@
-"""Reports what a pre-training run learned, in the terminal.
+"""Prints held-out metrics of a pre-training run, with baselines.
 
     python -m bart_t5x.report --model_dir=runs/bart_mini_no --corpus_dir=data/mini
 
-Reads the TensorBoard events of `t5x.train` and the baselines that `prepare` put into
-corpus.json.
+Reads TensorBoard events of `t5x.train` and the baselines in corpus.json.
 """
 
 import argparse
@@ -23,7 +22,7 @@ _BLOCKS = '▁▂▃▄▅▆▇█'
 
 def read_curves(folder: pathlib.Path) -> dict[str, Curve]:
   """Returns the scalars in a folder of TensorBoard events, by name."""
-  # Late: --help answers at once. TensorBoard's own loader would import TensorFlow.
+  # Late, for --help. TensorBoard's own loader would import TensorFlow.
   from tensorboard.compat.proto import event_pb2
   from tensorboard.util import tensor_util
 
@@ -31,8 +30,8 @@ def read_curves(folder: pathlib.Path) -> dict[str, Curve]:
   for file in sorted(folder.glob('events.out.tfevents.*')):
     content, at = file.read_bytes(), 0
     while at < len(content):
-      # A record: 8 bytes of length, 4 of checksum, the event, 4 of checksum. The last
-      # one may be incomplete.
+      # Record: 8 bytes of length, 4 of checksum, the event, 4 of checksum. The last
+      # may be incomplete.
       (length,) = struct.unpack('<Q', content[at : at + 8].ljust(8, b'\0'))
       record = content[at + 12 : at + 12 + length]
       at += 16 + length
@@ -44,13 +43,13 @@ def read_curves(folder: pathlib.Path) -> dict[str, Curve]:
           continue
         array = tensor_util.make_ndarray(value.tensor)
         if array.ndim == 0 and array.dtype.kind == 'f':
-          # A resumed run writes a step again: the later value counts.
+          # A resumed run repeats steps; the later value counts.
           curves.setdefault(value.tag, {})[event.step] = float(array)
   return {tag: sorted(points.items()) for tag, points in curves.items()}
 
 
 def sparkline(curve: Curve, width: int = 40) -> str:
-  """Draws a curve of at least one point as at most `width` block characters."""
+  """Draws a non-empty curve with at most `width` block characters."""
   step = max(1, math.ceil(len(curve) / width))
   values = [value for _, value in curve[::step]]
   low, high = min(values), max(values)
@@ -61,9 +60,7 @@ def sparkline(curve: Curve, width: int = 40) -> str:
 def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
   """Returns lines with loss and accuracies at the first and the last evaluation.
 
-  Args:
-    curves: of the held-out evaluation.
-    corpus: the content of corpus.json, which has the baselines.
+  `corpus` is the content of corpus.json, with the baselines.
   """
   baselines = corpus['baselines']
   unigram = f'{baselines["unigram_loss"]:.3f}  a unigram model'
@@ -92,14 +89,14 @@ def held_out_table(curves: dict[str, Curve], corpus: dict) -> list[str]:
 
 
 def prediction_lines(path: pathlib.Path) -> list[str]:
-  """Returns each input and prediction in a file of t5x.infer."""
+  """Returns inputs and predictions of a file that t5x.infer wrote."""
   lines = []
-  # Not splitlines(), which also splits at U+2028, which JSON leaves in texts.
+  # Not splitlines(), which also splits at a U+2028 inside a text.
   with path.open(encoding='utf-8') as rows:
     for row in rows:
       result = json.loads(row)
       inputs = result['inputs'].get('inputs_pretokenized', '')
-      prediction = result['prediction'].replace('\n', '⏎')  # to stay on a line
+      prediction = result['prediction'].replace('\n', '⏎')
       lines += [f'  in   {inputs}', f'  out  {prediction}', '']
   return lines
 
@@ -129,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{folder.name}:')
       print('\n'.join(held_out_table(read_curves(folder), corpus)))
     if args.predictions:
-      print('\nwhat it puts for <mask>, as it comes')
+      print('\npredictions')
       print('\n'.join(prediction_lines(args.predictions)))
   except (OSError, ValueError) as e:
     return cli.fail(e)

@@ -1,10 +1,9 @@
-"""Converts a checkpoint between scanned layers and layers written out.
+"""Converts a checkpoint between scanned layers and separate layers.
 
     python -m bart_t5x.restack --checkpoint=runs/a/checkpoint_1000 --output_dir=runs/b
 
-`BartConfig.scan_layers` decides which of the two a model has: one stack `layers`, or
-`layers_0`, `layers_1` … Optimizer and dataset state are converted too, so a run
-resumes from the result as it would have without. No number changes.
+With `BartConfig.scan_layers` a model has one stack `layers`, otherwise `layers_0`,
+`layers_1` … Optimizer and dataset state are kept, so a run resumes exactly.
 """
 
 import argparse
@@ -22,14 +21,7 @@ from bart_t5x import checkpoints, cli, files
 
 
 def stack_layers(tree: Any) -> Any:
-  """Replaces `layers_0`, `layers_1` … of every node by one `layers`.
-
-  Args:
-    tree: nested mappings of arrays: parameters or a train state.
-
-  Returns:
-    The same tree, with a leading layer axis on the arrays that were stacked.
-  """
+  """Replaces `layers_0`, `layers_1` … by `layers`, with a leading layer axis."""
   if not isinstance(tree, Mapping):
     return tree
   stacked, layers = {}, {}
@@ -45,7 +37,7 @@ def stack_layers(tree: Any) -> Any:
 
 
 def unstack_layers(tree: Any) -> Any:
-  """Inverts `stack_layers`; layers already written out stay as they are."""
+  """Inverts `stack_layers`; separate layers stay as they are."""
   if not isinstance(tree, Mapping):
     return tree
   unstacked = {name: unstack_layers(child) for name, child in tree.items()}
@@ -56,23 +48,16 @@ def unstack_layers(tree: Any) -> Any:
 
 
 def is_stacked(state: Mapping[str, Any]) -> bool:
-  """Whether a train state is that of a model with scanned layers."""
+  """Whether a train state has scanned layers."""
   return 'layers' in state['target']['encoder']
 
 
 def restack(checkpoint: pathlib.Path, output_dir: pathlib.Path) -> pathlib.Path:
-  """Writes a checkpoint in the other form.
-
-  Args:
-    checkpoint: MODEL_DIR/checkpoint_<step>.
-    output_dir: gets the new `checkpoint_<step>`.
-
-  Returns:
-    The new checkpoint.
+  """Writes a checkpoint in the other form and returns its path.
 
   Raises:
-    FileExistsError: the new checkpoint exists already.
-    FileNotFoundError: the old one does not.
+    FileExistsError: the output exists.
+    FileNotFoundError: the checkpoint does not exist.
     ValueError: it cannot be read, or is not a BART's.
   """
   output = output_dir / checkpoint.name
@@ -80,7 +65,7 @@ def restack(checkpoint: pathlib.Path, output_dir: pathlib.Path) -> pathlib.Path:
     raise FileExistsError(f'{output} exists: choose another --output_dir, or remove it')
   state = checkpoints.read_state(checkpoint)
   if 'encoder' not in state.get('target', {}):
-    raise ValueError(f"{checkpoint} has no encoder: it is not a BART's checkpoint")
+    raise ValueError(f'{checkpoint} is not a BART checkpoint: it has no encoder')
   convert = unstack_layers if is_stacked(state) else stack_layers
   with files.whole_folder(output) as folder:
     shutil.copytree(
@@ -90,7 +75,7 @@ def restack(checkpoint: pathlib.Path, output_dir: pathlib.Path) -> pathlib.Path:
       dirs_exist_ok=True,
     )
     checkpoints.write_state(folder, convert(state))
-  # The step from which the run counts TRAIN_STEPS_RELATIVE.
+  # TRAIN_STEPS_RELATIVE counts from the step in it.
   first_step = checkpoint.parent / 'first_step.txt'
   if first_step.exists():
     shutil.copy2(first_step, output_dir)
@@ -110,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     '--output_dir',
     required=True,
     type=pathlib.Path,
-    help='gets checkpoint_<step>: the MODEL_DIR of the run that resumes from it',
+    help='MODEL_DIR of the run that resumes from the new checkpoint_<step>',
   )
   args = parser.parse_args(argv)
   try:
@@ -118,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
   except (OSError, ValueError) as e:
     return cli.fail(e)
   stacked = is_stacked(checkpoints.read_state(output))
-  print(f'{output}: for network.BartConfig.scan_layers = {stacked}')
+  print(f'{output}: network.BartConfig.scan_layers = {stacked}')
   return 0
 
 

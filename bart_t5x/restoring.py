@@ -1,4 +1,4 @@
-"""What a run may do without when it starts from another run's checkpoint."""
+"""Checks the checkpoint that a new run starts from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,21 +12,11 @@ def require_parameters(
   *,
   is_resuming: bool = False,
 ) -> Mapping[str, Any]:
-  """Rejects a checkpoint that lacks a parameter of the model.
+  """Raises ValueError if a checkpoint lacks parameters of the model.
 
-  For `RestoreCheckpointConfig.state_transformation_fns`. A new optimizer needs
-  `fallback_to_scratch`, with which T5X also initializes missing parameters, silently.
-
-  Args:
-    state_dict: of the checkpoint; `target` has the parameters.
-    target_state_dict: of the model.
-    is_resuming: not used.
-
-  Returns:
-    `state_dict` as it is.
-
-  Raises:
-    ValueError: parameters are missing.
+  For `RestoreCheckpointConfig.state_transformation_fns`; returns `state_dict` as is. A
+  new optimizer needs `fallback_to_scratch`, with which T5X would silently initialize
+  missing parameters too.
   """
   del is_resuming
   held, needed = (

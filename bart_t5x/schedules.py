@@ -1,4 +1,4 @@
-"""Learning-rate schedules that know where training ends."""
+"""Learning-rate schedules."""
 
 import re
 
@@ -17,14 +17,14 @@ def linear_warmup_linear_decay(
   `Trainer.learning_rate_fn`, where it is logged.
 
   Args:
-    peak: the learning rate reached after `warmup_steps`.
-    warmup_steps: length of the rise; 0 starts at the peak.
+    peak: the learning rate after `warmup_steps`.
+    warmup_steps: 0 starts at the peak.
     total_steps: the step at which the rate is zero, counted from `first_step`.
-    first_step: where the schedule begins: 0 for the optimizer, which counts from zero;
-      the restored checkpoint's step for `Trainer.learning_rate_fn`.
+    first_step: 0 for the optimizer, which counts from zero; the restored checkpoint's
+      step for `Trainer.learning_rate_fn`.
 
   Raises:
-    ValueError: the warm-up does not fit into the total, or a number is a string.
+    ValueError: not 0 <= warmup_steps < total_steps, or a number is a string.
   """
   given = {'peak': peak, 'warmup_steps': warmup_steps, 'total_steps': total_steps}
   for name, value in given.items():
@@ -54,11 +54,7 @@ def linear_warmup(
   first_step: int = 0,
   decay: str = 'linear',
 ) -> optax.Schedule:
-  """Is `linear_warmup_linear_decay`, or stays at the peak if `decay` is 'constant'.
-
-  Raises:
-    ValueError: `decay` is neither 'linear' nor 'constant', or the warm-up does not fit.
-  """
+  """Is `linear_warmup_linear_decay`, or stays at the peak if `decay` is 'constant'."""
   if decay not in ('linear', 'constant'):
     raise ValueError(
       f"linear_warmup.decay must be 'linear' or 'constant'. Got: {decay!r}"
@@ -71,17 +67,12 @@ def linear_warmup(
 
 @gin.configurable
 def checkpoint_step(path: str | None) -> int:
-  """Returns the step in a checkpoint's name, for `first_step`; 0 for no checkpoint.
-
-  Raises:
-    ValueError: the path does not end in checkpoint_<step>.
-  """
+  """Returns the step in a checkpoint's name, for `first_step`; 0 for no checkpoint."""
   if not path:
     return 0
   match = re.search(r'checkpoint_(\d+)/*$', str(path))
   if match is None:
     raise ValueError(
-      'INITIAL_CHECKPOINT_PATH must name one checkpoint, whose name ends in '
-      f'checkpoint_<step>. Got: {path!r}'
+      f'INITIAL_CHECKPOINT_PATH must end in checkpoint_<step>. Got: {path!r}'
     )
   return int(match.group(1))

@@ -143,7 +143,7 @@ VARIANTS = {
   'layernorm_embedding is False': {'layernorm_embedding': False},
   "activation_fn is 'relu'": {'activation_fn': 'relu'},
   'decoder_ffn_embed_dim is 48': {'decoder_ffn_embed_dim': 48},
-  'the config asks for': {'encoder_ffn_embed_dim': 48, 'decoder_ffn_embed_dim': 48},
+  'the config needs': {'encoder_ffn_embed_dim': 48, 'decoder_ffn_embed_dim': 48},
 }
 
 

@@ -202,7 +202,7 @@ WRONG_WEIGHTS = {
   'this network has one token table': untied,
   'layers.2.fc1.bias': lacking,
   'encoder.layer_norm': pre_norm,
-  'mlp/wi/bias is (41,), the config asks for (40,)': misshapen,
+  'mlp/wi/bias has shape (41,)': misshapen,
   'vocab_size = 301, the token table 302 rows': wide,
   'Missing 110': no_layers,
 }
@@ -240,7 +240,7 @@ FAULTS = {
     encoder_attention_heads=5, decoder_attention_heads=5
   ),
   'has 301 ids, the model 300': change_config(vocab_size=300),
-  'has neither config.json': remove('config.json'),
+  'neither config.json': remove('config.json'),
   'config.json is damaged': lambda model: (model / 'config.json').write_text('{'),
   'has no tokenizer: ': remove('tokenizer.json'),
   'has no weights': remove(weights.SAFETENSORS),

@@ -1,4 +1,4 @@
-"""Configurations: Hugging Face's `config.json`, a run's `config.gin`, BartConfig."""
+"""Converts configurations: `config.json`, a run's `config.gin` and BartConfig."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ _SPECIAL_IDS = {
   'decoder_start_token_id': EOS_ID,
 }
 
-# Another value of one of these makes another network than network.py.
+# network.py computes only these variants.
 _REQUIRED = {
   'scale_embedding': False,
   'normalize_before': False,
@@ -38,12 +38,12 @@ _REQUIRED = {
 def to_hf(
   config: BartConfig, dtype: str, forced_bos_id: int | None = None
 ) -> dict[str, Any]:
-  """Returns the `config.json` of a model.
+  """Returns the content of `config.json`.
 
   Args:
     config: of the network.
-    dtype: of the stored weights, 'float32' or 'bfloat16'.
-    forced_bos_id: Hugging Face's id of the token that every text begins with, if any.
+    dtype: of the stored weights.
+    forced_bos_id: Hugging Face's id of a first token that generation forces.
   """
   sides = {
     f'{side}_{key}': value
@@ -86,7 +86,7 @@ def to_hf(
 def generation_to_hf(
   config: BartConfig, forced_bos_id: int | None = None
 ) -> dict[str, Any]:
-  """Returns `generation_config.json`: greedy search up to the longest sequence."""
+  """Returns the content of `generation_config.json`, for greedy search."""
   return {
     **_SPECIAL_IDS,
     **_forced(forced_bos_id),
@@ -100,24 +100,22 @@ def _forced(bos_id):
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-  """Returns the values of BartConfig that a `config.json` determines.
+  """Returns the BartConfig fields that a `config.json` determines.
 
   Raises:
-    ValueError: it is not a BART, or a variant that network.py does not compute.
+    ValueError: not a BART, or a variant that network.py does not compute.
   """
   if hf.get('model_type') != 'bart':
     raise ValueError(
       f'config.json has model_type {hf.get("model_type")!r}. Only "bart" can be '
-      'imported: mBART, for one (BARTpho and BARThez are mBARTs to Hugging Face), is '
-      'pre-norm with a final norm.'
+      'imported; mBART (also BARTpho and BARThez) is another architecture.'
     )
   try:
     sides = {f'decoder_{k}': hf[f'encoder_{k}'] for k in ('attention_heads', 'ffn_dim')}
     for key, value in {**_REQUIRED, **sides}.items():
       if hf.get(key, value) != value:
         raise ValueError(
-          f'config.json has {key} = {hf[key]!r}, this network {value!r}: a variant '
-          'that it does not compute'
+          f'config.json has {key} = {hf[key]!r}. This network supports only {value!r}.'
         )
     return {
       'vocab_size': hf['vocab_size'],
@@ -132,32 +130,32 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
       'activation_dropout_rate': hf.get('activation_dropout', 0.0),
     }
   except KeyError as e:
-    raise ValueError(f'config.json has no {e.args[0]!r}: it is incomplete') from e
+    raise ValueError(f'config.json has no {e.args[0]!r}') from e
 
 
 def forced_bos(hf: dict[str, Any], generation: dict[str, Any] | None) -> int | None:
-  """Returns Hugging Face's id that every generated text begins with, if any.
+  """Returns the id of a forced first token, if any, with transformers' precedence.
 
   Args:
     hf: config.json.
-    generation: generation_config.json; if there is one, it alone counts.
+    generation: generation_config.json; if it exists, config.json is ignored.
   """
   if generation is not None:
     return generation.get('forced_bos_token_id')
-  # The older name of the setting has no id.
+  # An older flag, without an id.
   old = BOS_ID if hf.get('force_bos_token_to_be_generated') else None
   forced = hf.get('forced_bos_token_id')
   return old if forced is None else forced
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Writes JSON as people read it: indented, æøå as they are."""
+  """Writes indented JSON, non-ASCII characters unescaped."""
   text = json.dumps(content, ensure_ascii=False, indent=2) + '\n'
   path.write_text(text, encoding='utf-8')
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """Reads JSON. Raises ValueError, with the path, if the file is damaged."""
+  """Reads JSON; raises ValueError with the path if the file is damaged."""
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except ValueError as e:
@@ -183,11 +181,8 @@ class _Unresolved(config_parser.ParserDelegate):
 class RunConfig:
   """A run's config.gin as data: macros resolved, references as strings.
 
-  T5X writes there what a run was bound to. The file refers to the script that ran
-  (`__main__.train`), so Gin can evaluate it nowhere else.
-
-  Attributes:
-    imports: modules that the file imports.
+  Gin itself cannot evaluate the file here: it refers to the script that ran
+  (`__main__.train`).
   """
 
   def __init__(self, text: str):
@@ -201,11 +196,10 @@ class RunConfig:
         self._bindings[selector, statement.arg_name or ''] = statement.value
 
   def bindings_of(self, selector: str) -> dict[str, Any]:
-    """Returns all values bound on a configurable, by parameter.
+    """Returns all values bound to a configurable, by parameter.
 
-    Args:
-      selector: 'BartConfig' also finds 'bart_t5x.network.BartConfig'; a scope is part
-        of it ('train/DatasetConfig').
+    'BartConfig' also finds 'bart_t5x.network.BartConfig'; a scope must match
+    ('train/DatasetConfig').
     """
     *scope, name = selector.split('/')
     found = {}
@@ -217,28 +211,21 @@ class RunConfig:
     return found
 
   def macro(self, name: str) -> Any:
-    """Returns a macro's value, None where the run has no such macro."""
+    """Returns a macro's value, or None."""
     return self._resolved(self._bindings.get((name, '')))
 
   def bart_config(self) -> BartConfig:
-    """Returns the network's configuration.
-
-    Raises:
-      ValueError: the run trained another model.
-    """
+    """Returns the network's configuration; ValueError for runs of other models."""
     bound = self.bindings_of('BartConfig')
     if 'vocab_size' not in bound:
       raise ValueError(
-        'config.gin binds no network.BartConfig.vocab_size: the run trained another '
-        'model than bart_t5x.network'
+        'config.gin binds no network.BartConfig.vocab_size: the run did not train a '
+        'model of bart_t5x.network'
       )
-    unknown = bound.keys() - {field.name for field in dataclasses.fields(BartConfig)}
-    if unknown:
-      raise ValueError(
-        f'config.gin binds {", ".join(sorted(unknown))} of BartConfig, which has no '
-        'such field: the run was made by another version of bart-t5x'
-      )
-    return BartConfig(**bound)
+    try:
+      return BartConfig(**bound)
+    except TypeError as e:
+      raise ValueError(f'config.gin does not fit this version of bart-t5x: {e}') from e
 
   def _resolved(self, value: Any) -> Any:
     if isinstance(value, _Macro):
@@ -254,15 +241,14 @@ def read_gin(path: pathlib.Path) -> RunConfig:
   """Reads a run's config.gin.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is not Gin.
+    FileNotFoundError: the file is missing.
+    ValueError: it is not valid Gin.
   """
   try:
     return RunConfig(path.read_text(encoding='utf-8'))
   except FileNotFoundError as e:
     raise FileNotFoundError(
-      f'{path} not found. It describes the model, and every run has one next to its '
-      'checkpoints; name another with --config=FILE.'
+      f'{path} not found. It describes the model; name it with --config=FILE.'
     ) from e
   except SyntaxError as e:
     raise ValueError(f'{path} is not a valid Gin file: {e}') from e

@@ -58,10 +58,8 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-# Modules are imported late, so that --help answers at once.
-
-
 def _export(args: argparse.Namespace, command: str) -> None:
+  # Late, so that --help answers at once.
   from bart_t5x.hf import export, hub
 
   if args.push_to_hub:

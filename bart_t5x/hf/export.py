@@ -33,15 +33,15 @@ def export(
     checkpoint: MODEL_DIR/checkpoint_<step>.
     output_dir: the folder to make; it appears whole or not at all.
     command: the command line, for the card.
-    config_file: the run's config.gin; by default the one in MODEL_DIR.
-    corpus_dir: has the tokenizer; by default that of the run's task.
-    dtype: of the stored PyTorch weights, 'float32' or 'bfloat16'.
+    config_file: the run's config.gin; by default MODEL_DIR/config.gin.
+    corpus_dir: the tokenizer's folder; by default that of the run's task.
+    dtype: of the PyTorch weights, 'float32' or 'bfloat16'.
     overwrite: replace an earlier model in output_dir.
     model_name: for the card; by default the name of output_dir.
 
   Raises:
-    OSError, ValueError: something is missing or does not fit, or output_dir may not be
-      replaced.
+    OSError, ValueError: an input is missing or does not match, or output_dir may not
+      be replaced.
   """
   match = re.fullmatch('checkpoint_([0-9]+)', checkpoint.name)
   if not match:
@@ -73,11 +73,8 @@ def export(
 
 
 def is_model_folder(folder: pathlib.Path) -> bool:
-  """Whether a folder has nothing but an exported or imported model in it.
-
-  Such a folder may be overwritten. Runs and folders of several models have folders
-  other than an import's one checkpoint.
-  """
+  """Whether a folder holds only an exported or imported model, and may be replaced."""
+  # Runs and folders of several models have subfolders other than checkpoint_0.
   names = {path.name for path in folder.iterdir()}
   folders = {path.name for path in folder.iterdir() if path.is_dir()}
   is_model = 'config.json' in names or {'config.gin', 'checkpoint_0'} <= names
@@ -85,14 +82,13 @@ def is_model_folder(folder: pathlib.Path) -> bool:
 
 
 def _task_corpus_dir(run: configs.RunConfig) -> pathlib.Path:
-  """The folder of the tokenizer of the task that a run trained on."""
   task = run.macro('MIXTURE_OR_TASK_NAME')
   if task is None:
     raise ValueError('config.gin has no MIXTURE_OR_TASK_NAME: give --corpus_dir')
   cli.import_tensorflow()
   from bart_t5x import vocabularies
 
-  # The modules that register tasks; the others are not needed.
+  # Only the modules that register tasks.
   for module in run.imports:
     if module.partition('.')[0] not in ('__gin__', '__main__', 'bart_t5x', 't5x'):
       importlib.import_module(module)
@@ -103,12 +99,14 @@ def _task_corpus_dir(run: configs.RunConfig) -> pathlib.Path:
 def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
   path = tokenization.find_tokenizer_file(corpus_dir)
   if path is None:
-    raise FileNotFoundError(f'no tokenizer in {corpus_dir}; name it: --corpus_dir=…')
+    raise FileNotFoundError(
+      f'no tokenizer in {corpus_dir}. Name its folder with --corpus_dir.'
+    )
   found = tokenization.read_tokenizer(path).vocab_size
   if found != vocab_size:
     raise ValueError(
-      f'the tokenizer {path} has {found} ids, the model {vocab_size}: the model was '
-      'trained with another one'
+      f'the tokenizer {path} has {found} ids, the model {vocab_size}. Name the folder '
+      'of the tokenizer it was trained with: --corpus_dir=…'
     )
   return pathlib.Path(path)
 
@@ -127,7 +125,7 @@ def _write_model(
     folder / weights.SAFETENSORS,
     {name: w.astype(_DTYPES[dtype]) for name, w in torch_weights.items()},
   )
-  # Flax reads parameters in the dtype they are stored in, and trains in float32.
+  # Always float32: Flax keeps the stored dtype, also for training.
   flax_weights = mapping.to_hf(params, config, 'flax')
   weights.write_msgpack(
     folder / weights.MSGPACK,
@@ -139,23 +137,23 @@ def _write_model(
   configs.write_json(
     folder / 'generation_config.json', configs.generation_to_hf(config, forced_bos_id)
   )
-  # The bias on the logits is a buffer, not a parameter.
+  # The logits bias is a buffer, not a parameter.
   return sum(w.size for w in torch_weights.values()) - config.vocab_size
 
 
 # ---- the model card ----------------------------------------------------------
 
-# What import writes into config.gin for models of the Hub, and the card reads there.
+# Import writes this into config.gin for models of the Hub; `_hub_id` looks for it.
 HUB_ORIGIN = 'the Hugging Face Hub'
 
-# Ids of the Hub for licences of text.
+# The Hub's ids of licences.
 _HUB_LICENSES = {
   'apache-2.0', 'cc-by-3.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'cc-by-nc-nd-4.0',
   'cc-by-nc-sa-4.0', 'cc-by-nd-4.0', 'cc-by-sa-3.0', 'cc-by-sa-4.0', 'cc0-1.0', 'mit',
   'odbl', 'odc-by', 'pddl', 'unknown',
 }  # fmt: skip
 
-# Macros of a run that the card lists.
+# Macros that the card lists.
 _SETTINGS = (
   'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', 'BATCH_SIZE', 'TRAIN_STEPS',
   'WARMUP_STEPS', 'LEARNING_RATE', 'WEIGHT_DECAY', 'DROPOUT_RATE', 'COMPUTE_DTYPE',
@@ -189,18 +187,8 @@ def _card(
   metrics: dict[str, dict[str, float]],
   command: str,
 ) -> str:
-  """Returns the text of README.md.
-
-  Args:
-    name: of the model.
-    run: the run's configuration.
-    config_file: its file.
-    num_parameters: without rows that pad the vocabulary.
-    step: of the checkpoint.
-    corpus: the content of corpus.json; empty if there is only a tokenizer.
-    metrics: see `_metrics`.
-    command: that made the export.
-  """
+  # `corpus` is the content of corpus.json, empty if there is only a tokenizer;
+  # `metrics` is what `_metrics` returns.
   config = run.bart_config()
   task = run.macro('MIXTURE_OR_TASK_NAME')
   noise = run.bindings_of('noise.Recipe')
@@ -215,11 +203,11 @@ def _card(
     data |= {'pipeline_tag': 'fill-mask', **_license(corpus), **_datasets(corpus)}
   elif task:
     purpose = (
-      f'A BART for Norwegian, fine-tuned on `{task}` {end} with bart-t5x. The licence '
-      'of that data is to be stated here.'
+      f'A BART for Norwegian, fine-tuned on `{task}` {end} with bart-t5x. State the '
+      "data's licence here."
     )
   else:
-    purpose = 'A BART that was imported by bart-t5x and not trained since.'
+    purpose = 'A BART imported by bart-t5x, without further training.'
   if task:
     data['language'] = 'no'
     data['tags'].append('norwegian')
@@ -260,14 +248,14 @@ def _card(
         'longest input, tokens': config.max_positions,
       },
     ),
-    '## Loading',
+    '## Usage',
     _LOADING.format(name=name),
     '## Training',
   ]
   if corpus:
-    sections += ([] if noise else ['The vocabulary was made from this corpus:']) + [
-      _corpus_table(corpus)
-    ]
+    if not noise:
+      sections.append('The vocabulary was trained on this corpus:')
+    sections.append(_corpus_table(corpus))
   sections.append(
     _table(('setting', 'value'), {k: v for k, v in settings.items() if v is not None})
   )
@@ -278,16 +266,15 @@ def _card(
       for metric, value in values.items()
     }
     sections += [
-      '## Held-out documents, at the last evaluation before the export',
+      '## Metrics on held-out documents',
       _table(('metric', 'value'), rows),
     ]
-  sections += ['## Made by', f'```\n{command}\n```']
+  sections += ['## Export command', f'```\n{command}\n```']
   return str(ModelCard('\n\n'.join(sections) + '\n'))
 
 
 def _license(corpus: dict[str, Any]) -> dict[str, str]:
-  """The Hub's id of a corpus's licence, or `other` with a name of the same form."""
-  # What follows a colon is an attribution.
+  # Text after a colon is the attribution.
   stated = (corpus.get('license') or 'unknown').partition(':')[0].strip().lower()
   name = re.sub('[^a-z0-9.]+', '-', stated)
   for known in (name, name.removesuffix('-1.0')):
@@ -303,7 +290,7 @@ def _datasets(corpus: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hub_id(config_file: pathlib.Path) -> str | None:
-  """The Hub id that a model was imported from, as its config.gin begins."""
+  """The Hub id that a model was imported from, by its config.gin's first line."""
   if not config_file.is_file():
     return None
   text = config_file.read_text(encoding='utf-8')
@@ -333,7 +320,7 @@ def _corpus(corpus_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def _metrics(model_dir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:
-  """A run's last metrics up to a step, by task and name."""
+  """A run's last metrics up to a step: {task: {metric: value}}."""
   metrics = {}
   for folder in sorted((model_dir / 'training_eval').glob('*/')):
     metrics[folder.name] = {

@@ -1,8 +1,7 @@
-"""Reads a BART as fairseq saves it: `model.pt` with weights and settings, `dict.txt`.
+"""Reads a fairseq BART: `model.pt` with weights and settings, and `dict.txt`.
 
-Settings are in `args` (argparse) or `cfg` (a dictionary). The weights have the names
-that Hugging Face kept, without `model.`; only the token table is called otherwise, and
-there is no bias on the logits.
+Settings are in `args` (argparse) or `cfg` (a dictionary). Weights have Hugging Face's
+names without `model.`, except for the token table; there is no logits bias.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from bart_t5x.hf import torch_files
 MODEL = 'model.pt'
 DICTIONARY = 'dict.txt'
 
-# Field of BartConfig: setting of fairseq.
+# BartConfig field: fairseq setting.
 _FIELDS = {
   'emb_dim': 'encoder_embed_dim',
   'num_heads': 'encoder_attention_heads',
@@ -28,14 +27,14 @@ _FIELDS = {
   'dropout_rate': 'dropout',
   'attention_dropout_rate': 'attention_dropout',
 }
-# The decoder's must be the encoder's.
+# The decoder's value must equal the encoder's.
 _PAIRS = {
   'decoder_embed_dim': 'encoder_embed_dim',
   'decoder_attention_heads': 'encoder_attention_heads',
   'decoder_ffn_embed_dim': 'encoder_ffn_embed_dim',
   'max_target_positions': 'max_source_positions',
 }
-# Another value makes another network; the default is that of fairseq's bart_large.
+# network.py computes only these variants.
 _REQUIRED = {
   'encoder_normalize_before': False,
   'decoder_normalize_before': False,
@@ -53,17 +52,14 @@ _REQUIRED = {
 }
 _TABLE = 'encoder.embed_tokens.weight'
 _TIED = ('decoder.embed_tokens.weight', 'decoder.output_projection.weight')
-# Format versions, buffers, and the heads of classifiers that were trained afterwards.
-_NOT_THE_NETWORK = re.compile(
+# Format versions, buffers and heads of fine-tuned classifiers.
+_IGNORED = re.compile(
   r'(en|de)coder\.(version|embed_positions\._float_tensor)|classification_heads\..*'
 )
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
-  """Returns the `.pt` file that a path names: itself, or model.pt in a folder.
-
-  A folder with a config.json is Hugging Face's.
-  """
+  """Returns a `.pt` file as it is, a fairseq folder's model.pt, otherwise None."""
   if path.suffix == '.pt' and path.is_file():
     return path
   if (path / MODEL).is_file() and not (path / 'config.json').exists():
@@ -72,17 +68,13 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Reads a checkpoint.
-
-  Args:
-    path: the `.pt` file.
+  """Reads a `.pt` file.
 
   Returns:
-    Values of BartConfig's fields, and the weights under Hugging Face's names for
-    PyTorch.
+    BartConfig fields, and weights under Hugging Face's PyTorch names.
 
   Raises:
-    ValueError: it is damaged, not a BART, or a variant that is not computed here.
+    ValueError: damaged, not a BART, or a variant that network.py does not compute.
   """
   state = torch_files.read(path, allowed_classes=(argparse.Namespace,))
   settings = state.get('args') or (state.get('cfg') or {}).get('model')
@@ -103,7 +95,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   tensors = {
     f'model.{name}': tensor
     for name, tensor in weights.items()
-    if name not in (_TABLE, *_TIED) and not _NOT_THE_NETWORK.fullmatch(name)
+    if name not in (_TABLE, *_TIED) and not _IGNORED.fullmatch(name)
   }
   tensors['model.shared.weight'] = table
   tensors['final_logits_bias'] = np.zeros((1, len(table)), np.float32)
@@ -118,11 +110,10 @@ def _fields(settings: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
   for key, value in {**_REQUIRED, **same}.items():
     if settings.get(key, value) != value:
       raise ValueError(
-        f'{path}: the setting {key} is {settings[key]!r}, {value!r} in this network: a '
-        'variant that it does not compute (mBART, for one, is pre-norm)'
+        f'{path}: {key} is {settings[key]!r}. This network supports only {value!r}.'
       )
   fields = {ours: settings[theirs] for ours, theirs in _FIELDS.items()}
-  # Old settings have the rate under the name of another activation.
+  # Older files name it relu_dropout.
   rate = settings.get('activation_dropout') or settings.get('relu_dropout') or 0.0
   return {**fields, 'activation_dropout_rate': rate}
 
@@ -130,14 +121,13 @@ def _fields(settings: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
 def read_dictionary(path: pathlib.Path) -> list[str]:
   """Returns the symbols of a `dict.txt`, in order: that of line i has id 4 + i.
 
-  `<s>`, `<pad>`, `</s>` and `<unk>` come before them. The denoising task adds `<mask>`
-  after them. Fillers (`madeupword0000`), which round the length up, are symbols too.
+  `<s>`, `<pad>`, `</s>` and `<unk>` precede them. Fillers (`madeupword0000`) count.
 
   Raises:
     ValueError: a line is not `symbol count` (transformers leaves out the count).
   """
   symbols = []
-  # Not splitlines: a symbol may contain what Unicode calls a line's end.
+  # Not splitlines: symbols may contain Unicode line separators.
   lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')
   for number, line in enumerate(lines, 1):
     symbol, separator, count = line.rstrip().rpartition(' ')
@@ -145,8 +135,8 @@ def read_dictionary(path: pathlib.Path) -> list[str]:
       symbol, count = count, '0'
     if not symbol or not count.isdecimal():
       raise ValueError(
-        f'{path}, line {number}: {line!r} is not a symbol with its count; is it a '
-        'dictionary of fairseq?'
+        f'{path}, line {number}: {line!r} is not `symbol count`. Is this a fairseq '
+        'dictionary?'
       )
     symbols.append(symbol)
   return symbols

@@ -1,7 +1,6 @@
-"""The Hugging Face Hub: downloads and pushes of models.
+"""Downloads models from the Hugging Face Hub and pushes them to it.
 
-huggingface_hub finds the token, in HF_TOKEN or from `hf auth login`. No message shows
-it.
+huggingface_hub finds the token (HF_TOKEN or `hf auth login`); messages never show it.
 """
 
 import pathlib
@@ -13,26 +12,26 @@ import huggingface_hub.utils
 
 from bart_t5x.hf import tokenizers, weights
 
-_LOGIN = 'Log in with `hf auth login`, or set HF_TOKEN to a token that may write.'
+_LOGIN = 'Log in with `hf auth login`, or set HF_TOKEN to a token with write access.'
 
 
 class HubError(ValueError):
-  """The Hub refused, or was not reached."""
+  """The Hub refused a request, or could not be reached."""
 
 
 class LoginError(HubError):
-  """There is no token, or the Hub refuses it: trying again would not help."""
+  """The token is missing or invalid: trying again does not help."""
 
 
 @contextmanager
 def _explained(action: str) -> Iterator[None]:
-  """Turns whatever goes wrong at the Hub into a HubError without the token in it."""
+  """Converts any error to a HubError without the token in its message."""
   try:
     yield
   except HubError:
     raise
-  except Exception as e:  # The HTTP client and its errors change between versions.
-    # The error of an upload only names the file; its cause has the Hub's answer.
+  except Exception as e:  # Error classes differ between versions.
+    # An upload error only names the file; its cause has the Hub's response.
     error = e
     while getattr(error, 'response', None) is None and error.__cause__ is not None:
       error = error.__cause__
@@ -46,11 +45,11 @@ def _explained(action: str) -> Iterator[None]:
 
 
 def check_login(repo_id: str) -> None:
-  """Checks, before any work, that a push to `org/name` can begin.
+  """Checks the name `org/name` and the token.
 
   Raises:
-    LoginError: the name is not valid, there is no token, or the Hub refuses it.
-    HubError: the Hub was not reached.
+    LoginError: the name is invalid, or the token is missing or invalid.
+    HubError: the Hub could not be reached.
   """
   try:
     huggingface_hub.utils.validate_repo_id(repo_id)
@@ -70,26 +69,22 @@ def push(
   revision: str | None = None,
   logs: pathlib.Path | None = None,
 ) -> str:
-  """Uploads a model folder as one commit: all of it appears, or nothing.
+  """Uploads a model folder as one commit and returns its URL.
 
   Args:
     folder: of the model.
-    repo_id: `org/name`; created if there is no such repository.
+    repo_id: `org/name`; created if missing.
     message: of the commit.
-    private: whether the repository must be private.
+    private: create a private repository, and reject an existing public one.
     revision: branch, created if missing; by default main.
     logs: a run's folder, whose TensorBoard events are uploaded to `runs`.
 
-  Returns:
-    The commit's URL.
-
   Raises:
-    HubError: the Hub refuses or is not reached, or `private` was asked for and the
-      repository exists and is public.
+    HubError: the push failed.
   """
   files = {p.relative_to(folder): p for p in folder.rglob('*') if p.is_file()}
   if logs is not None:
-    # Read now: a run that continues appends to them during the upload.
+    # Read now: a running job appends to them during the upload.
     for path in logs.rglob('events.out.tfevents.*'):
       files['runs' / path.relative_to(logs)] = path.read_bytes()
   operations = [
@@ -99,11 +94,11 @@ def push(
   api = huggingface_hub.HfApi(library_name='bart-t5x')
   with _explained(f'Pushing to {repo_id}'):
     api.create_repo(repo_id, private=private or None, exist_ok=True)
-    # An existing repository keeps its visibility, whatever create_repo asks for.
+    # create_repo does not change an existing repository's visibility.
     if private and not api.model_info(repo_id).private:
       raise HubError(
-        f'{repo_id} is public, and --private was given: nothing was pushed. Make it '
-        'private on its settings page, or push to another name.'
+        f'{repo_id} is public, and --private was given. Make it private in its '
+        'settings, or push to another name.'
       )
     if revision is not None:
       api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -114,19 +109,12 @@ def push(
 
 
 def download(repo_id: str, revision: str | None = None) -> pathlib.Path:
-  """Downloads a model, with weights in one format, into the Hub's cache.
-
-  Args:
-    repo_id: such as `org/name`.
-    revision: branch, tag or commit; by default main.
-
-  Returns:
-    The folder in the cache.
+  """Downloads a model, with weights in one format, and returns its cache folder.
 
   Raises:
-    HubError: there is no such model, or the Hub was not reached.
+    HubError: the model does not exist, or the Hub could not be reached.
   """
-  with _explained(f'There is no folder {repo_id}, and downloading it from the Hub'):
+  with _explained(f'{repo_id} is not a folder, and downloading it from the Hub'):
     info = huggingface_hub.HfApi().model_info(repo_id, revision=revision)
     names = {sibling.rfilename for sibling in info.siblings}
     kinds = [k for k in weights.KINDS if {k, f'{k}.index.json'} & names]

@@ -11,57 +11,42 @@ from bart_t5x.hf import configs, export, fairseq, mapping, tokenizers, weights
 
 # Entries of old PyTorch files that are not parameters.
 _VERSIONS = re.compile(r'(model\.)?(encoder|decoder)\.version')
-# How names begin in a model that was saved without its head.
+# Name prefixes of a model saved without its head.
 _HEADLESS = re.compile(r'(shared|encoder|decoder)\.')
 
 _GIN = """\
 # {model}, imported from {origin}.
 #
-# Give this file after that of a run, instead of one of gin/models, and as the
-# checkpoint
+# Pass this file after that of a run, instead of one of gin/models. The checkpoint is
 #   {checkpoint}
-# It is CHECKPOINT_PATH to gin/eval.gin and gin/infer.gin, INITIAL_CHECKPOINT_PATH to
-# gin/finetune.gin, and with gin/from_checkpoint.gin to the files that pre-train. The
-# task must use the tokenizer in this folder: name the folder where a corpus folder is
-# asked for.
+# Bind it to CHECKPOINT_PATH (gin/eval.gin, gin/infer.gin) or INITIAL_CHECKPOINT_PATH
+# (gin/finetune.gin; to continue pre-training, with gin/from_checkpoint.gin). The task
+# must use the tokenizer in this folder: bind the folder as the corpus folder.
 include 'gin/models/bart.gin'
 
 DROPOUT_RATE = {dropout_rate}
 network.BartConfig:
 {bindings}
 """
-# For a model whose config forces the first token.
 _GIN_FORCED = """
-# Every text that this model writes begins with this token.
+# Generation forces this first token.
 model.BartModel.forced_first_id = {forced_first_id}
 """
 
 
 class Source(NamedTuple):
-  """A model as its makers saved it.
+  """A model as published."""
 
-  Attributes:
-    origin: whose it is, 'Hugging Face' or 'fairseq'.
-    folder: where its tokenizer is.
-    fields: of BartConfig, those that the model determines.
-    tensors: weights under Hugging Face's names.
-    framework: whose names and layout they have.
-    forced_first_id: this project's id that its texts begin with, or None.
-  """
-
-  origin: str
-  folder: pathlib.Path
-  fields: dict[str, Any]
-  tensors: weights.Weights
+  origin: str  # 'Hugging Face' or 'fairseq'
+  folder: pathlib.Path  # with the tokenizer
+  fields: dict[str, Any]  # of BartConfig
+  tensors: weights.Weights  # by Hugging Face's names
   framework: mapping.Framework
-  forced_first_id: int | None
+  forced_first_id: int | None  # in this project's ids
 
 
 def read_source(path: pathlib.Path) -> Source:
-  """Reads a model.
-
-  Args:
-    path: a folder of Hugging Face's or fairseq's, or fairseq's `.pt` file.
+  """Reads a model folder of Hugging Face or fairseq, or a fairseq `.pt` file.
 
   Raises:
     FileNotFoundError, ValueError: it is missing, damaged, or not a BART.
@@ -91,10 +76,10 @@ def read_source(path: pathlib.Path) -> Source:
 def _normalized(
   tensors: weights.Weights, framework: mapping.Framework
 ) -> weights.Weights:
-  """Gives tensors the names of BartForConditionalGeneration, however they were saved.
+  """Renames tensors to those of BartForConditionalGeneration.
 
-  Without its head, a model lacks the prefix `model.` and the bias on the logits. If
-  several names share the token table, a file may keep it under any of them.
+  A model saved without its head lacks the prefix `model.` and the logits bias. The
+  token table may be saved under any of its tied names.
   """
   tensors = {
     f'model.{name}' if _HEADLESS.match(name) else name: tensor
@@ -117,16 +102,10 @@ def _normalized(
 
 
 def gin_file(model: str, checkpoint: pathlib.Path, source: Source) -> str:
-  """Returns the gin file that describes an imported model.
-
-  Args:
-    model: folder or Hub id, for its first line.
-    checkpoint: where the checkpoint will be.
-    source: the model.
-  """
+  """Returns the gin file of an imported model; `model` is its folder or Hub id."""
   rate = source.fields['dropout_rate']
   bindings = [
-    # One macro changes all rates that agree.
+    # Dropout rates that are equal share one macro.
     f'  {name} = {"%DROPOUT_RATE" if "dropout" in name and value == rate else value}'
     for name, value in source.fields.items()
   ]
@@ -152,14 +131,14 @@ def import_model(
   """Writes `checkpoint_0`, `config.gin` and the tokenizer of a model.
 
   Args:
-    model: a folder of Hugging Face's or fairseq's, fairseq's `.pt` file, or a Hub id.
+    model: a folder of Hugging Face or fairseq, a fairseq `.pt` file, or a Hub id.
     output_dir: the folder to make; it appears whole or not at all.
-    revision: branch, tag or commit on the Hub; by default its main branch.
+    revision: branch, tag or commit on the Hub; by default main.
     skip_tokenizer: import the weights alone.
     overwrite: replace an earlier model in output_dir.
 
   Raises:
-    OSError, ValueError: the model cannot be read, or output_dir not be replaced.
+    OSError, ValueError: the model cannot be read, or output_dir may not be replaced.
   """
   path = pathlib.Path(model)
   downloaded = not path.exists()

@@ -1,9 +1,9 @@
-"""Parameters of the network and of Hugging Face's BART: names, layouts, ids.
+"""Maps the network's parameters to those of Hugging Face's BART and back.
 
-Three things differ apart from names. PyTorch keeps kernels transposed. Hugging Face has
-`<s>` 0 and `<pad>` 1 where the ids here are `<s>` 1 and padding 0, so the first two
-rows of the token table and of the bias on the logits are swapped. And the table here
-may be padded with rows that no id uses: dropped on export, zero on import.
+Apart from names, three things differ. PyTorch kernels are transposed. The ids of `<s>`
+and padding are 0 and 1 in Hugging Face, 1 and 0 here, so the first two rows of the
+token table and of the logits bias are swapped. The table here may be padded: padding
+rows are dropped on export and zero on import.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from bart_t5x import network, restack
 
 Framework = Literal['flax', 'torch']
 
-# Names under which PyTorch files may repeat the token table.
+# Tied names of the token table in PyTorch files.
 TORCH_ALIASES = (
   'model.encoder.embed_tokens.weight',
   'model.decoder.embed_tokens.weight',
@@ -32,7 +32,7 @@ TORCH_ALIASES = (
 _TOKEN_TABLE = 'token_embedder/embedding'
 _LOGITS_BIAS = 'final_logits_bias'
 
-# Module of the network: module of Hugging Face. What is not here has one name.
+# Module here: module in Hugging Face. Others have the same name.
 _MODULES = {
   'token_embedder': 'shared',
   'position_embedder': 'embed_positions',
@@ -52,12 +52,10 @@ _MODULES = {
 
 
 def hf_name(path: str, framework: Framework) -> str:
-  """Hugging Face's name of a parameter.
+  """Returns Hugging Face's name of a parameter.
 
-  Args:
-    path: such as `encoder/layers_0/mlp/wi/kernel`.
-    framework: 'flax' gives `model.encoder.layers.0.fc1.kernel`, 'torch'
-      `model.encoder.layers.0.fc1.weight`.
+  `encoder/layers_0/mlp/wi/kernel` is `model.encoder.layers.0.fc1.kernel` in Flax and
+  `model.encoder.layers.0.fc1.weight` in PyTorch.
   """
   if path == _LOGITS_BIAS:
     return path
@@ -70,7 +68,7 @@ def hf_name(path: str, framework: Framework) -> str:
 
 @functools.lru_cache(maxsize=1)
 def parameter_shapes(config: network.BartConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of a network's parameters by path, layers written out."""
+  """Returns the shapes of a network's parameters by path, layers not stacked."""
   module = network.Transformer(dataclasses.replace(config, scan_layers=False))
 
   def init():
@@ -84,19 +82,13 @@ def parameter_shapes(config: network.BartConfig) -> dict[str, tuple[int, ...]]:
 def to_hf(
   params: Mapping[str, Any], config: network.BartConfig, framework: Framework
 ) -> dict[str, Float[np.ndarray, '...']]:
-  """Converts parameters of the network to Hugging Face's.
-
-  Args:
-    params: nested, layers stacked or not.
-    config: of the network.
-    framework: whose names and layout to give; Flax's names are split at dots for the
-      nested tree, PyTorch's come without `TORCH_ALIASES`.
+  """Converts nested parameters, layers stacked or not, to Hugging Face's.
 
   Returns:
-    Contiguous arrays by name.
+    Contiguous arrays by dotted name, without `TORCH_ALIASES`.
 
   Raises:
-    ValueError: the parameters are not those of this network.
+    ValueError: the parameters do not match the config.
   """
   flat = flatten_dict(restack.unstack_layers(params), sep='/')
   shapes = parameter_shapes(config)
@@ -120,18 +112,12 @@ def from_hf(
   config: network.BartConfig,
   framework: Framework,
 ) -> dict[str, Any]:
-  """Converts Hugging Face's parameters to those of the network.
+  """Converts Hugging Face's tensors to nested float32 parameters.
 
-  Args:
-    tensors: arrays by name; PyTorch's aliases may be among them.
-    config: of the network, which decides about padding and stacking.
-    framework: whose names and layout the tensors have.
-
-  Returns:
-    Nested parameters, float32.
+  The config decides about vocabulary padding and stacked layers.
 
   Raises:
-    ValueError: the tensors are not those of this network.
+    ValueError: the tensors do not match the config.
   """
   given = {name: array for name, array in tensors.items() if name not in TORCH_ALIASES}
   shapes = parameter_shapes(config)
@@ -168,11 +154,11 @@ def _check_names(given, expected, what):
   missing, extra = sorted(expected - given), sorted(given - expected)
   if missing or extra:
     raise ValueError(
-      f"{what} are not those of this config's BART. Missing {len(missing)}: "
+      f'{what} do not match the config. Missing {len(missing)}: '
       f'{missing[:5]}; unexpected {len(extra)}: {extra[:5]}'
     )
 
 
 def _check_shape(path, array, shape):
   if array.shape != shape:
-    raise ValueError(f'{path} is {array.shape}, the config asks for {shape}')
+    raise ValueError(f'{path} has shape {array.shape}, the config needs {shape}')

@@ -18,17 +18,17 @@ from absl import logging
 from bart_t5x.hf import hub
 from t5x import trainer
 
-# In the run's folder: the last export.
+# The last export, in the run's folder.
 EXPORT_FOLDER = 'hub_export'
-# Between looks into the run's folder, and after failures, doubled each time.
+# Seconds between polls; after a failure, doubled each time.
 _POLL_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 600.0
-# Before each try of the last push, when training has ended.
+# Before each try of the last push, after training.
 _LAST_PAUSES = (0.0, 5.0, 10.0)
 
 
 def newest_checkpoint(model_dir: pathlib.Path) -> pathlib.Path | None:
-  """Returns the finished checkpoint with the highest step, if there is one."""
+  """Returns the finished checkpoint with the highest step, or None."""
   steps = [
     int(match[1])
     for path in model_dir.glob('checkpoint_*')
@@ -39,11 +39,11 @@ def newest_checkpoint(model_dir: pathlib.Path) -> pathlib.Path | None:
 
 @gin.configurable
 class PushToHub(trainer.BaseAction):
-  """Pushes model, card and logs at each save; no training step waits for it.
+  """Pushes model, card and logs after each save, without delaying training steps.
 
-  A thread of the first host runs `bart_t5x.hf.convert export --push_to_hub` for each
-  newest checkpoint, as a process of its own, so that neither the interpreter lock nor a
-  crash reaches the training. A push that fails is tried again.
+  A thread of the first host runs `bart_t5x.hf.convert export --push_to_hub` for the
+  newest checkpoint in a separate process, so that neither the GIL nor a crash affects
+  training. Failed pushes are tried again.
   """
 
   def __init__(
@@ -59,22 +59,21 @@ class PushToHub(trainer.BaseAction):
 
     Args:
       repo_id: `org/name`.
-      model_dir: the run's folder.
+      model_dir: the run's folder, on a local disk.
       private: whether the repository must be private.
       revision: branch to push to; by default main.
-      corpus_dir: has the tokenizer; by default that of the run's task.
-      last_push_seconds: how long the end of the run waits for the last push. Other
-        hosts give up on the first one after 300.
+      corpus_dir: the tokenizer's folder; by default that of the run's task.
+      last_push_seconds: how long the end of the run waits for the last push; less
+        than 300, after which other hosts give up on the first.
 
     Raises:
-      hub.LoginError: there is no token, or the Hub refuses it.
-      ValueError: model_dir is not on a local disk.
+      hub.LoginError: the token is missing or invalid.
+      ValueError: model_dir is not local.
     """
     if '://' in model_dir:
       raise ValueError(
-        f'PushToHub reads checkpoints from local folders only. Got: {model_dir!r}. '
-        'Leave it out, and push a local copy of a checkpoint with `python -m '
-        'bart_t5x.hf.convert export --push_to_hub=…`.'
+        f'PushToHub needs a local model_dir. Got: {model_dir!r}. Push a local copy of '
+        'a checkpoint with `python -m bart_t5x.hf.convert export --push_to_hub=…`.'
       )
     self._model_dir = pathlib.Path(model_dir)
     self._last_push_seconds = last_push_seconds
@@ -88,7 +87,7 @@ class PushToHub(trainer.BaseAction):
     except hub.LoginError:
       raise
     except hub.HubError as e:
-      logging.warning('%s Training starts; pushes will be tried.', e)
+      logging.warning('%s Training starts; pushes will be tried again.', e)
     self._command = [sys.executable, '-m', 'bart_t5x.hf.convert', 'export']
     self._command += [f'--output_dir={self._model_dir / EXPORT_FOLDER}', '--overwrite']
     self._command += [f'--push_to_hub={repo_id}', '--with_logs']
@@ -102,17 +101,17 @@ class PushToHub(trainer.BaseAction):
     atexit.register(self.close)  # For a t5x that does not close its actions.
 
   def run(self, train_state: Any, metrics_by_task: Mapping[str, Any]) -> bool:
-    """Does nothing and never ends the training: the thread finds checkpoints itself."""
+    """Returns False, never ending the training: the thread does the work."""
     del train_state, metrics_by_task
     return False
 
   def close(self) -> None:
-    """Waits for the push of the last checkpoint; called when training has ended."""
+    """Waits for the push of the last checkpoint, after training."""
     self._ended.set()
     if self._thread is not None:
       self._thread.join(self._last_push_seconds)
       if self._thread.is_alive():
-        logging.warning('Hub: the last push has not ended; the run no longer waits.')
+        logging.warning('Hub: gave up waiting for the last push.')
       self._thread = None
 
   def _follow(self) -> None:
@@ -128,13 +127,13 @@ class PushToHub(trainer.BaseAction):
         return
 
   def _push_newest(self) -> bool:
-    """Pushes the newest checkpoint, if that is new; returns False if it failed."""
+    """Pushes the newest checkpoint unless it was pushed; returns False on failure."""
     checkpoint = newest_checkpoint(self._model_dir)
     if checkpoint is None or checkpoint == self._pushed:
       return True
     done = subprocess.run(
       [*self._command, f'--checkpoint={checkpoint}'],
-      # The accelerator is the run's.
+      # The run holds the accelerator.
       env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'},
       stdin=subprocess.DEVNULL,
       capture_output=True,

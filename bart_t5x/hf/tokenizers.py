@@ -1,10 +1,8 @@
-"""Tokenizer files: ours to a Hugging Face folder, those of other BARTs to ours.
+"""Exports tokenizers to Hugging Face folders and imports those of other BARTs.
 
-Out: a byte-level `tokenizer.json` is already Hugging Face's; a SentencePiece model goes
-along with a `tokenizer.json` made from it. In: byte-level BPE becomes a
-`tokenizer.json`, SentencePiece a `tokenizer.model` with the ids of the model. A
-`dict.txt` in the folder decides about ids: fairseq writes one with every model, and
-some models of Hugging Face (BARTpho's tokenizer) kept it.
+Byte-level BPE is a `tokenizer.json` on both sides. A SentencePiece model is exported
+with an equivalent `tokenizer.json`, and imported with its pieces reordered to the ids
+of the model, which a `dict.txt` determines if the folder has one (fairseq, BARTpho).
 """
 
 import json
@@ -23,7 +21,7 @@ from bart_t5x.tokenization import BOS, EOS, MASK, PAD, UNK
 
 _MASK = tokenizers.AddedToken(MASK, lstrip=True, special=True, normalized=False)
 
-# ---- out ---------------------------------------------------------------------
+# ---- export ---------------------------------------------------------------------
 
 _SPECIAL_TOKENS = {
   'bos_token': BOS,
@@ -36,16 +34,15 @@ _SPECIAL_TOKENS = {
 
 
 def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
-  """Writes what AutoTokenizer of transformers 4 and 5 reads.
+  """Writes the files that AutoTokenizer of transformers 4 and 5 reads.
 
   Args:
     source: the corpus's tokenizer.json or SentencePiece model.
-    folder: gets tokenizer.json, tokenizer_config.json, special_tokens_map.json and the
-      SentencePiece model, if it is one.
+    folder: to write into.
     max_length: longest input of the model, in tokens.
 
   Raises:
-    ValueError: a SentencePiece model has no counterpart in tokenizer.json.
+    ValueError: a SentencePiece model has no equivalent tokenizer.json.
   """
   content = source.read_bytes()
   if not tokenization.is_json(content):
@@ -56,12 +53,12 @@ def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
   mask = next(dict(token) for token in added if token['content'] == MASK)
   del mask['id']
   config = {
-    # The generic class takes everything from tokenizer.json; BartTokenizerFast would
-    # rebuild parts of it, and lose its post-processor.
+    # BartTokenizerFast would rebuild parts of tokenizer.json and lose its
+    # post-processor.
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'model_max_length': max_length,
     'model_input_names': ['input_ids', 'attention_mask'],
-    # So that decode(encode(text)) is the text.
+    # Needed for decode(encode(text)) == text.
     'clean_up_tokenization_spaces': False,
     **_SPECIAL_TOKENS,
     'mask_token': {'__type': 'AddedToken', **mask},
@@ -76,36 +73,34 @@ _NORMAL = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
 _UNIGRAM = sentencepiece_model_pb2.TrainerSpec.UNIGRAM
 _BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 
-# After a `<` that begins the name of a piece which text must not yield.
+# A `<` that begins the name of a piece that text must not be encoded as.
 _NAMES = r'<(?=(?:0x[0-9A-F]{2}|/?s|pad|unk|mask)>)'
 
 
 def sentencepiece_to_json(content: bytes, name: str) -> bytes:
   """Converts a SentencePiece model to a tokenizer.json with the same ids for all text.
 
-  It differs from other conversions where those lose something:
+  Where other conversions lose something:
 
-    - Pieces contain a plain space where SentencePiece writes U+2581, and text is not
-      rewritten: a U+2581 in text is spelt in bytes, as `tokenization` does.
-    - SentencePiece finds neither control symbols nor byte pieces in text, but the
-      Unigram model of `tokenizers` looks for all of its vocabulary. So text such as
-      `<0x41>` is split after its `<` first.
-    - A SentencePiece model has no list of merges. They are all the ways to make a piece
-      of two others, in the order of the pieces' scores.
+    - Pieces contain a space where SentencePiece writes U+2581. A U+2581 in text is
+      encoded as bytes, as `tokenization` does.
+    - SentencePiece never matches control and byte pieces in text; the Unigram model of
+      `tokenizers` would. So text such as `<0x41>` is first split after its `<`.
+    - Merges, which SentencePiece does not store, are all pairs of pieces that form a
+      piece, in the order of scores.
 
   Args:
     content: of a model that `tokenization.SentencePieceTokenizer` reads.
     name: of its file, for messages.
 
   Raises:
-    ValueError: the model is neither unigram nor BPE, or it rewrites text.
+    ValueError: the model is neither unigram nor BPE, or it normalizes text.
   """
   model = _parse(content, name)
   kind, rules = model.trainer_spec.model_type, model.normalizer_spec
   if kind not in (_UNIGRAM, _BPE):
     raise ValueError(
-      f'{name} is of type {kind}: only unigram and BPE models have a counterpart in '
-      'tokenizer.json'
+      f'{name} is of type {kind}. Only unigram and BPE models can be exported.'
     )
   if (
     rules.precompiled_charsmap
@@ -114,11 +109,10 @@ def sentencepiece_to_json(content: bytes, name: str) -> bytes:
     or not rules.escape_whitespaces
   ):
     raise ValueError(
-      f'{name} rewrites text before it tokenizes (normalization, a space in front or '
-      'spaces removed), which tokenizer.json cannot do alike. Train it as '
-      '`python -m bart_t5x.prepare` does.'
+      f'{name} normalizes text or adds or removes spaces, which tokenizer.json cannot '
+      'reproduce. Train it with `python -m bart_t5x.prepare`.'
     )
-  # Hugging Face's order: the first two ids are swapped.
+  # Hugging Face swaps the first two ids.
   pieces = [*model.pieces[1::-1], *model.pieces[2:]]
   spelt = [
     p.piece.replace(tokenization.SPACE_PIECE, ' ') if p.type == _NORMAL else p.piece
@@ -144,7 +138,7 @@ def sentencepiece_to_json(content: bytes, name: str) -> bytes:
     pair=f'{BOS} $A {EOS} {EOS} $B {EOS}',
     special_tokens=[(token, spelt.index(token)) for token in (BOS, EOS)],
   )
-  # Letters stay readable, whatever the library's version does.
+  # Independent of whether the library's version escapes letters.
   text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=2)
   return (text + '\n').encode('utf-8')
 
@@ -161,7 +155,7 @@ def _merges(pieces, spelt: Sequence[str]) -> list[tuple[str, str]]:
     for i in range(1, len(text))
     if text[:i] in scores and text[i:] in scores
   ]
-  # The sort is stable: ways to make one piece stay next to each other.
+  # A stable sort keeps the pairs that form one piece together.
   return [(left, right) for _, left, right in sorted(merges, key=lambda m: -m[0])]
 
 
@@ -169,10 +163,10 @@ def _parse(content: bytes, name: str):
   try:
     return sentencepiece_model_pb2.ModelProto.FromString(content)
   except message.DecodeError as e:
-    raise ValueError(f'{name} is not a SentencePiece model, or damaged: {e}') from e
+    raise ValueError(f'{name} is not a valid SentencePiece model: {e}') from e
 
 
-# ---- in ----------------------------------------------------------------------
+# ---- import ----------------------------------------------------------------------
 
 _SENTENCEPIECE = (
   'sentencepiece.bpe.model',
@@ -183,7 +177,7 @@ _SENTENCEPIECE = (
 _GPT2 = ('encoder.json', 'vocab.bpe')
 _BYTE_LEVEL = ('vocab.json', 'merges.txt')
 
-# What a model's tokenizer may consist of, for downloads.
+# Tokenizer files to download.
 FILES = (
   tokenization.BYTE_LEVEL_FILE,
   *_BYTE_LEVEL,
@@ -202,17 +196,13 @@ class TokenizerFile(NamedTuple):
 
 
 def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
-  """Reads the tokenizer of a Hugging Face or fairseq model.
+  """Reads the tokenizer of a Hugging Face or fairseq model with `vocab_size` ids.
 
-  Looks for: 1. SentencePiece, with or without dict.txt; 2. tokenizer.json;
+  Precedence: 1. SentencePiece, with or without dict.txt; 2. tokenizer.json;
   3. vocab.json and merges.txt; 4. fairseq's encoder.json, vocab.bpe and dict.txt.
 
-  Args:
-    folder: the model's.
-    vocab_size: the model's number of ids.
-
   Raises:
-    FileNotFoundError: there is none.
+    FileNotFoundError: no tokenizer found.
     ValueError: it is damaged, of another kind, or has another number of ids.
   """
   dictionary = folder / fairseq.DICTIONARY
@@ -234,15 +224,14 @@ def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
     found = _byte_level(vocabulary, folder / _GPT2[1])
   else:
     raise FileNotFoundError(
-      f'{folder} has no tokenizer: neither tokenizer.json, nor vocab.json with '
-      'merges.txt, nor a SentencePiece model, nor dict.txt with encoder.json and '
-      f'vocab.bpe. Put them there, {_SKIP}'
+      f'{folder} has no tokenizer. Add tokenizer.json, vocab.json with merges.txt, a '
+      f'SentencePiece model, or dict.txt with encoder.json and vocab.bpe, {_SKIP}'
     )
   size = tokenization.read_tokenizer(found.name, found.content).vocab_size
   if size != vocab_size:
     raise ValueError(
-      f'the tokenizer in {folder} has {size} ids, the model {vocab_size}. Take the '
-      f'tokenizer that belongs to the model, {_SKIP}'
+      f'the tokenizer in {folder} has {size} ids, the model {vocab_size}. Use the '
+      f"model's own tokenizer, {_SKIP}"
     )
   return found
 
@@ -250,22 +239,20 @@ def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
 def _tokenizer_json(path: pathlib.Path) -> TokenizerFile:
   if '"ByteLevel"' not in json.dumps(configs.read_json(path).get('pre_tokenizer')):
     raise ValueError(
-      f'{path} is not byte-level BPE, and the folder has no SentencePiece model. Put '
-      f'it there, {_SKIP}'
+      f'{path} is not byte-level BPE. Add the SentencePiece model, {_SKIP}'
     )
   return TokenizerFile(tokenization.BYTE_LEVEL_FILE, path.read_bytes())
 
 
 def _gpt2_vocabulary(path: pathlib.Path, symbols: Sequence[str]) -> dict[str, int]:
-  """Ids by token, where dict.txt has the numbers of encoder.json for tokens."""
+  """Ids by token, given a dict.txt of encoder.json's numbers."""
   numbers = configs.read_json(path)
   ids = _with_specials(symbols)
   lacking = [token for token, number in numbers.items() if str(number) not in ids]
   if lacking:
     raise ValueError(
       f'{path.parent / fairseq.DICTIONARY} lacks {len(lacking)} of the {len(numbers)} '
-      f'tokens of {path.name}, {lacking[0]!r} for one: it cannot write all text. Take '
-      f'the dict.txt of the whole vocabulary, {_SKIP}'
+      f'tokens of {path.name}, such as {lacking[0]!r}. Use a complete dict.txt, {_SKIP}'
     )
   tokens = {str(number): token for token, number in numbers.items()}
   return {tokens.get(symbol, symbol): i for symbol, i in ids.items()}
@@ -279,12 +266,7 @@ def _with_specials(symbols: Sequence[str]) -> dict[str, int]:
 
 
 def _byte_level(vocabulary: dict[str, int], merges: pathlib.Path) -> TokenizerFile:
-  """A tokenizer.json as transformers writes BART's.
-
-  Args:
-    vocabulary: Hugging Face's ids by token, specials included.
-    merges: a file with a pair of tokens a line, maybe after a comment.
-  """
+  """Makes a tokenizer.json as transformers does for BART."""
   lines = merges.read_text(encoding='utf-8').split('\n')
   if lines[0].startswith('#version'):
     del lines[0]
@@ -306,11 +288,10 @@ def _byte_level(vocabulary: dict[str, int], merges: pathlib.Path) -> TokenizerFi
 
 
 def _sentencepiece(path: pathlib.Path, symbols: Sequence[str] | None) -> TokenizerFile:
-  """A SentencePiece model whose pieces have the ids of this project.
+  """Makes a SentencePiece model whose pieces have the ids of this project.
 
-  Without a dictionary, models as `prepare` trains them stay as they are; others are
-  numbered as by XLM-R's tokenizer: the specials, the pieces after `<unk>`, `<s>` and
-  `</s>`, and `<mask>` last.
+  Without a dictionary, models of `prepare` stay as they are; others get the ids of
+  XLM-R's tokenizer: specials, the other pieces, and `<mask>` last.
   """
   content = path.read_bytes()
   model = _parse(content, str(path))
@@ -327,10 +308,10 @@ def _sentencepiece(path: pathlib.Path, symbols: Sequence[str] | None) -> Tokeniz
 
 
 def _reordered(model, order: Sequence[str]) -> Any:
-  """The same model with its pieces in another order.
+  """Reorders the pieces of a model.
 
-  Pieces that the order lacks come after the others: text is split as before, and what
-  becomes one of them is unknown (`SentencePieceTokenizer.vocab_size`).
+  Pieces that `order` lacks come last, so that text is split as before; their ids count
+  as unknown (`SentencePieceTokenizer.vocab_size`).
   """
   made = type(model)()
   made.CopyFrom(model)
@@ -346,7 +327,7 @@ def _reordered(model, order: Sequence[str]) -> Any:
     elif symbol in known:
       piece.CopyFrom(known[symbol])
     else:
-      piece.type = kinds.UNUSED  # A filler, which text never yields.
+      piece.type = kinds.UNUSED  # a filler
   placed = {*order, BOS, PAD, EOS, UNK, MASK}
   made.pieces.extend(piece for name, piece in known.items() if name not in placed)
   spec = made.trainer_spec

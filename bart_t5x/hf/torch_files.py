@@ -1,4 +1,4 @@
-"""Reads files of `torch.save`; nothing that is in them is run."""
+"""Reads files of `torch.save` without executing code in them."""
 
 import pathlib
 from typing import Any
@@ -7,19 +7,16 @@ from typing import Any
 def read(path: pathlib.Path, allowed_classes: tuple[type, ...] = ()) -> Any:
   """Reads a `.bin` or `.pt` file, tensors as NumPy arrays (bfloat16 as float32).
 
-  Args:
-    path: the file.
-    allowed_classes: may be in it, beside tensors and plain Python data.
+  `allowed_classes` may occur in it besides tensors and plain Python data.
 
   Raises:
-    ValueError: PyTorch is not installed, or the file is damaged or holds other classes.
+    ValueError: PyTorch is not installed, or the file is damaged or has other classes.
   """
   try:
     import torch  # Optional: only these files need it.
   except ImportError as e:
     raise ValueError(
-      f'{path} needs PyTorch: `pip install torch`, or take the model as '
-      'model.safetensors.'
+      f'{path} needs PyTorch: `pip install torch`, or use a model.safetensors.'
     ) from e
 
   def to_numpy(tree):
@@ -35,9 +32,8 @@ def read(path: pathlib.Path, allowed_classes: tuple[type, ...] = ()) -> Any:
       return to_numpy(torch.load(path, map_location='cpu', weights_only=True))
   except OSError:
     raise
-  except Exception as e:  # PyTorch has no common class for what damage leads to.
+  except Exception as e:  # PyTorch's errors share no base class.
     raise ValueError(
-      f'{path} cannot be read as a PyTorch file: {e}\nIt is damaged, or has more in it '
-      'than weights and settings. Download it again, or save the weights as '
-      'model.safetensors.'
+      f'{path} is damaged or has more than weights and settings: {e}\nDownload it '
+      'again, or save the weights as model.safetensors.'
     ) from e

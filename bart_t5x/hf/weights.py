@@ -1,7 +1,4 @@
-"""Weight files of Hugging Face models: safetensors, Flax msgpack, PyTorch .bin.
-
-Weights are a flat dict from dotted names to arrays; `mapping` knows the names.
-"""
+"""Reads and writes weight files of Hugging Face: safetensors, msgpack, PyTorch .bin."""
 
 import json
 import pathlib
@@ -13,7 +10,7 @@ import safetensors.numpy
 
 from bart_t5x.hf import torch_files
 
-Weights = dict[str, np.ndarray]
+Weights = dict[str, np.ndarray]  # by dotted names
 
 SAFETENSORS = 'model.safetensors'
 MSGPACK = 'flax_model.msgpack'
@@ -24,13 +21,13 @@ KINDS = (SAFETENSORS, MSGPACK, TORCH)
 
 def write_safetensors(path: pathlib.Path, weights: Weights) -> None:
   """Writes contiguous arrays under PyTorch's names."""
-  # transformers asks for the format.
+  # transformers requires this metadata.
   safetensors.numpy.save_file(weights, path, metadata={'format': 'pt'})
-  path.chmod(0o644)  # safetensors lets only the owner read it.
+  path.chmod(0o644)  # safetensors creates it with 0600.
 
 
 def write_msgpack(path: pathlib.Path, weights: Weights) -> None:
-  """Writes Flax's names as the nested dict that FlaxPreTrainedModel reads."""
+  """Writes weights under Flax's names."""
   nested = flax.traverse_util.unflatten_dict(weights, sep='.')
   path.write_bytes(flax.serialization.msgpack_serialize(nested))
 
@@ -39,12 +36,12 @@ def read_weights(folder: pathlib.Path) -> tuple[Weights, str]:
   """Reads a model's weights, whole or sharded.
 
   Returns:
-    The weights under the file's own names, and which of `KINDS` it was: MSGPACK has
-    Flax's names, the others PyTorch's.
+    The weights, and which of `KINDS` they were: MSGPACK has Flax's names, the others
+    PyTorch's.
 
   Raises:
-    FileNotFoundError: there are no weights, or a shard is missing.
-    ValueError: a file is damaged, or needs PyTorch.
+    FileNotFoundError: no weights, or a missing shard.
+    ValueError: a file is damaged, or PyTorch is needed and not installed.
   """
   for kind in KINDS:
     index = folder / f'{kind}.index.json'
@@ -53,12 +50,11 @@ def read_weights(folder: pathlib.Path) -> tuple[Weights, str]:
     if index.exists():
       weights = {}
       for name in sorted(set(json.loads(index.read_text())['weight_map'].values())):
-        # The index comes with the model: it must not reach outside its folder.
+        # An untrusted index must not name files outside the folder.
         weights |= _read(folder / pathlib.PurePath(name).name, kind)
       return weights, kind
   raise FileNotFoundError(
-    f'{folder} has no weights: expected one of {", ".join(KINDS)} (or shards with an '
-    'index)'
+    f'{folder} has no weights. Expected one of {", ".join(KINDS)}, whole or sharded.'
   )
 
 
@@ -72,5 +68,5 @@ def _read(path: pathlib.Path, kind: str) -> Weights:
     return flax.traverse_util.flatten_dict(nested, sep='.')
   except OSError:
     raise
-  except Exception as e:  # Damaged msgpack can raise anything.
+  except Exception as e:  # Damaged msgpack raises anything.
     raise ValueError(f'{path} is damaged or truncated ({e}). Download it again.') from e
