@@ -1,6 +1,4 @@
-"""What the tests of the noise share: recipes, random texts, and two ways to run it."""
-
-import itertools
+"""Recipes, random texts, and the two ways to run the noise, for its tests."""
 
 import numpy as np
 import tensorflow as tf
@@ -66,25 +64,20 @@ def repeated(tokens, starts, count, stream=7):
 
 def as_dataset(cases):
   """The cases as a dataset of the noise's three arguments."""
-  tokens, starts, seeds = zip(*cases, strict=True)
-  rows = {'tokens': tokens, 'starts': starts}
-  sizes = {f'{k}_size': [len(v) for v in row] for k, row in rows.items()}
-  padded = {
-    k: np.array(list(itertools.zip_longest(*row, fillvalue=0)), np.int32).T.reshape(
-      len(row), -1
+  *rows, seeds = zip(*cases, strict=True)
+  rows = [
+    tf.RaggedTensor.from_row_lengths(
+      np.concatenate(row).astype(np.int32), [len(values) for values in row]
     )
-    for k, row in rows.items()
-  }
-  dataset = tf.data.Dataset.from_tensor_slices(
-    {**padded, **sizes, 'seed': np.array(seeds, np.int64)}
-  )
+    for row in rows
+  ]
+  dataset = tf.data.Dataset.from_tensor_slices((*rows, np.array(seeds, np.int64)))
 
   @do_not_convert
-  def trim(case):
-    tokens, starts = (case[k][: case[f'{k}_size']] for k in rows)
-    return tokens, starts, case['seed']
+  def as_tensors(tokens, starts, seed):
+    return tokens[:], starts[:], seed
 
-  return dataset.map(trim)
+  return dataset.map(as_tensors)
 
 
 def each(function, cases, mode):
@@ -105,7 +98,7 @@ def each(function, cases, mode):
 
 
 def corrupted(recipe, cases, mode, encoder_length=None, ids=IDS):
-  """What `noise.corrupt` makes of each case."""
+  """`noise.corrupt` of each case."""
 
   def corrupt(tokens, starts, seed):
     return noise.corrupt(tokens, starts, seed, recipe, ids, encoder_length)

@@ -153,21 +153,6 @@ def test_norsumm_is_read_as_it_is_published(task, first):
   assert target[0] == first
 
 
-@pytest.mark.parametrize('suffix', ['', '_mini'])
-@pytest.mark.parametrize(
-  ('name', 'members'),
-  [
-    ('norne', {'norne_nb': 1, 'norne_nn': 1}),
-    ('scala', {'scala_nb': 1, 'scala_nn': 1}),
-    ('sammendrag', {'no_sammendrag': 1, 'norsumm_nb': 1, 'norsumm_nn': 1}),
-  ],
-)
-def test_mixtures(name, members, suffix):
-  mixture = seqio.get_mixture_or_task(name + suffix)
-  rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
-  assert rates == {name + suffix: rate for name, rate in members.items()}
-
-
 @pytest.mark.parametrize('task', ['no_sammendrag'], indirect=True)
 def test_mixture_trains_on_tasks_with_a_training_split(task, monkeypatch):
   mixture = seqio.get_mixture_or_task('sammendrag')
@@ -181,32 +166,6 @@ def test_mixture_trains_on_tasks_with_a_training_split(task, monkeypatch):
   decode = task.output_features['targets'].vocabulary.decode
   found = [decode(e['targets'].tolist()) for e in dataset.as_numpy_iterator()]
   assert found == ['Snø stenger veien.', 'Ny seier.']
-
-
-@pytest.mark.parametrize('task', ['norne_nb'], indirect=True)
-def test_batches_as_the_model_takes_them(task):
-  batches = seqio.get_dataset(
-    task.name,
-    LENGTHS,
-    BartFeatureConverter(pack=False),
-    dataset_split='train',
-    shuffle=True,
-    batch_size=2,
-    num_epochs=None,
-    seed=1,
-    verbose=False,
-  )
-  batch = next(batches.as_numpy_iterator())
-  assert batch['encoder_input_tokens'].shape == (2, 200)
-  assert (batch['decoder_target_tokens'][:, 0] == 1).all()
-
-
-@pytest.mark.parametrize('task', ['norec'], indirect=True)
-def test_long_texts_are_cut_and_counted(task):
-  first = examples(task, {'inputs': 12, 'targets': 4})[0]
-  assert first['inputs'].size == 12
-  assert first['inputs_truncated'] > 0
-  assert first['targets_pretokenized'] == b'positiv'
 
 
 def test_import_needs_neither_files_nor_libraries(tmp_path):
@@ -242,18 +201,17 @@ def test_import_needs_neither_files_nor_libraries(tmp_path):
 @pytest.mark.parametrize(
   ('task', 'metric', 'expected'),
   [
-    ('norec', None, ('norec', 'macro_f1')),
     ('scala_nb_mini', None, ('scala_nb_mini', 'mcc')),
     ('norne_nn', 'span_recall', ('norne_nn', 'span_recall')),
     ('norne', None, ('norne_nb', 'span_f1')),
     ('sammendrag', None, ('no_sammendrag', 'rouge_lsum_max')),
   ],
 )
-def test_headlines(task, metric, expected):
+def test_headline_of_tasks_and_mixtures(task, metric, expected):
   assert monitor.headline(task, metric) == expected
 
 
-def test_the_name_in_tensorboard():
+def test_tensorboard_name():
   gin.bind_parameter('tasks.monitor.headline.task', 'norquad')
   assert monitor.tensorboard_name() == 'inference_eval/norquad/eval/f1'
 
@@ -280,11 +238,6 @@ def test_missing_library_of_a_metric_is_reported_at_the_start(
     assert monitor.headline()
   finally:
     seqio.MixtureRegistry.remove('monitor_test_mixture')
-
-
-def test_misspelt_task_gets_the_nearest_name():
-  with pytest.raises(ValueError, match="'nornee_nb'. Nearest: norne_nb"):
-    monitor.headline('nornee_nb')
 
 
 def test_a_task_without_metrics_or_headline():

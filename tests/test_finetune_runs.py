@@ -1,8 +1,4 @@
-"""Proof of learning: a tiny model over-fits 32 examples of classes, spans and texts.
-
-By gin/finetune.gin, from prompt to metric, by beam search. Then what one does with the
-result: gin/finetune_eval.gin and gin/finetune_infer.gin.
-"""
+"""A tiny model over-fits 32 examples with gin/finetune.gin, and answers inputs."""
 
 import json
 import pathlib
@@ -172,7 +168,7 @@ def test_from_a_checkpoint_to_answers(task, tmp_path, monkeypatch):
   run = tmp_path / 'second'
   settings = {'EVAL_PERIOD': 50, 'PATIENCE': 3, 'DECAY': 'constant'}
   step, state = train(monkeypatch, task, run, 1000, checkpoint, **settings)
-  # The optimizer began anew, though the checkpoint has its states.
+  # The optimizer starts afresh, though the checkpoint has its states.
   counts = {
     int(np.asarray(leaf))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.param_states)
@@ -185,7 +181,7 @@ def test_from_a_checkpoint_to_answers(task, tmp_path, monkeypatch):
   assert step == max(scores) < 1003
   last = list(scores.values())[-3:]
   assert last == sorted(last, reverse=True)
-  # Of all evaluations the best checkpoint is there, and the newest beside it.
+  # The best checkpoint is kept, and the newest.
   best = max(scores, key=lambda step: (scores[step], -step))
   assert scores[best] >= 95
   there = {int(path.name.removeprefix('checkpoint_')) for path in run.glob('check*')}

@@ -9,7 +9,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from bart_t5x import inspect, noise, prepare, preprocessors, vocabularies
+from bart_t5x import inspect, noise, preprocessors, vocabularies
 from tasks import pretrain
 
 
@@ -20,7 +20,7 @@ def clean_gin():
 
 
 @pytest.fixture(scope='module', autouse=True)
-def tasks_to_look_at(corpus_dir):
+def registered_tasks(corpus_dir):
   pretrain.add_denoising_task('inspect_test', corpus_dir)
   pretrain.add_denoising_task(
     'inspect_test_empty', corpus_dir, noise.Recipe(permute_ratio=0, infill_ratio=0)
@@ -73,7 +73,7 @@ def test_colour_on_request(capsys):
   assert '\033[33m<mask>\033[0m' in out
 
 
-def test_bindings_act(capsys):
+def test_gin_bindings_change_the_noise(capsys):
   fields = ('infill_ratio', 'permute_ratio')
   _, out, _ = inspected(capsys, *(f'--gin.noise.Recipe.{f}=0.0' for f in fields))
   assert float(out.split('tokens masked')[1].split('%')[0]) == 0
@@ -132,7 +132,7 @@ def test_colour_only_in_terminals_without_no_color(monkeypatch):
     ('inspect_test', ['--module=no_such_module'], "names 'no_such_module', which"),
   ],
 )
-def test_bad_input_is_one_line(capsys, task, args, message):
+def test_bad_input_is_reported_on_one_line(capsys, task, args, message):
   code, _, err = inspected(capsys, *args, task=task)
   assert code == 1
   assert err.startswith('error: ') and message in err
@@ -140,37 +140,8 @@ def test_bad_input_is_one_line(capsys, task, args, message):
 
 
 def row(out, label):
-  """The number in the table's row of that name."""
   (line,) = [line for line in out.splitlines() if line.startswith(label)]
   return int(line.removeprefix(label).split()[0].replace(',', ''))
-
-
-@pytest.fixture
-def addresses(corpus_dir, tmp_path):
-  """A task over texts that are mostly one word."""
-  random = np.random.default_rng(8)
-  texts = tmp_path / 'texts.txt'
-  with open(texts, 'w') as f:
-    for _ in range(60):
-      address = ''.join(random.choice(list('bcdfghjklm0123456789'), 160))
-      f.write(f'Og {"snø på " * 9}https://{address} {"og sjø " * 9}.\n')
-  output = str(tmp_path / 'prepared')
-  args = ['--source=text', f'--input={texts}', f'--output_dir={output}']
-  args += [f'--tokenizer_file={corpus_dir}', '--min_validation_documents=1']
-  assert prepare.main([*args, '--num_workers=1']) == 0
-  pretrain.add_denoising_task('inspect_test_addresses', output)
-  yield 'inspect_test_addresses'
-  seqio.TaskRegistry.remove('inspect_test_addresses')
-
-
-def test_texts_with_long_words_are_reported(capsys, addresses):
-  args = ['--num_examples=100', '--num_rows=0', '--targets_length=210']
-  args += ['--inputs_length=186']
-  _, out, _ = inspected(capsys, *args, task=addresses)
-  reported = out.count('  units   tokens: ')
-  assert row(out, 'spans of tokens, not words') == reported
-  assert 5 < reported < out.count('document ')
-  assert row(out, 'source tokens cut off') == 0
 
 
 def test_cut_off_tokens_are_reported(capsys, monkeypatch):
@@ -182,22 +153,20 @@ def test_cut_off_tokens_are_reported(capsys, monkeypatch):
   assert f'(of {len(cut)} examples)' in out
 
 
-@pytest.mark.parametrize('damage', ['changed', 'cut off'])
-def test_a_damaged_shard_is_reported(capsys, corpus_dir, tmp_path, damage):
+def test_damaged_shard_is_reported(capsys, corpus_dir, tmp_path):
   folder = tmp_path / 'prepared'
   shutil.copytree(corpus_dir, folder)
   path = folder / 'train-00001-of-00004.tfrecord'
   content = bytearray(path.read_bytes())
   content[100] ^= 1
-  path.write_bytes(content if damage == 'changed' else content[:-7])
+  path.write_bytes(content)
   name = 'inspect_test_damaged'
   pretrain.add_denoising_task(name, str(folder))
   try:
     code, _, err = inspected(capsys, '--num_summed=10000', task=name)
   finally:
     seqio.TaskRegistry.remove(name)
-  assert code == 1 and err.count('\n') == 1
-  assert ('damaged' if damage == 'changed' else str(path)) in err
+  assert code == 1 and err.count('\n') == 1 and 'damaged' in err
 
 
 def test_spans_of_references():

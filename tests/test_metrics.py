@@ -1,6 +1,4 @@
-"""Metrics at values worked by hand."""
-
-import sys
+"""Metrics at values computed by hand."""
 
 import numpy as np
 import pytest
@@ -10,11 +8,6 @@ from bart_t5x import metrics, noise
 from bart_t5x.features import BartFeatureConverter
 from bart_t5x.vocabularies import load_vocabulary
 from tasks import pretrain
-
-
-def test_perfect_texts_score_100():
-  texts = ['Katten sover.', 'Hunden løper.']
-  assert metrics.reconstruction(texts, texts) == {'exact_match': 100.0, 'chrf': 100.0}
 
 
 def test_half_of_the_texts_exact():
@@ -38,7 +31,7 @@ def test_classes_by_hand():
 def test_unknown_labels_are_wrong_and_counted():
   scores = metrics.classification(['ja', 'nei'], ['ja', 'kanskje'], ('ja', 'nei'))
   assert scores['accuracy'] == scores['unknown_labels'] == 50.0
-  # F1: ja 1, nei 0. The unknown text is no third class.
+  # F1: ja 1, nei 0. The unknown text is not a third class.
   assert scores['macro_f1'] == 50.0
 
 
@@ -97,19 +90,6 @@ def test_translations_at_known_values():
   assert scores['bleu'] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
 
 
-@pytest.mark.parametrize(
-  ('metric', 'module', 'package'),
-  [
-    (metrics.classification, 'sklearn.metrics', 'scikit-learn'),
-    (metrics.summarisation, 'rouge_score.rouge_scorer', 'rouge-score'),
-  ],
-)
-def test_missing_library_is_named(metric, module, package, monkeypatch):
-  monkeypatch.setitem(sys.modules, module, None)
-  with pytest.raises(ImportError, match=f'need {package}: pip install'):
-    metric(['a'], ['a'])
-
-
 def test_summaries_by_hand():
   """The longest common subsequence over the lengths of both."""
   targets = [['a b c d', 'a b x y'], ['p q']]
@@ -125,11 +105,6 @@ def test_summaries_by_sentence():
   scores = metrics.summarisation([['e f g . a b c']], ['a b c . e f g'])
   assert scores['rouge_lsum_max'] == pytest.approx(100)
   assert scores['rouge_l'] == pytest.approx(50)
-
-
-def test_text_without_summary_raises():
-  with pytest.raises(ValueError, match='no right summary'):
-    metrics.summarisation([[]], ['x'])
 
 
 @pytest.mark.parametrize(
@@ -168,19 +143,6 @@ def test_parts_of_a_text(corpus_dir):
     (' på', False),
     (' sjø', True),
   ]
-
-
-def test_reproduced_text_scores_100():
-  scores = metrics.denoising([PARTS], ['Kari gikk ut av huset og lo.'])
-  assert scores == pytest.approx(
-    {
-      'exact_match': 100,
-      'chrf': 100,
-      'infilled_exact_match': 100,
-      'infilled_chrf': 100,
-      'infilled_spans': 2,
-    }
-  )
 
 
 @pytest.mark.parametrize(

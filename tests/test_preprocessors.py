@@ -1,4 +1,4 @@
-"""Documents into pieces, pieces into examples, text into ids."""
+"""Preprocessors: splitting documents, noise, and tokenization."""
 
 import dataclasses
 
@@ -42,28 +42,10 @@ def test_cuts_by_hand(size, starts, room, want):
   assert cuts.numpy().tolist() == want == oracle_cuts(size, starts, room)
 
 
-@pytest.mark.parametrize('room', [3, 5, 9])
-def test_documents_are_cut_as_if_alone(room):
-  cases = [(size, starts) for size, starts, _, _ in CUTS_BY_HAND]
-  cases = [(0, []), *cases, (0, []), (0, []), (200, [0, 1])]
-  bounds = np.cumsum([0, *(size for size, _ in cases)])
-  begins = bounds[:-1].tolist()
-  starts = [b + s for b, (_, ss) in zip(begins, cases, strict=True) for s in ss]
-  cuts = preprocessors.cut_points(
-    tf.constant(bounds, tf.int32), tf.constant(starts, tf.int32), room
-  )
-  alone = {
-    b + c
-    for b, case in zip(begins, cases, strict=True)
-    for c in oracle_cuts(*case, room)
-  }
-  assert cuts.numpy().tolist() == sorted(alone)
-
-
 def documents(count=60, longest=90):
   random = np.random.default_rng(4)
   for i in range(count):
-    size = i if i < 5 else int(random.integers(1, longest))
+    size = (0, 1, 2, 0, 0, 3)[i] if i < 6 else int(random.integers(1, longest))
     cuts = random.integers(0, size, size // 6) if size else []
     yield {
       'tokens': random.integers(5, 300, size).astype(np.int32),
@@ -259,23 +241,20 @@ def test_piece_seeds_do_not_collide():
 
 def test_p18_noise_that_outgrows_the_encoder_raises(features):
   lengths = {'inputs': 100, 'targets': 128}
-  with pytest.raises(ValueError, match='sources of up to 1[01].* encoder takes 100'):
+  with pytest.raises(ValueError, match='encoder takes 100'):
     denoised(features, [], lengths, noise.Recipe())
   growing = noise.Recipe(insert_ratio=0.5)
-  with pytest.raises(ValueError, match='outgrow|up to'):
+  with pytest.raises(ValueError, match='encoder takes 128'):
     denoised(features, [], {'inputs': 128, 'targets': 128}, growing)
   assert denoised(features, [], {'inputs': 192, 'targets': 128}, growing) == []
 
 
-@pytest.mark.parametrize('lengths', [None, {}, {'targets': 9}, {'inputs': 9}])
-def test_lengths_are_required(features, lengths):
+@pytest.mark.parametrize(
+  'lengths', [None, {'targets': 9}, {'inputs': 9}, {'inputs': 9, 'targets': 2}]
+)
+def test_bad_lengths_raise(lengths):
   with pytest.raises(ValueError, match='TASK_FEATURE_LENGTHS'):
     preprocessors.split_documents(as_dataset([]), lengths)
-
-
-def test_shortest_targets():
-  with pytest.raises(ValueError, match='at least 3'):
-    preprocessors.split_documents(as_dataset([]), {'inputs': 9, 'targets': 2})
 
 
 def tokenized(features, texts, lengths=None):
@@ -285,32 +264,11 @@ def tokenized(features, texts, lengths=None):
   )
 
 
-def test_text_is_tokenized_as_in_pre_training(features):
-  vocabulary = features['inputs'].vocabulary
-  texts = {'inputs': ['Barna på fjorden.', ''], 'targets': ['snø', 'ærlig sjø']}
-  for i, example in enumerate(tokenized(features, texts)):
-    for name in ('inputs', 'targets'):
-      want = [1, *vocabulary.encode(texts[name][i]), 2]
-      assert example[name].tolist() == want
-      assert example[name].dtype == np.int32
-      assert example[f'{name}_pretokenized'].decode() == texts[name][i]
-      assert example[f'{name}_truncated'] == 0
-
-
-def test_long_text_keeps_the_eos(features):
-  texts = {'inputs': ['fjord og snø og sjø og huset'], 'targets': ['sjø']}
-  (example,) = tokenized(features, texts, {'inputs': 6, 'targets': None})
-  (whole,) = tokenized(features, texts)
-  assert example['inputs'].tolist() == [*whole['inputs'][:5], 2]
-  assert example['inputs_truncated'] == len(whole['inputs']) - 6
-  assert example['targets'].tolist() == whole['targets'].tolist()
-
-
 def test_length_below_2_raises(features):
   texts = {'inputs': ['fjord'], 'targets': ['sjø']}
   (example,) = tokenized(features, texts, {'inputs': 2})
   assert example['inputs'].tolist() == [1, 2]
-  with pytest.raises(ValueError, match=r"LENGTHS\['targets'\] must hold .* Got: 1"):
+  with pytest.raises(ValueError, match='targets.* Got: 1'):
     tokenized(features, texts, {'targets': 1})
 
 

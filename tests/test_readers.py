@@ -126,12 +126,6 @@ def test_other_encodings_are_reported(name, tmp_path):
     list(readers.read_file(str(tmp_path / name)))
 
 
-def test_list_of_objects(tmp_path):
-  (tmp_path / 'a.json').write_text('[{"article": "x"}, {"article": "y"}]')
-  found = readers.read_file(str(tmp_path / 'a.json'))
-  assert list(found) == [{'article': 'x'}, {'article': 'y'}]
-
-
 # ---- Prompts ----
 
 

@@ -1,6 +1,5 @@
 """Text-to-text tasks as users register them, and files of inputs."""
 
-import logging
 import pathlib
 import re
 import runpy
@@ -207,13 +206,6 @@ def test_text_that_just_fits_is_not_counted(add, more, caplog):
   assert (example['inputs_truncated'] > 0) == (more < 0)
 
 
-def test_nothing_else_is_logged(add, caplog):
-  with caplog.at_level(logging.WARNING):
-    examples(add([('a', 'b')]))
-  ours = [record for record in caplog.records if 'site-packages' not in record.pathname]
-  assert not ours
-
-
 # ---- Files of inputs ----
 
 
@@ -269,12 +261,6 @@ def test_empty_inputs_are_counted(tmp_path, caplog):
   read(path)
   read(path)
   assert caplog.text.count('2 of 4 inputs are empty') == 1
-
-
-def test_byte_order_mark_is_not_text(tmp_path):
-  path = tmp_path / 'a.txt'
-  path.write_text('En.\n', encoding='utf-8-sig')
-  assert read(path) == [('En.', '')]
 
 
 @pytest.mark.parametrize(
