@@ -1,9 +1,9 @@
-"""Where a run's data comes from: tasks by name, corpora, and epochs.
+"""Tasks by name, prepared corpora as seqio sources, and tasks that count epochs.
 
 `CorpusSource` reads the shards that `bart_t5x.prepare` writes. `EpochTask` is a seqio
-task that stamps each document with the seed and the epoch. A `seqio.Task` repeats its
-source without any trace, so noise that is both reproducible and new in each epoch
-would have to depend on the position in the stream, and with it on the number of hosts.
+task that adds the seed and the epoch to each document. With a plain `seqio.Task`, noise
+that is reproducible and new in each epoch would depend on the position in the stream,
+and so on the number of hosts.
 """
 
 import concurrent.futures
@@ -21,25 +21,24 @@ from bart_t5x import corpus_format
 from bart_t5x.corpus_format import TRAIN, VALIDATION
 from bart_t5x.tensors import do_not_convert
 
-# What `EpochTask` adds to each example.
+# Features that `EpochTask` adds.
 EPOCH = 'epoch'
 SEED = 'seed'
 
-# Evaluation sees the same noise whenever and wherever it runs.
+# Evaluation always has the same noise.
 EVALUATION_SEED = 0
 
-# Files read at a time, and records read of one before the next one's turn.
+# Files read at a time, and records read from one before the next.
 _OPEN_FILES = 16
 _RECORDS_PER_TURN = 16
-# Shards keep the order of the corpus, so examples' own shuffling alone would draw from
-# neighbours only. Documents are therefore shuffled first, in a buffer of this size.
+# Shards are in the order of the corpus, so shuffling examples alone would mix only
+# neighbours. Documents are therefore shuffled first, in a buffer of this size.
 _SHUFFLED_DOCUMENTS = 8192
-# Hosts take whole files if their shares then differ by at most one part in this many.
+# With this many files per host, hosts read whole files: shares differ by at most 1/16.
 _FILES_PER_HOST = 16
-# Documents that preprocessors get at a time: most of what a short one costs is the
-# fixed cost of a dataset's element.
+# Preprocessors get batches, as a dataset's element costs more than a short document.
 _DOCUMENTS_PER_BATCH = 64
-# Between the seeds that order the files of successive epochs.
+# Difference of the seeds that order the files in successive epochs.
 _EPOCH_STEP = 0x5851F42D4C957F2D
 
 _RECORD = {
@@ -50,24 +49,19 @@ _RECORD = {
 
 
 def data_root() -> str:
-  """The folder with the corpora: BART_T5X_DATA, by default `data`."""
+  """Returns the folder with the corpora: BART_T5X_DATA, by default `data`."""
   return os.environ.get('BART_T5X_DATA', 'data')
 
 
 def import_tasks(module: str, setting: str = 'MIXTURE_OR_TASK_MODULE') -> None:
-  """Imports a module for the tasks that it registers.
-
-  Args:
-    module: dotted name.
-    setting: the setting that names it, for the error message.
-  """
+  """Imports a module that registers tasks; errors mention the setting that names it."""
   try:
-    # Gin has read its files by now; the module may still register configurables.
+    # Gin may be locked by now, but the module may still register configurables.
     with gin.unlock_config():
       importlib.import_module(module)
   except ModuleNotFoundError as e:
     if not f'{module}.'.startswith(f'{e.name}.'):
-      raise  # one that the module itself imports
+      raise  # an import inside the module failed
     raise ModuleNotFoundError(
       f'{setting} names {module!r}, which was not found in the current folder, on '
       'PYTHONPATH or among the installed packages',
@@ -81,15 +75,10 @@ def find_task(
   hint: str = 'Set MIXTURE_OR_TASK_NAME, and name the module that registers the task '
   'as MIXTURE_OR_TASK_MODULE, or import it in the gin file (`import tasks`).',
 ) -> seqio.Task | seqio.Mixture:
-  """Returns a registered task or mixture.
-
-  Args:
-    mixture_or_task_name: as registered with seqio.
-    module: imported first, if it registers the task.
-    hint: what to do if the name is wrong, for the error message.
+  """Returns a registered task or mixture, after importing `module` if given.
 
   Raises:
-    ValueError: there is no such task; the message lists the nearest names.
+    ValueError: the name is unknown; the message has the nearest names and the hint.
   """
   if module:
     import_tasks(module)
@@ -97,7 +86,7 @@ def find_task(
   if mixture_or_task_name not in known:
     near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
     raise ValueError(
-      f'There is no task or mixture {mixture_or_task_name!r}. '
+      f'Task or mixture {mixture_or_task_name!r} is not registered. '
       + (f'Nearest: {", ".join(near)}. ' if near else '')
       + hint
     )
@@ -105,7 +94,7 @@ def find_task(
 
 
 class CorpusSource(seqio.DataSource):
-  """The documents of a folder made by `bart_t5x.prepare`, read when data is asked for.
+  """Documents of a prepared corpus, whose folder need not exist yet.
 
   An example has `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id` int64.
   """
@@ -122,7 +111,7 @@ class CorpusSource(seqio.DataSource):
     return True
 
   def description(self) -> dict:
-    """The content of corpus.json, the last file that `prepare` writes."""
+    """Returns the content of corpus.json, the last file that `prepare` writes."""
     path = os.path.join(self.corpus_dir, corpus_format.CORPUS_FILE)
     if tf.io.gfile.exists(path):
       with tf.io.gfile.GFile(path) as f:
@@ -135,7 +124,7 @@ class CorpusSource(seqio.DataSource):
     )
 
   def list_shards(self, split: str) -> Sequence[str]:
-    """The split's files, sorted; all there and as long as `prepare` wrote them."""
+    """Returns the split's files, sorted, after checking their number and sizes."""
     splits = self.description()['splits']
     if split not in splits:
       raise FileNotFoundError(
@@ -152,7 +141,7 @@ class CorpusSource(seqio.DataSource):
     return files
 
   def num_input_examples(self, split: str) -> int | None:
-    """Number of documents in the split; None if there is no corpus yet."""
+    """Returns the number of documents; None if the corpus does not exist yet."""
     try:
       splits = self.description()['splits']
     except FileNotFoundError:
@@ -170,12 +159,11 @@ class CorpusSource(seqio.DataSource):
     use_cached: bool = False,
     num_epochs: int | None = 1,
   ) -> tf.data.Dataset:
-    """One pass over the documents, or over one host's share of them.
+    """Returns one pass over the documents, or over one host's share of them.
 
-    Shares are disjoint and together complete: whole files where there are enough of
-    them for fair shares, else every n-th record of each file. `shuffle` draws the order
-    of the files with `seed`, a number or an int64 scalar (None is 0). The last three
-    parameters have no effect: `EpochTask` repeats.
+    Shares are disjoint and complete: whole files where there are enough for fair
+    shares, else every n-th record of each file. `shuffle` orders the files by `seed`,
+    a number or int64 scalar (None is 0). The last three parameters have no effect.
     """
     del sequence_length, use_cached, num_epochs
     records = self.records(split, shuffle, seed, shard_info)
@@ -188,12 +176,12 @@ class CorpusSource(seqio.DataSource):
     seed: int | tf.Tensor | None,
     shard_info: seqio.ShardInfo | None,
   ) -> tf.data.Dataset:
-    """`get_dataset` as serialised records, for `parse_records`."""
+    """Like `get_dataset`, but serialised records, for `parse_records`."""
     paths = self.list_shards(split)
     hosts = shard_info.num_shards if shard_info else 1
     host = shard_info.index if shard_info else 0
     whole_files = len(paths) % hosts == 0 or len(paths) >= hosts * _FILES_PER_HOST
-    # Numbered, as the records that a host takes must not depend on the files' order.
+    # A host's records depend on a file's number, not on the shuffled order.
     numbers = tf.range(len(paths), dtype=tf.int64)
     files = tf.constant(paths)
     if whole_files:
@@ -216,10 +204,9 @@ class CorpusSource(seqio.DataSource):
 
 
 def _check_sizes(files: Sequence[str], sizes: Sequence[int] | None) -> None:
-  """Reports files that were cut off or changed since `prepare` wrote them."""
   if sizes is None:  # a corpus of an earlier version
     return
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # they may be in a bucket
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # files may be in a bucket
     found = list(pool.map(lambda file: tf.io.gfile.stat(file).length, files))
   for file, size, wanted in zip(files, found, sizes, strict=True):
     if size != wanted:
@@ -236,7 +223,7 @@ def _parse_one(record: tf.Tensor) -> dict[str, tf.Tensor]:
 
 @do_not_convert
 def parse_records(records: tf.Tensor) -> dict[str, tf.Tensor | tf.RaggedTensor]:
-  """Parses documents [b] together, in a tenth of the time of one after the other.
+  """Parses documents [b] in a tenth of the time of single ones.
 
   Returns:
     `tokens` and `sentence_starts`, ragged int32 [b, (n)], and `example_id` int64 [b].
@@ -252,14 +239,13 @@ def _in_int32(document):
 class EpochTask(seqio.Task):
   """A task whose preprocessors get batches of documents with `seed` and `epoch`.
 
-  The seed is the one given to `get_dataset` (in T5X: `DatasetConfig.seed`; None is 0),
-  epochs count from 0; both are int64 [documents]. Other splits than training always
-  have epoch 0 and `EVALUATION_SEED`. Vectors are ragged tensors, and the preprocessors
-  after a `seqio.CacheDatasetPlaceholder` must unbatch.
+  The seed is that of `get_dataset` (in T5X `DatasetConfig.seed`; None is 0), epochs
+  count from 0; both are int64 [documents]. Splits other than train always have epoch 0
+  and `EVALUATION_SEED`. Vectors are ragged tensors, and the preprocessors after a
+  `seqio.CacheDatasetPlaceholder` must unbatch.
 
-  The source is read again for each epoch, the files of a `CorpusSource` in a new order.
-  Documents are shuffled before the preprocessors, examples after them. Everything is a
-  plain `tf.data` operation, so iterators can be saved.
+  Each epoch reads the files of a `CorpusSource` in a new order. Documents are shuffled
+  before the preprocessors, examples after them. Iterators can be saved.
   """
 
   def get_dataset(
@@ -279,7 +265,7 @@ class EpochTask(seqio.Task):
     del try_in_mem_cache
     seed = int(seed or 0)
     source = self._source_for(split, use_cached)
-    source.list_shards(split)  # a missing corpus is reported here, not from a graph
+    source.list_shards(split)  # report a missing corpus here rather than in a graph
     training = split == TRAIN
     ours = isinstance(source, CorpusSource)
     in_records = ours and not self._cache_step_idx
@@ -291,7 +277,7 @@ class EpochTask(seqio.Task):
       else:
         documents = source.get_dataset(
           split=split,
-          # seqio's own sources shuffle by a dataset of files, which cannot be saved.
+          # Iterators over seqio's own shuffled sources cannot be saved.
           shuffle=shuffle and ours,
           seed=order,
           shard_info=shard_info,
@@ -325,12 +311,12 @@ class EpochTask(seqio.Task):
     if use_cached:
       if not self.supports_caching:
         raise ValueError(
-          f'Task {self.name!r} has no step that seqio can cache. Set use_cached=False.'
+          f'Task {self.name!r} cannot be cached by seqio. Set use_cached=False.'
         )
       return self._get_cached_source(split)
     if self.requires_caching:
       raise ValueError(
-        f'Task {self.name!r} reads text: seqio_cache_tasks has to tokenize it first. '
+        f'Task {self.name!r} reads text, which seqio_cache_tasks must tokenize first. '
         'Run it and set USE_CACHED_TASKS = True.'
       )
     return self.source
@@ -340,7 +326,7 @@ class EpochTask(seqio.Task):
   ) -> tf.data.Dataset:
     lengths = {k: (sequence_length or {}).get(k) for k in self.output_features}
 
-    @do_not_convert  # unlike seqio's, which AutoGraph takes its time to convert
+    @do_not_convert  # AutoGraph's conversion of seqio's function is slow
     def trim(example):
       return {k: v[: lengths[k]] if lengths.get(k) else v for k, v in example.items()}
 

@@ -1,8 +1,8 @@
-"""Feature converter: adds BART's noise codes and packs rows by first fit.
+"""Feature converter with BART's noise codes and packing by first fit.
 
 seqio's packer closes a row as soon as the next example does not fit. This one keeps
-rows open and puts each example into the first row with room for it (first fit). At
-typical document lengths that fills 97 % of the slots or more, instead of 80–86 %.
+rows open and puts each example into the first row with room for it. At typical document
+lengths that fills 97 % of the slots, instead of 80–86 %.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from bart_t5x.tensors import do_not_convert
 NOISED = 'targets_noised'
 DECODER_NOISED = 'decoder_targets_noised'
 
-# Examples placed at a time, and rows that stay open between windows.
+# Examples packed together, and rows that stay open for the next ones.
 WINDOW = 256
 OPEN_ROWS = 64
 
@@ -53,8 +53,8 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
     return super()._pack_or_pad(ds, packed_lengths)
 
   def _validate_dataset(self, ds: tf.data.Dataset, *args, **kwargs) -> tf.data.Dataset:
-    # seqio's assertions on each example take longer than all of packing. Where this
-    # class packs, `pack_first_fit` checks lengths, and those of rows are static.
+    # seqio's assertions on each example take longer than packing. `pack_first_fit`
+    # checks the lengths instead.
     checks = self._apply_length_check
     self._apply_length_check = checks and not self._packs_first_fit
     try:
@@ -74,8 +74,6 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
 
 
 class _NoisedFeatureConverter(BartFeatureConverter):
-  """For tasks that have the codes."""
-
   TASK_FEATURES = {**BartFeatureConverter.TASK_FEATURES, NOISED: _INT_VECTOR}
   MODEL_FEATURES = {**BartFeatureConverter.MODEL_FEATURES, DECODER_NOISED: _INT_VECTOR}
 
@@ -101,30 +99,29 @@ def pack_first_fit(
 ) -> tf.data.Dataset:
   """Packs examples into rows of fixed lengths, each into the first row with room.
 
-  Rows close in the order in which they were opened, when more than `open_rows` are
-  open; all close at the dataset's end. `inputs` has a layout of its own, all other
-  features share that of `targets`.
+  When more than `open_rows` rows are open after a window of examples, the oldest are
+  emitted. `inputs` has its own layout; all other features share that of `targets`.
 
   Args:
-    ds: of examples with the features of `lengths`, int32 [n], no element negative.
+    ds: examples with the features of `lengths`, int32 [n], no element negative.
     lengths: row length of each feature.
     window: examples placed at a time.
     open_rows: rows that stay open.
 
   Returns:
-    A dataset of rows: each feature int32 [length], zero-padded; and for `inputs` and
-    `targets` `…_segment_ids` (from 1, 0 on padding) and `…_positions`. Iteration raises
-    InvalidArgumentError where an example is longer than its row, or features of one
-    layout differ in length.
+    Rows: each feature int32 [length], zero-padded; and for `inputs` and `targets`
+    `…_segment_ids` (from 1; 0 on padding) and `…_positions`. Iteration raises
+    InvalidArgumentError if an example is longer than its row, or if features that share
+    a layout differ in length.
   """
   groups = {'inputs': ['inputs'], 'targets': [k for k in lengths if k != 'inputs']}
   caps = {group: lengths[group] for group in groups}
 
   windows = _windows(ds, lengths, window)
   state = {
-    # For each open row: slots taken (inputs, targets) and number of examples.
+    # Of each open row: used slots of inputs and targets, and number of examples.
     'used': tf.zeros([0, 3], tf.int32),
-    # For each slot: the features, then segment id and position.
+    # In each slot: the features, segment id and position.
     **{k: tf.zeros([0, caps[k], len(groups[k]) + 2], tf.int32) for k in groups},
   }
 
@@ -148,10 +145,8 @@ def pack_first_fit(
 def _windows(
   ds: tf.data.Dataset, lengths: Mapping[str, int], window: int
 ) -> tf.data.Dataset:
-  """Batches of `window` examples, int32 [examples, n], then an empty one.
-
-  Padded with -1: that takes a tenth of the time of ragged batches.
-  """
+  """Batches of `window` examples, int32 [examples, n], then an empty one."""
+  # Padding with -1 takes a tenth of the time of ragged batches.
 
   @do_not_convert
   def chosen(example):
@@ -170,10 +165,7 @@ def _place_window(
   caps: Mapping[str, int],
   open_rows: int,
 ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-  """One step of the scan: the new state and the finished rows.
-
-  An empty window closes all rows.
-  """
+  """Returns the new state and the finished rows; an empty window finishes all."""
   sizes = [_sizes(batch, keys, caps[group]) for group, keys in groups.items()]
   sizes = tf.stack([*sizes, tf.ones_like(sizes[0])], 1)
   examples = tf.shape(sizes)[0]
@@ -200,15 +192,15 @@ def _place_window(
 
 
 def _sizes(batch: Mapping[str, tf.Tensor], keys: Sequence[str], cap: int) -> tf.Tensor:
-  """int32 [examples]: the length that the features `keys` of an example have."""
+  """Lengths that the features `keys` of the examples share, int32 [examples]."""
   sizes = [tf.math.count_nonzero(batch[k] >= 0, axis=1, dtype=tf.int32) for k in keys]
   longest = tf.shape(batch[keys[0]])[1]
   checks = [
     tf.debugging.assert_less_equal(
       longest,
       cap,
-      f"an example's {keys[0]} are longer than TASK_FEATURE_LENGTHS[{keys[0]!r}] = "
-      f'{cap}: cut them in the task or increase the length',
+      f'{keys[0]} are longer than TASK_FEATURE_LENGTHS[{keys[0]!r}] = {cap}: cut them '
+      'in the task or increase the length',
     )
   ]
   for key, size in zip(keys[1:], sizes[1:], strict=True):
@@ -223,13 +215,9 @@ def _first_fit(
 ) -> tuple[tf.Tensor, tf.Tensor]:
   """Assigns each example, in turn, the first row in which all of it fits.
 
-  Args:
-    used: int32 [rows, 3], with one empty row for each example at the end.
-    sizes: int32 [examples, 3].
-    caps: three upper bounds of `used`.
-
-  Returns:
-    The new `used`, and int32 [examples, 4]: the row, and its `used` before.
+  `used` is int32 [rows, 3], with an empty row for each example at the end, `sizes`
+  int32 [examples, 3], and `caps` are the bounds of `used`. Returns the new `used`, and
+  for each example the row and its `used` before, int32 [examples, 4].
   """
   count = tf.shape(sizes)[0]
   free = tf.constant(caps, tf.int32)

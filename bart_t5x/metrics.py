@@ -1,8 +1,4 @@
-"""Metrics of generated text, under seqio's `metric_fn` interface.
-
-`targets` and `predictions` have equal lengths. Scores are per cent unless noted. A
-ValueError is raised where there is nothing to compare.
-"""
+"""Metrics of generated text, as seqio's `metric_fns`. Scores are in per cent."""
 
 import collections
 import difflib
@@ -19,16 +15,13 @@ from jaxtyping import Int
 
 from bart_t5x import noise
 
-# Separates the entities of a text, and stands for no entity.
+# The separator of entities, and the text for no entity.
 SPAN_SEPARATOR = ' | '
 NO_SPAN = 'ingen'
 
 
 def check_libraries(metric_fns: Sequence[Callable]) -> None:
-  """Raises an ImportError if a metric needs a library that is not installed.
-
-  For the start of a run, rather than its first evaluation.
-  """
+  """Raises an ImportError if a metric needs a library that is not installed."""
   for metric_fn in metric_fns:
     metric_fn = getattr(metric_fn, 'func', metric_fn)
     if metric_fn in _LIBRARIES:
@@ -49,10 +42,7 @@ def _check_pairs(targets: Sequence, predictions: Sequence):
   if not targets:
     raise ValueError('no examples to evaluate: the split is empty')
   if len(targets) != len(predictions):
-    raise ValueError(
-      f'{len(targets)} targets, but {len(predictions)} predictions: there must be one '
-      'for each'
-    )
+    raise ValueError(f'{len(targets)} targets, but {len(predictions)} predictions')
 
 
 def reconstruction(
@@ -70,20 +60,17 @@ def reconstruction(
 def classification(
   targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str] = ()
 ) -> dict[str, float]:
-  """Scores of generated class names, by scikit-learn.
+  """Scores generated class names by scikit-learn.
 
   A prediction that is not a label is wrong; it is a class of its own for MCC, but not
   for macro F1.
 
   Args:
-    targets: labels.
-    predictions: generated texts.
     labels: all classes; empty for those in `targets`.
 
   Returns:
-    `accuracy`, `macro_f1` (the unweighted mean of F1 over `labels`), `mcc` (Matthews'
-    correlation times 100, so from -100) and `unknown_labels`, the share of predictions
-    that are not labels.
+    `accuracy`, `macro_f1` (the unweighted mean over `labels`), `mcc` (Matthews'
+    correlation, -100 to 100) and `unknown_labels` (predictions that are not labels).
   """
   sklearn_metrics = _library(classification)
   _check_pairs(targets, predictions)
@@ -108,13 +95,11 @@ def entity_spans(
 ) -> dict[str, float]:
   """Exact span F1 of entities written as text: `PER: Kari Dahl | LOC: Oslo`.
 
-  An entity is right if its type and all its words are. Texts have no offsets, so an
-  entity that occurs twice must be named twice. Anything not of this form counts as a
-  wrong entity. `ingen` stands for no entity.
+  An entity is right if its type and all its words are. An entity that occurs twice must
+  be named twice. Text of another form is a wrong entity; `ingen` is none.
 
   Returns:
-    `span_f1`, `span_precision` and `span_recall`, micro-averaged over all entities; 0
-    instead of a division by zero.
+    `span_f1`, `span_precision`, `span_recall`, micro-averaged; 0 for a division by 0.
   """
   _check_pairs(targets, predictions)
   right = found = wanted = 0
@@ -140,14 +125,14 @@ def question_answering(
 ) -> dict[str, float]:
   """`em` and `f1` of SQuAD 1.1 (Rajpurkar et al. 2016), for the best of all answers.
 
-  Texts are lower-cased; ASCII punctuation and the words a, an, the are removed (SQuAD
-  is English; kept so that figures are comparable). F1 is of bags of words.
+  As in SQuAD, texts are lower-cased, ASCII punctuation and the words a, an, the are
+  removed, and F1 is of bags of words.
   """
   _check_pairs(targets, predictions)
   exact = overlap = 0.0
   for answers, prediction in zip(targets, predictions):
     if not answers:
-      raise ValueError('a question has no right answer to compare with')
+      raise ValueError('a question has no reference answer')
     guess = _answer_words(prediction)
     right = [_answer_words(answer) for answer in answers]
     exact += guess in right
@@ -168,8 +153,7 @@ def _bag_f1(target: Sequence[str], prediction: Sequence[str]) -> float:
 
 
 def translation(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-  """Corpus `bleu` (Papineni et al. 2002; 13a tokens, exponential smoothing) and `chrf`
-  (chrF2: six letters, no words), with sacrebleu's default settings."""
+  """Corpus `bleu` (Papineni et al. 2002) and `chrf`, by sacrebleu's defaults."""
   _check_pairs(targets, predictions)
   texts, references = list(predictions), [list(targets)]
   return {
@@ -183,17 +167,16 @@ def summarisation(
 ) -> dict[str, float]:
   """ROUGE-L F1 (Lin 2004) by rouge-score, as the Norwegian benchmarks compute it.
 
-  The library's own tokenizer is kept, so that figures are comparable: it lower-cases
-  and splits words at everything but a to z and digits, so also at æ, ø and å.
+  To be comparable it keeps the library's tokenizer, which lower-cases and splits words
+  at everything but a to z and digits, even at æ, ø and å.
 
   Args:
-    targets: all right summaries of each text.
-    predictions: generated summaries.
+    targets: all reference summaries of each text.
 
   Returns:
     Means over the texts. NorSumm's `rouge_lsum_max` and `rouge_lsum_avg`: the best and
-    the mean over a text's summaries, by sentences (lines, or up to a full stop between
-    spaces). EuroEval's `rouge_l`: the summary as one line, the best of several.
+    the mean over a text's references, by sentences (split at lines and at ` . `).
+    EuroEval's `rouge_l`: of the whole summary, the best of the references.
   """
   rouge_scorer = _library(summarisation)
   _check_pairs(targets, predictions)
@@ -207,7 +190,7 @@ def summarisation(
   found: dict[str, list[float]] = collections.defaultdict(list)
   for references, prediction in zip(targets, predictions):
     if not references:
-      raise ValueError('a text has no right summary to compare with')
+      raise ValueError('a text has no reference summary')
     by_sentence = [f1('rougeLsum', one, prediction) for one in references]
     found['rouge_lsum_max'].append(max(by_sentence))
     found['rouge_lsum_avg'].append(sum(by_sentence) / len(by_sentence))
@@ -215,32 +198,30 @@ def summarisation(
   return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-# Imported when a metric needs them: (module, package).
+# Imported on use: (module, package).
 _LIBRARIES = {
   classification: ('sklearn.metrics', 'scikit-learn'),
   summarisation: ('rouge_score.rouge_scorer', 'rouge-score'),
 }
 
 
-# Denoising by generation. Training metrics compare token by token, with the true text
-# given to the decoder. Here the decoder writes its own text, so the two are aligned
-# first: the words that were not masked show where a masked span begins and ends.
+# Denoising by generation. The generated text is aligned with the target: the words that
+# were not masked show where a masked span begins and ends.
 
 # A text in parts: (text, whether it was masked).
 Parts = list[tuple[str, bool]]
 
-# Words, and single characters that are neither part of a word nor white space.
+# Words and single punctuation marks.
 _WORD = re.compile(r'\w+|[^\w\s]')
 
 
 def parts_of(
   ids: Int[np.ndarray, ' n'], codes: Int[np.ndarray, ' n'], vocabulary: seqio.Vocabulary
 ) -> Parts:
-  """Decodes a target in runs of copied and of masked tokens, by its `noise` codes."""
+  """Decodes a target in runs of copied and masked tokens, by its `noise` codes."""
   flags = np.asarray(codes) == noise.INFILLED
   edges = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(ids)]
-  # By the length of the text decoded up to each edge: decoded alone, a run can lose
-  # its leading space.
+  # Decoded alone, a run can lose its leading space, so measure decoded prefixes.
   text = vocabulary.decode(ids.tolist())
   places = [len(vocabulary.decode(ids[:edge].tolist())) for edge in edges]
   return [
@@ -257,18 +238,18 @@ def keep_parts(
   *,
   vocabulary: seqio.Vocabulary,
 ) -> str | Parts:
-  """A target's parts, a prediction's text; for seqio's `postprocess_fn`."""
+  """Returns a target's parts or a prediction's text; for seqio's `postprocess_fn`."""
   if not is_target:
     return text
   return parts_of(example['targets'], example['targets_noised'], vocabulary)
 
 
 def denoising(targets: Sequence[Parts], predictions: Sequence[str]) -> dict[str, float]:
-  """How well a denoiser reproduces whole texts, and the masked spans in them.
+  """Scores generated texts as a whole, and at the masked spans.
 
-  A span's counterpart in the generated text is between the nearest words that were not
-  masked and that an alignment of words (difflib's) finds there again. Partly masked
-  words count as masked. Spans of white space only don't count.
+  A span's counterpart in the generated text is what is between the nearest copied words
+  that difflib aligns. Partly masked words count as masked; spans of white space don't
+  count.
 
   Returns:
     `exact_match` and `chrf` of whole texts; `infilled_exact_match` and `infilled_chrf`
@@ -291,7 +272,7 @@ def denoising(targets: Sequence[Parts], predictions: Sequence[str]) -> dict[str,
 
 
 def aligned_spans(parts: Parts, prediction: str) -> list[tuple[str, str]]:
-  """Pairs of each masked span and its counterpart, both as words between spaces."""
+  """Pairs each masked span with its counterpart, as words joined by spaces."""
   text = ''.join(text for text, _ in parts)
   flags = [masked for text, masked in parts for _ in text]
   words, masked = [], []

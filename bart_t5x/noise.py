@@ -1,18 +1,18 @@
-"""BART's noise, applied to one clean piece of text (arXiv 1910.13461, section 2.2).
+"""BART's noise for one piece of text (arXiv 1910.13461, section 2.2).
 
 Everything here is stateless TensorFlow on one 1-D example: equal arguments give equal
 results, eagerly and inside `tf.data`.
 
-Text passes through the noise as a vector of *references*, int32 [m]. A positive number
-is a position in the clean text (`<s>` is position 0, the text's own tokens are 1 … n).
-A negative number is minus the id of a token that the noise inserted, `<mask>` or a
-random one. Each transformation maps references to references without looking at the
-tokens. In the end the references give the origin of every source token, and whether
-a target token can be copied. `<s>` and `</s>` are not among them: no transformation
-can touch them.
+The noise transforms a vector of *references*, int32 [m]. A positive reference is a
+position in the clean text (`<s>` is position 0, the text's own tokens are 1 … n). A
+negative one is minus the id of a token that the noise inserted, `<mask>` or a random
+one. Each transformation maps references to references without looking at the tokens.
+The final references give the origin of every source token, and thereby which target
+tokens can be copied. `<s>` and `</s>` are not among the references, so no
+transformation can touch them.
 
-`spans` implements text infilling; the other transformations are here. Each draws from
-its own seed, int64 [2].
+`spans` implements text infilling; the other transformations are here. Each has a seed
+of its own, int64 [2].
 """
 
 import dataclasses
@@ -27,27 +27,27 @@ from bart_t5x import spans, tensors
 from bart_t5x.spans import ceil_share, uniform_draws
 from bart_t5x.tensors import do_not_convert, sums_at
 
-# Codes of the feature `targets_noised`. Not 0, which is padding.
+# Values of the feature `targets_noised`; 0 is padding.
 COPIED = 1
 INFILLED = 2
 END = 3
 
-# Each transformation draws from its own stream of random numbers.
+# Random streams of the transformations.
 _PERMUTE, _INFILL, _RANDOM, _MASK, _DELETE, _INSERT, _ROTATE = range(7)
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Which noise to apply and how much of it; gin/denoising.gin explains each field.
+  """The kinds and amounts of noise.
 
-  Transformations are applied in this order: permutation, infilling, masks, deletion,
-  insertion, random tokens, rotation. The defaults are the paper's choice for large
-  models: all sentences permuted, 30 % of the tokens infilled, spans of mean 3.
+  Applied in this order: permutation, infilling, masks, deletion, insertion, random
+  tokens, rotation. The defaults are the paper's choice for large models: all sentences
+  permuted, 30 % of the tokens infilled, spans of mean 3.
   """
 
   # Share of the sentences that are shuffled among themselves, and whether the last
-  # sentence is among them.
+  # sentence may move.
   permute_ratio: float = 1.0
   permute_last: bool = True
   # Share of the units that spans cover, rounded up in each example, and the mean of
@@ -59,8 +59,8 @@ class Recipe:
   # A span becomes one mask (1), nothing (0) or one mask per token (-1). An insertion
   # is always one mask.
   replace_length: int = 1
-  # Units are words rather than tokens. A few very long words can leave a source longer
-  # than the encoder; such a text gets spans of tokens instead (see `corrupt`).
+  # Units are words rather than tokens. Where very long words would leave the source
+  # longer than the encoder, the text gets spans of tokens instead (see `corrupt`).
   whole_words: bool = False
   # Spans may overlap, as in fairseq. They then cover less than `infill_ratio`, and a
   # span that begins inside another leaves no mask.
@@ -82,8 +82,8 @@ class Recipe:
         raise ValueError(f'noise.Recipe.{name} must be between 0 and 1. Got: {value}')
     if self.span_mean < 1:
       raise ValueError(
-        'noise.Recipe.span_mean must be at least 1: below, most spans are insertions '
-        f'and the source grows without bound. Got: {self.span_mean}'
+        'noise.Recipe.span_mean must be at least 1: with less, most spans are '
+        f'insertions and lengthen the source. Got: {self.span_mean}'
       )
     if self.replace_length not in (-1, 0, 1):
       raise ValueError(
@@ -98,19 +98,19 @@ class Recipe:
 
 
 class Noised(NamedTuple):
-  """The result of `corrupt` for a clean text of n tokens."""
+  """The result of `corrupt` for n clean tokens."""
 
-  source: tf.Tensor  # int32 [m]: `<s>` … `</s>`, with the noise in it
+  source: tf.Tensor  # int32 [m]: `<s>`, the noised text, `</s>`
   target: tf.Tensor  # int32 [n + 2]: `<s>`, the clean text, `</s>`
   codes: tf.Tensor  # int32 [n + 2]: COPIED or INFILLED, and END for the `</s>`
   references: tf.Tensor  # int32 [m - 2]: of the source without `<s>` and `</s>`
-  dropped: tf.Tensor  # int32: source tokens cut off for lack of room
-  in_tokens: tf.Tensor  # bool: spans are of tokens although the recipe says words
+  dropped: tf.Tensor  # int32: number of source tokens cut off
+  in_tokens: tf.Tensor  # bool: spans are of tokens although the recipe has whole_words
 
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-  """The token ids that the noise uses."""
+  """Token ids that the noise uses."""
 
   bos: int
   eos: int
@@ -120,7 +120,7 @@ class Ids:
 
   @classmethod
   def of(cls, vocabulary) -> 'Ids':
-    """Reads the ids of a `BartVocabulary`."""
+    """Returns the ids of a `BartVocabulary`."""
     ordinary = np.setdiff1d(
       np.arange(vocabulary.vocab_size, dtype=np.int32),
       np.asarray(vocabulary.special_ids, dtype=np.int32),
@@ -148,12 +148,10 @@ def corrupt(
     tokens: int32 [n], ordinary ids, without `<s>` and `</s>`.
     sentence_starts: int32 [s], strictly increasing from 0 (empty if n is 0).
     seed: int64 [2].
-    recipe: the noise.
-    ids: of the vocabulary.
     encoder_length: maximal length of the source; None for no limit. With
-      `whole_words`, a text whose source would be longer is noised again with tokens as
-      units, from the same seed; `longest_source` bounds that. Tokens that still have no
-      room are cut off before the `</s>` and counted in `dropped`.
+      `whole_words`, a text whose source would be longer is noised again from the same
+      seed with tokens as units. Tokens that still don't fit are cut off before the
+      `</s>` and counted in `dropped`; `longest_source` helps to avoid that.
   """
   refs = _noised(tokens, sentence_starts, seed, recipe, ids)
   in_tokens = tf.constant(False)
@@ -181,7 +179,6 @@ def _noised(
   recipe: Recipe,
   ids: Ids,
 ) -> tf.Tensor:
-  """Applies all transformations: references, int32 [m]."""
   refs = permuted(tf.size(tokens), sentence_starts, seed, recipe)
   if recipe.infill_ratio:
     starts = _word_starts(tokens, sentence_starts, refs, ids, recipe)
@@ -215,7 +212,7 @@ def _noised(
 def permuted(
   size: tf.Tensor, sentence_starts: tf.Tensor, seed: tf.Tensor, recipe: Recipe
 ) -> tf.Tensor:
-  """The references of `size` tokens after sentence permutation, int32 [size]."""
+  """Returns the references after sentence permutation, int32 [size]."""
   if not recipe.permute_ratio:
     return tf.range(1, size + 1)
   order = permute_sentences(
@@ -236,9 +233,9 @@ def span_lengths(
   ids: Ids,
   in_tokens: tf.Tensor | bool = False,
 ) -> tf.Tensor:
-  """The span lengths that `corrupt` draws for the same arguments, int32 [k].
+  """Returns the span lengths that `corrupt` draws for the same arguments, int32 [k].
 
-  They are in words with `whole_words` (unless `corrupt` returned `in_tokens`), else in
+  The unit is words with `whole_words`, unless `corrupt` returned `in_tokens`, else
   tokens; 0 is an insertion.
   """
   if not recipe.infill_ratio:
@@ -265,12 +262,12 @@ def _assemble(
   in_tokens: tf.Tensor,
 ) -> Noised:
   target = tf.concat([[ids.bos], tokens, [ids.eos]], 0)
-  # A new token's reference is not a position; any will do, here that of `<s>`.
+  # References of new tokens are not positions: look up any, here that of `<s>`.
   clean = tf.gather(target, tf.maximum(refs, 0))
   source = tf.concat([[ids.bos], tf.where(refs > 0, clean, -refs), [ids.eos]], 0)
-  # Each position occurs once or not at all; negative ones, of new tokens, don't count.
+  # Each position occurs at most once; negative references are ignored.
   copies = sums_at(refs - 1, tf.ones_like(refs), tf.size(tokens))
-  codes = INFILLED - copies  # COPIED where there is one
+  codes = INFILLED - copies  # COPIED where a copy exists
   codes = tf.concat([[COPIED], codes, [END]], 0)
   return Noised(source, target, codes, refs, dropped, in_tokens)
 
@@ -285,12 +282,10 @@ def permute_sentences(
   ratio: float,
   last: bool = True,
 ) -> tf.Tensor:
-  """Shuffles `ceil(ratio · s)` of s sentences among themselves.
-
-  All orders of the chosen sentences are equally likely, fixed points included.
+  """Shuffles `ceil(ratio · s)` of s sentences; all their orders are equally likely.
 
   Returns:
-    int32 [size]: for each place the index of the token that moves there.
+    int32 [size]: the index of the token that moves to each place.
   """
   count = tf.size(sentence_starts)
   movable = count if last else tf.maximum(count - 1, 0)
@@ -316,7 +311,6 @@ def _word_starts(
   ids: Ids,
   recipe: Recipe,
 ) -> tf.Tensor | None:
-  """Word starts in the (permuted) text; None if units are tokens."""
   if not recipe.whole_words:
     return None
   # A sentence begins a word, with or without a space before it.
@@ -328,7 +322,7 @@ def _word_starts(
   return tf.cast(tensors.places(tf.gather(begins, refs - 1)), tf.int32)
 
 
-# Token by token.
+# Noise on single tokens.
 
 
 def mask_tokens(refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int) -> tf.Tensor:
@@ -345,7 +339,7 @@ def delete_tokens(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
 def insert_masks(
   refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int
 ) -> tf.Tensor:
-  """Inserts `ceil(ratio · m)` masks at random places, the two ends included."""
+  """Inserts `ceil(ratio · m)` masks at random places, including both ends."""
   size = tf.size(refs)
   draws = uniform_draws(ceil_share(ratio, size), seed)
   return spans.insert_at(refs, spans.span_gaps(draws, size), mask)
@@ -354,7 +348,7 @@ def insert_masks(
 def randomize_masks(
   refs: tf.Tensor, seed: tf.Tensor, ratio: float, mask: int, ordinary: np.ndarray
 ) -> tf.Tensor:
-  """Turns each mask, with probability `ratio`, into a random ordinary token."""
+  """Replaces each mask, with probability `ratio`, by a random ordinary token."""
   places = tf.where(refs == -mask)
   whether, which = spans.uniform_pairs(tf.size(places), seed)
   index = tf.cast(which * len(ordinary), tf.int32)
@@ -364,7 +358,7 @@ def randomize_masks(
 
 
 def rotate(refs: tf.Tensor, seed: tf.Tensor, probability: float) -> tf.Tensor:
-  """With a probability, rotates the text to begin at a random element."""
+  """Rotates the text, with a probability, to begin at a random element."""
   uniform = uniform_draws(2, seed)
   size = tf.size(refs)
   begin = tf.cast(uniform[1] * tf.cast(size, tf.float32), tf.int32)
@@ -373,29 +367,24 @@ def rotate(refs: tf.Tensor, seed: tf.Tensor, probability: float) -> tf.Tensor:
 
 
 def _choose_clean(refs: tf.Tensor, seed: tf.Tensor, ratio: float) -> tf.Tensor:
-  """bool [m]: exactly `ceil(ratio · n)` of the n references to clean tokens."""
+  """Chooses exactly `ceil(ratio · n)` of the n references to clean tokens, bool [m]."""
   clean = refs > 0
   count = ceil_share(ratio, tf.math.count_nonzero(clean, dtype=tf.int32))
-  # New tokens come last: they are never chosen.
+  # New tokens sort last and are never chosen.
   draws = tf.where(clean, uniform_draws(tf.size(refs), seed), -1.0)
   places = tf.math.top_k(draws, count).indices
   return sums_at(places, tf.ones_like(places), tf.size(refs)) > 0
 
 
 def longest_source(recipe: Recipe, length: int, draws: int = 1000) -> int:
-  """Estimates the encoder length that a recipe needs, by simulation.
+  """Estimates by simulation the encoder length that a recipe needs.
 
-  Units are taken as tokens: spans of words mostly cover more, and `corrupt` falls back
-  to tokens where they cover too little.
-
-  Args:
-    recipe: the noise.
-    length: of the clean piece with `<s>` and `</s>`.
-    draws: number of simulated examples.
+  Units are taken as tokens: spans of words mostly cover more, and where they cover too
+  little, `corrupt` falls back to tokens. Lengths include `<s>` and `</s>`.
 
   Returns:
-    A length with `<s>` and `</s>`: the longest seen, or six standard deviations above
-    the mean if that is more. About one piece in a hundred million is longer.
+    The longest source seen, or six standard deviations above the mean if that is more.
+    About one piece in a hundred million is longer.
   """
   recipe = dataclasses.replace(
     recipe, permute_ratio=0, whole_words=False, random_ratio=0, rotate_probability=0

@@ -1,17 +1,16 @@
 """seqio preprocessors: from documents or texts to model examples.
 
-    documents   tokens, sentence_starts, example_id, seed and epoch, in batches: a
-                dataset's element costs more than a short document
-      split_documents: pieces of at most the target length, cut at sentence ends
-    pieces      the same and `piece`, the piece's number in its document
-      denoise: the noise of the recipe that gin binds, `<s>` … `</s>`
+    documents   batches of tokens, sentence_starts, example_id, seed, epoch
+      split_documents: cuts at sentence ends to pieces of the target length
+    pieces      the same, and `piece`, the piece's number in its document
+      denoise: adds the noise, `<s>` and `</s>`
     examples    inputs, targets, targets_noised
 
-`tokenize_documents` makes the same documents from text as `bart_t5x.prepare`, for
-`seqio_cache_tasks`. `tokenize_for_bart` is for text-to-text tasks.
+`tokenize_documents` makes documents from text, for `seqio_cache_tasks`.
+`tokenize_for_bart` is for text-to-text tasks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import seqio
@@ -21,31 +20,30 @@ from bart_t5x import corpus_format, noise
 from bart_t5x.data import EPOCH, SEED
 from bart_t5x.tensors import do_not_convert, select
 
-# Odd multipliers that combine numbers into one seed (wrapping around is intended).
+# Odd multipliers that combine numbers into one seed; products may overflow.
 _MIX_SEED = -0x61C8864680B583EB
 _MIX_EPOCH = 0x2545F4914F6CDD1D
 _MIX_PIECE = 0x369DEA0F31A53F85
 
-# Texts tokenized together: for short ones most of the time is a step's fixed cost.
+# Texts tokenized together: most of a short text's time is fixed cost.
 _TEXTS_PER_BATCH = 64
 
 
 def tokenize_documents(
   dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-  """Makes the documents that `bart_t5x.prepare` would make of the same texts.
+  """Makes the same documents of texts as `bart_t5x.prepare`.
 
-  Runs Python for each document and cannot be saved as part of an iterator, so it goes
-  before a `seqio.CacheDatasetPlaceholder(required=True)`.
+  Runs Python for each document, so that iterators cannot be saved: put it before a
+  `seqio.CacheDatasetPlaceholder(required=True)`.
 
   Args:
-    dataset: of examples with a string `text`, or of strings, such as the lines of a
-      `seqio.TextLineDataSource`.
-    output_features: with the vocabulary, as that of `targets`.
+    dataset: strings, or examples with a string `text`.
+    output_features: `targets` has the vocabulary.
 
   Returns:
-    A dataset of `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id` int64.
-    Texts that are all white space are left out.
+    `tokens` int32 [n], `sentence_starts` int32 [s] and `example_id` int64. Texts of
+    white space are left out.
   """
   tokenizer = output_features['targets'].vocabulary.tokenizer
 
@@ -79,18 +77,17 @@ def split_documents(
 ) -> tf.data.Dataset:
   """Cuts documents into pieces that fit the target with `<s>` and `</s>`.
 
-  A piece takes as many whole sentences as fit. A sentence longer than a piece is cut
+  A piece has as many whole sentences as fit. A sentence longer than a piece is cut
   where the piece is full.
 
   Args:
     dataset: batches of documents from `EpochTask`: `tokens` and `sentence_starts`,
-      ragged int32 [documents, (n)], and `example_id`, `seed`, `epoch`, int64
-      [documents].
-    sequence_length: with the length of `targets`.
+      ragged int32 [b, (n)], and `example_id`, `seed`, `epoch`, int64 [b].
+    sequence_length: the length of `targets` counts.
 
   Returns:
-    A dataset of single pieces: `tokens` int32 [n], `sentence_starts` int32 [s], and
-    int64 scalars `example_id`, `seed`, `epoch` and `piece`, which counts from 0.
+    Single pieces: `tokens` int32 [n], `sentence_starts` int32 [s], and int64 scalars
+    `example_id`, `seed`, `epoch` and `piece`, from 0.
   """
   room = _lengths(sequence_length)[1] - 2
 
@@ -122,7 +119,7 @@ def _rows(values: tf.Tensor, splits: tf.Tensor) -> tf.RaggedTensor:
 
 
 def _sorted_once(values: tf.Tensor) -> tf.Tensor:
-  """The distinct values, sorted."""
+  """Returns the distinct values, sorted."""
   values = tf.sort(values)
   is_first = tf.ones_like(values[:1], tf.bool)
   is_new = tf.concat([is_first, values[1:] > values[:-1]], 0)
@@ -130,20 +127,20 @@ def _sorted_once(values: tf.Tensor) -> tf.Tensor:
 
 
 def cut_points(bounds: tf.Tensor, sentence_starts: tf.Tensor, room: int) -> tf.Tensor:
-  """Bounds of the pieces of concatenated documents.
+  """Returns the bounds of the pieces of concatenated documents.
 
   Args:
-    bounds: int32 [documents + 1], of the documents, from 0.
-    sentence_starts: int32 [s], counted from the first document's beginning.
+    bounds: of the documents, int32 [documents + 1], from 0.
+    sentence_starts: in the concatenation, int32 [s].
     room: maximal length of a piece.
 
   Returns:
-    int32 [pieces + 1], strictly increasing, a superset of `bounds`.
+    int32 [pieces + 1], strictly increasing; contains all `bounds`.
   """
   ends = tf.sort(tf.concat([bounds, sentence_starts], 0))
 
   def following(i, cuts, cut):
-    # One more piece of each document; finished documents stay at their end.
+    # Cuts one more piece from each document that is not finished.
     limit = tf.minimum(cut + room, bounds[1:])
     fitting = tf.gather(ends, tf.searchsorted(ends, limit, side='right') - 1)
     cut = tf.where(fitting > cut, fitting, limit)
@@ -166,21 +163,19 @@ def denoise(
 ) -> tf.data.Dataset:
   """Makes a denoising example of each piece.
 
-  The noise depends on the piece's `seed`, `epoch`, `example_id` and `piece` only.
+  The noise depends only on the piece's `seed`, `epoch`, `example_id` and `piece`.
 
   Args:
-    dataset: of pieces, see `split_documents`.
+    dataset: pieces, see `split_documents`.
     sequence_length: of `inputs` and `targets`.
-    output_features: with the vocabulary, as that of `targets`.
-    recipe: the noise; None for `noise.Recipe()` with gin's bindings when the dataset
-      is built.
-    trace: whether examples also have `references`, `permuted`, `span_lengths` and
-      `in_tokens` (see `noise`) and `sentence_starts`, for `bart_t5x.inspect`.
+    output_features: `targets` has the vocabulary.
+    recipe: None for `noise.Recipe()` as gin binds it when the dataset is built.
+    trace: whether to add `references`, `permuted`, `span_lengths`, `in_tokens` (see
+      `noise`) and `sentence_starts`, for `bart_t5x.inspect`.
 
   Returns:
-    A dataset with `inputs` int32 [m], `targets` and `targets_noised` int32 [n + 2],
-    `dropped` int32 (source tokens that found no room), and the piece's `example_id`,
-    `piece` and `epoch`.
+    `inputs` int32 [m], `targets` and `targets_noised` int32 [n + 2], `dropped` int32
+    (source tokens cut off), and the piece's `example_id`, `piece` and `epoch`.
 
   Raises:
     ValueError: the encoder is too short for the noise.
@@ -217,7 +212,6 @@ def denoise(
 
 
 def _check_room(recipe: noise.Recipe, encoder_length: int, decoder_length: int) -> None:
-  """Raises a ValueError if noised sources can be longer than the encoder."""
   longest = noise.longest_source(recipe, decoder_length)
   if longest > encoder_length:
     raise ValueError(
@@ -229,7 +223,7 @@ def _check_room(recipe: noise.Recipe, encoder_length: int, decoder_length: int) 
 
 
 def piece_seed(piece: Mapping[str, tf.Tensor]) -> tf.Tensor:
-  """int64 [2], different for each (seed, epoch, example id, piece)."""
+  """Combines seed, epoch, example id and piece into a seed, int64 [2]."""
   mixed = (
     piece[SEED] * _MIX_SEED + piece[EPOCH] * _MIX_EPOCH + piece['piece'] * _MIX_PIECE
   )
@@ -243,24 +237,27 @@ def tokenize_for_bart(
 ) -> tf.data.Dataset:
   """Tokenizes text as in pre-training: `<s>` … `</s>`.
 
-  seqio's `tokenize` and `append_eos` would leave out the `<s>`. A text longer than its
+  seqio's `tokenize` and `append_eos` leave out the `<s>`. A text longer than its
   feature's length loses its last tokens before the `</s>`.
 
   Args:
-    dataset: of examples in which output features are scalar strings; other features
-      pass through.
-    output_features: with a `BartVocabulary` for each text.
+    dataset: examples in which output features are scalar strings; other features pass
+      through.
+    output_features: each text's has a `BartVocabulary`.
     sequence_length: of the features, at least 2; None for no limit, of one or of all.
 
   Returns:
-    The dataset with int32 [n] in place of each text, the text itself as
-    `<feature>_pretokenized`, and the number of tokens cut as `<feature>_truncated`.
-
-  Raises:
-    ValueError: a feature's vocabulary has no `<s>`, or its length is below 2.
+    int32 [n] in place of each text, the text itself as `<feature>_pretokenized`, and
+    the number of tokens cut off as `<feature>_truncated`.
   """
+  for name, feature in output_features.items():
+    if not isinstance(getattr(feature.vocabulary, 'bos_id', None), int):
+      raise ValueError(
+        f'tokenize_for_bart needs a vocabulary with <s> for feature {name!r}, such as '
+        f'bart_t5x.vocabularies.load_vocabulary(…). Got: {feature.vocabulary}'
+      )
   lengths = sequence_length or {}
-  _check_room_for_ends(output_features, lengths)
+  check_room_for_ends(output_features, lengths)
   spec = dataset.element_spec
   texts = [n for n in output_features if n in spec and spec[n].dtype == tf.string]
 
@@ -289,38 +286,30 @@ def tokenize_for_bart(
     isinstance(one, tf.TensorSpec) and one.shape.is_fully_defined()
     for one in tf.nest.flatten(spec)
   ):
-    # Elements of varying shape would not come out of a batch as they went in.
+    # A batch would pad or change elements of varying shape.
     return dataset.map(tokenize_one, num_parallel_calls=tf.data.AUTOTUNE)
   cardinality = int(dataset.cardinality())
   dataset = dataset.batch(_TEXTS_PER_BATCH)
   dataset = dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-  # Makes plain tensors of a ragged tensor's rows, in the element's type too.
+  # Turns the rows of ragged tensors into plain tensors, also in `element_spec`.
   dataset = dataset.map(do_not_convert(dict), num_parallel_calls=tf.data.AUTOTUNE)
   if cardinality == tf.data.UNKNOWN_CARDINALITY:
     return dataset
   return dataset.apply(tf.data.experimental.assert_cardinality(cardinality))
 
 
-def _check_room_for_ends(
-  output_features: Mapping[str, seqio.Feature], sequence_length: Mapping[str, int]
-) -> None:
-  """Raises a ValueError for features that cannot hold `<s>` and `</s>`."""
-  for name, feature in output_features.items():
-    if not isinstance(getattr(feature.vocabulary, 'bos_id', None), int):
-      raise ValueError(
-        f'tokenize_for_bart needs a vocabulary with <s> for feature {name!r}, such as '
-        f'bart_t5x.vocabularies.load_vocabulary(…). Got: {feature.vocabulary}'
-      )
+def check_room_for_ends(names: Iterable[str], sequence_length: Mapping[str, int]):
+  """Raises a ValueError if features cannot hold `<s>` and `</s>`."""
+  for name in names:
     limit = sequence_length.get(name)
     if limit is not None and limit < 2:
       raise ValueError(
-        f'TASK_FEATURE_LENGTHS[{name!r}] must hold <s> and </s>, so at least 2. Got: '
+        f'TASK_FEATURE_LENGTHS[{name!r}] must be at least 2, for <s> and </s>. Got: '
         f'{limit}'
       )
 
 
 def _lengths(sequence_length: Mapping[str, int] | None) -> tuple[int, int]:
-  """The lengths of `inputs` and `targets`."""
   lengths = sequence_length or {}
   if not {'inputs', 'targets'} <= set(lengths):
     raise ValueError(
@@ -329,7 +318,7 @@ def _lengths(sequence_length: Mapping[str, int] | None) -> tuple[int, int]:
     )
   if lengths['targets'] < 3:
     raise ValueError(
-      "TASK_FEATURE_LENGTHS['targets'] must hold <s>, a token and </s>, so at least 3. "
+      "TASK_FEATURE_LENGTHS['targets'] must be at least 3, for <s>, a token and </s>. "
       f'Got: {lengths["targets"]}'
     )
   return lengths['inputs'], lengths['targets']

@@ -1,9 +1,8 @@
-"""Text infilling: covers spans of a text by masks (arXiv 1910.13461, section 2.2).
+"""Text infilling: replaces spans by masks (arXiv 1910.13461, section 2.2).
 
 Spans cover a share of a text's units (tokens or words). Each becomes one `<mask>` (or
-none, or one per token), and one of length 0 inserts a `<mask>`. Texts are vectors of
-references, see `noise`. Drawing is separate from placing, so that tests can give the
-same draws to a reference implementation.
+none, or one per token), and a span of length 0 inserts a `<mask>`. Texts are vectors of
+references, see `noise`.
 """
 
 import math
@@ -25,19 +24,17 @@ def infill(
   overlap: bool = False,
   merge_adjacent: bool = False,
 ) -> tf.Tensor:
-  """Covers `ceil(ratio · units)` units by spans and replaces those.
+  """Covers `ceil(ratio · units)` units by spans and replaces the spans.
 
   Args:
     refs: int32 [n].
-    unit_starts: int32 [u], first indices of units (words), from 0; None if each element
-      is a unit.
+    unit_starts: int32 [u], first indices of words; None if each element is a unit.
     seed: int64 [2].
     mask: id of `<mask>`.
-    ratio: share of the units.
-    mean, insertions, replace_length, overlap, merge_adjacent: see `noise.Recipe`.
+    ratio: share of the units; the other parameters are fields of `noise.Recipe`.
 
   Returns:
-    int32 [m], references.
+    References, int32 [m].
   """
   size = tf.size(refs)
   units = size if unit_starts is None else tf.size(unit_starts)
@@ -66,12 +63,7 @@ def infill(
 def draw_spans(
   units: tf.Tensor, seed: tf.Tensor, ratio: float, mean: float, insertions: bool
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """Draws k spans for `infill`.
-
-  Returns:
-    int32 [k + 1], cumulative span lengths from 0; float32 [k], uniform draws for the
-    places of spans that do not overlap.
-  """
+  """Draws cumulative span lengths, int32 [k + 1], and uniforms for places, [k]."""
   budget = ceil_share(ratio, units)
   for_lengths, for_places = uniform_pairs(_most_draws(budget, mean), seed)
   edges = span_edges(for_lengths, budget, mean)
@@ -81,17 +73,14 @@ def draw_spans(
 
 
 def span_edges(uniform: tf.Tensor, budget: tf.Tensor, mean: float) -> tf.Tensor:
-  """Draws Poisson span lengths until their sum reaches the budget.
-
-  The last span is clipped, so the sum is exact.
+  """Draws Poisson span lengths until they cover the budget; clips the last one.
 
   Args:
-    uniform: float32 [d] in [0, 1), one draw per span; more than will be needed.
+    uniform: float32 [d] in [0, 1), one per span; more than will be needed.
     budget: int32 scalar, units to cover.
-    mean: of the Poisson distribution.
 
   Returns:
-    int32 [k + 1]: cumulative sums of the k lengths, from 0 to `budget`.
+    Cumulative lengths, int32 [k + 1], from 0 to `budget`.
   """
   lengths = tf.raw_ops.Bucketize(input=uniform, boundaries=_poisson_cdf(mean))
   before = tf.cumsum(lengths, exclusive=True)
@@ -100,10 +89,10 @@ def span_edges(uniform: tf.Tensor, budget: tf.Tensor, mean: float) -> tf.Tensor:
 
 
 def span_gaps(uniform: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
-  """Places spans: for each one the number of kept units before it, int32 [k], sorted.
+  """Places spans: returns the number of kept units before each, int32 [k], sorted.
 
-  Each of the `kept + 1` gaps is equally likely for each span. Spans in the same gap are
-  adjacent but stay apart: each leaves its own mask.
+  The `kept + 1` gaps are equally likely. Spans in the same gap are adjacent, but each
+  leaves its own mask.
   """
   falling = tf.math.top_k(uniform, tf.size(uniform)).values
   return kept - tf.cast(falling * tf.cast(kept + 1, tf.float32), tf.int32)
@@ -126,13 +115,13 @@ def replace_spans(
   else:
     masks = tf.maximum(lengths, 1)
     most = tf.maximum(tf.reduce_max(lengths), 1)
-  # Append masks to the text. The result then alternates ranges of the two: the kept
-  # elements before a span, and its masks; in the end, the elements after all spans.
+  # With masks appended to the text, the result is a sequence of ranges: the kept
+  # elements before a span, the span's masks, …, the elements after the last span.
   ready = tf.concat([refs, tf.fill([most], -mask)], 0)
   size = tf.shape(refs)
-  behind = tf.zeros_like(ends) + size
-  range_begins = tf.concat([[0], tf.reshape(tf.stack([behind, ends], 1), [-1])], 0)
-  range_ends = tf.stack([begins, behind + masks], 1)
+  after = tf.zeros_like(ends) + size
+  range_begins = tf.concat([[0], tf.reshape(tf.stack([after, ends], 1), [-1])], 0)
+  range_ends = tf.stack([begins, after + masks], 1)
   range_ends = tf.concat([tf.reshape(range_ends, [-1]), size], 0)
   return tf.gather(ready, joined_ranges(range_begins, range_ends))
 
@@ -165,7 +154,7 @@ def _replace_overlapping(
 
 
 def insert_at(refs: tf.Tensor, gaps: tf.Tensor, mask: int) -> tf.Tensor:
-  """Inserts a mask after each given number of elements (int32 [k], sorted)."""
+  """Inserts a mask after each number of elements in `gaps`, int32 [k], sorted."""
   return replace_spans(refs, gaps, gaps, 1, mask)
 
 
@@ -173,12 +162,12 @@ def insert_at(refs: tf.Tensor, gaps: tf.Tensor, mask: int) -> tf.Tensor:
 
 
 def uniform_draws(count: tf.Tensor | int, seed: tf.Tensor) -> tf.Tensor:
-  """float32 [count] in [0, 1)."""
+  """Draws uniform numbers in [0, 1), float32 [count]."""
   return _uniform(tf.reshape(count, [1]), seed)
 
 
 def uniform_pairs(count: tf.Tensor, seed: tf.Tensor) -> list[tf.Tensor]:
-  """The two halves of `uniform_draws(2 * count, seed)`."""
+  """Returns the two halves of `uniform_draws(2 * count, seed)`."""
   return tf.unstack(_uniform(tf.stack([2, count]), seed))
 
 
@@ -188,14 +177,14 @@ def _uniform(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 
 def ceil_share(ratio: float, count: tf.Tensor) -> tf.Tensor:
-  """`ceil(ratio · count)` of an int32 tensor, where 0.07 · 100 is 7 exactly."""
+  """Returns `ceil(ratio · count)`, int32; 0.07 · 100 is exactly 7."""
   if ratio == 1:
     return count
   return tf.cast(tf.math.ceil(tf.cast(count, tf.float64) * ratio - 1e-9), tf.int32)
 
 
 def _poisson_cdf(mean: float) -> list[float]:
-  """P(X ≤ 0), P(X ≤ 1) …, until the tail is below float32's resolution."""
+  """P(X ≤ 0), P(X ≤ 1), … until the tail is below float32's resolution."""
   total, term, cdf = 0.0, math.exp(-mean), []
   for k in range(1, 10_000):
     total += term
@@ -207,9 +196,6 @@ def _poisson_cdf(mean: float) -> list[float]:
 
 
 def _most_draws(budget: tf.Tensor, mean: float) -> tf.Tensor:
-  """A number of span lengths whose sum is certain to reach the budget.
-
-  Their expected sum is at least 2 · budget + 40; the probability of falling short is
-  below 1e-17 (`span_edges` then lengthens the last span).
-  """
+  # The expected sum of the lengths is at least 2 · budget + 40, and the probability of
+  # less than the budget below 1e-17 (`span_edges` then lengthens the last span).
   return (2 * budget + 40) // math.floor(mean) + 1

@@ -1,15 +1,15 @@
 """Small TensorFlow functions on vectors, for use inside `tf.data`.
 
-They take fewer operations, or copy less, than their public counterparts: an example's
-noise takes some hundred microseconds, most of it the fixed cost of operations.
+They need fewer operations, or copy less, than their public counterparts: most of the
+noise's time is the fixed cost of operations.
 """
 
 from collections.abc import Callable
 
 import tensorflow as tf
 
-# Without it, AutoGraph searches a function and all its callees for `if` and `for` over
-# tensors. There are none, and the search took most of a run's first ten seconds.
+# Spares AutoGraph's search for `if` and `for` over tensors, which we don't use: it took
+# most of the first ten seconds of a run.
 do_not_convert = tf.autograph.experimental.do_not_convert
 
 
@@ -21,18 +21,18 @@ def joined_ranges(begins: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
 
 
 def select(values: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
-  """The values for which `chosen` is true (`tf.boolean_mask`)."""
+  """Returns the values for which `chosen` is true, like `tf.boolean_mask`."""
   return tf.gather(values, places(chosen))
 
 
 def places(chosen: tf.Tensor) -> tf.Tensor:
-  """Indices at which `chosen` [n] is true, int64 [k]."""
-  # A reshape copies nothing, a slice does.
+  """Returns the indices at which `chosen` is true, int64 [k]."""
+  # A reshape copies nothing; a slice would.
   return tf.reshape(tf.where(chosen), [-1])
 
 
 def sums_at(places: tf.Tensor, values: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-  """Zeros [size] with values added at places; negative places are ignored."""
+  """Adds values to zeros [size] at places; negative places are ignored."""
   return tf.math.unsorted_segment_sum(values, places, size)
 
 
@@ -42,11 +42,10 @@ def replace_if(
   function: Callable[..., tf.Tensor],
   arguments: tuple[tf.Tensor, ...],
 ) -> tf.Tensor:
-  """`function(*arguments)` if the condition is true, else `values`, int32 [n].
+  """Returns `function(*arguments)` if the condition is true, else `values`, int32 [n].
 
-  Cheap where the condition is rarely true. `tf.cond` would be inlined, and each of its
-  operations then takes part in the control flow, run or not: a seventh of the noise's
-  time. The raw op calls a function, or does not.
+  For conditions that are rarely true: `tf.cond` would be inlined, so that even
+  operations that don't run cost time.
   """
   if tf.executing_eagerly():
     return tf.cond(condition, lambda: function(*arguments), lambda: values)

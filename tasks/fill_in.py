@@ -1,8 +1,4 @@
-"""Fill-in: a pre-trained BART completes texts with `<mask>`, without fine-tuning.
-
-The inputs are the lines of a file that gin names (see `input_file`; in gin/infer.gin
-as INPUT_FILE).
-"""
+"""Fill-in: a pre-trained BART completes texts with `<mask>`, from an `input_file`."""
 
 import os
 
@@ -15,9 +11,9 @@ from tasks.text_to_text import TextSource, TextTask, add_ends
 
 
 def add_fill_in_task(name: str, corpus_dir: str) -> seqio.Task:
-  """Registers a fill-in task with the vocabulary of a prepared corpus."""
+  """Registers a fill-in task with a prepared corpus's vocabulary."""
   features = {
-    # Here `<mask>` is the token; in a corpus it would be five characters.
+    # Here `<mask>` is the token; in a corpus it is plain text.
     'inputs': seqio.Feature(load_vocabulary(corpus_dir, templates=True), add_eos=True),
     'targets': seqio.Feature(load_vocabulary(corpus_dir), add_eos=True),
   }

@@ -1,8 +1,7 @@
 """Norwegian text-to-text tasks for fine-tuning and evaluation.
 
-Each is registered with the vocabulary of `<data root>/no` and, as `<name>_mini`, with
-that of `<data root>/mini`, without reading files or the network. `readers` explains how
-gin chooses between files and the Hub.
+Each has the vocabulary of `<data root>/no` and, as `<name>_mini`, that of `<data
+root>/mini`. Gin chooses between files and the Hub, see `readers`.
 
 | name                   | inputs, targets                         | metric        |
 |------------------------|-----------------------------------------|---------------|
@@ -17,11 +16,11 @@ gin chooses between files and the Hub.
 Mixtures: scala and norne (both written standards, in equal parts), and sammendrag
 (trains on no_sammendrag, evaluates on NorSumm).
 
-The descriptions follow the publishers' READMEs, data set cards and the code of
-benchmarks. The data sets themselves have not been read, so the first run from the Hub
-may find a renamed column; the error message then lists the columns. Scores of other
-models are from NorBench's leaderboard of encoder-decoder models (t5_leaderboard.md in
-https://github.com/ltgoslo/norbench; means of five runs).
+The descriptions follow the publishers' READMEs, data set cards and benchmark code. The
+data sets themselves have not been read: should a column have another name, the error
+message lists the columns. Scores of other models are from NorBench's leaderboard of
+encoder-decoder models (t5_leaderboard.md in https://github.com/ltgoslo/norbench; means
+of five runs).
 """
 
 import functools
@@ -37,7 +36,7 @@ from tasks.text_to_text import add_text_to_text_task
 
 __all__ = ['add_text_to_text_task']
 
-# The prepared corpus whose vocabulary a task has, by the suffix of its name.
+# The corpus of a task's vocabulary, by the suffix of the task's name.
 _CORPORA = {'': 'no', '_mini': 'mini'}
 
 
@@ -60,18 +59,17 @@ def _add_mixture(name: str, *tasks: str):
 
 
 def add_norec() -> None:
-  """NoReC: the sentiment of a whole review (Velldal et al. 2018, arXiv 1710.05370).
+  """NoReC: the sentiment of a review (Velldal et al. 2018, arXiv 1710.05370).
 
-  Source: https://github.com/ltgoslo/norec; as three classes on the Hub
+  Source: https://github.com/ltgoslo/norec; in three classes on the Hub,
   ltg/norec_document, configuration ternary (34,749 / 4,348 / 4,340 reviews; columns id,
-  review, sentiment). That its 0, 1, 2 are negative, fair, positive is inferred from the
-  configuration binary, where 0 is negative. Licence: CC BY-NC 4.0. Splits: train,
-  validation, test, the publishers' own. Files: `text` or `review`, and `rating` from 1
-  to 6, `sentiment` or `label`; jsonl, tsv or parquet. Ratings 1 and 2 are negative, 3
-  and 4 neutral, 5 and 6 positive.
+  review, sentiment). That 0, 1, 2 are negative, fair, positive is inferred from the
+  configuration binary, where 0 is negative. Licence: CC BY-NC 4.0. Files: `text` or
+  `review`, and `rating` (1 and 2 negative, 3 and 4 neutral, 5 and 6 positive),
+  `sentiment` or `label`; jsonl, tsv or parquet.
 
-  Metric: macro F1 over the three classes, as in NorBench ("Document SA"), where
-  NorT5-base has 77.4 ± 0.4 and North-T5-base 21.2 ± 0.3.
+  Metric: macro F1 over the classes, as in NorBench ("Document SA"), where NorT5-base
+  has 77.4 ± 0.4 and North-T5-base 21.2 ± 0.3.
   """
   _add(
     'norec',
@@ -85,14 +83,14 @@ def add_norec() -> None:
 def add_scala() -> None:
   """ScaLA: is a sentence acceptable (Nielsen 2023, arXiv 2304.00906)?
 
-  Sentences of the Universal Dependencies treebanks, half of them with two neighbours
-  swapped or a word left out. Source: on the Hub EuroEval/scala-nb and scala-nn (1,024 /
-  256 / 2,048 sentences; columns text, corruption_type, label). Licence: not stated; the
-  text is that of the treebanks. Splits: train, val (here validation), test. Files:
-  `text` and `label`, correct or incorrect; jsonl, tsv or parquet.
+  Sentences of the Universal Dependencies treebanks, half of them with two adjacent
+  words swapped or a word left out. Source: EuroEval/scala-nb and scala-nn on the Hub
+  (1,024 / 256 / 2,048 sentences; columns text, corruption_type, label; val is here
+  validation). Licence: not stated; the text is the treebanks'. Files: `text` and
+  `label`, correct or incorrect; jsonl, tsv or parquet.
 
-  Metric: MCC and macro F1 over the two classes, as in EuroEval. No scores of T5 models
-  were found; NorBench's linguistic acceptability is another data set (NoCoLa).
+  Metric: MCC and macro F1, as in EuroEval. No scores of T5 models were found;
+  NorBench's linguistic acceptability is another data set (NoCoLa).
   """
   for language in ('nb', 'nn'):
     _add(
@@ -110,14 +108,14 @@ def add_norne() -> None:
   """NorNE: names in running text (Jørgensen et al. 2020, arXiv 1911.12146).
 
   Source: https://github.com/ltgoslo/norne, files `ud/nob/no_bokmaal-ud-train.conllu`,
-  -dev (here validation) and -test, and `ud/nno/no_nynorsk-ud-…`. On the Hub a sample
-  only, EuroEval/norne-nb-mini and norne-nn-mini (1,024 / 256 / 2,048 sentences, with
-  PROD, EVT and DRV made MISC, so scores differ from those on the whole). Licence: CC0
-  for the annotations only, not for the texts. Files: `tokens` and their IOB2 `labels`;
-  conllu (tags are `name=B-PER` in the last column), jsonl or parquet.
+  -dev (here validation) and -test, and `ud/nno/no_nynorsk-ud-…`. The Hub has only
+  samples, EuroEval/norne-nb-mini and norne-nn-mini (1,024 / 256 / 2,048 sentences; with
+  PROD, EVT and DRV as MISC, so scores are not comparable). Licence: CC0 for the
+  annotations, not the texts. Files: `tokens` and their IOB2 `labels`; conllu (tags are
+  `name=B-PER` in the last column), jsonl or parquet.
 
-  Seven types, with GPE_LOC as LOC and GPE_ORG as ORG. Inputs are the tokens joined by
-  spaces, targets `PER: Kari Dahl | LOC: Oslo` in the order of the text, or `ingen`.
+  Seven types; GPE_LOC is LOC, GPE_ORG is ORG. Inputs are the tokens joined by spaces,
+  targets `PER: Kari Dahl | LOC: Oslo` in the order of the text, or `ingen`.
   Metric: exact span F1 (type and words), see `metrics.entity_spans`. NorBench has
   scores of encoders only.
   """
@@ -138,13 +136,12 @@ def add_norquad() -> None:
 
   Source: https://github.com/ltgoslo/NorQuAD (files such as
   training_dataset_flattened.json), on the Hub ltg/norquad (3,808 / 472 / 472 questions;
-  columns id, context, question, answers). Licence: CC0 1.0. Splits: train, validation,
-  test, the publishers' own. Files: a SQuAD file (json), or its questions with
-  `context`, `question` and `answers` as jsonl or parquet. Paragraphs are long: set
-  TASK_FEATURE_LENGTHS accordingly; longer ones are cut and counted.
+  columns id, context, question, answers). Licence: CC0 1.0. Files: a SQuAD file (json),
+  or `context`, `question` and `answers` as jsonl or parquet. Paragraphs are long: set
+  TASK_FEATURE_LENGTHS accordingly.
 
-  Metric: exact match and F1 of SQuAD 1.1, the best of all answers, as in NorBench,
-  which has scores of encoders only.
+  Metric: exact match and F1 of SQuAD 1.1, as in NorBench, which has scores of encoders
+  only.
   """
   _add(
     'norquad',
@@ -160,17 +157,16 @@ def add_norquad() -> None:
 def add_nb_nn() -> None:
   """Translation from Bokmål to Nynorsk.
 
-  Source: NorBench's sample of two translation memories of Språkbanken's (Nynorsk
+  Source: NorBench's sample of two of Språkbanken's translation memories (Nynorsk
   pressekontor, Målfrid), nmt/data/nb_nn_{train,dev,test}.tsv.gz in
-  https://github.com/ltgoslo/norbench, or any other parallel text. Licence: see the
-  resources' pages, https://www.nb.no/sprakbanken/. Splits: train, dev (here
-  validation), test. Files: `nb` and `nn`, the same sentence; tsv, jsonl or parquet.
-  NorBench's files lack the line with the names of the columns:
+  https://github.com/ltgoslo/norbench (dev is here validation), or any parallel text.
+  Licence: see https://www.nb.no/sprakbanken/. Files: `nb` and `nn`, the same sentence;
+  tsv, jsonl or parquet. NorBench's files lack the line that names the columns:
 
       (printf 'nb\\tnn\\n'; gunzip -c nb_nn_dev.tsv.gz) > …/nb_nn/validation.tsv
 
-  Metric: BLEU and chrF with sacrebleu's default settings; NorBench's is SacreBLEU,
-  where NorT5-base has 86.6 ± 0.1 and North-T5-base 39.8 ± 0.2 ("MT").
+  Metric: BLEU and chrF by sacrebleu's defaults. In NorBench ("MT", SacreBLEU)
+  NorT5-base has 86.6 ± 0.1 and North-T5-base 39.8 ± 0.2.
   """
   _add(
     'nb_nn',
@@ -184,23 +180,21 @@ def add_nb_nn() -> None:
 def add_sammendrag() -> None:
   """Summaries of news: NoSammendrag to train on, NorSumm to evaluate on.
 
-  NoSammendrag. Source: on the Hub norkart/no-sammendrag (train only; columns document,
+  NoSammendrag: norkart/no-sammendrag on the Hub (train only; columns document,
   summary), and a sample with splits, EuroEval/no-sammendrag-mini (1,024 / 256 / 2,048;
   columns text, target_text), which is read here. Licence: not stated.
 
-  NorSumm (Touileb et al. 2025, arXiv 2501.07718): three human summaries of each
-  article in both written standards, without a training split. Source:
+  NorSumm (Touileb et al. 2025, arXiv 2501.07718): three human summaries of each article
+  in both written standards, without a training split. Source:
   https://github.com/SamiaTouileb/NorSumm, Data/NorSumm_dev.json (here validation) and
-  NorSumm_test.json, read as they are; on the Hub SamiaT/NorSumm, configurations nb and
-  nn (columns id, article, summaries). Licence: see the repository.
+  NorSumm_test.json as they are; on the Hub SamiaT/NorSumm, configurations nb and nn
+  (columns id, article, summaries). Licence: see the repository.
 
-  Files: `article` (or `document`, `text`), and `summaries` (or `summaries_nb`,
-  `summary`, `target_text`); json, jsonl or parquet. Articles need TASK_FEATURE_LENGTHS
-  of 1024 inputs and 256 targets.
+  Files: `article`, `document` or `text`, and `summaries`, `summaries_nb`, `summary` or
+  `target_text`; json, jsonl or parquet. Articles need 1024 inputs and 256 targets.
 
-  Metric: ROUGE-L as NorSumm and EuroEval compute it, see `metrics.summarisation`; their
-  other metric, BERTScore, needs a model and is left out. No scores of T5 models were
-  found.
+  Metric: ROUGE-L, see `metrics.summarisation`. NorSumm's and EuroEval's other metric,
+  BERTScore, needs a model and is left out. No scores of T5 models were found.
   """
   _add(
     'no_sammendrag',

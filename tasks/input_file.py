@@ -25,16 +25,12 @@ def dataset(path: str = '', prompt: str = '') -> dict[str, list[str]]:
 
   Args:
     path: a text file with one input per line, or JSON lines with the text as "inputs".
-      Empty inputs are left out, counted and logged.
+      Empty inputs are left out and counted in the log.
     prompt: put before each input.
-
-  Raises:
-    ValueError: no path is bound, a line is wrong, or the file has no inputs.
-    FileNotFoundError: there is no such file.
   """
   if not path:
     raise ValueError(
-      'no input file is named. Write one input per line into a file and name it: '
+      'no input file is set. Name a file with one input per line: '
       '--gin.INPUT_FILE="\'sentences.txt\'"'
     )
   if not os.path.exists(path):
@@ -52,7 +48,7 @@ def dataset(path: str = '', prompt: str = '') -> dict[str, list[str]]:
   return {'inputs': [prompt + text for text in kept], 'targets': [''] * len(kept)}
 
 
-@functools.cache  # a script asks for the data several times
+@functools.cache  # warn once, though a script reads the file several times
 def _warn(message: str):
   logging.warning('%s', message)
 

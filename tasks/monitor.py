@@ -1,8 +1,8 @@
-"""The metric that decides on the best checkpoint of a fine-tuning run.
+"""The headline metric, which decides on the best checkpoint of a fine-tuning run.
 
-Each text task names its headline metric (`add_text_to_text_task`); of a mixture the
-first task that has one counts. gin/finetune.gin binds `headline.task` and
-`headline.metric` to MIXTURE_OR_TASK_NAME and METRIC (None for the task's own).
+Each text task names its own (`add_text_to_text_task`); a mixture has that of its first
+task. gin/finetune.gin binds `headline.task` and `headline.metric` to
+MIXTURE_OR_TASK_NAME and METRIC (None for the task's own).
 """
 
 import json
@@ -28,17 +28,14 @@ def headline(
   module: str | None = None,
   check_libraries: bool = False,
 ) -> tuple[str, str]:
-  """The task to monitor, and its metric.
+  """Returns the task to monitor (of a mixture, one of its tasks) and its metric.
 
   Args:
     task: a task or mixture.
-    metric: of the task; None for the one it was registered with.
-    module: imported first, if it registers the task.
-    check_libraries: raise an ImportError if a metric of any task needs a library that
-      is not installed.
-
-  Returns:
-    (task, metric): of a mixture, one of its tasks.
+    metric: None for the one that the task was registered with.
+    module: imported first, if given: it registers the task.
+    check_libraries: whether to raise an ImportError if a metric needs a library that is
+      not installed.
   """
   members = [
     member
@@ -52,31 +49,24 @@ def headline(
     if found := metric or text_to_text.headline_of(member.name):
       return member.name, found
   if not members:
-    raise ValueError(
-      f'{task!r} cannot be evaluated: it has no split {_VALIDATION!r} with metrics'
-    )
+    raise ValueError(f'{task!r} has no split {_VALIDATION!r} with metrics')
   raise ValueError(
-    f'{task!r} has no metric to choose the best checkpoint by. Name it: '
+    f'{task!r} has no headline metric, which decides on the best checkpoint. Name it: '
     '--gin.METRIC="\'accuracy\'"'
   )
 
 
 def tensorboard_name() -> str:
-  """The headline's tag, as the checkpoint manager looks for it in a run's folder.
-
-  Called when a run starts, so it also checks the libraries of the metrics.
-  """
+  """Returns the headline's tag in event files; checks the metrics' libraries."""
   task, metric = headline(check_libraries=True)
   return f'inference_eval/{task}/eval/{metric}'
 
 
 @gin.configurable(module='tasks.monitor')
 def best_checkpoint(path: str) -> str:
-  """The best checkpoint of a fine-tuning run by its headline metric, first if equal.
+  """Returns a fine-tuning run's best checkpoint by its headline metric, first if equal.
 
-  Args:
-    path: of a run, such as `runs/norne_nb`; or of one checkpoint, which is returned as
-      it is.
+  The path of a checkpoint is returned as it is.
   """
   if re.search(r'checkpoint_\d+/*$', path):
     return path

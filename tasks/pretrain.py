@@ -1,7 +1,4 @@
-"""The denoising tasks, and `add_denoising_task` for other corpora.
-
-Corpus and tokenizer are read when data is asked for, not on import.
-"""
+"""The denoising tasks, and `add_denoising_task` for other corpora."""
 
 import functools
 import os
@@ -25,21 +22,17 @@ def add_denoising_task(
   shuffle_buffer_size: int = SHUFFLE_BUFFER_SIZE,
   metric_fns: Sequence = (metrics.denoising,),
 ) -> seqio.Task:
-  """Registers a seqio task that denoises a prepared corpus.
+  """Registers a denoising task with features `inputs`, `targets`, `targets_noised`.
 
   Args:
     name: of the task.
     corpus_dir: output folder of `python -m bart_t5x.prepare`; need not exist yet.
-    recipe: the noise; None for `noise.Recipe` as the run's gin files bind it.
-    source: of examples with a string `text`, for a corpus too large for one machine:
-      `seqio_cache_tasks` tokenizes it, with the tokenizer in `corpus_dir`, and training
-      then needs USE_CACHED_TASKS = True. None for the prepared corpus.
+    recipe: the noise; None for `noise.Recipe` as gin binds it.
+    source: of examples with a string `text`, instead of the prepared corpus:
+      `seqio_cache_tasks` tokenizes it with the tokenizer in `corpus_dir`, and training
+      needs USE_CACHED_TASKS = True.
     shuffle_buffer_size: of examples.
-    metric_fns: for evaluation by generation; predictions are texts, targets
-      `metrics.Parts`.
-
-  Returns:
-    The task, with features `inputs`, `targets` and `targets_noised`.
+    metric_fns: seqio's; predictions are texts, targets `metrics.Parts`.
   """
   vocabulary = load_vocabulary(corpus_dir)
   text = seqio.Feature(vocabulary, add_eos=False)
@@ -81,8 +74,8 @@ for _name, _corpus in {
   'norwegian_denoising_nn': 'nn',
 }.items():
   add_denoising_task(_name, os.path.join(data_root(), _corpus))
-# Both corpora must have one vocabulary (`prepare --tokenizer_file`). Nynorsk, of which
-# there is less, is a quarter of the examples.
+# Both corpora must have the same vocabulary (`prepare --tokenizer_file`). A quarter of
+# the examples is Nynorsk.
 seqio.MixtureRegistry.add(
   'norwegian_denoising_nb_nn',
   [('norwegian_denoising_nb', 3), ('norwegian_denoising_nn', 1)],

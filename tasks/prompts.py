@@ -19,14 +19,14 @@ _ENTITY_TYPE_OF = {'GPE_LOC': 'LOC', 'GPE_ORG': 'ORG'}
 
 
 def _prompt(task: str, text: str) -> str:
-  """`task: text`; an empty text stays empty, so that it is counted."""
+  # An empty text stays empty, so that it is left out and counted.
   return f'{task}: {text}' if text.strip() else ''
 
 
 def sentiment_to_text(record: Record) -> dict[str, str]:
-  """A review and its sentiment.
+  """Converts a review (`text` or `review`) and its sentiment.
 
-  `text` or `review`; and `label` (negative, neutral or fair, positive), `sentiment` (0
+  The sentiment is `label` (negative, neutral or fair, positive), `sentiment` (0
   negative, 1 fair, 2 positive) or `rating` (1 to 6).
   """
   if 'label' in record:
@@ -46,16 +46,16 @@ def sentiment_to_text(record: Record) -> dict[str, str]:
 
 
 def acceptability_to_text(record: Record) -> dict[str, str]:
-  """`text`, and `label`: correct or incorrect."""
+  """Converts a sentence `text` and its `label`, correct or incorrect."""
   label = _named(record['label'], _ACCEPTABILITY_OF, ACCEPTABILITY)
   return {'inputs': _prompt('språk', record['text']), 'targets': label}
 
 
 def entities_to_text(record: Record) -> dict[str, str]:
-  """`tokens`, and `labels`: their IOB2 tags by name."""
+  """Converts `tokens` and their `labels`, IOB2 tags."""
   tokens, labels = record['tokens'], record['labels']
   if len(tokens) != len(labels):
-    raise ValueError(f'{len(tokens)} tokens, but {len(labels)} tags: {tokens}')
+    raise ValueError(f'{len(tokens)} tokens, but {len(labels)} labels: {tokens}')
   spans = []
   for token, tag in zip(tokens, labels, strict=True):
     position, _, entity = tag.partition('-')
@@ -79,7 +79,7 @@ def entities_to_text(record: Record) -> dict[str, str]:
 
 
 def question_to_text(record: Record) -> dict[str, str]:
-  """`question`, `context`, `answers`: trained on the first answer, scored on all."""
+  """Converts `question`, `context` and `answers`; the target is the first answer."""
   answers = record['answers']
   if isinstance(answers, Mapping):
     answers = list(answers['text'])
@@ -92,11 +92,11 @@ def question_to_text(record: Record) -> dict[str, str]:
 
 
 def summary_to_text(record: Record, summaries: str = 'summaries') -> dict[str, str]:
-  """An article and its summaries: trained on the first summary, scored on all.
+  """Converts an article and its summaries; the target is the first summary.
 
-  The article is `article`, `document` or `text`. Its summaries are a list `summaries`
-  (or under the name given), of texts or of objects such as {"summary1": …}, as in
-  NorSumm's files; or one text, `summary` or `target_text`.
+  The article is `article`, `document` or `text`. The summaries are `summaries` (or the
+  column of that parameter), a list of texts or of objects such as {"summary1": …}, as
+  in NorSumm's files; or one text, `summary` or `target_text`.
   """
   found = record.get('summaries', record.get(summaries))
   if found is None:
@@ -113,23 +113,21 @@ def summary_to_text(record: Record, summaries: str = 'summaries') -> dict[str, s
 
 
 def _with_references(texts: Sequence[str]) -> dict[str, str]:
-  """The first text as target, and all of them for `references_of`."""
   return {'targets': texts[0] if texts else '', 'references': json.dumps(texts)}
 
 
 def references_of(text: str, example: Mapping, is_target: bool = False, **unused):
-  """A prediction stripped; for a target, the list of all right texts."""
+  """Returns a target's references or the stripped prediction, for `postprocess_fn`."""
   del unused
   return json.loads(example['references']) if is_target else text.strip()
 
 
 def translation_to_text(record: Record) -> dict[str, str]:
-  """`nb` and `nn`: the same sentence in Bokmål and Nynorsk."""
+  """Converts the same sentence in Bokmål, `nb`, and Nynorsk, `nn`."""
   return {'inputs': _prompt('til nynorsk', record['nb']), 'targets': record['nn']}
 
 
 def _named(label: Any, names: Mapping[str, str], known: Sequence[str]) -> str:
-  """Our name of a label given in English or by our name."""
   name = names.get(str(label), str(label))
   if name not in known:
     raise ValueError(
@@ -139,7 +137,6 @@ def _named(label: Any, names: Mapping[str, str], known: Sequence[str]) -> str:
 
 
 def _first_of(record: Record, names: Sequence[str]) -> Any:
-  """The first of these columns that a record has."""
   for name in names:
     if name in record:
       return record[name]

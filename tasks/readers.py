@@ -1,12 +1,10 @@
 """Records of fine-tuning data, from files in the usual formats or from the Hub.
 
-One gin binding decides for all registered tasks where the data comes from:
+One gin binding sets where all registered tasks read their data:
 
     readers.records.source = 'hub'        # Hugging Face Hub, through `datasets`
     readers.records.source = '/my/data'   # files: /my/data/norne_nb/train.conllu
     (unbound)                             # files in <data root>/finetune/norne_nb/
-
-Libraries are imported and files are read when a task's data is asked for.
 """
 
 import contextlib
@@ -25,8 +23,7 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class HubDataset:
-  """A data set on the Hugging Face Hub: owner/name, configuration if it has several,
-  and the Hub's names of splits that differ from ours."""
+  """A data set on the Hub; `splits` maps our names of splits to others on the Hub."""
 
   path: str
   config: str | None = None
@@ -52,13 +49,12 @@ def open_text(path: str) -> Iterator[TextIO]:
       yield f
   except UnicodeDecodeError as e:
     raise ValueError(
-      f'{path} is not UTF-8: {e}. Convert it first, for example with: '
-      'iconv -f LATIN1 -t UTF-8'
+      f'{path} is not UTF-8: {e}. Convert it, such as by iconv -f LATIN1 -t UTF-8'
     ) from e
 
 
 def read_jsonl(path: str) -> Iterator[Record]:
-  """One JSON object per line."""
+  """Reads one JSON object per line."""
   with open_text(path) as f:
     for number, line in enumerate(f, 1):
       if not line.strip():
@@ -76,7 +72,7 @@ def read_jsonl(path: str) -> Iterator[Record]:
 
 
 def read_tsv(path: str) -> Iterator[Record]:
-  """Columns separated by tabs, named by the first line. Quotes are plain characters."""
+  """Reads tab-separated columns, named by the first line; quotes are not special."""
   with open_text(path) as f:
     header = f.readline().rstrip('\n').split('\t')
     if header == ['']:
@@ -94,7 +90,7 @@ def read_tsv(path: str) -> Iterator[Record]:
 
 
 def read_conllu(path: str) -> Iterator[Record]:
-  """Sentences of NorNE's CoNLL-U: `tokens`, and IOB2 `labels` from the last column.
+  """Reads NorNE's CoNLL-U sentences: `tokens`, and IOB2 `labels` from the last column.
 
   Multi-word tokens (1-2) and empty nodes (1.1) are left out.
   """
@@ -127,7 +123,7 @@ def read_conllu(path: str) -> Iterator[Record]:
 
 
 def read_json(path: str) -> Iterator[Record]:
-  """The objects of a list, or the questions of a SQuAD file as the Hub has them."""
+  """Reads the objects of a list, or the questions of a SQuAD file as on the Hub."""
   with open_text(path) as f:
     try:
       content = json.load(f)
@@ -160,7 +156,7 @@ def read_json(path: str) -> Iterator[Record]:
 
 
 def read_parquet(path: str) -> Iterator[Record]:
-  """Rows of a table."""
+  """Reads the rows of a Parquet file."""
   try:
     from pyarrow import parquet
   except ImportError as e:
@@ -181,16 +177,16 @@ FORMATS: Mapping[str, Callable[[str], Iterator[Record]]] = {
 
 
 def read_file(path: str) -> Iterator[Record]:
-  """Records of a file in one of `FORMATS`, by the ending of its name."""
+  """Reads the records of a file, in the format of its extension (`FORMATS`)."""
   ending = os.path.splitext(path)[1]
   if ending not in FORMATS:
     raise ValueError(
-      f'the format of {path!r} is unknown. Known endings: {", ".join(FORMATS)}'
+      f'the format of {path!r} is unknown. Known extensions: {", ".join(FORMATS)}'
     )
   if not os.path.exists(path):
     raise FileNotFoundError(
-      f'{path!r}, which a task names, does not exist. Relative paths start from the '
-      f'current folder, {os.getcwd()!r}.'
+      f'{path!r}, which a task names, does not exist. The current folder is '
+      f'{os.getcwd()!r}.'
     )
   return FORMATS[ending](path)
 
@@ -203,11 +199,11 @@ def records(
   download: str,
   source: str | None = None,
 ) -> Iterator[Record]:
-  """The records of a registered task's split.
+  """Reads the records of a registered task's split.
 
   Args:
     folder: the task's folder in `source`.
-    split: 'train', 'validation' or 'test': the file's name without its ending.
+    split: 'train', 'validation' or 'test': the file's name without its extension.
     hub: the data set on the Hub, if it is there.
     download: where to get the files, for the error message.
     source: 'hub', or a folder with the tasks' folders; None for `<data root>/finetune`.

@@ -1,7 +1,7 @@
-"""Text-to-text tasks: what a user registers to fine-tune on their own data.
+"""Text-to-text tasks, to fine-tune on one's own data.
 
-Every such task also has the split `input_file`: a file of inputs without targets,
-which `t5x.infer` lets a fine-tuned model answer (gin/finetune_infer.gin).
+Each also has the split `input_file`: inputs without targets, for `t5x.infer`
+(gin/finetune_infer.gin).
 """
 
 import functools
@@ -15,7 +15,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from bart_t5x import metrics
+from bart_t5x import metrics, preprocessors
 from bart_t5x.data import data_root
 from bart_t5x.tensors import do_not_convert
 from bart_t5x.vocabularies import load_vocabulary
@@ -24,18 +24,18 @@ from tasks.readers import Record
 
 SPLITS = ('train', 'validation', 'test')
 
-# Errors shown of a file; the rest are counted.
+# Errors shown per file; the rest are counted.
 _SHOWN_ERRORS = 3
 
-# By name of the task: the metric that decides on its best checkpoint.
+# Headline metrics by task name, see `monitor`.
 _HEADLINES: dict[str, str] = {}
 
 
 class TextSource(seqio.DataSource):
-  """Texts tokenized in memory, which fine-tuning data fits into.
+  """Texts tokenized in memory.
 
   An example has `inputs` and `targets`, int32 [n] without `<s>` and `</s>`, their texts
-  as `…_pretokenized`, and other strings as they were read.
+  as `…_pretokenized`, and all other columns.
   """
 
   def __init__(
@@ -47,7 +47,7 @@ class TextSource(seqio.DataSource):
     """`read` returns the columns of a split; `features` have `BartVocabulary`s."""
     super().__init__(splits=splits)
     self._read, self._features = read, features
-    self.sizes: dict[str, list[int]] = {}  # tokens of each text, as last read
+    self.sizes: dict[str, list[int]] = {}  # tokens per text, of the last split read
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -64,7 +64,7 @@ class TextSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **unused,
   ) -> tf.data.Dataset:
-    """All examples in the order of the data: seqio shuffles and shards them."""
+    """Returns all examples in order: seqio shuffles and shards them."""
     del shuffle, seed, shard_info, unused
     columns = dict(self._read(split))
     for name, feature in self._features.items():
@@ -87,15 +87,10 @@ def add_ends(
 ) -> tf.data.Dataset:
   """Cuts ids to their lengths and adds `<s>` and `</s>`.
 
-  The number of tokens cut is `<feature>_truncated`, int32.
+  The number of tokens cut off is `<feature>_truncated`, int32.
   """
   lengths = sequence_length or {}
-  for name in output_features:
-    if lengths.get(name) is not None and lengths[name] < 2:
-      raise ValueError(
-        f'TASK_FEATURE_LENGTHS[{name!r}] must hold <s> and </s>, so at least 2. Got: '
-        f'{lengths[name]}'
-      )
+  preprocessors.check_room_for_ends(output_features, lengths)
 
   @do_not_convert
   def add(example):
@@ -104,7 +99,7 @@ def add_ends(
       vocabulary, limit = feature.vocabulary, lengths.get(name)
       kept = example[name] if limit is None else example[name][: limit - 2]
       out[name] = tf.concat([[vocabulary.bos_id], kept, [vocabulary.eos_id]], 0)
-      # Next to each other in the files that predictions are written to.
+      # Removed and added again, to follow the ids in files of predictions.
       out[f'{name}_pretokenized'] = out.pop(f'{name}_pretokenized')
       out[f'{name}_truncated'] = tf.size(example[name]) - tf.size(kept)
     return out
@@ -147,15 +142,15 @@ def add_text_to_text_task(
   splits: Sequence[str] = SPLITS,
   headline: str | None = None,
 ) -> seqio.Task:
-  """Registers a text-to-text task; its files are read when data is asked for.
+  """Registers a text-to-text task with features `inputs` and `targets`.
 
   Args:
     name: of the task.
-    to_text: makes {'inputs': …, 'targets': …} of a record. Further strings are passed
-      to `postprocess_fn`.
+    to_text: makes {'inputs': …, 'targets': …} of a record. Other strings are passed to
+      `postprocess_fn`.
     files: the file of each split, in one of `readers.FORMATS`.
-    corpus_dir: the prepared corpus whose vocabulary the model has; None for
-      `<data root>/no`.
+    corpus_dir: the prepared corpus of the model's vocabulary; None for `<data
+      root>/no`.
     labels: all possible targets of a classification task; empty for free text.
     metric_fns: seqio's; by default `metrics.classification` if there are labels, else
       `metrics.reconstruction`.
@@ -164,9 +159,6 @@ def add_text_to_text_task(
     splits: of `read`.
     headline: the metric that decides on the best checkpoint, higher being better; by
       default `macro_f1` if there are labels, else `chrf`.
-
-  Returns:
-    The task, with features `inputs` and `targets`: `<s>` … `</s>`.
   """
   if (files is None) == (read is None):
     raise ValueError(f'task {name!r} needs either files or read')
@@ -206,7 +198,7 @@ def add_text_to_text_task(
 
 
 def headline_of(name: str) -> str | None:
-  """The metric that decides on a task's best checkpoint; None for other tasks."""
+  """Returns a text task's headline metric; None for other tasks."""
   return _HEADLINES.get(name)
 
 
@@ -222,12 +214,8 @@ def _columns(
   to_text: Callable[[Record], Mapping[str, str]],
   labels: Sequence[str],
 ) -> dict[str, list[str]]:
-  """The texts of a split. Records without inputs or targets are left out and counted.
-
-  Raises:
-    ValueError: records cannot be used or have unknown labels (all are counted, the
-      first ones shown), or no record is left.
-  """
+  """Converts records to columns of texts, without those whose inputs or targets are
+  empty. Errors are collected: the first ones are shown and all are counted."""
   examples, errors, empty, number = [], [], 0, 0
   for number, record in enumerate(records, 1):
     try:
@@ -236,7 +224,7 @@ def _columns(
       errors.append(f'record {number} has no {e}, but {sorted(record)}')
       continue
     except (AttributeError, IndexError, TypeError, ValueError) as e:
-      errors.append(f'record {number}: {e}')  # a text that is null or a number, say
+      errors.append(f'record {number}: {e}')  # for example, a text that is null
       continue
     if not isinstance(example, Mapping) or not {'inputs', 'targets'} <= set(example):
       got = sorted(example) if isinstance(example, Mapping) else repr(example)

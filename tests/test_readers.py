@@ -80,7 +80,7 @@ def test_parquet(tmp_path):
     ('a.json', '{"data": [{"question": ""}]}', "a SQuAD file: no 'paragraphs'"),
     ('a.json', '[1]', 'element 1 is not an object'),
     ('a.json', '{', 'is not JSON'),
-    ('a.csv', '', 'is unknown. Known endings'),
+    ('a.csv', '', 'format of .*a.csv. is unknown'),
   ],
 )
 def test_errors_name_the_file(name, content, message, tmp_path):
@@ -91,9 +91,7 @@ def test_errors_name_the_file(name, content, message, tmp_path):
 
 def test_missing_file_is_named_with_its_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(
-    FileNotFoundError, match=f"'ord/test.tsv'.* current folder, '{tmp_path}'"
-  ):
+  with pytest.raises(FileNotFoundError, match=f"'ord/test.tsv'.* '{tmp_path}'"):
     readers.read_file('ord/test.tsv')
 
 

@@ -183,7 +183,7 @@ def fill_in(data_root):
   ('given', 'parts'),
   [
     (None, ('INPUT_FILE', '--gin.INPUT_FILE=')),
-    ('', ('no input file is named', '--gin.INPUT_FILE=')),
+    ('', ('no input file is set', '--gin.INPUT_FILE=')),
     ('missing.txt', ('missing.txt', 'does not exist')),
     ('sentences.txt', (CHECKPOINT,)),
   ],
