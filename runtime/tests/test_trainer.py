@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -17,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_process_training
 from event_files import read_events
 from flax.linen import partitioning as flax_partitioning
-from jax.sharding import PartitionSpec
 
 from t5x import metrics as metrics_lib
 from t5x import optimizers, partitioning, train_state, trainer
@@ -43,7 +42,7 @@ class Line(nn.Module):
 
 
 class Model:
-  """A squared error, summed and divided by a constant: linear in examples."""
+  """A sum of squared errors divided by a constant, so linear in examples."""
 
   optimizer_def = optimizers.adamw(learning_rate=0.01)
 
@@ -121,7 +120,7 @@ def values_of(summary):
 
 
 def plain_training(model, steps):
-  """The same steps one by one, with nothing of the trainer."""
+  """(state, losses) of the same steps in plain JAX."""
   state = fresh_state(model)
   losses = []
   for step in range(steps):
@@ -135,7 +134,7 @@ def plain_training(model, steps):
 
 
 @pytest.mark.parametrize('num_partitions', [1, 4])
-def test_training_is_plain_training(num_partitions):
+def test_training_matches_plain_jax(num_partitions):
   model = Model(dropout=True)
   want, losses = plain_training(model, 4)
   with make_trainer(model, num_partitions=num_partitions) as made:
@@ -148,24 +147,12 @@ def test_training_is_plain_training(num_partitions):
   )
   assert int(got.step) == 4
   np.testing.assert_allclose(summary['loss'], np.mean(losses), rtol=1e-5)
-
-
-def test_metrics_are_sums_over_sums():
-  with make_trainer() as made:
-    state = jax.device_get(made.train_state)
-    made._partitioned_train_step = lambda state, batch: (
-      state,
-      Model().loss_fn(state.params, batch, None)[1],
-    )
-    made.halt_on_nonfinite_loss = False
-    summary = values_of(made.train(batches(0, 3), 3).result())
-  data = [make_batch(seed) for seed in range(3)]
-  out = [b['x'] @ state.params['w'] + state.params['b'] for b in data]
-  squares = [np.sum(np.square(o - b['y']) * b['weight']) for o, b in zip(out, data)]
-  rows = sum(b['weight'].sum() for b in data)
-  np.testing.assert_allclose(summary['loss_per_row'], sum(squares) / rows, rtol=1e-5)
-  np.testing.assert_allclose(summary['loss'], sum(squares) / ROWS / 3, rtol=1e-5)
+  # Averages are sums over sums, not averages of the steps' averages.
+  rows = sum(make_batch(seed)['weight'].sum() for seed in range(4))
   assert summary['rows'] == rows
+  np.testing.assert_allclose(
+    summary['loss_per_row'], sum(losses) * ROWS / rows, rtol=1e-5
+  )
 
 
 def test_resuming_is_bit_exact():
@@ -195,11 +182,11 @@ def test_microbatches_give_the_gradient_of_the_batch(num_microbatches, num_parti
   jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5), got, want)
   for name in ('loss_per_row', 'rows', 'weight_gradient_norm'):
     np.testing.assert_allclose(summary[name], want_summary[name], rtol=1e-5)
-  # A microbatch is not a step, and each has a part of the loss.
+  # A microbatch is not a step: losses are summed.
   np.testing.assert_allclose(summary['loss'], want_summary['loss'], rtol=1e-5)
 
 
-def test_microbatches_leave_rows_on_their_devices():
+def test_microbatches_keep_rows_on_their_devices():
   partitioner = partitioning.PjitPartitioner(num_partitions=1)
   spec = partitioner.data_partition_spec
   deal = partitioner.partition(
@@ -215,7 +202,9 @@ def test_microbatches_leave_rows_on_their_devices():
 
 
 def test_reports_of_an_interval():
-  with make_trainer() as made:
+  with make_trainer(
+    weight_metrics_computer=trainer.WeightMetricsComputer(), num_partitions=2
+  ) as made:
     summary = values_of(made.train(batches(0, 4), 4).result())
   # Rates of steps 0 … 3: 0.1, 0.2, 0.3, 0.4.
   np.testing.assert_allclose(summary['learning_rate'], 0.25, rtol=1e-6)
@@ -228,9 +217,11 @@ def test_reports_of_an_interval():
   )
   assert 0 <= summary['timing/data_wait_share'] <= 1
   assert summary['weight_norm'] > 0 and summary['weight_gradient_norm'] > 0
+  for name in ('weight_rms/w', 'weight_gradient_rms/b', 'weight_update_rms/w'):
+    assert np.isfinite(summary[name])
 
 
-def test_waiting_for_data_is_reported():
+def test_wait_for_data_is_reported():
   def slow():
     for batch in batches(0, 4):
       time.sleep(0.2)
@@ -259,7 +250,7 @@ def test_compiled_steps_are_used():
     assert made._eval_programs['task'] is not made._eval_programs['other']
 
 
-def test_evaluation_merges_batches_and_has_no_dropout():
+def test_evaluation_merges_batches_without_dropout():
   model = Model(dropout=True)
   with make_trainer(model) as made:
     params = jax.device_get(made.train_state.params)
@@ -273,7 +264,7 @@ def test_evaluation_merges_batches_and_has_no_dropout():
     np.testing.assert_allclose(got[name]['loss_per_row'].value, total, rtol=1e-5)
 
 
-def test_mutable_collections_go_through_the_step():
+def test_mutable_collections_are_updated():
   class Counting(Model):
     def loss_fn(self, params, batch, dropout_rng, flax_mutables=None):
       loss, metrics = super().loss_fn(params, batch, None)
@@ -306,7 +297,7 @@ def test_mutable_collections_go_through_the_step():
   ('rows', 'num_microbatches', 'num_partitions'),
   [(12, None, 1), (16, 4, 1), (16, 3, 8)],
 )
-def test_rows_that_do_not_divide(rows, num_microbatches, num_partitions):
+def test_indivisible_batch_size_is_an_error(rows, num_microbatches, num_partitions):
   with make_trainer(
     num_microbatches=num_microbatches, num_partitions=num_partitions
   ) as made:
@@ -314,13 +305,13 @@ def test_rows_that_do_not_divide(rows, num_microbatches, num_partitions):
       made.train(iter([make_batch(0, rows)]), 1)
 
 
-def test_an_empty_evaluation_dataset_is_an_error():
+def test_empty_evaluation_dataset_is_an_error():
   with make_trainer() as made:
     with pytest.raises(ValueError, match="'task' has no batch"):
       made.eval({'task': iter([])})
 
 
-def test_the_end_of_the_data_leaves_the_state_of_the_steps_done():
+def test_end_of_data_keeps_the_state_of_finished_steps():
   with make_trainer() as made:
     with pytest.raises(ValueError, match='before step 2'):
       made.train(batches(0, 2), 5)
@@ -329,17 +320,16 @@ def test_the_end_of_the_data_leaves_the_state_of_the_steps_done():
     assert int(made.train_state.step) == 3
 
 
-def test_preemption_leaves_the_state_of_the_steps_done(tmp_path):
-  def until_asked():
+def test_preemption_keeps_the_state_of_finished_steps():
+  def until_preempted():
     yield from batches(0, 2)
     raise trainer.PreemptionError('now')
 
-  with make_trainer(summary_dir=str(tmp_path)) as made:
+  with make_trainer() as made, make_trainer() as other:
     with pytest.raises(trainer.PreemptionError):
-      made.train(until_asked(), 5)
-    with make_trainer() as other:
-      other.train(batches(0, 2), 2).result()
-      assert_equal_states(made.train_state.params, other.train_state.params)
+      made.train(until_preempted(), 5)
+    other.train(batches(0, 2), 2).result()
+    assert_equal_states(made.train_state.params, other.train_state.params)
 
 
 def bad_batch(seed):
@@ -350,23 +340,22 @@ def bad_batch(seed):
 
 
 @pytest.mark.parametrize('bad', [0, 2, 4, 5])
-def test_a_non_finite_loss_stops_and_saves_its_batch(tmp_path, bad):
+def test_non_finite_loss_stops_and_saves_its_batch(tmp_path, bad):
   data = [make_batch(seed) for seed in range(6)]
   data[bad] = bad_batch(bad)
   with make_trainer(summary_dir=str(tmp_path)) as made:
-    with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not') as e:
+    with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad}') as e:
       made.train(iter(data), 6).result()
     assert e.value.step == bad
     with np.load(e.value.batch_path) as kept:
       assert kept.keys() == data[bad].keys()
       for name in kept:
         np.testing.assert_array_equal(kept[name], data[bad][name])
-    # The steps after it are non-finite because of it.
     assert len(list(tmp_path.glob('nonfinite*'))) == 1
-    # The state cannot be had, to be saved say, and training does not continue.
-    with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not'):
+    # The state cannot be read or saved, and training does not continue.
+    with pytest.raises(trainer.NonFiniteLossError):
       _ = made.train_state
-    with pytest.raises(trainer.NonFiniteLossError, match=f'step {bad} is not'):
+    with pytest.raises(trainer.NonFiniteLossError):
       made.train(batches(0, 1), 1)
     made.train_state = made._partitioner.move_params_to_devices(
       fresh_state(Model()), made._train_state_axes
@@ -375,11 +364,11 @@ def test_a_non_finite_loss_stops_and_saves_its_batch(tmp_path, bad):
     assert int(made.train_state.step) == 4
 
 
-def test_a_non_finite_gradient_stops_too():
+def test_non_finite_gradient_stops():
   class Cliff(Model):
     def loss_fn(self, params, batch, dropout_rng):
       loss, metrics = super().loss_fn(params, batch, dropout_rng)
-      # sqrt has no slope at 0; its value there is fine.
+      # sqrt is 0 at 0, but its gradient is infinite.
       return loss + jnp.sqrt(0 * jnp.sum(params['w'])), metrics
 
   with make_trainer(Cliff()) as made:
@@ -387,7 +376,7 @@ def test_a_non_finite_gradient_stops_too():
       made.train(batches(0, 1), 1).result()
 
 
-def test_non_finite_losses_can_be_allowed():
+def test_non_finite_loss_can_be_allowed():
   with make_trainer() as made:
     made.halt_on_nonfinite_loss = False
     summary = made.train(iter([bad_batch(0)]), 1).result()
@@ -407,7 +396,7 @@ def test_weight_metrics_by_hand():
     'weight_rms/a/w': np.sqrt((3.3**2 + 16) / 2),
     'weight_max/a/w': 4.0,
     'weight_update_rms/a/w': np.sqrt((0.3**2 + 16) / 2),
-    # The second weight was 0: no change is relative to that.
+    # Without the second weight, which was 0.
     'weight_update_divided_by_weight_rms/a/w': 0.1,
   }
   assert got.keys() == want.keys()
@@ -415,46 +404,14 @@ def test_weight_metrics_by_hand():
     np.testing.assert_allclose(got[name], value, rtol=1e-5)
 
 
-def test_weight_metrics_are_averages_per_step():
-  with make_trainer(
-    weight_metrics_computer=trainer.WeightMetricsComputer(), num_partitions=2
-  ) as made:
-    summary = values_of(made.train(batches(0, 2), 2).result())
-  for name in ('weight_rms/w', 'weight_gradient_rms/b', 'weight_update_rms/w'):
-    assert np.isfinite(summary[name])
-  assert summary['weight_gradient_norm'] > 0
-
-
-def test_apply_grads_leaves_its_arguments_alone():
-  state = fresh_state(Model())
-  metrics = {'loss': metrics_lib.Sum(1.0)}
-  grads = jax.tree.map(jnp.ones_like, state.params)
-  _, after = trainer.apply_grads(state, grads, metrics, jnp.float32(0.5), None)
-  assert metrics.keys() == {'loss'}
-  norm = after['weight_gradient_norm'].compute()
-  np.testing.assert_allclose(norm, np.sqrt(WIDTH + 1))
-  assert float(after['learning_rate'].compute()) == 0.5
-
-
-def test_steps_reuse_the_memory_of_the_state():
+def test_step_donates_the_state():
   with make_trainer() as made:
     before = made.train_state.params['w']
     made.train(batches(0, 1), 1).result()
     assert before.is_deleted()
 
 
-def test_a_batch_is_sharded_over_the_data_axis_once():
-  with make_trainer(num_partitions=2) as made:
-    batch = {'x': np.arange(16.0).reshape(8, 2), 'scale': np.float32(2)}
-    placed = made._on_devices(batch)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), batch)
-    assert placed['x'].sharding.spec == PartitionSpec('data')
-    assert placed['x'].sharding.shard_shape((8, 2)) == (2, 2)
-    assert placed['scale'].sharding.is_fully_replicated
-    assert made._on_devices(placed)['x'] is placed['x']
-
-
-def test_intervals_follow_each_other_without_a_gap():
+def test_interval_times_do_not_overlap():
   with make_trainer() as made:
     made.compile_train(make_batch(0))
     begun = time.perf_counter()
@@ -462,7 +419,7 @@ def test_intervals_follow_each_other_without_a_gap():
     seconds = [float(i.result()['timing/seconds'].value) for i in intervals]
     passed = time.perf_counter() - begun
   assert min(seconds) > 0 and sum(seconds) < passed
-  # What happens between two intervals, such as an evaluation, is not counted.
+  # Time between two intervals, such as an evaluation, is not counted.
   with make_trainer() as made:
     made.train(batches(0, 2), 2).result()
     time.sleep(0.5)
@@ -474,7 +431,7 @@ def test_intervals_follow_each_other_without_a_gap():
 
 @flax.struct.dataclass
 class Note(clu.metrics.Metric):
-  """A metric that is a text."""
+  """A text metric."""
 
   def compute_value(self):
     return clu.values.Text('hello')
@@ -520,19 +477,14 @@ def run_all(action, values):
 @pytest.mark.parametrize(
   ('mode', 'values', 'atol', 'rtol', 'stops'),
   [
-    # By hand: a value improves if it beats the one before by more than
-    # atol + rtol * |before|; three in a row without improvement end the run.
+    # By hand: an improvement is more than atol + rtol * |previous value|; three
+    # values without one stop the run.
     ('max', [1, 1, 1], 0.0, 0.0, True),
-    ('max', [1, 0.9, 0.8], 0.0, 0.0, True),
     ('max', [1, 1.09, 1.18], 0.1, 0.0, True),
-    ('max', [1, 1.2, 1.4], 0.1, 0.0, False),
     ('max', [1, 1.2, 1.4], 0.1, 0.08, False),
     ('max', [1, 1.2, 1.4], 0.0, 0.2, True),
-    ('min', [1, 1, 1], 0.0, 0.0, True),
     ('min', [1, 0.9, 0.71], 0.2, 0.0, True),
-    ('min', [1, 0.8, 0.6], 0.15, 0.0, False),
     ('min', [1, 0.8, 0.6], 0.1, 0.09, False),
-    ('min', [1, 0.8, 0.6], 0.0, 0.3, True),
     ('min', [1, 0.8, 0.7, 0.6], 0.15, 0.0, True),
     ('min', [1, 2, 1.5], 0.0, 0.0, False),
     ('min', [-1, -1.05, -1.1], 0.0, 0.1, True),
@@ -549,7 +501,7 @@ def test_early_stopping(mode, values, atol, rtol, stops):
 
 
 @pytest.mark.parametrize('before', range(4))
-def test_early_stopping_resumes_with_the_values_before(before):
+def test_early_stopping_recalls_values_of_a_resumed_run(before):
   values = [0.1, 0.7, 0.7, 0.7]
   action = trainer.EarlyStoppingAction(('task', 'metric'), 'max', patience=3)
   recorded = {('task', 'metric'): values[:before]}
@@ -558,75 +510,58 @@ def test_early_stopping_resumes_with_the_values_before(before):
 
 
 @pytest.mark.parametrize('kind', [clu.values.Scalar, float, np.float32, np.array])
-def test_kinds_of_numbers(kind):
-  action = trainer.EarlyStoppingAction(('task', 'metric'), 'min', patience=2)
-  assert run_all(action, [kind(1.0), kind(2.0)]) == [False, True]
+def test_terminate_on_nan(kind):
   action = trainer.TerminateOnNanAction('task', 'metric')
-  assert run_all(action, [kind(1.0), kind(np.nan)]) == [False, True]
+  values = [kind(value) for value in (1.0, np.nan, np.inf, -np.inf)]
+  assert run_all(action, values) == [False, True, True, True]
 
 
-@pytest.mark.parametrize('value', ['1', [1.0], clu.values.Text('1')])
-def test_other_values_are_ignored_with_a_warning(value, caplog):
-  action = trainer.TerminateOnNanAction('task', 'metric')
-  assert run_all(action, [value]) == [False]
-  assert "'metric' of 'task'" in caplog.text
-
-
-@pytest.mark.parametrize(('task', 'metric'), [('tusk', 'metric'), ('task', 'los')])
-def test_unknown_names_are_ignored_with_a_warning(task, metric, caplog):
-  nan = float('nan')
-  assert run_all(trainer.TerminateOnNanAction(task, metric), [nan]) == [False]
+@pytest.mark.parametrize(
+  ('task', 'metric', 'value'),
+  [
+    ('tusk', 'metric', np.nan),
+    ('task', 'los', np.nan),
+    ('task', 'metric', [np.nan]),
+    ('task', 'metric', clu.values.Text('nan')),
+  ],
+)
+def test_missing_numbers_are_ignored_with_a_warning(task, metric, value, caplog):
+  assert run_all(trainer.TerminateOnNanAction(task, metric), [value]) == [False]
   assert f'{metric!r} of {task!r}' in caplog.text
   early = trainer.EarlyStoppingAction((task, metric), 'min', patience=2)
-  assert run_all(early, [1.0, 1.0, 1.0]) == [False] * 3
+  assert run_all(early, [value] * 3) == [False] * 3
 
 
 @pytest.mark.parametrize(
-  ('value', 'stops'), [(1.0, False), (np.nan, True), (np.inf, True), (-np.inf, True)]
-)
-def test_terminate_on_nan(value, stops):
-  action = trainer.TerminateOnNanAction('task')
-  assert action.run(None, {'task': {'loss': clu.values.Scalar(value)}}) is stops
-
-
-@pytest.mark.parametrize(
-  'arguments',
-  [
-    {'mode': 'least'},
-    {'mode': 'min', 'patience': 1},
-    {'mode': 'min', 'atol': -1},
-    {'mode': 'min', 'rtol': -0.5},
-  ],
+  'arguments', [{'mode': 'least'}, {'patience': 1}, {'atol': -1}, {'rtol': -0.5}]
 )
 def test_early_stopping_validates_its_arguments(arguments):
   with pytest.raises(ValueError, match='mode|patience'):
-    trainer.EarlyStoppingAction(('task', 'metric'), **arguments)
+    trainer.EarlyStoppingAction(('task', 'metric'), **{'mode': 'min', **arguments})
 
 
 # ---- Two processes ----
 
 
-def run_processes(count, num_partitions, folder):
-  """Outputs of `count` processes that have eight devices in all."""
-  script = pathlib.Path(__file__).parent / 'two_process_training.py'
+def run_two_processes(num_partitions, folder):
+  """Outputs of two processes of four devices."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  environment = {
-    **os.environ,
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // count}',
-  }
-  arguments = [str(port), str(count)]
+  flags = '--xla_force_host_platform_device_count=4'
   running = [
     subprocess.Popen(
-      [sys.executable, script, *arguments, str(i), str(num_partitions), folder],
-      env=environment,
+      [
+        sys.executable,
+        two_process_training.__file__,
+        *map(str, (port, index, num_partitions, folder)),
+      ],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-    for i in range(count)
+    for index in range(2)
   ]
   try:
     outputs = [process.communicate(timeout=240) for process in running]
@@ -641,14 +576,14 @@ def run_processes(count, num_partitions, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(('num_partitions', 'shards'), [(2, 2), (8, 1)])
 def test_two_processes_train_like_one(tmp_path, num_partitions, shards):
-  (want,) = run_processes(1, num_partitions, str(tmp_path / 'one'))
-  both = run_processes(2, num_partitions, str(tmp_path / 'two'))
+  want = two_process_training.train(num_partitions, str(tmp_path / 'one'))
+  both = run_two_processes(num_partitions, tmp_path / 'two')
   for got in both:
     assert got['shards'] == shards
     np.testing.assert_allclose(got['losses'], want['losses'], rtol=1e-5)
     np.testing.assert_allclose(got['evaluated'], want['evaluated'], rtol=1e-5)
     assert "batches of 'task': 1 of 2" in got['uneven']
-  # With two shards both processes have a bad row of their own; the step is one.
+  # With two shards both processes have a bad row in the same step.
   assert [got['stopped'] for got in (want, *both)] == [5, 5, 5]
   kept = sorted(path.name for path in (tmp_path / 'two').glob('nonfinite*'))
   assert kept == [f'nonfinite_step_5_process_{i}.npz' for i in (0, 1)]

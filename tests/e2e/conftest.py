@@ -1,8 +1,7 @@
 """A corpus for all tests here, and two ways to call a script.
 
-A subprocess is what a user starts; it takes ten seconds to import TensorFlow. What does
-not need one (a wrong value, a run on eight devices) goes through the same functions in
-this process.
+`helpers.Process` starts it as a user does, which takes ten seconds to import
+TensorFlow; `call_script` calls its function in this process.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
-# What gin/models/tiny.gin has.
+# Values of gin/models/tiny.gin.
 VOCAB_SIZE = 512
 LENGTH = 64
 BATCH_SIZE = 8
@@ -32,7 +31,7 @@ PERIOD = 100
 
 
 def made_up_norwegian(documents=400, seed=3):
-  """Lines of sentences from some 200 words, each line another document."""
+  """Lines of sentences from some 200 words, one document per line."""
   random = np.random.default_rng(seed)
   heads = 'fjord fjell snø sjø by barne skole bokmål vinter båt kirke hav'.split()
   tails = 'et en ene veien huset boka laget turen folk dagen'.split()
@@ -51,13 +50,13 @@ def made_up_norwegian(documents=400, seed=3):
 
 @dataclasses.dataclass
 class Outcome:
-  """How a command ended."""
+  """Exit code and output of a command."""
 
   code: int
   text: str
 
   def assert_one_error(self, *parts):
-    """One message, which holds the parts, no traceback, and a failure."""
+    """The command failed with one message with these parts and no traceback."""
     assert self.code != 0, self.text
     assert 'Traceback' not in self.text
     marks = sum(self.text.count(mark) for mark in ('ERROR: ', 'error: '))
@@ -67,7 +66,7 @@ class Outcome:
 
 
 def gin_flags(files, bindings):
-  """Command line of gin files and {name: Python value}."""
+  """Flags for gin files and {name: Python value}."""
   return [
     *(f'--gin_file={name}' for name in files),
     *(f'--gin.{name}={value!r}' for name, value in bindings.items()),
@@ -104,7 +103,7 @@ TRAIN_FILES = ('gin/bart_mini_no.gin', 'gin/models/tiny.gin')
 
 
 def tiny_training(model_dir, **changes):
-  """Bindings that make the quickstart's run a tiny one."""
+  """Bindings that reduce the quickstart's run."""
   return {
     'MODEL_DIR': str(model_dir),
     'TASK_FEATURE_LENGTHS': {'inputs': LENGTH, 'targets': LENGTH},
@@ -122,7 +121,7 @@ def tiny_training(model_dir, **changes):
 
 
 class Process:
-  """A script of its own process, from the repository's root."""
+  """A script in a process of its own."""
 
   def __init__(self, data_root, module, *args, python=sys.executable, **variables):
     environment = {
@@ -158,28 +157,23 @@ class Process:
           return
         assert self._process.poll() is None, ''.join(self.lines)
         self._grown.wait(0.05)
-    raise AssertionError(f'It did not come to it:\n{"".join(self.lines)}')
+    raise AssertionError(f'Timeout:\n{"".join(self.lines)}')
 
   def send(self, number: signal.Signals):
     self._process.send_signal(number)
 
   def end(self, timeout=400):
-    """Waits for the end; returns the outcome."""
+    """Waits for the process; returns its outcome."""
     code = self._process.wait(timeout)
     self._reader.join()
     return Outcome(code, ''.join(self.lines))
 
 
 def stop_twice(train, run, period, steps):
-  """Starts a run in a folder thrice, and two times stops it.
+  """Kills a run after its first checkpoint, stops it between two, then finishes it.
 
-  Killed after its first checkpoint, asked to stop in mid-period, then left alone.
-
-  Args:
-    train: starts the run in a folder, which is to take `steps`: a `Process`.
-    run: the folder.
-    period: of its checkpoints.
-    steps: of the whole run.
+  `train` starts `steps` steps in folder `run` as a `Process`; `period` is that of its
+  checkpoints.
   """
   killed = train(run)
   killed.wait_for(lambda _: (run / f'checkpoint_{period}').exists())
@@ -205,7 +199,7 @@ def stop_twice(train, run, period, steps):
 
 @pytest.fixture(scope='session')
 def data_root(tmp_path_factory):
-  """A BART_T5X_DATA with the corpus `mini`, prepared by the command itself."""
+  """A BART_T5X_DATA folder with the corpus `mini`, made by `bart_t5x.prepare`."""
   folder = tmp_path_factory.mktemp('e2e')
   texts = folder / 'texts.txt'
   texts.write_text('\n'.join(made_up_norwegian()) + '\n', encoding='utf-8')
@@ -220,10 +214,7 @@ def data_root(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def in_process_task(data_root):
-  """Name of a task on the corpus, for tests in this process.
-
-  Here the tasks of `tasks` were registered with whatever BART_T5X_DATA then was.
-  """
+  """Name of a task on the corpus, for tests in this process."""
   import seqio
 
   from tasks import pretrain
@@ -237,12 +228,12 @@ def in_process_task(data_root):
 def call_script(monkeypatch, capfd):
   """Calls (function, gin files, bindings) as its script does; returns the outcome.
 
-  Outcome.result is what the function returned.
+  Its `result` is the function's.
   """
   from t5x import gin_utils, launch
 
   class Left(BaseException):
-    """In place of the program's end."""
+    """Replaces the end of the program."""
 
   def leave(code):
     raise Left(code)
@@ -281,7 +272,7 @@ def call_script(monkeypatch, capfd):
 
 @pytest.fixture(scope='session')
 def helpers():
-  """The functions above; test files cannot import a conftest."""
+  """The functions above, as test files cannot import a conftest."""
   return types.SimpleNamespace(
     Process=Process,
     Outcome=Outcome,

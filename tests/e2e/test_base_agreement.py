@@ -1,6 +1,6 @@
-"""The base run's settings for a TPU against plain attention and all logits at once.
+"""The base run's TPU settings against plain attention and all logits at once.
 
-On eight CPU devices, cut in depth, length and vocabulary; the TPU kernel interpreted.
+On eight CPU devices, with an interpreted kernel and a smaller model.
 """
 
 import inspect
@@ -27,7 +27,7 @@ CUT = {
   # Settings are compared, not rounding: bfloat16 has 8 bits.
   'COMPUTE_DTYPE': 'float32',
 }
-# What the file leaves to the platform, as a TPU has it; the rest is the file's own.
+# The file's own settings, with what it would choose on a TPU.
 ON_TPU = {'network.BartConfig.attention_impl': 'flash'}
 PLAIN = {
   'network.BartConfig.attention_impl': 'plain',
@@ -39,7 +39,7 @@ PLAIN = {
 
 @pytest.fixture
 def other_trains():
-  """Lets other functions than the real one bear the name that gin files bind."""
+  """Lets another function replace `train`, which the gin files bind."""
   gin.enter_interactive_mode()
   yield
   with gin.unlock_config():
@@ -48,7 +48,7 @@ def other_trains():
 
 
 def loss_and_gradients(call_script, bindings):
-  """(loss, gradients) of one packed batch, with dropout, over all devices."""
+  """(loss, gradients) of a packed batch with dropout over all devices."""
 
   def train(**arguments):
     model, partitioner = arguments['model'], arguments['partitioner']
@@ -75,7 +75,7 @@ def loss_and_gradients(call_script, bindings):
 
 
 def packed_batch(spec):
-  """Rows of three segments and padding, of other lengths in each row."""
+  """Rows of three segments of random lengths, and padding."""
   random = np.random.default_rng(0)
   batch = {}
   for side, tokens in (
@@ -101,7 +101,7 @@ def packed_batch(spec):
   return {name: x.astype(spec[name].dtype) for name, x in batch.items()}
 
 
-def test_the_settings_change_nothing(call_script, other_trains):
+def test_tpu_settings_give_the_same_loss_and_gradients(call_script, other_trains):
   assert jax.device_count() == 8
   with flash.interpreted():
     loss, gradients = loss_and_gradients(call_script, ON_TPU)
@@ -111,8 +111,8 @@ def test_the_settings_change_nothing(call_script, other_trains):
   for (path, found), expected in zip(
     jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(plain_gradients)
   ):
-    # Relative to the parameter's own gradient. Those of the keys' biases are 0 but
-    # for rounding (softmax does not see a shift), so a share of all is allowed too.
+    # Relative to the parameter's own gradient and to all: gradients of key biases are
+    # 0 except for rounding, as softmax ignores a shift.
     norm = np.linalg.norm(expected)
     total = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(plain_gradients)))
     difference = np.linalg.norm(found - expected)

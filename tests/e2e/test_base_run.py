@@ -1,4 +1,4 @@
-"""The run that this project is for, cut down by gin bindings, on eight devices."""
+"""The base run, reduced by gin bindings, on eight devices."""
 
 import jax
 import numpy as np
@@ -7,8 +7,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 STEPS = 4
-# Layers and vocabulary are fewer, and rows are shorter and fewer; widths, heads, the
-# optimizer, dropout, dtypes and rules are those of the file.
+# Fewer layers, a smaller vocabulary, and fewer and shorter rows; widths, heads,
+# optimizer, dropout, dtypes and partitioning rules are those of the file.
 CUT = {
   'network.BartConfig.vocab_size': 512,
   'network.BartConfig.num_encoder_layers': 1,
@@ -21,33 +21,20 @@ CUT = {
   'train.stats_period': 1,
   'train.eval_period': STEPS,
   'train.eval_steps': 1,
-  # 200 MB a checkpoint; saving is tested elsewhere.
+  # 200 MB per checkpoint; saving is tested elsewhere.
   'utils.SaveCheckpointConfig.period': None,
 }
 
 
-def losses(folder):
-  """{step: loss} of training."""
-  from tensorboard.backend.event_processing import event_accumulator
-  from tensorboard.util import tensor_util
-
-  events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
-  events.Reload()
-  return {
-    event.step: float(tensor_util.make_ndarray(event.tensor_proto))
-    for event in events.Tensors('loss')
-  }
-
-
 @pytest.fixture(scope='module')
 def seen():
-  """Losses by number of partitions, to compare the runs."""
+  """Losses of the runs by number of partitions."""
   return {}
 
 
 @pytest.mark.parametrize('partitions', [1, 2])
 def test_trains_on_eight_devices(
-  call_script, in_process_task, tmp_path, partitions, seen
+  call_script, helpers, in_process_task, tmp_path, partitions, seen
 ):
   from t5x import train as script
 
@@ -71,14 +58,14 @@ def test_trains_on_eight_devices(
   table = state.params['token_embedder']['embedding']
   assert table.sharding.shard_shape(table.shape) == (512 // partitions, 768)
 
-  found = losses(tmp_path / 'run' / 'train')
+  found = helpers.scalars(tmp_path / 'run' / 'train')
   assert sorted(found) == [1, 2, 3, 4]
   values = [found[step] for step in sorted(found)]
-  # It starts below chance: tied embeddings, 768 wide, at first repeat the input token.
+  # Worse than chance at first, as tied embeddings of width 768 repeat the input token.
   assert values[0] > np.log(512)
   assert np.isfinite(values).all()
   seen[partitions] = values
   if len(seen) == 2:
-    # The same first batch, parameters and dropout, however they lie. Sums come in
-    # another order, and activations are in bfloat16, which has 8 bits.
+    # The same batch, parameters and dropout in another layout. Sums are in another
+    # order, and activations are in bfloat16, which has 8 bits.
     np.testing.assert_allclose(seen[1][0], seen[2][0], rtol=2**-8)

@@ -1,4 +1,4 @@
-"""A fine-tuning run that was stopped ends as one that was not, bit for bit."""
+"""An interrupted fine-tuning run is bit for bit equal to an uninterrupted one."""
 
 import jax
 import numpy as np
@@ -11,14 +11,12 @@ STEPS, PERIOD = 400, 100
 
 @pytest.fixture(scope='module')
 def train(helpers, data_root):
-  """Starts `python -m t5x.train` with gin/finetune.gin on a tiny model in a folder.
-
-  60 pairs of a sentence and itself with other endings: 7.5 batches an epoch.
-  """
+  """Starts `python -m t5x.train` with gin/finetune.gin on a tiny model in a folder."""
   folder = data_root / 'finetune' / 'nb_nn'
   folder.mkdir(parents=True)
   sentences = [text.partition(': ')[2][:80] for text in helpers.made_up_norwegian(64)]
   pairs = [f'{text}\t{text.replace("en", "a")}' for text in sentences]
+  # 7.5 batches per epoch.
   for split, rows in (('train', pairs[:60]), ('validation', pairs[60:])):
     (folder / f'{split}.tsv').write_text('\n'.join(['nb\tnn', *rows]) + '\n')
 
@@ -41,7 +39,7 @@ def train(helpers, data_root):
   return start
 
 
-def test_stopped_and_started_again(train, helpers, tmp_path):
+def test_interrupted_fine_tuning_is_exact(train, helpers, tmp_path):
   whole, run = tmp_path / 'whole', tmp_path / 'run'
   outcome = train(whole).end()
   assert outcome.code == 0, outcome.text

@@ -1,4 +1,4 @@
-"""Text in, a trained and exported BART out, by the commands that the README teaches."""
+"""The commands of the README, from text to a trained and exported BART."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ TASK = 'norwegian_denoising_mini'
 
 @pytest.fixture(scope='module')
 def train(helpers, data_root):
-  """Starts `python -m t5x.train` on a tiny run in a folder."""
+  """Starts `python -m t5x.train` on a tiny model in a folder."""
 
   def start(model_dir):
     flags = helpers.gin_flags(helpers.TRAIN_FILES, helpers.tiny_training(model_dir))
@@ -26,7 +26,7 @@ def train(helpers, data_root):
 
 @pytest.fixture(scope='module')
 def whole(train, tmp_path_factory):
-  """The folder of a run that nothing stopped."""
+  """The folder of an uninterrupted run."""
   folder = tmp_path_factory.mktemp('whole') / 'run'
   outcome = train(folder).end()
   assert outcome.code == 0, outcome.text
@@ -36,7 +36,7 @@ def whole(train, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def held_out(helpers):
-  """{step: value} of a run's metric on held-out documents."""
+  """{step: value} of a run's metric on validation documents."""
   return lambda run, tag='loss': helpers.scalars(run / 'training_eval' / TASK, tag)
 
 
@@ -60,7 +60,7 @@ def test_prepare(data_root, helpers):
   assert 0 < corpus['baselines']['unigram_loss'] < np.log(512)
 
 
-def test_train_leaves_its_files_and_learns(whole, held_out, helpers):
+def test_train_writes_its_files_and_learns(whole, held_out, helpers):
   names = {path.name for path in whole.iterdir()}
   assert names >= {'config.gin', 'model-info.txt', 'train', 'training_eval'}
   # keep = 2 in the run's file.
@@ -82,13 +82,12 @@ def test_train_leaves_its_files_and_learns(whole, held_out, helpers):
   assert f'TRAIN_STEPS = {STEPS}' in (whole / 'config.gin').read_text()
 
 
-# ---- Stops ----
+# ---- Interruptions ----
 
 
-def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
+def test_interrupted_run_is_bit_for_bit_equal(
   train, whole, held_out, helpers, tmp_path
 ):
-  """Killed after its first checkpoint, then asked to stop in mid-period."""
   run = tmp_path / 'run'
   helpers.stop_twice(train, run, PERIOD, STEPS)
   assert held_out(run)[STEPS] == held_out(whole)[STEPS]
@@ -109,7 +108,7 @@ def test_eval(whole, held_out, helpers, data_root, tmp_path):
       'EVAL_OUTPUT_DIR': str(tmp_path),
       'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 64},
       'COMPUTE_DTYPE': 'float32',
-      # As while training.
+      # As in training.
       'utils.DatasetConfig.batch_size': 8,
       'utils.get_training_eval_datasets.eval_steps': 4,
       'seqio.Evaluator.num_examples': 8,
@@ -174,7 +173,7 @@ def test_export(whole, helpers, data_root, tmp_path):
   assert (config['model_type'], config['d_model']) == ('bart', 32)
   assert config['vocab_size'] == 512
   header = safetensors_header(out / 'model.safetensors')
-  # The names that transformers' BartForConditionalGeneration has.
+  # Names of transformers' BartForConditionalGeneration.
   assert header['model.shared.weight']['shape'] == [512, 32]
   assert header['final_logits_bias']['shape'] == [1, 512]
   assert 'CC0-1.0' in (out / 'README.md').read_text(encoding='utf-8')

@@ -192,6 +192,8 @@ def compute_base_metrics(
   slots = jnp.asarray(targets.size)
   examples = jnp.asarray(targets.shape[0])
   counted = slots if mask is None else jnp.sum(mask)
+  devices = jax.device_count()
+  rate = TimeRate.from_model_output
   metrics = {
     'accuracy': clu_metrics.Accuracy.from_model_output(
       logits=logits, labels=targets.astype(jnp.int32), mask=mask
@@ -199,7 +201,13 @@ def compute_base_metrics(
     'loss_per_nonpadding_target_token': _ratio(loss, counted),
     'non_padding_fraction/loss_weights': _ratio(counted, slots),
     **_loss_metrics('loss', loss, slots),
-    **_timing_metrics(examples, slots),
+    'timing/seconds': Time(),
+    'timing/steps_per_second': StepsPerTime.from_model_output(),
+    'timing/seqs': Sum(examples),
+    'timing/seqs_per_second': rate(numerator=examples),
+    'timing/seqs_per_second_per_core': rate(numerator=examples / devices),
+    'timing/target_tokens_per_second': rate(numerator=slots),
+    'timing/target_tokens_per_second_per_core': rate(numerator=slots / devices),
   }
   if z_loss is not None:
     metrics |= _loss_metrics('z_loss', z_loss, slots)
@@ -217,20 +225,6 @@ def _loss_metrics(name: str, loss: jax.Array, slots: jax.Array) -> MetricsMap:
   return {
     name: AveragePerStep(total=loss),
     f'{name}_per_all_target_tokens': _ratio(loss, slots),
-  }
-
-
-def _timing_metrics(examples: jax.Array, slots: jax.Array) -> MetricsMap:
-  devices = jax.device_count()
-  rate = TimeRate.from_model_output
-  return {
-    'timing/seconds': Time(),
-    'timing/steps_per_second': StepsPerTime.from_model_output(),
-    'timing/seqs': Sum(examples),
-    'timing/seqs_per_second': rate(numerator=examples),
-    'timing/seqs_per_second_per_core': rate(numerator=examples / devices),
-    'timing/target_tokens_per_second': rate(numerator=slots),
-    'timing/target_tokens_per_second_per_core': rate(numerator=slots / devices),
   }
 
 

@@ -9,23 +9,15 @@ import jax
 from etils import epath
 
 
-def make_writable(folder: epath.PathLike) -> None:
-  """Creates a folder if needed; OSError if it cannot be written to."""
-  folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  probe = folder / f'.writable-{uuid.uuid4().hex[:8]}'
-  probe.write_text('')
-  probe.unlink()
-
-
 def open_folder(parameter: str, path: str) -> None:
   """Creates a run's folder; OSError naming `parameter` if it cannot be written to."""
   folder = epath.Path(path)
   try:
+    folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-      make_writable(folder)
-    else:
-      folder.mkdir(parents=True, exist_ok=True)
+      probe = folder / f'.writable-{uuid.uuid4().hex[:8]}'
+      probe.write_text('')
+      probe.unlink()
   except OSError as error:
     reason = error.strerror or error
     if folder.exists() and not folder.is_dir():
