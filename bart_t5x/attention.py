@@ -1,8 +1,8 @@
-"""Attention: queries, keys and values in, one output per query and head.
+"""Dot-product attention in four implementations, and the choice between them.
 
-Visibility is given by segment ids and one flag, never by a mask array, so that every
-implementation can build its own mask block by block. A query of segment s sees the keys
-of segment s; a key of segment `PAD_SEGMENT` is padding and is seen by padding only.
+Masks are given by segment ids and a causal flag, never as an array, so that each
+implementation can build its mask block by block. A query sees the keys of its own
+segment; keys of segment `PAD_SEGMENT` are padding and seen by padding only.
 
 All implementations compute what `plain_attention` does and take its arguments.
 """
@@ -26,10 +26,10 @@ def visible(
   key_length: int,
   first_query: Int[Array, ''] | int = 0,
 ) -> Bool[Array, '_ 1 q k'] | None:
-  """Returns which key each query sees, [batch or 1, 1, query, key]; None for all.
+  """Returns the mask, [batch or 1, 1, query, key]; None if all keys are visible.
 
-  Segment ids are both None where all tokens belong to one. Causal queries see the keys
-  at their own index and before; `first_query` is the index of the first of them.
+  Segment ids are both None without packing and padding. Causal queries see keys up to
+  their own index; `first_query` is the index of the first query.
   """
   mask = None
   if query_segments is not None:
@@ -55,9 +55,9 @@ def plain_attention(
 ) -> Float[Array, 'b q h e']:
   """Softmax attention with all scores at once (Vaswani et al. 2017, 3.2.1).
 
-  Queries come scaled already. Scores and softmax are computed in float32 at least, the
-  two products in the dtype of their operands. Dropout acts on the weights, unless
-  `dropout_key` is None. See `visible` for the other arguments.
+  Queries must already be scaled. Scores and softmax are computed in float32 or wider,
+  the two products in the dtype of their operands. Dropout acts on the weights if there
+  is a `dropout_key`. See `visible` for the other arguments.
   """
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=wide)
@@ -83,11 +83,11 @@ def chunked_attention(
   dropout_key: jax.Array | None = None,
   chunk_length: int,
 ) -> Float[Array, 'b q h e']:
-  """`plain_attention` for `chunk_length` queries at a time, in either pass.
+  """`plain_attention` of `chunk_length` queries at a time, in both passes.
 
-  Scores exist for one chunk only: the backward pass recomputes them (Rabe and Staats
-  2021, with whole rows of keys, so that every value is `plain_attention`'s). Dropout
-  draws other bits, since each chunk draws its own.
+  Only one chunk's scores exist at a time: the backward pass recomputes them (Rabe and
+  Staats 2021, but with whole rows of keys). Dropout bits differ from
+  `plain_attention`'s, since each chunk has its own key.
   """
   length = query.shape[1]
   size = min(chunk_length, length)
@@ -128,12 +128,12 @@ def cudnn_attention(
   dropout_key: jax.Array | None = None,
   implementation: str = 'cudnn',
 ) -> Float[Array, 'b q h d']:
-  """`plain_attention` by cuDNN's fused kernel, as JAX calls it: without dropout.
+  """`plain_attention` by cuDNN's fused kernel, without dropout.
 
-  What a query that sees no key gets is unspecified.
+  The output of a query that sees no key is unspecified.
 
   Raises:
-    ValueError: without such a GPU, for other than 16 bits, and for dropout.
+    ValueError: there is no such GPU, the dtype does not have 16 bits, or dropout.
   """
   if dropout_key is not None and dropout_rate > 0:
     raise ValueError(f"'cudnn' has no dropout on weights. Got: {dropout_rate}")
@@ -143,7 +143,7 @@ def cudnn_attention(
       "BartConfig.attention_impl = 'cudnn' needs an NVIDIA GPU of compute capability "
       "8.0 or later (Ampere) and BartConfig.dtype = 'bfloat16' or 'float16'. Got: "
       f'{device.kind} and {query.dtype}. '
-      "'auto' takes what the platform has; 'plain' and 'chunked' run everywhere."
+      "Use 'auto', or 'plain' or 'chunked', which run everywhere."
     )
   mask = visible(query_segments, key_segments, False, query.shape[1], key.shape[1])
   return jax.nn.dot_product_attention(
@@ -162,12 +162,12 @@ def _has_cudnn(device, dtype):
 def automatic(
   query: Float[Array, 'b q h d'], key: Float[Array, 'b k h d'], dropout_rate: float
 ) -> str:
-  """Returns what 'auto' means on the platform that is traced for.
+  """Returns the implementation that 'auto' selects on the current platform.
 
-  1. On a TPU 'flash', or 'chunked' for shapes that the kernel does not take.
-  2. On an NVIDIA GPU, Ampere or later, 'cudnn' in 16 bits without dropout, for shapes
-     that JAX passes to cuDNN with a mask and gradients.
-  3. Else 'plain'.
+  1. TPU: 'flash', or 'chunked' for shapes that the kernel does not support.
+  2. NVIDIA GPU, Ampere or later: 'cudnn' in 16 bits without dropout, for shapes that
+     JAX passes to cuDNN with a mask and gradients.
+  3. Otherwise 'plain'.
   """
   (_, queries, _, head_dim), keys = query.shape, key.shape[1]
   device = flash.device()
@@ -193,12 +193,11 @@ def attend(
   chunk_length: int,
   recompute: bool = False,
 ) -> Float[Array, 'b q h d']:
-  """Attends by `BartConfig.attention_impl`.
+  """Runs the implementation that `BartConfig.attention_impl` names.
 
-  `chunk_length` is for 'chunked'; with `recompute`, 'plain' keeps nothing for the
-  backward pass but its arguments.
+  With `recompute`, 'plain' stores only its arguments for the backward pass.
   """
-  if query.shape[1] == 1:  # A step of cached decoding has one row of scores.
+  if query.shape[1] == 1:  # A step of cached decoding.
     implementation = 'plain'
   elif implementation == 'auto':
     implementation = automatic(query, key, dropout_rate)

@@ -1,11 +1,11 @@
-"""Dropout whose every bit is a function of a key and of the element's own index.
+"""Dropout by a counter-based hash: each bit depends on a key and the element's index.
 
-JAX's generators take some 50 operations for 32 bits, which made dropout a sixth of a
-training step on a CPU; the hash here takes 11, and none of them is a product: a TPU's
-vector units multiply no integers, and its compiler writes 22 shifts and additions for
-one. As no bit depends on another, the compiler fuses the hash into what uses it, a
-sharded array gets the same bits as a whole one, and a kernel can draw those of its own
-block (`flash`). Good enough for dropout; not a generator for anything else.
+JAX's generators take some 50 operations per 32 bits, which made dropout a sixth of a
+training step on a CPU. The hash here takes 11 and has no products: TPU vector units
+cannot multiply integers (the compiler emits 22 shifts and additions instead). Since no
+bit depends on another, the compiler fuses the hash into its consumer, a sharded array
+gets the same bits as a whole one, and a kernel can draw those of its own block
+(`flash`). Good enough for dropout, and for nothing else.
 """
 
 import jax
@@ -24,11 +24,9 @@ def _hash32(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
 
 
 def _hash32_light(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
-  """The same for bits that are hashed already, at half the price.
-
-  The sums' carries matter: with xor alone the four bits of two rows and two columns
-  determine each other.
-  """
+  """A cheaper hash, for bits that are already hashed."""
+  # With xor in place of sums, the bits of three corners of a rectangle (two rows, two
+  # columns) would determine those of the fourth.
   bits = bits + (bits << 10)
   bits = bits ^ (bits >> 6)
   bits = bits + (bits << 3)
@@ -37,7 +35,7 @@ def _hash32_light(bits: UInt32[Array, '...']) -> UInt32[Array, '...']:
 
 
 def seeds(key: jax.Array) -> tuple[UInt32[Array, ''], UInt32[Array, '']]:
-  """Returns a key's two numbers, for rows and for columns."""
+  """Returns a key's two seeds, for rows and for columns."""
   row_seed, column_seed = jax.random.bits(key, (2,), jnp.uint32)
   return row_seed, column_seed
 
@@ -59,21 +57,19 @@ def column_bits(
 def joined_bits(
   row: UInt32[Array, '...'], column: UInt32[Array, '...']
 ) -> UInt32[Array, '...']:
-  """Returns the bits of elements from broadcasting `row_bits` and `column_bits`.
-
-  Both are hashed before they are joined by xor: two rows then never share a shifted run
-  of bits, as they would if columns were steps along one sequence.
-  """
+  """Returns the bits of elements from broadcast `row_bits` and `column_bits`."""
+  # Both are hashed before the xor. If columns were steps along one sequence, two rows
+  # could share a shifted run of bits.
   return _hash32_light(row ^ column)
 
 
 def threshold(rate: float) -> int:
-  """Elements whose bits are below it are dropped."""
+  """Returns the number below which an element's bits drop it."""
   return min(round(rate * 2**32), 2**32 - 1)
 
 
 def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, '...']:
-  """Returns random bits for dropout from a JAX key of any kind."""
+  """Returns random bits for dropout; the key may have any JAX implementation."""
   row_seed, column_seed = seeds(key)
   row = jnp.zeros(shape[:-1] + (1,), jnp.uint32)
   for axis, size in enumerate(shape[:-1]):
@@ -86,9 +82,9 @@ def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, '...']
 def dropout(
   x: Float[Array, '...'], rate: float, key: jax.Array | None
 ) -> Float[Array, '...']:
-  """Sets each element to zero with probability `rate`, scaling up the rest.
+  """Zeroes each element with probability `rate` and scales up the rest.
 
-  Every element is drawn on its own. Without a key x is returned as it is.
+  Returns x unchanged without a key.
   """
   if key is None or rate == 0:
     return x

@@ -1,26 +1,26 @@
-"""Attention in one TPU kernel: scores and weights never leave the chip.
+"""Flash attention as a TPU kernel: scores and weights never leave the chip.
 
-For 32 rows of 1024 and 12 heads, the scores of one layer take 1.6 GB in float32, and
-reading and writing them is most of what attention costs in XLA. Here one program holds
-one block of queries of one row, the whole row's keys and values, and the heads that
-fill 128 lanes (two of width 64); both passes make the scores where they are used (after
-Dao et al. 2022, with whole rows of keys, which BART's lengths allow: no running maximum
-is needed).
+For 32 rows of 1024 and 12 heads, the scores of one layer take 1.6 GB in float32;
+reading and writing them is most of the cost of attention in XLA. Here one program
+holds a block of queries of one row, all of that row's keys and values, and as many
+heads as fill 128 lanes (two of width 64). Both passes compute the scores where they are
+used (after Dao et al. 2022, but with whole rows of keys, which BART's lengths allow, so
+that no running maximum is needed).
 
-Results are those of `attention.plain_attention`, dropout included: its bits depend on
-indices alone, so both passes and both implementations draw the same. Heads are adjacent
-in the lanes, as the projections give them: nothing is transposed or padded in memory.
-Other heads' lanes are set to zero in one factor of a product, which costs nothing: a
-product takes 128 lanes anyway. Scores are [key, query]: sums over keys then run down
-the sublanes, and per-query values are dense rows.
+Results equal `attention.plain_attention`'s, dropout included: its bits depend on
+indices alone. Heads are adjacent in the lanes, as the projections produce them, so
+nothing is transposed or padded in memory; the lanes of other heads are zeroed in one
+factor of each product, which is free because a product takes 128 lanes anyway. Scores
+are [key, query]: sums over keys run down the sublanes, and per-query values are dense
+rows.
 
-Both kernels work on some keys at a time, so that most of what happens to a score
-happens in registers, and store what a second pass over the keys needs. Three things
-cost more than they seem to on a v3, by its machine code: rounding float32 to bfloat16
-and back, which its products do by themselves; a mask that is used twice; and arrays of
-whole rows, whose every element is stored and loaded for each operation.
+Both kernels process a block of keys at a time, so that most operations on a score stay
+in registers, and store what a second pass over the keys needs. According to v3 machine
+code, three things are expensive: rounding float32 to bfloat16 and back, which products
+do by themselves; using a mask twice; and arrays of whole rows, whose elements are
+stored and loaded for each operation.
 
-Not run on a TPU: compiled for v2 to v6e by libtpu, run in Pallas' interpreter.
+Not run on a TPU: compiled for v2 to v6e by libtpu and run in Pallas' interpreter.
 """
 
 import contextlib
@@ -43,36 +43,32 @@ from jaxtyping import Array, Float, Int
 
 from bart_t5x import dropout
 
-# Keys whose scores with a block of queries fit into a core's on-chip memory; libtpu
-# was not asked for more.
+# Longest rows whose scores with a block of queries were compiled for each TPU.
 MAX_LENGTH = 1024
 
 LANES = 128
 
-# Queries of one program: [1024, 256] scores in float32 are 1 MB of the 16 MB on-chip
-# memory of a v3 core, and the backward kernel holds two such arrays and four of half
-# that size.
+# Queries per program: [1024, 256] scores in float32 take 1 MB of the 16 MB on-chip
+# memory of a v3 core; the backward kernel holds two such arrays and four half as large.
 QUERY_BLOCK = 256
 
-# Keys whose scores are worked on at a time. By the machine code for v3, 256 take a
-# quarter longer, and all 1024 at once save 3 % for twice the code.
+# Keys per iteration. By v3 machine code, 256 take a quarter longer, and 1024 save 3 %
+# for twice the code.
 KEY_BLOCK = 512
 
-# Far below every score, yet finite in every dtype: a row with no visible key then gets
-# equal weights instead of NaN.
+# Finite, so that a row without visible keys gets equal weights instead of NaN.
 HIDDEN_SCORE = -1e9
 
 # The logsumexp of a query that sees no key: all its weights are then 0.
 UNSEEN = 1e30
 
-# Segment of what pads rows; segment ids are never negative.
+# Segment of padding added here; segment ids are never negative.
 _PADDING_SEGMENT = -1
 
-# Chips whose matrix units take bfloat16 only by way of float32.
+# Chips whose kernels cannot multiply bfloat16 and take float32 factors instead.
 _FLOAT32_KINDS = ('TPU v2', 'TPU v3')
 
-# Checkpoint name of what the backward pass needs of the forward one: four bytes for
-# each query and head.
+# Checkpoint name of what the backward pass needs besides its arguments.
 LOGSUMEXP = 'attention_logsumexp'
 
 _interpreted = contextvars.ContextVar('interpreted', default=False)
@@ -90,12 +86,12 @@ def interpreted() -> Iterator[None]:
 
 # ---- devices -------------------------------------------------------------------
 #
-# T5X's partitioner traces the step with its mesh and its logical axis rules in force. A
-# kernel, which the compiler cannot split, runs on each device's part of its arguments.
+# T5X's partitioner traces the step under its mesh and logical axis rules. The compiler
+# cannot partition a kernel, so it runs on each device's part of its arguments.
 
 
 class Device(NamedTuple):
-  """Where a traced function will run."""
+  """The device that a function is traced for."""
 
   platform: str  # 'cpu', 'gpu' or 'tpu'
   kind: str  # 'TPU v3'
@@ -103,7 +99,7 @@ class Device(NamedTuple):
 
 
 def mesh() -> Any:
-  """Returns the mesh in force, or None."""
+  """Returns the current mesh, or None."""
   found = jax.sharding.get_abstract_mesh()
   if not found.empty:
     return found
@@ -117,17 +113,17 @@ def mesh() -> Any:
 
 
 def device() -> Device:
-  """Returns the device of the mesh in force, else JAX's first."""
+  """Returns the device of the current mesh, else JAX's first."""
   found = mesh()
+  first = None
   if isinstance(found, jax.sharding.AbstractMesh):
     first = found.abstract_device
-    if first is None:
-      first = jax.devices()[0]
-  else:
-    first = jax.devices()[0] if found is None else found.devices.flat[0]
+  elif found is not None:
+    first = found.devices.flat[0]
+  first = jax.devices()[0] if first is None else first
   platform, kind = first.platform, first.device_kind
   if platform == 'gpu':
-    # A mesh's description lacks the capability. AMD's are names: gfx90a.
+    # An abstract mesh does not have the capability. AMD's are names: gfx90a.
     for like in jax.local_devices():
       version = str(getattr(like, 'compute_capability', ''))
       if like.device_kind == kind and re.fullmatch(r'\d+\.\d+', version):
@@ -136,7 +132,7 @@ def device() -> Device:
   return Device(platform, kind)
 
 
-# Logical names of arrays' axes, None for an axis that is not split.
+# Logical axis names of arrays; None for an axis that is not split.
 _ACTIVATION = ('batch', None, 'heads', None)
 _SEGMENTS = ('batch', None)
 _LOGSUMEXP = ('batch', 'heads', None)
@@ -150,18 +146,15 @@ def on_each_device(
   batch: int,
   heads: int,
 ) -> Callable[..., Any]:
-  """Makes a function run on each device's part of its arguments.
+  """Makes `function` run on each device's part of its arguments.
 
   Args:
     function: takes an int32 [2], the first row and head of this device's part, and
       then its parts of the arguments; returns a list of arrays.
-    names: of each argument's axes: 'batch', 'heads' or None.
-    output_names: of each result's axes.
-    batch: rows; not split where the devices do not divide them.
-    heads: in all; not split where the devices do not divide them.
-
-  Returns:
-    A function of whole arguments; without a mesh in force they are one part.
+    names: the axes of each argument: 'batch', 'heads' or None.
+    output_names: the axes of each result.
+    batch: total rows; not split if the devices do not divide them.
+    heads: total heads; not split if the devices do not divide them.
   """
   found, sizes = mesh(), {'batch': batch, 'heads': heads}
   axes = {} if found is None else {n: _mesh_axes(n, sizes[n], found) for n in sizes}
@@ -192,7 +185,7 @@ def on_each_device(
 
 
 def _mesh_axes(name, size, found):
-  """Mesh axes of a logical axis, () if it is not split: no rule, or no even split."""
+  """Returns the mesh axes of a logical axis; () without a rule or an even split."""
   (axes,) = partitioning.logical_to_mesh_axes((name,))
   axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
   axes = tuple(axis for axis in axes if axis in found.shape)
@@ -200,31 +193,31 @@ def _mesh_axes(name, size, found):
   return () if size % parts else axes
 
 
-# ---- the kernels: what one program computes ------------------------------------
+# ---- the kernels ---------------------------------------------------------------
 
 
 class Settings(NamedTuple):
-  """The constants of a kernel."""
+  """Static settings of a kernel."""
 
-  causal: bool  # Queries see the keys at their index and before.
-  dropout_rate: float  # On the weights, 0 for none.
-  heads: int  # Of the whole model, by which dropout's rows are numbered.
+  causal: bool
+  dropout_rate: float
+  heads: int  # Over all devices; numbers the rows of dropout.
   head_dim: int
-  group: int  # Heads adjacent in the lanes of one program.
-  queries: int  # Of a row, padding not counted.
-  float32: bool  # Products take float32.
+  group: int  # Heads per program, adjacent in the lanes.
+  queries: int  # Per row, without padding.
+  float32: bool  # Products take float32 factors.
   interpret: bool
 
 
 def query_block(queries: int) -> int:
-  """Queries of one program: divides them, and fills lanes unless it is them all."""
+  """Returns the queries per program, a divisor of all."""
   if queries <= LANES:
     return queries
   return LANES if queries % QUERY_BLOCK else QUERY_BLOCK
 
 
 def key_limits(queries: int, keys: int, causal: bool) -> list[int]:
-  """How many keys each block of queries may see."""
+  """Returns the number of keys that each block of queries may see."""
   size = query_block(queries)
   return [
     min(keys, first + size) if causal else keys for first in range(0, queries, size)
@@ -232,17 +225,15 @@ def key_limits(queries: int, keys: int, causal: bool) -> list[int]:
 
 
 def key_block(keys: int) -> int:
-  """Keys of one iteration: an even part of them, in rows that fill registers."""
+  """Returns the keys per iteration: an even part of all, a multiple of 16, or all."""
   parts = -(-keys // KEY_BLOCK)
   return keys // parts if keys % (16 * parts) == 0 else keys
 
 
 def _for_own_block(body, queries, keys, causal):
-  """Runs body(first query, keys seen) for this program's block of queries.
-
-  Where the number of keys differs, each block has code of its own: shapes are static,
-  and what a causal query cannot see is then never computed.
-  """
+  """Runs body(first query, visible keys) for this program's block of queries."""
+  # Shapes are static: with causal masks each block has its own code, which skips the
+  # keys that the block cannot see.
   here, size = pl.program_id(2), query_block(queries)
   if not causal:
     body(here * size, keys)
@@ -252,11 +243,9 @@ def _for_own_block(body, queries, keys, causal):
 
 
 def _for_key_blocks(body, limit, start):
-  """Folds body(rows of keys, carry) over the blocks of the keys seen.
-
-  A loop, not code for each block: within a block the compiler keeps scores in registers
-  where it would store and load them again, and it overlaps products with the rest.
-  """
+  """Folds body(rows of keys, carry) over blocks of the visible keys."""
+  # In a loop, the compiler keeps a block's scores in registers and overlaps products
+  # with other instructions; in unrolled code it stores and loads the scores.
   size = key_block(limit)
   if size == limit:
     return body(pl.ds(0, size), start)
@@ -268,7 +257,7 @@ def _for_key_blocks(body, limit, start):
 
 
 def _product(left, right, left_axis, right_axis):
-  """A matrix product summed in float32, contracted over the given axes."""
+  """Multiplies matrices over the given axes, accumulating in float32."""
   dimensions = (((left_axis,), (right_axis,)), ((), ()))
   return jax.lax.dot_general(
     left, right, dimensions, preferred_element_type=jnp.float32
@@ -276,19 +265,19 @@ def _product(left, right, left_axis, right_axis):
 
 
 def _factor(x, dtype, settings):
-  """Casts a factor of a product; one that takes float32 rounds by itself."""
+  """Casts a factor of a product; products of float32 round by themselves."""
   return x.astype(jnp.float32 if settings.float32 else dtype)
 
 
 def _own_lanes(head, settings):
-  """[1, lanes]: those of one head of the block."""
+  """Returns the mask [1, lanes] of one head of the block."""
   lanes = settings.group * settings.head_dim
   lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
   return lane // settings.head_dim == head
 
 
 def _scores(settings, query_segments, key_segments, keys, query, *, rows, first):
-  """[key, query] scores of some keys; those of invisible keys are HIDDEN_SCORE."""
+  """Returns the scores [key, query] of some keys, HIDDEN_SCORE where masked."""
   scores = _product(keys, query, 1, 1)
   mask = key_segments[rows, :] == query_segments[...]
   if settings.causal:
@@ -299,7 +288,7 @@ def _scores(settings, query_segments, key_segments, keys, query, *, rows, first)
 
 
 def _as_factors(key, value, float32_copies):
-  """Keys and values as products take them, cast once for all blocks of queries."""
+  """Returns keys and values as factors, cast once for all blocks of queries."""
   if not float32_copies:
     return key, value
 
@@ -312,13 +301,13 @@ def _as_factors(key, value, float32_copies):
 
 
 def _first_row(scalars, settings):
-  """Dropout's row number of this program's row and first head."""
+  """Returns dropout's row number of this program's row and first head."""
   row = scalars[1] + pl.program_id(0)
   return row * settings.heads + scalars[2] + pl.program_id(1) * settings.group
 
 
 def _dropper(scalars, key_bits, row, first, size, settings):
-  """Returns a function of rows of keys that returns dropout, without its scale."""
+  """Returns a function from rows of keys to their unscaled dropout."""
   rate = settings.dropout_rate
   if not rate:
     return lambda rows: lambda weights: weights
@@ -341,20 +330,11 @@ def forward_kernel(
 ):  # fmt: skip
   """Computes the attention output of one block of queries.
 
-  Args:
-    settings: constants.
-    scalars: int32 [3]: dropout's seed, this part's first row and first head.
-    query_segments: [1, queries].
-    key_segments: [keys, 1].
-    key_bits: [keys, 1], what each key adds to dropout's bits.
-    query: [queries, lanes].
-    key: [keys, lanes].
-    value: [keys, lanes].
-    out: [queries, lanes], written.
-    logsumexp: [heads of the block, queries], written; UNSEEN where a query sees no key.
-    scores: float32 scratch [keys, queries].
-    attended: float32 scratch [queries, lanes].
-    *float32_copies: where products take float32, two scratch arrays [keys, lanes].
+  `scalars` are dropout's seed and this part's first row and head. Query and output are
+  [queries, lanes], key and value [keys, lanes], query segments [1, queries], key
+  segments and bits of dropout [keys, 1], logsumexp [heads of the block, queries].
+  Scratch: scores [keys, queries], attended [queries, lanes] and, for float32 products,
+  copies of key and value.
   """
   first_row, size = _first_row(scalars, settings), query.shape[0]
   key, value = _as_factors(key, value, float32_copies)
@@ -395,24 +375,15 @@ def forward_kernel(
 
 
 def backward_kernel(settings, scalars, query_segments, key_segments, key_bits, *refs):
-  """Computes gradients for one block of queries; after the last, of keys and values.
+  """Computes d_query for one block of queries; after the last, d_key and d_value.
 
-  Args:
-    settings: constants.
-    scalars: see `forward_kernel`, as for the next three.
-    query_segments: [1, queries].
-    key_segments: [keys, 1].
-    key_bits: [keys, 1].
-    *refs: query, key, value; gradient of the attention output [queries, lanes];
-      logsumexp; the three gradients, written; float32 scratch: sums of the gradients of
-      key, value [keys, lanes] and query [queries, lanes], two arrays [keys, queries],
-      and copies as in `forward_kernel`.
+  Shapes are those of `forward_kernel`; `weights` and `d_weights` are [keys, queries].
   """
   query, key, value, d_out, logsumexp, d_query, d_key, d_value, *scratch = refs
   key_sums, value_sums, query_sum, weights, d_weights, *float32_copies = scratch
   key, value = _as_factors(key, value, float32_copies)
   first_row, size = _first_row(scalars, settings), query.shape[0]
-  scale = 1 / (1 - settings.dropout_rate)  # Of the gradients, not of each weight.
+  scale = 1 / (1 - settings.dropout_rate)  # Applied to the gradients, once.
   score = functools.partial(_scores, settings, query_segments, key_segments)
 
   @pl.when(pl.program_id(2) == 0)
@@ -440,8 +411,8 @@ def backward_kernel(settings, scalars, query_segments, key_segments, key_bits, *
         dropped = _factor(dropped, query.dtype, settings)
         value_sums[rows, :] += _product(dropped, own_d_out, 1, 0)
         weights[rows, :], d_weights[rows, :] = own_weights, weighted
-        # From the weights, not from the output, as flash attention usually has it:
-        # rounded to bfloat16, that more than doubles the gradients' error.
+        # Flash attention usually takes this sum from the output, which is rounded to
+        # bfloat16 and would more than double the gradients' error.
         return inner + jnp.sum(weighted, axis=0, keepdims=True)
 
       inner = _for_key_blocks(weigh, limit, jnp.zeros((1, size), jnp.float32))
@@ -467,7 +438,7 @@ def backward_kernel(settings, scalars, query_segments, key_segments, key_bits, *
       out[...] = (one[...] * scale).astype(out.dtype)
 
 
-# ---- layout: heads in the lanes, lengths padded --------------------------------
+# ---- layout: heads in the lanes, padded lengths --------------------------------
 
 
 def _heads_per_block(heads, head_dim):
@@ -475,7 +446,7 @@ def _heads_per_block(heads, head_dim):
 
 
 def _rounded(length):
-  """A length that a kernel takes: one block of 8, or blocks of queries."""
+  """Rounds a length up to what a kernel supports."""
   multiple = 8 if length <= LANES else LANES
   return -(-length // multiple) * multiple
 
@@ -487,7 +458,7 @@ def _padded(x, axis, size, value=0):
 
 
 def _to_lanes(x):
-  """[b, l, h, d] -> [b, rounded l, h · d], zero heads added to fill blocks."""
+  """[b, l, h, d] -> [b, rounded l, h · d], with zero heads that fill blocks."""
   group = _heads_per_block(*x.shape[2:])
   x = _padded(x, 2, -(-x.shape[2] // group) * group)
   return _padded(x.reshape(*x.shape[:2], -1), 1, _rounded(x.shape[1]))
@@ -504,18 +475,11 @@ def _from_lanes(x, like):
 
 
 def _call(settings, starts, activations, segments, seeds, logsumexp=None):
-  """Runs a kernel on one device: forward, or given logsumexp backward.
+  """Runs a kernel on one device's part, whose first row and head are `starts`.
 
-  Args:
-    settings: constants of the kernel.
-    starts: first row and head of this part.
-    activations: query, key, value and, backward, the output's gradient [b, l, h, d].
-    segments: of the queries and of the keys.
-    seeds: of dropout.
-    logsumexp: [b, h, q].
-
-  Returns:
-    Forward the output and logsumexp; backward the gradients of query, key and value.
+  Without `logsumexp` [b, h, q] it is the forward one: activations are query, key and
+  value [b, l, h, d], results the output and logsumexp. With it, the output's gradient
+  is the fourth activation, and results are d_query, d_key and d_value.
   """
   laid = [_to_lanes(x) for x in activations]
   (batch, length, width), (heads, head_dim) = laid[0].shape, activations[0].shape[2:]
@@ -550,7 +514,7 @@ def _call(settings, starts, activations, segments, seeds, logsumexp=None):
     scratch += [(key_length, lanes)] * 2
 
   row_seed = jax.lax.bitcast_convert_type(seeds[:1], jnp.int32)
-  # The same for every row, head and query: not computed again in each program.
+  # Computed once for all programs.
   key_bits = dropout.column_bits(jnp.arange(key_length, dtype=jnp.uint32), seeds[1])
   out = pl.pallas_call(
     functools.partial(kernel, settings),
@@ -582,11 +546,11 @@ def _call(settings, starts, activations, segments, seeds, logsumexp=None):
 
 
 def _cost(inputs, results, settings):
-  """Tells XLA what a kernel costs: its cost analysis and scheduler cannot look inside.
+  """Returns the costs of a kernel, which XLA's cost analysis cannot derive.
 
-  Vector operations for a score, as counted in the kernels' machine code, go into
-  `transcendentals`, which XLA takes to be one per lane and cycle: the vector units do
-  two operations per cycle up to v3, and four later.
+  `transcendentals` counts vector operations per score, as found in the machine code:
+  XLA assumes one transcendental per lane and cycle, and vector units execute two
+  operations per cycle up to v3 and four later.
   """
   (batch, queries, width), keys = inputs[0].shape, inputs[1].shape[1]
   scores = (
@@ -637,7 +601,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def unsupported(head_dim: int, length: int) -> str | None:
-  """Says what the kernel needs that heads or rows of these sizes lack, or None."""
+  """Returns which requirement of the kernel these sizes violate, or None."""
   if LANES % head_dim and head_dim % LANES:
     return (
       f'heads whose width divides {LANES}, or is a multiple of it. '
@@ -659,19 +623,18 @@ def flash_attention(
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
 ) -> Float[Array, 'b q h d']:
-  """`attention.plain_attention` as a kernel; takes its arguments.
+  """`attention.plain_attention` as a kernel.
 
-  A query that sees no key gets some finite value, and no gradient through it.
+  A query that sees no key gets a finite output and no gradient.
 
   Raises:
-    ValueError: on a platform without the kernel, and for shapes it does not take.
+    ValueError: the platform is not TPU, or the kernel does not support the shapes.
   """
   where = device()
   if where.platform != 'tpu' and not _interpreted.get():
     raise ValueError(
       "BartConfig.attention_impl = 'flash' is a kernel for TPUs. Got: "
-      f"{where.platform}. 'auto' takes what the platform has; 'plain' and 'chunked' "
-      'run everywhere.'
+      f"{where.platform}. Use 'auto', or 'plain' or 'chunked', which run everywhere."
     )
   why = unsupported(query.shape[3], max(query.shape[1], key.shape[1]))
   if why:
@@ -681,7 +644,7 @@ def flash_attention(
     dropout_rate=0.0 if dropout_key is None else dropout_rate,
     heads=query.shape[2],
     head_dim=query.shape[3],
-    group=1,  # Each device's own, see _call.
+    group=1,  # Set by `_call`, for the heads of one device.
     queries=query.shape[1],
     float32=where.kind.startswith(_FLOAT32_KINDS),
     interpret=_interpreted.get(),

@@ -1,11 +1,11 @@
-"""Cross-entropy of tied-embedding logits that never exist all at once.
+"""Cross-entropy with tied embeddings, computed in chunks without full logits.
 
-For 32 rows of 1024 targets and 50,265 ids the logits take 6.6 GB in float32. Here
-they are made for some positions of every row at a time, and what training needs of
-them is computed at once: loss, correctness, and (only under differentiation) the
-gradients of hidden states and table. The gradient of a sum of losses is known up to one
-factor before the backward pass begins, so nothing is computed twice: three products
-with the table, as if the logits had been kept.
+For 32 rows of 1024 targets and 50,265 ids the logits take 6.6 GB in float32. Here they
+are computed for a chunk of positions at a time, together with all that training needs
+of them: loss, correctness and, under differentiation, the gradients of hidden states
+and table. The gradient of a sum of losses is known up to one factor before the backward
+pass begins, so nothing is recomputed: three products with the table, as if the logits
+had been stored.
 """
 
 import functools
@@ -17,30 +17,28 @@ import jax.numpy as jnp
 from flax.linen import partitioning
 from jaxtyping import Array, Bool, Float, Int, Num
 
-# Replaces the logits of rows that pad the vocabulary; finite, so 0 * it is 0.
+# Logit of the rows that pad the vocabulary; finite, so that 0 times it is 0.
 PADDED_LOGIT = -1e9
 
 
 class LossSettings(NamedTuple):
-  """The constants of the loss."""
+  """Static settings of the loss."""
 
-  vocab_size: int  # Further rows of the table are padding, never predicted.
+  vocab_size: int  # Further rows of the table are padding and never predicted.
   label_smoothing: float = 0.0  # Probability spread evenly over the other real ids.
   z_loss: float = 0.0  # Coefficient of log(Z)^2, which keeps logits from drifting.
-  # Target positions of every row whose logits exist at a time; None for all.
-  chunk_length: int | None = None
+  chunk_length: int | None = None  # Positions per row and chunk; None for all.
   # Parts of the batch that accumulate their own gradient of the table. A multiple of
-  # the devices along the batch keeps the sum over devices out of the loop.
+  # the devices along the batch keeps the all-reduce out of the loop.
   groups: int = 1
 
 
 class TokenLosses(NamedTuple):
   """Losses of each target in nats, without gradients."""
 
-  # With label smoothing, less the smoothed targets' own entropy.
-  cross_entropy: Float[Array, '...']
+  cross_entropy: Float[Array, '...']  # Minus the entropy of the smoothed targets.
   z_loss: Float[Array, '...']  # Coefficient included.
-  negative_log_likelihood: Float[Array, '...']  # Of the target alone.
+  negative_log_likelihood: Float[Array, '...']  # Without smoothing.
   correct: Bool[Array, '...']  # No id has a greater logit than the target.
 
 
@@ -60,13 +58,10 @@ def token_losses(
   targets: Int[Array, '...'],
   settings: LossSettings,
 ) -> tuple[TokenLosses, Float[Array, '... v'], Float[Array, '...']]:
-  """Returns the losses, the softmax up to its divisor, and log(Z).
-
-  Padded columns of the logits are `PADDED_LOGIT`.
-  """
+  """Returns the losses, the unnormalized softmax and log(Z)."""
   on, off, entropy = smoothed_target(settings)
   columns = jnp.arange(logits.shape[-1])
-  # A sum over a comparison rather than a gather: it splits over devices.
+  # Unlike a gather, a masked sum can be split over devices.
   target_logit = jnp.where(columns == targets[..., None], logits, 0).sum(-1)
   top = logits.max(-1)
   exps = jnp.exp(logits - top[..., None])
@@ -92,7 +87,7 @@ def masked_logits(
   bias: Float[Array, ' v'],
   vocab_size: int,
 ) -> Float[Array, '... v']:
-  """Logits in float32 at least, padded columns `PADDED_LOGIT`."""
+  """Returns logits, float32 or wider; padded columns are `PADDED_LOGIT`."""
   wide = jnp.promote_types(hidden.dtype, jnp.float32)
   logits = jnp.einsum(
     '...d,vd->...v', hidden, table.astype(hidden.dtype), preferred_element_type=wide
@@ -102,12 +97,11 @@ def masked_logits(
 
 
 def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
-  """Gradients of one chunk's weighted loss: d_hidden, and d_table transposed."""
+  """Returns d_hidden and the transposed d_table of one chunk's weighted loss."""
   on, off, _ = smoothed_target(settings)
   columns = jnp.arange(exps.shape[-1])
   weight = weights.astype(exps.dtype)
-  # The exponentials are those of the loss: taking them again costs more on a CPU
-  # than reading them back.
+  # On a CPU, reading the loss's exponentials is cheaper than recomputing them.
   slope = weight * (1 + 2 * settings.z_loss * log_z) / exps.sum(-1)
   weight = weight[..., None]
   d_logits = slope[..., None] * exps
@@ -116,7 +110,7 @@ def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
     wanted = jnp.where(columns < settings.vocab_size, wanted, 0)
   d_logits = (d_logits - weight * wanted).astype(hidden.dtype)
   d_hidden = jnp.einsum('gbcv,vd->gbcd', d_logits, table)
-  # [d, v]: the small factor is then the one to transpose.
+  # As [d, v], the smaller factor is the one that gets transposed.
   d_table = jnp.einsum(
     'gbcd,gbcv->gdv', hidden, d_logits, preferred_element_type=exps.dtype
   )
@@ -124,7 +118,7 @@ def _chunk_gradients(exps, log_z, hidden, table, targets, weights, settings):
 
 
 def _chunks(array, settings):
-  """[b, l, …] -> [chunks, groups, b / groups, chunk length, …], zeros at the end."""
+  """[b, l, …] -> [chunks, groups, b / groups, chunk length, …], zero-padded."""
   batch, length, *rest = array.shape
   size = min(settings.chunk_length or length, length)
   count = -(-length // size)
@@ -143,9 +137,8 @@ def _joined(chunks, length):
 
 
 def _run(settings, with_gradients, hidden, table, bias, targets, weights):
-  """Total, token losses and, if asked for, gradients; a chunk at a time."""
+  """Returns ((total, token losses), gradients or None)."""
   wide = jnp.promote_types(hidden.dtype, jnp.float32)
-  # Once, not in every chunk; the gradient stays in the parameter's own dtype.
   narrow = table.astype(hidden.dtype)
 
   def one_chunk(d_table, chunk):
@@ -189,12 +182,11 @@ def chunked_loss(
   targets: Int[Array, 'b l'],
   weights: Num[Array, 'b l'],
 ) -> tuple[Float[Array, ''], TokenLosses]:
-  """Σ weight · (cross-entropy + z-loss) over targets, and the losses of each.
+  """Returns Σ weight · (cross-entropy + z-loss) and the unweighted losses per token.
 
-  Equal to T5X's `compute_weighted_cross_entropy` of the full logits. The total has
-  gradients with respect to hidden states and table only; bias, weights and the
-  per-token losses, which are unweighted, are constants. Products have the dtype of
-  `hidden`, the decoder's states.
+  Equals T5X's `compute_weighted_cross_entropy` of the full logits. Only the total has
+  gradients, and only with respect to `hidden` and `table`. Matrix products run in the
+  dtype of `hidden`.
   """
   return _run(settings, False, hidden, table, bias, targets, weights)[0]
 

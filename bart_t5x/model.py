@@ -1,35 +1,30 @@
-"""BART as a T5X model: the loss without full logits, metrics by kind of target."""
+"""BART as a T5X model: loss without full logits, metrics by kind of target."""
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import clu.metrics
 import jax
 import jax.numpy as jnp
+import seqio
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
 from bart_t5x import features, network, noise
 from bart_t5x import loss as loss_lib
+from bart_t5x.tokenization import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from t5x import decoding, losses, models
-
-if TYPE_CHECKING:
-  import seqio
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, clu.metrics.Metric]
 
-# Padding, <s>, </s>, <unk>: the same internal ids in every vocabulary.
-ALWAYS_SPECIAL = (0, 1, 2, 3)
-
 
 class BartModel(models.EncoderDecoderModel):
-  """A `network.Transformer` with its vocabularies, loss, metrics and decoding."""
+  """A `network.Transformer` with vocabularies, loss, metrics and decoding."""
 
   FEATURE_CONVERTER_CLS = features.BartFeatureConverter
-  # Shown by the runtime's progress bar, evaluations and last line, after loss and
-  # accuracy.
+  # Metrics that our runtime shows after loss and accuracy.
   PROGRESS_METRICS = {
     'infilled': 'infilled_accuracy',
     'copied': 'copied_accuracy',
@@ -42,11 +37,11 @@ class BartModel(models.EncoderDecoderModel):
   def __init__(
     self,
     module: nn.Module,
-    input_vocabulary: 'seqio.Vocabulary',
-    output_vocabulary: 'seqio.Vocabulary',
+    input_vocabulary: seqio.Vocabulary,
+    output_vocabulary: seqio.Vocabulary,
     optimizer_def: Any,
     decode_fn: Callable[..., Any] = decoding.beam_search,
-    feature_converter_cls: Callable[..., 'seqio.FeatureConverter'] | None = None,
+    feature_converter_cls: Callable[..., seqio.FeatureConverter] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     loss_normalizing_factor: Any = None,
@@ -56,27 +51,18 @@ class BartModel(models.EncoderDecoderModel):
   ):
     """Takes `EncoderDecoderModel`'s arguments and two more.
 
+    Reported losses do not depend on `loss_normalizing_factor`.
+
     Args:
-      module: a `network.Transformer`.
-      input_vocabulary: vocabulary of the inputs.
-      output_vocabulary: vocabulary of the targets.
-      optimizer_def: definition of the optimizer.
-      decode_fn: decoding function.
-      feature_converter_cls: replaces `BartFeatureConverter`.
-      label_smoothing: probability spread evenly over the other ids.
-      z_loss: weight of log(Z)^2.
-      loss_normalizing_factor: divides the summed loss, see `t5x.losses`; reported
-        losses do not depend on it.
-      default_decoder_params: defaults of `predict_batch_with_aux`.
-      loss_chunk_length: target positions of every row whose logits exist at a time,
-        None for all. They take rows x this x vocabulary x 4 bytes: accelerators want
-        some 100 MB, CPUs what fits into the cache.
-      forced_first_id: the token with which every decoded sequence begins, for models
-        trained that way (Hugging Face's `forced_bos_token_id`).
+      loss_chunk_length: target positions per row whose logits exist at a time, None for
+        all. They take rows x this x vocabulary x 4 bytes: some 100 MB suit
+        accelerators; on CPUs they should fit into the cache.
+      forced_first_id: the first token of every decoded sequence, for models trained
+        that way (Hugging Face's `forced_bos_token_id`).
 
     Raises:
-      ValueError: for a vocabulary whose size is not the module's, a chunk length below
-        1, and a forced id that is not in the vocabulary.
+      ValueError: a vocabulary and the module differ in size, or one of the two
+        arguments is out of range.
     """
     super().__init__(
       module=module,
@@ -102,10 +88,10 @@ class BartModel(models.EncoderDecoderModel):
   def loss_fn(
     self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None
   ) -> tuple[Float[Array, ''], Metrics]:
-    """Returns Σ weight · loss / `loss_normalizing_factor`, and metrics, all Σ / Σ.
+    """Returns Σ weight · loss / `loss_normalizing_factor` and the metrics.
 
-    `decoder_targets_noised` may be among the batch's features. Without `dropout_rng`
-    there is no dropout.
+    The feature `decoder_targets_noised` adds `noise_metrics`; `dropout_rng` enables
+    dropout.
     """
     factor, weights = losses.get_loss_normalizing_factor_and_weights(
       self._loss_normalizing_factor, batch
@@ -129,9 +115,9 @@ class BartModel(models.EncoderDecoderModel):
   def score_batch(
     self, params: PyTree, batch: Batch, return_intermediates: bool = False
   ) -> Any:
-    """Log probability of each row's targets, [batch], without full logits.
+    """Returns the log probability of each row's targets, [batch].
 
-    With return_intermediates the base class does it, which stores the logits.
+    With return_intermediates it stores full logits.
     """
     if return_intermediates:
       return super().score_batch(params, batch, return_intermediates)
@@ -142,11 +128,8 @@ class BartModel(models.EncoderDecoderModel):
   def _compute_logits_from_slice(
     self, decoding_state: decoding.DecodingState, *args: Any, **kwargs: Any
   ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
-    """Forces the first token; a prompt takes precedence.
-
-    Here and not in a logit callback, which only sampling has: every decoding function
-    asks for its logits here.
-    """
+    """Forces the first token; a prompt takes precedence."""
+    # A logit callback would not do: beam search has none.
     logits, cache = super()._compute_logits_from_slice(decoding_state, *args, **kwargs)
     if self._forced_first_id is None:
       return logits, cache
@@ -157,7 +140,7 @@ class BartModel(models.EncoderDecoderModel):
     return jnp.where(is_start & forbidden, decoding.NEG_INF, logits), cache
 
   def _token_losses(self, params, batch, weights, dropout_rng):
-    """Weighted total and per-token losses, by `loss.chunked_loss`."""
+    """Returns the weighted total and the losses per token."""
     module = self.module
     source, target = (
       network.Rows(
@@ -181,21 +164,19 @@ class BartModel(models.EncoderDecoderModel):
       label_smoothing=self._label_smoothing,
       z_loss=self._z_loss,
       chunk_length=self._loss_chunk_length,
-      # A multiple of the devices along the batch, whatever the mesh: the batch
-      # divides over them.
+      # A multiple of the devices along the batch axis on any mesh.
       groups=math.gcd(hidden.shape[0], jax.device_count()),
     )
     return loss_lib.chunked_loss(
       settings, hidden, table, bias, batch['decoder_target_tokens'], weights
     )
 
-  def _special_ids(self) -> tuple[int, ...]:
-    """Ids that carry no text."""
+  def _special_ids(self):
     vocabulary = self.output_vocabulary
-    # Without its file a vocabulary raises when asked for its ids.
+    # A BartVocabulary without its file raises.
     if getattr(vocabulary, 'available', True) and hasattr(vocabulary, 'special_ids'):
       return vocabulary.special_ids
-    return ALWAYS_SPECIAL
+    return PAD_ID, BOS_ID, EOS_ID, UNK_ID
 
 
 def _check_settings(loss_chunk_length, forced_first_id, vocab_size):
@@ -206,8 +187,8 @@ def _check_settings(loss_chunk_length, forced_first_id, vocab_size):
     )
   if forced_first_id is not None and not 0 < forced_first_id < vocab_size:
     raise ValueError(
-      f'BartModel.forced_first_id must be an id above 0 and below {vocab_size}, or '
-      f'None. Got: {forced_first_id!r}'
+      f'BartModel.forced_first_id must be above 0 and below {vocab_size}, or None. '
+      f'Got: {forced_first_id!r}'
     )
 
 
@@ -223,20 +204,20 @@ def _check_vocabulary(side, vocabulary, vocab_size):
     )
 
 
-# ---- metrics: functions of per-token losses ----------------------------------
+# ---- metrics -------------------------------------------------------------------
 
 
 def _share(
   values: Num[Array, 'b l'] | Bool[Array, 'b l'], weights: Float[Array, 'b l']
 ) -> clu.metrics.Average:
-  """Σ weight · value / Σ weight, over everything merged."""
+  """Returns the metric Σ weight · value / Σ weight."""
   return clu.metrics.Average(total=jnp.sum(values * weights), count=jnp.sum(weights))
 
 
 def token_metrics(
   tokens: loss_lib.TokenLosses, weights: Float[Array, 'b l']
 ) -> Metrics:
-  """Loss with and without the z-loss, and accuracy, per weighted target."""
+  """Returns loss, cross-entropy, z-loss and accuracy per weighted target."""
   return {
     'loss': _share(tokens.cross_entropy + tokens.z_loss, weights),
     'cross_ent_loss': _share(tokens.cross_entropy, weights),
@@ -250,9 +231,9 @@ def noise_metrics(
   noised: Int[Array, 'b l'],
   weights: Float[Array, 'b l'],
 ) -> Metrics:
-  """Accuracy by kind of target (codes of `noise`, 0 for padding).
+  """Returns accuracy by kind of target (codes of `noise`, 0 for padding).
 
-  `copy_baseline_accuracy`, the share of copied targets, is what copying would reach.
+  `copy_baseline_accuracy` is that of copying alone: the share of copied targets.
   """
   kinds = {'copied': noise.COPIED, 'infilled': noise.INFILLED, 'end': noise.END}
   accuracies = {
@@ -271,10 +252,10 @@ def compatible_metrics(
   weights: Float[Array, 'b l'],
   special_ids: tuple[int, ...],
 ) -> Metrics:
-  """Loss and accuracy as Hugging Face's Flax script for BART counts them.
+  """Returns loss and accuracy as Hugging Face's Flax script for BART defines them.
 
-  It leaves out special tokens (so the end as well), smoothing and z-loss. Only for
-  comparison with published numbers.
+  Without special tokens (so without the end), smoothing and z-loss; for comparison with
+  published numbers.
   """
   special = jnp.isin(targets, jnp.asarray(special_ids, targets.dtype))
   kept = weights * ~special
@@ -285,10 +266,10 @@ def compatible_metrics(
 
 
 def _rates(batch: Batch, weights: Float[Array, 'b l']) -> Metrics:
-  """T5X's metrics of time, padding and packing, which need no logits."""
+  """Returns T5X's metrics of time, padding and packing."""
   targets = batch['decoder_target_tokens']
   segments = {
-    # Without packing each row is one example, of segment 1.
+    # Without packing each row is one segment.
     side: batch.get(f'{side}_segment_ids', (batch[tokens] != 0).astype(jnp.int32))
     for side, tokens in (
       ('encoder', 'encoder_input_tokens'),

@@ -1,12 +1,12 @@
 """BART (Lewis et al. 2019) as a Flax module with T5X's encoder-decoder contract.
 
-Token ids here are the internal ones: padding 0, `<s>` 1, `</s>` 2. The model is Hugging
-Face's `BartForConditionalGeneration`: learned positions, a layer norm after the
-embeddings and after every sublayer, biases everywhere, exact GELU, tied embeddings
-with a constant bias on the logits.
+Equivalent to Hugging Face's `BartForConditionalGeneration`, but with the token ids of
+`tokenization`: learned positions, layer norm after the embeddings and after every
+sublayer, biases everywhere, exact GELU, tied embeddings with a constant bias on the
+logits.
 
-Parameters are float32 with logical axis names; activations have `BartConfig.dtype`,
-softmax and layer norm run in float32 at least.
+Parameters are float32 with logical axis names; activations have `BartConfig.dtype`;
+softmax and layer norm run in float32 or wider.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num, PyTree
 
 from bart_t5x import attention, dropout, flash, loss
+from bart_t5x.tokenization import EOS_ID, PAD_ID
 
-PAD_ID = 0
-DECODER_START_ID = 2  # </s>, which also ends a sequence
+DECODER_START_ID = EOS_ID
 
-# Row r of a position table is position r - 2: fairseq reserved the first rows for
-# padding, and every BART checkpoint has them.
+# Row r of a position table is position r - 2: fairseq reserved two rows for padding,
+# and every BART checkpoint has them.
 POSITION_OFFSET = 2
 
 LAYER_NORM_EPSILON = 1e-5
 
-# Checkpoint name of the attention output, for the policy 'dots'.
+# Checkpoint name of attention outputs, for the policy 'dots'.
 ATTENDED = 'attended'
 
 _ATTENTION_IMPLS = ('auto', 'plain', 'chunked', 'flash', 'cudnn')
@@ -53,9 +53,9 @@ def _float_dtype(dtype: Any) -> jnp.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class BartConfig:
-  """Hyperparameters of the model; the defaults are those of bart-base.
+  """Hyperparameters of the model; the defaults are bart-base's.
 
-  `remat_policy` is what the backward pass recomputes: 'none'; 'attention', scores and
+  `remat_policy` sets what the backward pass recomputes: 'none'; 'attention', scores and
   weights (which only 'plain' stores); 'dots', everything but projections and attention
   outputs; 'full', whole layers.
 
@@ -63,10 +63,7 @@ class BartConfig:
   `attention_chunk_length` queries at a time, with less memory and more time; 'flash',
   our TPU kernel, which never stores scores and drops the same weights as 'plain';
   'cudnn', in 16 bits and without dropout on attention weights; and 'auto', the fastest
-  that changes nothing on the platform.
-
-  Raises:
-    ValueError: for values that do not make a model.
+  on the platform with the same results as 'plain' or 'chunked'.
   """
 
   vocab_size: int  # Without the rows that pad the token table.
@@ -78,11 +75,10 @@ class BartConfig:
   max_positions: int = 1024
   dropout_rate: float = 0.1  # After the embeddings and every sublayer.
   attention_dropout_rate: float = 0.1  # On attention weights.
-  activation_dropout_rate: float = 0.1  # Inside the feed-forward block.
-  dtype: Any = jnp.float32  # Of the computation.
+  activation_dropout_rate: float = 0.1  # After GELU.
+  dtype: Any = jnp.float32  # Of activations.
   init_std: float = 0.02
-  # The token table is padded to a multiple of it, to divide over devices and lanes.
-  vocab_multiple_of: int = 128
+  vocab_multiple_of: int = 128  # The token table is padded to a multiple of it.
   # Loops over stacked parameters: compiles faster, runs slower. `bart_t5x.restack`
   # converts checkpoints.
   scan_layers: bool = False
@@ -131,26 +127,26 @@ class BartConfig:
 
   @property
   def head_dim(self) -> int:
-    """Width of an attention head."""
+    """Features per attention head."""
     return self.emb_dim // self.num_heads
 
   @property
   def padded_vocab_size(self) -> int:
-    """Rows of the token table."""
+    """Rows of the token table, padding included."""
     return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
 
   @property
   def kernel_init(self) -> nn.initializers.Initializer:
-    """BART draws every kernel and table from one normal distribution."""
+    """Initializer of all kernels and tables."""
     return nn.initializers.normal(self.init_std)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-  """How a call runs; static, so that each mode compiles to its own program."""
+  """Static flags of a call."""
 
-  deterministic: bool = True  # Without dropout.
-  decode: bool = False  # With the cache, one position at a time.
+  deterministic: bool = True  # Disables dropout.
+  decode: bool = False  # Uses the cache, one position at a time.
   prefill: bool = False  # Fills the cache with a prompt.
 
 
@@ -172,21 +168,19 @@ def _parameter(name, init, shape, axes, module=None):
 
 
 def constrain_hidden(x: Float[Array, 'b l d']) -> Float[Array, 'b l d']:
-  """Annotates hidden states with their logical axes."""
+  """Constrains hidden states to the sharding of their logical axes."""
   return partitioning.with_sharding_constraint(x, ('batch', 'length', 'embed'))
 
 
 def gelu(x: Float[Array, '...']) -> Float[Array, '...']:
-  """The exact GELU, x * Phi(x).
-
-  By `erf`: `jax.nn.gelu(approximate=False)` goes through `erfc`, which costs several
-  times as much for digits that BART never sees.
-  """
+  """Exact GELU, x * Phi(x)."""
+  # jax.nn.gelu(approximate=False) uses erfc, which costs several times as much as erf
+  # and only improves digits that do not matter here.
   return 0.5 * x * (1 + jax.lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype)))
 
 
 class Linear(nn.Module):
-  """y = x W + b over the last axis; `axes` are the kernel's logical axis names."""
+  """y = x W + b over the last axis; `axes` are logical axis names of the kernel."""
 
   features: int
   axes: tuple[str, str]
@@ -218,7 +212,7 @@ class LayerNorm(nn.Module):
 
 
 class TokenEmbedder(nn.Module):
-  """The token table; its transpose also gives the logits (see `loss`)."""
+  """Token embeddings, tied to the output projection (see `loss`)."""
 
   config: BartConfig
 
@@ -229,36 +223,32 @@ class TokenEmbedder(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, 'b l']) -> Float[Array, 'b l d']:
-    """Embeds ids; an id outside the table gives NaN, never another row."""
+    """Embeds ids; an id outside the table gives NaN."""
     return jnp.take(self.embedding.astype(self.config.dtype), ids, axis=0)
 
 
 def per_row(index: Int[Array, '...'], rows: int) -> Int[Array, ' rows']:
-  """Spreads a cache index to one per row.
+  """Broadcasts a cache index to one per row.
 
-  A decoder counts steps in a scalar; after a prompt in one number per row; and where
-  rows were expanded into beams (adjacent copies), in one number per group of copies or
-  in an array [batch, beams].
+  The index is a scalar; one per row after a prompt; and with beams (adjacent copies of
+  rows) one per group of copies or an array [batch, beams].
   """
   flat = index.reshape(-1)
   return jnp.repeat(flat, rows // flat.size, total_repeat_length=rows)
 
 
 class PositionEmbedder(nn.Module):
-  """Learned positions; with `decode` counts steps in the cache."""
+  """Learned positions; with `decode`, the cache counts steps."""
 
   config: BartConfig
   decode: bool = False
 
   @nn.compact
   def __call__(self, rows: Rows) -> Float[Array, 'b_or_1 l d']:
-    """Embeds positions, 0, 1, 2 … where none are given.
-
-    Returns:
-      Embeddings [batch, length, d], or [1, length, d] for plain counting.
+    """Embeds the positions of rows, by default 0, 1, 2 …
 
     Raises:
-      ValueError: for rows longer than the table.
+      ValueError: rows are longer than the table.
     """
     (batch, length), positions = rows.tokens.shape, rows.positions
     limit = self.config.max_positions
@@ -286,11 +276,10 @@ class PositionEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention; causal attention has a cache for decoding.
+  """Multi-head attention, with a cache for decoding if causal.
 
-  With `mode.decode` the first call makes the cache, with room for as many positions as
-  it is given, and each later call takes one position. With `mode.prefill` a call fills
-  the cache with whole prompts.
+  With `mode.decode` the first call creates the cache, as long as its input, and each
+  later call takes one position. With `mode.prefill` a call stores whole prompts.
   """
 
   config: BartConfig
@@ -323,8 +312,8 @@ class Attention(nn.Module):
         projected.reshape(*x.shape[:2], config.num_heads, config.head_dim)
       )
 
-    # Three products: one with joined kernels takes 3 % longer by XLA's estimate for a
-    # v3 (batch 32 x 1024, width 768) and twice the memory, for slicing the parts.
+    # Fusing the three projections takes 3 % longer by XLA's estimate for a v3 (batch
+    # 32 x 1024, width 768) and twice the memory, because of the slices.
     query = heads(query_input, 'query')
     query = query * jnp.asarray(config.head_dim**-0.5, config.dtype)
     key = heads(key_input, 'key')
@@ -359,23 +348,23 @@ class Attention(nn.Module):
     )
 
   def _fill_cache(self, key, value, lengths):
-    """Stores prompts; what follows their ends is overwritten step by step."""
+    """Stores prompts; positions past their ends are overwritten step by step."""
     if not self.has_variable('cache', 'cached_key'):
       raise ValueError(
-        'Prefilling needs a cache: call the model once with decode=True and '
-        "mutable=['cache'] first, and pass that cache in."
+        'Prefilling needs a cache: first call the model with decode=True and '
+        "mutable=['cache'], then pass that cache."
       )
     cached_key, cached_value, index = self._cache(key, value)
     if cached_key.value.shape != key.shape:
       raise ValueError(
-        'A prompt must have the batch and length that the cache was made with. '
+        'A prompt must have the batch size and length of the cache. '
         f'Got: {key.shape} / {cached_key.value.shape}'
       )
     cached_key.value, cached_value.value = key, value
     index.value = lengths
 
   def _step_cache(self, key, value):
-    """Adds one position; returns all of them and which are filled (1 or 0)."""
+    """Adds one position; returns keys, values and which are filled (1 or 0)."""
     stepping = self.has_variable('cache', 'cached_key')
     cached_key, cached_value, index = self._cache(key, value)
     if not stepping:
@@ -383,7 +372,7 @@ class Attention(nn.Module):
     batch, length = cached_key.value.shape[:2]
     if key.shape[:2] != (batch, 1):
       raise ValueError(
-        'Cached decoding takes one position of every row at a time, '
+        'Cached decoding takes one position per row at a time, '
         f'[{batch}, 1]. Got: {list(key.shape[:2])}'
       )
     here = per_row(index.value, batch)[:, None]
@@ -397,7 +386,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """Linear, exact GELU, dropout, linear."""
+  """Linear, GELU, dropout, linear."""
 
   config: BartConfig
   mode: Mode
@@ -415,7 +404,7 @@ class FeedForward(nn.Module):
 
 
 class _Layer(nn.Module):
-  """Sublayers with their residuals and norms; BART norms after each sublayer."""
+  """Sublayers with residuals, dropout and post-norm."""
 
   config: BartConfig
   mode: Mode
@@ -446,13 +435,13 @@ class EncoderLayer(_Layer):
     query_segments: Int[Array, 'b l'],
     key_segments: Int[Array, 'b l'],
   ) -> tuple[Float[Array, 'b l d'], None]:
-    """Returns the new hidden states, and None as a scan's output."""
+    """Returns hidden states, and None as the output of a scan."""
     x = self.attend('self_attention', x, x, query_segments, key_segments)
     return self.feed_forward(x), None
 
 
 class DecoderLayer(_Layer):
-  """Causal self-attention, attention to the encoder, feed-forward."""
+  """Causal self-attention, cross-attention, feed-forward."""
 
   @nn.compact
   def __call__(
@@ -463,10 +452,9 @@ class DecoderLayer(_Layer):
     key_segments: Int[Array, 'b k'],
     prefill_lengths: Int[Array, ' b'] | None,
   ) -> tuple[Float[Array, 'b l d'], None]:
-    """Returns the new hidden states, and None as a scan's output.
+    """Returns hidden states, and None as the output of a scan.
 
-    `segments` are those of the decoder's packed rows, `key_segments` those of
-    `encoded`, 0 for padding.
+    `segments` belong to the decoder's packed rows, `key_segments` to `encoded`.
     """
     x = self.attend(
       'self_attention', x, x, segments, segments, prefill_lengths, causal=True
@@ -487,7 +475,7 @@ class Stack(nn.Module):
   def __call__(
     self, embedded: Float[Array, 'b l d'], rows: Rows, mode: Mode, *shared: Any
   ) -> Float[Array, 'b l d']:
-    """Returns hidden states; every layer gets `shared` after its own input."""
+    """Returns hidden states; `shared` are further arguments of every layer."""
     config = self.config
     embed_positions = PositionEmbedder(config, mode.decode, name='position_embedder')
     x = embedded + embed_positions(rows)
@@ -511,7 +499,7 @@ class Stack(nn.Module):
     return layers(config, mode, name='layers')(x, *shared)[0]
 
   def _recomputed(self, mode):
-    """The layer's class, under the policies that concern whole layers."""
+    """Returns the layer's class, wrapped by the policies 'dots' and 'full'."""
     policies = {
       'dots': jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -522,7 +510,7 @@ class Stack(nn.Module):
     policy = self.config.remat_policy
     if policy not in policies or mode.decode or mode.prefill:
       return self.layer
-    # A scan already keeps the compiler from merging the two passes.
+    # A scan already prevents the compiler from merging the two passes.
     prevent_cse = not self.config.scan_layers
     return partitioning.remat(
       self.layer, prevent_cse=prevent_cse, policy=policies[policy]
@@ -533,13 +521,9 @@ class Stack(nn.Module):
 
 
 def weight_decay_mask(params: PyTree) -> PyTree:
-  """Selects the parameters that weight decay shrinks: kernels and tables, as in BERT.
+  """Returns a tree of booleans: weight decay acts on kernels and tables, as in BERT.
 
-  Biases and norms are left alone, and so is `final_logits_bias`, which is never
-  trained. Bind it to the optimizer's `mask`.
-
-  Returns:
-    A tree like params, of booleans.
+  Bind it to the optimizer's `mask`.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key in ('kernel', 'embedding'), params
@@ -547,7 +531,7 @@ def weight_decay_mask(params: PyTree) -> PyTree:
 
 
 def _encoder_segments(rows: Rows):
-  """Segment ids of the encoder's tokens as (queries, keys); padding keys are 0."""
+  """Returns segment ids of the encoder's (queries, keys); padding keys are 0."""
   real = rows.tokens != PAD_ID
   if rows.segments is None:
     return jnp.ones_like(rows.tokens), real.astype(jnp.int32)
@@ -557,25 +541,25 @@ def _encoder_segments(rows: Rows):
 def _checked(side: str, rows: Rows) -> Rows:
   if rows.segments is not None and rows.positions is None:
     raise ValueError(
-      f'{side}_segment_ids came without {side}_positions: the examples of a '
-      'packed row each count their positions from 0. Pass both or neither.'
+      f'{side}_segment_ids needs {side}_positions, which start at 0 in each example '
+      'of a packed row. Pass both or neither.'
     )
   return rows._replace(tokens=rows.tokens.astype(jnp.int32))
 
 
 class Transformer(nn.Module):
-  """BART with T5X's contract: `__call__`, `encode`, `decode`.
+  """BART with the methods that T5X calls: `__call__`, `encode`, `decode`.
 
-  Tokens may have any dtype: T5X makes a model's parameters with float32 tokens. Packed
-  rows have segment ids 1, 2, … (0 for padding) and positions that count from 0 in each
-  example; both are None where each row is one example.
+  Tokens may have any dtype: T5X initializes parameters with float32 tokens. Packed rows
+  have segment ids 1, 2, … (0 for padding) and positions that start at 0 in each
+  example; both are None without packing.
   """
 
   config: BartConfig
 
   @property
   def scan_layers(self) -> bool:
-    """Whether cache leaves begin with a layer axis; T5X's models ask for it."""
+    """Whether cache leaves begin with a layer axis; T5X's models read it."""
     return self.config.scan_layers
 
   def setup(self):
@@ -598,11 +582,7 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     encoder_positions: Int[Array, 'b k'] | None = None,
   ) -> Float[Array, 'b k d']:
-    """Encodes noised tokens; dropout needs the rng `dropout`.
-
-    Raises:
-      ValueError: for segment ids without positions, and for rows too long.
-    """
+    """Encodes noised tokens; dropout needs the rng `dropout`."""
     rows = Rows(encoder_input_tokens, encoder_segment_ids, encoder_positions)
     rows = _checked('encoder', rows)
     return self.encoder(
@@ -613,15 +593,14 @@ class Transformer(nn.Module):
     )
 
   def _decode_hidden(self, encoded, source, target, mode, prefill_lengths=None):
-    """Decoder states from encoder states and the rows of both sides."""
     target = _checked('decoder', target)
     if mode.decode and source.segments is not None:
       raise ValueError(
-        'Cached decoding takes one example per row, and encoder_segment_ids were '
-        'given: use a feature converter with pack=False.'
+        'Cached decoding takes one example per row, and got encoder_segment_ids: '
+        'use a feature converter with pack=False.'
       )
-    # T5X starts every decoder input with id 0 where BART starts with </s>. Real
-    # padding is read as </s> too: it comes last and carries no loss weight.
+    # T5X starts decoder inputs with id 0, BART with </s>. Padding is read as </s> too,
+    # which is harmless: it comes last and has no loss weight.
     tokens = jnp.where(target.tokens == PAD_ID, DECODER_START_ID, target.tokens)
     source = source._replace(tokens=source.tokens.astype(jnp.int32))
     _, key_segments = _encoder_segments(source)
@@ -631,16 +610,13 @@ class Transformer(nn.Module):
     )  # fmt: skip
 
   def project(self, hidden: Float[Array, 'b l d']) -> Float[Array, 'b l v']:
-    """Decoder states -> logits, float32 at least; padded columns are -1e9."""
+    """Returns logits, float32 or wider; padded columns are -1e9."""
     table, bias = self.output_weights()
     logits = loss.masked_logits(hidden, table, bias, self.config.vocab_size)
     return partitioning.with_sharding_constraint(logits, ('batch', 'length', 'vocab'))
 
   def output_weights(self) -> tuple[Float[Array, 'v d'], Float[Array, ' v']]:
-    """Returns what `project` uses: the token table and the constant bias.
-
-    The bias is a buffer, not a weight, in every BART checkpoint: never trained.
-    """
+    """Returns the token table and the bias, which BART never trains."""
     return self.token_embedder.embedding, jax.lax.stop_gradient(self.final_logits_bias)
 
   def decode(
@@ -658,28 +634,12 @@ class Transformer(nn.Module):
     prefill: bool = False,
     prefill_lengths: Int[Array, ' b'] | None = None,
   ) -> Float[Array, 'b l v']:
-    """Decodes: all positions at once, or one with the cache, or a prompt into it.
+    """Returns logits over the padded vocabulary.
 
-    Args:
-      encoded: what `encode` returned.
-      encoder_input_tokens: what it was given, for its padding.
-      decoder_input_tokens: the targets shifted right by one; 0 is read as `</s>`.
-      decoder_target_tokens: ignored: a causal decoder needs no mask of targets.
-      encoder_segment_ids: see `Transformer`.
-      decoder_segment_ids: see `Transformer`.
-      decoder_positions: see `Transformer`.
-      enable_dropout: needs the rng `dropout`.
-      decode: uses the cache, which must be mutable: one position of every row.
-      max_decode_length: the longest output, checked against the positions.
-      prefill: fills the cache, made before, with prompts.
-      prefill_lengths: tokens in each prompt, the start token included.
-
-    Returns:
-      Logits over the padded vocabulary.
-
-    Raises:
-      ValueError: for packed rows without positions or with a cache, for lengths
-        beyond `max_positions`, for a cache of another shape.
+    `encoder_input_tokens` shows where `encoded` is padding; 0 in `decoder_input_tokens`
+    is read as `</s>`; targets are ignored. With `decode` the call takes one position
+    per row and updates the cache, which must be mutable; with `prefill` it stores
+    prompts, whose `prefill_lengths` include the start token.
     """
     del decoder_target_tokens
     limit = self.config.max_positions
@@ -698,7 +658,7 @@ class Transformer(nn.Module):
   def hidden(
     self, source: Rows, target: Rows, enable_dropout: bool, decode: bool = False
   ) -> Float[Array, 'b l d']:
-    """Encoder and decoder up to the states that `project` turns into logits."""
+    """Returns the decoder states before `project`."""
     encoded = self.encode(
       source.tokens, source.segments, enable_dropout, source.positions
     )
@@ -718,9 +678,9 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     decode: bool = False,
   ) -> Float[Array, 'b l v']:
-    """Logits of the targets given the inputs; see `encode` and `decode`.
+    """Returns logits; with decode=True also creates the cache.
 
-    With decode=True it makes the cache: the parallel pass gives it its shapes.
+    See `encode` and `decode`.
     """
     del decoder_target_tokens
     source = Rows(encoder_input_tokens, encoder_segment_ids, encoder_positions)
