@@ -2,6 +2,7 @@
 
 import types
 
+import clu.data.dataset_iterator as clu_iterators
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x import (
-  checkpoints,
-)
+from t5x import checkpoints
 
 MESH = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('data', 'model'))
 AXES = {'state': {'step': None}, 'target': {'w': PartitionSpec('data', 'model')}}
@@ -49,7 +48,6 @@ def partitioner(shard_id=0, num_shards=1, first=True):
     mesh=MESH,
     get_mesh_axes=lambda state: State(AXES),
     get_data_layout=lambda: types.SimpleNamespace(
-      batch_size=8,
       shard_id=shard_id,
       num_shards=num_shards,
       is_first_host_in_replica_set=first,
@@ -63,13 +61,11 @@ def manager(folder, part=None, size=8, **settings):
   )
 
 
-def save_all(folder, steps, between=None, **settings):
+def save_all(folder, steps, **settings):
   made = manager(folder, **settings)
   for step in steps:
     assert made.save(state_at(step))
     made.wait_until_finished()
-    if between:
-      between(step)
   made.close()
   return list(checkpoints.all_steps(folder))
 
@@ -88,8 +84,6 @@ class Counter:
     self.position = position
 
   def as_clu(self):
-    import clu.data.dataset_iterator as clu_iterators
-
     counter = self
 
     class Iterator(clu_iterators.DatasetIterator):

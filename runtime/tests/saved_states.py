@@ -1,4 +1,4 @@
-"""Train states of a small model on a mesh, saved and resumed as `train` does it."""
+"""Train states of a small model on a mesh, saved and resumed as in `train`."""
 
 import functools
 
@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning as flax_partitioning
 
-from t5x import (
-  optimizers,
-  partitioning,
-  restore,
-  state_utils,
-)
+from t5x import optimizers, partitioning, restore, state_utils
 
 SHAPES = {'x': (8, 16)}
 
@@ -40,7 +35,7 @@ def mesh_partitioner(data=4, model=2):
 
 
 class Mesh(partitioning.PjitPartitioner):
-  """A partitioner over a mesh of a given shape, of the first devices."""
+  """A partitioner over a mesh of a given shape on the first devices."""
 
   def __init__(self, data=4, model=2):
     super().__init__(
@@ -63,8 +58,7 @@ def initializer(partitioner=None, net=None, optimizer=True):
 
 @functools.cache
 def _initializer(partitioner, net, optimizer):
-  """Tracing the model takes its time, so tests share what is the same."""
-
+  # Cached because tracing the model is slow.
   def init(rng, input_shapes, input_types):
     assert input_types is None
     return net.init(rng, jnp.zeros(input_shapes['x']))
@@ -86,7 +80,7 @@ def base_state():
 
 
 def state_at(step):
-  """A state with something in every leaf, different at every step."""
+  """A state without zeros, different at every step."""
   state = jax.tree.map(
     lambda x: x * (1 + step / 8) if x.dtype == np.float32 else x, base_state()
   )
@@ -115,7 +109,7 @@ def restore_cfg(path, **changes):
 
 
 def resume(folder, start=None, save=None, rng=None, use_orbax=True, **changes):
-  """What train does at its start."""
+  """Restores and builds the manager as `train` does at its start."""
   start = start or initializer()
   cfg, paths = restore.get_first_valid_restore_config_and_paths(
     [restore_cfg(folder, **changes)]
@@ -132,15 +126,19 @@ def resume(folder, start=None, save=None, rng=None, use_orbax=True, **changes):
   )
 
 
-def write(folder, *steps, **changes):
-  """Saves states at some steps and returns them."""
-  start = initializer()
-  manager = restore.create_orbax_checkpoint_manager(
+def manager_of(folder, start=None, **changes):
+  start = start or initializer()
+  return restore.create_orbax_checkpoint_manager(
     save_cfg=save_cfg(**changes),
     train_state=start.global_train_state_shape,
     partitioner=start._partitioner,
     model_dir=str(folder),
   )
+
+
+def write(folder, *steps, **changes):
+  """Saves states at some steps and returns them."""
+  manager = manager_of(folder, **changes)
   states = {step: state_at(step) for step in steps}
   for state in states.values():
     assert manager.save(state)
@@ -149,7 +147,7 @@ def write(folder, *steps, **changes):
 
 
 def write_previous_layout(folder, state):
-  """An index of the layout before Orbax, with all arrays in it."""
+  """Writes an index of the layout before Orbax with all arrays in it."""
   folder.mkdir(parents=True)
   tree = jax.tree.map(np.asarray, state.state_dict())
   (folder / 'checkpoint').write_bytes(

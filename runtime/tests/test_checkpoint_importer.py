@@ -1,4 +1,4 @@
-"""The layout before Orbax, written on the spot as T5X wrote it."""
+"""The checkpoint layout before Orbax, written as T5X wrote it."""
 
 import flax.serialization
 import flax.traverse_util
@@ -22,14 +22,14 @@ STATE = {
       'kernel': np.arange(32, dtype=np.float32).reshape(4, 8),
       'half': np.arange(8, dtype=jnp.bfloat16),
     },
-    'bias': np.array([1.5, -2.5], np.float32),  # Not partitioned: in the index.
+    'bias': np.array([1.5, -2.5], np.float32),  # Not partitioned, so in the index.
   },
 }
 IN_INDEX = {'state/step', 'target/bias', 'state/param_states/enc/kernel/v_row'}
 
 
 def write(folder, state=STATE, version=3, driver='file', old_paths=False):
-  """Writes what T5X's first Checkpointer wrote."""
+  """Writes a checkpoint like T5X's first Checkpointer."""
   folder.mkdir(parents=True)
   index = {}
   for name, value in flax.traverse_util.flatten_dict(state, sep='/').items():
@@ -65,10 +65,9 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize('driver', ['file', 'gfile', 'gcs'])
-@pytest.mark.parametrize('old_paths', [False, True])
-def test_reads_what_t5x_wrote_wherever_it_was_written(tmp_path, driver, old_paths):
-  write(tmp_path / 'checkpoint_7', driver=driver, old_paths=old_paths)
-  # Paths are relative: the folder may have been moved.
+def test_reads_checkpoints_of_any_driver(tmp_path, driver):
+  write(tmp_path / 'checkpoint_7', driver=driver, old_paths=driver == 'gfile')
+  # Paths are relative, so the folder may have been moved.
   moved = (tmp_path / 'checkpoint_7').rename(tmp_path / 'checkpoint_8')
   assert_equal(checkpoints.load_t5x_checkpoint(str(moved)), STATE)
 
@@ -91,26 +90,13 @@ def test_finds_the_checkpoint(tmp_path):
     step_of(str(tmp_path / 'nowhere'))
 
 
-def test_describes_without_reading(tmp_path):
+def test_index_is_read_without_the_arrays(tmp_path):
   write(tmp_path / 'checkpoint_7')
   (tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0').unlink()
   tree = checkpoint_importer.saved_tree(tmp_path / 'checkpoint_7')
   kernel = tree['target']['enc']['kernel']
-  assert (kernel.shape, kernel.dtype, kernel.name) == (
-    (4, 8),
-    np.float32,
-    'target/enc/kernel',
-  )
+  assert (kernel.shape, kernel.dtype) == ((4, 8), np.float32)
   assert tree['state']['step'] == 7
-
-
-def test_casts_parameters_only(tmp_path):
-  write(tmp_path / 'checkpoint_7')
-  state = checkpoints.load_t5x_checkpoint(str(tmp_path), restore_dtype=jnp.bfloat16)
-  assert state['target']['enc']['kernel'].dtype == jnp.bfloat16
-  assert state['target']['bias'].dtype == jnp.bfloat16
-  kept = state['state']['param_states']['enc']['kernel']['v_row']
-  assert kept.dtype == np.float32
 
 
 def test_each_device_reads_its_part(tmp_path):
@@ -118,11 +104,7 @@ def test_each_device_reads_its_part(tmp_path):
   kernel = checkpoint_importer.saved_tree(tmp_path / 'checkpoint_7')
   kernel = kernel['target']['enc']['kernel']
   mesh = jax.make_mesh((2, 4), ('data', 'model'))
-  for spec in (
-    PartitionSpec(None, 'model'),
-    PartitionSpec('data', 'model'),
-    PartitionSpec(),
-  ):
+  for spec in (PartitionSpec('data', 'model'), PartitionSpec()):
     got = kernel.read(NamedSharding(mesh, spec), jnp.bfloat16)
     assert got.sharding.spec == spec and got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, STATE['target']['enc']['kernel'])
@@ -135,7 +117,7 @@ def destination(state=STATE, **kwargs):
   return Destination(shapes, axes, mesh, **kwargs)
 
 
-def test_a_train_state_is_laid_on_the_mesh(tmp_path):
+def test_train_state_is_placed_on_the_mesh(tmp_path):
   write(tmp_path / 'checkpoint_7')
   wanted = destination(dtype=jnp.bfloat16)
   state = checkpoints.read_state(tmp_path / 'checkpoint_7', wanted)
@@ -146,7 +128,7 @@ def test_a_train_state_is_laid_on_the_mesh(tmp_path):
   assert state['state']['param_states']['enc']['kernel']['v_row'].dtype == np.float32
 
 
-def test_a_train_state_of_other_names_and_more_parts(tmp_path):
+def test_train_state_with_renamed_and_missing_parts(tmp_path):
   write(tmp_path / 'checkpoint_7')
   other = {
     'state': STATE['state'],
@@ -183,21 +165,24 @@ def test_transformations(tmp_path):
   assert 'state' in load(str(tmp_path), state_transformation_fns=[rename], remap=False)
 
 
-def test_lazy_parameters(tmp_path):
+@pytest.mark.parametrize('lazy', [False, True])
+def test_only_parameters_are_cast(tmp_path, lazy):
   write(tmp_path / 'checkpoint_7')
   state = checkpoints.load_t5x_checkpoint(
-    str(tmp_path), restore_dtype=jnp.bfloat16, lazy_parameters=True
+    str(tmp_path), restore_dtype=jnp.bfloat16, lazy_parameters=lazy
   )
-  kernel = state['target']['enc']['kernel']
-  assert isinstance(kernel, checkpoints.LazyArray)
-  assert kernel.shape == (4, 8) and kernel.nbytes == 64
-  values = kernel.get()
-  assert values.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(values, STATE['target']['enc']['kernel'])
-  assert state['target']['bias'].get().dtype == jnp.bfloat16
+  if lazy:
+    kernel = state['target']['enc']['kernel']
+    assert isinstance(kernel, checkpoints.LazyArray) and kernel.nbytes == 64
+    state = jax.tree.map(lambda x: x.get() if hasattr(x, 'get') else x, state)
+  assert_equal(state, STATE)
+  assert state['target']['enc']['kernel'].dtype == jnp.bfloat16
+  assert state['target']['bias'].dtype == jnp.bfloat16
+  kept = state['state']['param_states']['enc']['kernel']['v_row']
+  assert kept.dtype == np.float32
 
 
-def test_states_of_no_optimizer_are_kept_as_none(tmp_path):
+def test_empty_optimizer_states_are_kept_as_none(tmp_path):
   state = {'state': {'param_states': {'a': None}}, 'target': {'a': np.ones(3)}}
   write(tmp_path / 'checkpoint_1', state)
   got = checkpoints.load_t5x_checkpoint(str(tmp_path))
@@ -214,15 +199,12 @@ def test_unsupported_and_damaged_indices(tmp_path):
   index.write_bytes(index.read_bytes()[:200])
   with pytest.raises(DamagedCheckpointError, match='checkpoint_2'):
     load(str(tmp_path))
-  index.write_text('model_checkpoint_path: "model.ckpt-0"')
-  with pytest.raises(DamagedCheckpointError, match='checkpoint_2'):
-    load(str(tmp_path))
   write(tmp_path / 'checkpoint_3', {'target': {'a': np.ones(3, np.uint16)}})
   with pytest.raises(ValueError, match='uint16'):
     load(str(tmp_path))
 
 
-def test_damaged_arrays_are_named(tmp_path):
+def test_damaged_array_is_named(tmp_path):
   write(tmp_path / 'checkpoint_7')
   metadata = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '.zarray'
   kernel = tmp_path / 'checkpoint_7' / 'target.enc.kernel' / '0.0'
@@ -234,7 +216,7 @@ def test_damaged_arrays_are_named(tmp_path):
     checkpoints.load_t5x_checkpoint(str(tmp_path))
 
 
-def test_a_lazy_array_reads_on_demand():
+def test_lazy_array_reads_on_demand():
   reads = []
 
   def read():

@@ -1,4 +1,4 @@
-"""Checkpoints of one array: saved in the background, complete or not at all."""
+"""Checkpoints of one array: saving, failures, retention, names and dataset states."""
 
 import pathlib
 import signal
@@ -39,7 +39,7 @@ def test_layout_on_disk(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['checkpoint_7']
 
 
-def test_a_relative_folder_is_one_of_the_working_folder(tmp_path, monkeypatch):
+def test_relative_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   save_all('runs/tiny', [3])
   made = manager('runs/tiny')
@@ -70,7 +70,7 @@ def test_saves_in_the_background(tmp_path, monkeypatch):
   assert (tmp_path / 'checkpoint_1/dataset/train_ds-000-of-001').read_text() == '5'
 
 
-def test_a_step_is_saved_once(tmp_path):
+def test_existing_step_is_not_saved_again(tmp_path):
   made = manager(tmp_path)
   assert made.save(state_at(3))
   assert 3 in made.all_steps()
@@ -82,7 +82,7 @@ def test_a_step_is_saved_once(tmp_path):
 # -- Failures -------------------------------------------------------------------
 
 
-def test_without_a_period_nothing_is_touched_before_the_first_save(tmp_path):
+def test_without_period_first_save_creates_the_folder(tmp_path):
   made = manager(tmp_path / 'new', period=None)
   assert not (tmp_path / 'new').exists()
   assert made.save(state_at(2))
@@ -90,14 +90,14 @@ def test_without_a_period_nothing_is_touched_before_the_first_save(tmp_path):
   assert_restores(tmp_path / 'new', 2)
 
 
-def test_an_unwritable_folder_fails_at_once(tmp_path):
+def test_unwritable_folder_raises_at_once(tmp_path):
   (tmp_path / 'file').write_text('in the way')
   with pytest.raises(checkpoints.CheckpointSaveError, match='file/model'):
     manager(tmp_path / 'file' / 'model')
-  manager(tmp_path / 'file' / 'model', period=None)  # Readers do not care.
+  manager(tmp_path / 'file' / 'model', period=None)  # A reader does not write.
 
 
-def test_too_little_space_fails_before_writing(tmp_path, monkeypatch):
+def test_full_disk_raises_before_writing(tmp_path, monkeypatch):
   made = manager(tmp_path)
   usage = types.SimpleNamespace(free=100)
   monkeypatch.setattr(checkpoints.shutil, 'disk_usage', lambda _: usage)
@@ -106,8 +106,8 @@ def test_too_little_space_fails_before_writing(tmp_path, monkeypatch):
   assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('told_by', ['wait_until_finished', 'save'])
-def test_a_failed_write_is_reported_and_can_be_repeated(tmp_path, monkeypatch, told_by):
+@pytest.mark.parametrize('reported_by', ['wait_until_finished', 'save'])
+def test_failed_save_can_be_repeated(tmp_path, monkeypatch, reported_by):
   made = manager(tmp_path)
   made.save(state_at(1))
   made.wait_until_finished()
@@ -119,7 +119,7 @@ def test_a_failed_write_is_reported_and_can_be_repeated(tmp_path, monkeypatch, t
     patch.setattr(made._manager._checkpointer.handler, 'finalize', no_space)
     made.save(state_at(2))
     with pytest.raises(checkpoints.CheckpointSaveError, match='checkpoint_2.*No space'):
-      if told_by == 'save':
+      if reported_by == 'save':
         made.save(state_at(3))
       else:
         made.wait_until_finished()
@@ -130,22 +130,6 @@ def test_a_failed_write_is_reported_and_can_be_repeated(tmp_path, monkeypatch, t
   assert {p.name for p in tmp_path.iterdir()} == {'checkpoint_1', 'checkpoint_2'}
   assert_restores(tmp_path, 2)
 
-
-SIZE_LIMITED = """
-import resource, signal, sys
-sys.path.insert(0, {tests!r})
-import conftest
-import one_array as t
-made = t.manager({folder!r})
-made.save(t.state_at(1)); made.wait_until_finished()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-  # The limit is a file's: each device's part is over it, in however many files.
-  made.save(t.state_at(2, size=2**18)); made.wait_until_finished()
-except t.checkpoints.CheckpointSaveError as error:
-  print('FAILED', error)
-"""
 
 KILLED = """
 import sys
@@ -159,32 +143,13 @@ for step in range(10_000):
 """
 
 
-def child(code, folder):
-  return subprocess.Popen(
-    [
-      sys.executable,
-      '-c',
-      code.format(tests=TESTS, folder=str(folder)),
-    ],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
+@pytest.mark.slow
+@pytest.mark.parametrize('after', [0, 1, 6])
+def test_killed_during_a_save(tmp_path, after):
+  code = KILLED.format(tests=TESTS, folder=str(tmp_path))
+  process = subprocess.Popen(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, text=True
   )
-
-
-@pytest.mark.slow
-def test_a_disk_that_takes_no_more(tmp_path):
-  out, err = child(SIZE_LIMITED, tmp_path).communicate(timeout=120)
-  assert 'FAILED' in out, err
-  assert 'checkpoint_2' in out
-  assert checkpoints.all_steps(tmp_path) == [1]
-  assert_restores(tmp_path, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('after', [0, 1, 3, 6])
-def test_killed_in_the_middle_of_a_save(tmp_path, after):
-  process = child(KILLED, tmp_path)
   for line in process.stdout:
     if line.startswith(f'SAVING {after}'):
       break
@@ -199,7 +164,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, after):
     np.testing.assert_array_equal(
       state.tree['target']['w'], state_at(step, 100_000).tree['target']['w']
     )
-  # The next run removes what is left and saves.
+  # The next run removes leftovers and saves.
   made = manager(tmp_path)
   step = max(steps, default=-1) + 1
   assert made.save(state_at(step))
@@ -209,7 +174,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, after):
   assert_restores(tmp_path, step)
 
 
-def test_leftovers_are_removed_only_by_those_who_save(tmp_path):
+def test_only_a_saving_manager_removes_leftovers(tmp_path):
   save_all(tmp_path, [1])
   (tmp_path / 'checkpoint_2.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
   (tmp_path / 'deleting' / 'checkpoint_0').mkdir(parents=True)
@@ -223,7 +188,7 @@ def test_leftovers_are_removed_only_by_those_who_save(tmp_path):
   assert {p.name for p in tmp_path.iterdir()} == names
 
 
-def test_a_deleted_checkpoint_is_renamed_first(tmp_path, monkeypatch):
+def test_checkpoint_is_renamed_before_deletion(tmp_path, monkeypatch):
   made = manager(tmp_path, keep=1)
   made.save(state_at(1))
   made.wait_until_finished()
@@ -241,12 +206,9 @@ def test_a_deleted_checkpoint_is_renamed_first(tmp_path, monkeypatch):
 # -- Retention ------------------------------------------------------------------
 
 
-def test_keep_acts(tmp_path):
-  assert save_all(tmp_path, range(5), keep=2) == [3, 4]
-
-
-def test_force_keep_period_acts(tmp_path):
-  assert save_all(tmp_path, range(6), keep=1, force_keep_period=3) == [0, 3, 5]
+def test_keep_and_force_keep_period(tmp_path):
+  assert save_all(tmp_path / 'a', range(5), keep=2) == [3, 4]
+  assert save_all(tmp_path / 'b', range(6), keep=1, force_keep_period=3) == [0, 3, 5]
 
 
 def save_measured(folder, values, **settings):
@@ -258,28 +220,27 @@ def save_measured(folder, values, **settings):
   return checkpoints.all_steps(folder)
 
 
-def test_the_best_checkpoints_and_the_newest_stay(tmp_path):
+def test_best_and_newest_checkpoints_are_kept(tmp_path):
   values = {0: 0.1, 1: 0.9, 2: np.nan, 3: 0.8, 4: 0.2}
   assert save_measured(tmp_path, values, keep=2) == [1, 3, 4]
-  # Another run knows the metrics of checkpoints from before.
+  # A resumed run reads the metrics of earlier checkpoints.
   kept = save_measured(tmp_path, {5: 0.5}, keep=1, metric_mode='min')
   assert kept == [4, 5]
+  # The newest is the best.
   assert save_measured(tmp_path, {6: 0.1}, keep=1, metric_mode='min') == [6]
 
 
 @pytest.mark.parametrize('keep_without, kept', [(True, [0, 1, 2, 4]), (False, [1, 4])])
-def test_keep_checkpoints_without_metrics_acts(tmp_path, keep_without, kept):
+def test_keep_checkpoints_without_metrics(tmp_path, keep_without, kept):
   values = {0: None, 1: 0.9, 2: None, 3: 0.5, 4: 0.4}
   settings = {'keep': 1, 'keep_checkpoints_without_metrics': keep_without}
   assert save_measured(tmp_path, values, **settings) == kept
 
 
-def test_keep_dataset_checkpoints_acts(tmp_path):
+def test_keep_dataset_checkpoints(tmp_path):
+  iterator = Counter().as_clu()
   steps = save_all(
-    tmp_path,
-    range(4),
-    keep_dataset_checkpoints=2,
-    dataset_iterator=Counter().as_clu(),
+    tmp_path, range(4), keep_dataset_checkpoints=2, dataset_iterator=iterator
   )
   assert steps == [0, 1, 2, 3]
   kept = [s for s in steps if (tmp_path / f'checkpoint_{s}/dataset').exists()]
@@ -288,37 +249,22 @@ def test_keep_dataset_checkpoints_acts(tmp_path):
     assert int(manager(tmp_path).restore(step).step) == step
 
 
-@pytest.mark.parametrize(
-  'settings',
-  [
-    {'keep': 0},
-    {'keep_dataset_checkpoints': 0},
-    {'force_keep_period': -1},
-    {'metric_mode': 'best'},
-  ],
-)
-def test_bad_settings(tmp_path, settings):
-  with pytest.raises(ValueError, match=next(iter(settings))):
-    manager(tmp_path, **settings)
+@pytest.mark.parametrize('name, value', [('keep', 0), ('metric_mode', 'best')])
+def test_bad_settings(tmp_path, name, value):
+  with pytest.raises(ValueError, match=name):
+    manager(tmp_path, **{name: value})
 
 
 # -- Names ----------------------------------------------------------------------
 
 
-def test_steps_by_the_names_of_folders(tmp_path):
+def test_steps_in_folder_names(tmp_path):
   assert checkpoints.all_steps(tmp_path / 'nowhere') == []
   assert checkpoints.latest_step(tmp_path) is None
-  for name in (
-    'checkpoint_100',
-    'checkpoint_0',
-    'checkpoint_20',
-    'checkpoint_',
-    'checkpoint_x',
-    'checkpoint_30.orbax-checkpoint-tmp',
-    'damaged_checkpoint_50',
-    'train',
-  ):
-    (tmp_path / name).mkdir()
+  others = ('_', '_x', '_30.orbax-checkpoint-tmp')
+  for suffix in ('_100', '_0', '_20', *others):
+    (tmp_path / f'checkpoint{suffix}').mkdir()
+  (tmp_path / 'damaged_checkpoint_50').mkdir()
   assert checkpoints.all_steps(tmp_path) == [0, 20, 100]
   assert checkpoints.latest_step(str(tmp_path)) == 100
   assert checkpoints.get_checkpoint_dir('/m', 7) == '/m/checkpoint_7'
@@ -330,7 +276,7 @@ def test_steps_by_the_names_of_folders(tmp_path):
 # -- Restoring ------------------------------------------------------------------
 
 
-def test_by_step_by_path_and_newest(tmp_path):
+def test_restores_by_step_by_path_and_newest(tmp_path):
   save_all(tmp_path, [1, 2])
   elsewhere = manager(tmp_path / 'elsewhere', period=None)
   path = str(tmp_path / 'checkpoint_1')
@@ -344,14 +290,7 @@ def test_by_step_by_path_and_newest(tmp_path):
     elsewhere.restore()
 
 
-def test_the_dataset_state_is_restored(tmp_path):
-  save_all(tmp_path, [1], dataset_iterator=Counter(42).as_clu())
-  counter = Counter()
-  manager(tmp_path, dataset_iterator=counter.as_clu()).restore()
-  assert counter.position == 42
-
-
-def test_a_dataset_state_of_other_data_is_refused(tmp_path):
+def test_dataset_state_of_other_data_is_an_error(tmp_path):
   def iterator(position, **source):
     made = Counter(position).as_clu()
     made.source = {'task': 'nb', 'split': 'train', 'files': 'a1', **source}
@@ -371,7 +310,7 @@ def test_a_dataset_state_of_other_data_is_refused(tmp_path):
   restored(iterator(0, task='nn'))
 
 
-def test_every_host_of_a_shard_restores_and_one_writes(tmp_path):
+def test_one_host_of_a_shard_saves_and_all_restore(tmp_path):
   second = partitioner(shard_id=1, num_shards=2)
   save_all(tmp_path, [1], part=second, dataset_iterator=Counter(7).as_clu())
   names = [p.name for p in (tmp_path / 'checkpoint_1/dataset').iterdir()]
@@ -384,20 +323,18 @@ def test_every_host_of_a_shard_restores_and_one_writes(tmp_path):
   assert not any((tmp_path / 'checkpoint_2/dataset').glob('train_ds*'))
 
 
-def test_another_number_of_shards_is_an_error(tmp_path):
-  save_all(tmp_path, [1], dataset_iterator=Counter().as_clu())
-  two = manager(tmp_path, partitioner(0, 2), dataset_iterator=Counter().as_clu())
+def test_dataset_state_of_this_shard_is_missing(tmp_path):
+  iterator = Counter().as_clu()
+  save_all(tmp_path, [1], dataset_iterator=iterator)
+  two_shards = manager(tmp_path, partitioner(0, 2), dataset_iterator=iterator)
   with pytest.raises(checkpoints.DatasetStateError, match='train_ds-000-of-001'):
-    two.restore()
-
-
-def test_a_checkpoint_without_dataset_state_is_an_error(tmp_path):
-  save_all(tmp_path, [1])
+    two_shards.restore()
+  save_all(tmp_path, [2])
   with pytest.raises(checkpoints.DatasetStateError, match='save_dataset'):
-    manager(tmp_path, dataset_iterator=Counter().as_clu()).restore()
+    two_shards.restore()
 
 
-def test_an_iterator_that_cannot_be_saved_leaves_no_checkpoint(tmp_path):
+def test_iterator_that_cannot_be_saved_leaves_no_checkpoint(tmp_path):
   iterator = Counter().as_clu()
   iterator.save = lambda filename: [][0]
   made = manager(tmp_path, dataset_iterator=iterator)
@@ -412,25 +349,18 @@ def tf_iterator():
   )
 
 
-@pytest.mark.parametrize(
-  'name, content',
-  [
-    ('train_ds-000-of-001.index', None),
-    ('train_ds-000-of-001.index', 50),
-    ('train_ds-000-of-001.data-00000-of-00001', None),
-    ('train_ds-000-of-001.data-00000-of-00001', 50),
-  ],
-)
-def test_a_damaged_dataset_state_is_a_damaged_checkpoint(tmp_path, name, content):
+@pytest.mark.parametrize('suffix', ['index', 'data-00000-of-00001'])
+@pytest.mark.parametrize('length', [None, 50])
+def test_damaged_dataset_state(tmp_path, suffix, length):
   save_all(tmp_path, [1], dataset_iterator=tf_iterator())
-  file = tmp_path / 'checkpoint_1/dataset' / name
+  file = tmp_path / f'checkpoint_1/dataset/train_ds-000-of-001.{suffix}'
   whole = file.read_bytes()
-  file.unlink() if content is None else file.write_bytes(whole[:content])
+  file.unlink() if length is None else file.write_bytes(whole[:length])
   with pytest.raises(checkpoints.DamagedCheckpointError, match='train_ds'):
     manager(tmp_path, dataset_iterator=tf_iterator()).restore()
 
 
-def test_a_dataset_state_of_another_pipeline_is_refused(tmp_path):
+def test_dataset_state_of_another_pipeline_is_an_error(tmp_path):
   iterator = tf_iterator()
   next(iterator)
   save_all(tmp_path, [1], dataset_iterator=iterator)

@@ -1,4 +1,4 @@
-"""Joining processes: how it is decided, and two that really do."""
+"""Joining and synchronising processes."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from t5x import multihost
 
 @pytest.fixture
 def calls(monkeypatch):
-  """The arguments of `jax.distributed.initialize`, which is not called."""
+  """Records the arguments of `jax.distributed.initialize` in place of calling it."""
   made = []
   monkeypatch.setattr(jax.distributed, 'initialize', lambda **kw: made.append(kw))
   monkeypatch.setattr(multihost, '_on_tpu_vm', lambda: False)
@@ -24,7 +24,7 @@ def calls(monkeypatch):
   return made
 
 
-def test_alone_by_default(calls):
+def test_runs_alone_by_default(calls):
   multihost.initialize()
   assert calls == []
   assert multihost.is_host_0()
@@ -33,18 +33,11 @@ def test_alone_by_default(calls):
   assert multihost.broadcast_int(2**31 - 1) == 2**31 - 1
 
 
-def test_arguments_are_passed_on(calls):
-  multihost.initialize('host:12', 2, 1, initialization_timeout=9)
-  multihost.initialize(multiprocess_gpu=True)
-  assert calls == [
-    {
-      'coordinator_address': 'host:12',
-      'num_processes': 2,
-      'process_id': 1,
-      'initialization_timeout': 9,
-    },
-    {},
-  ]
+def test_arguments_are_passed_to_jax(calls):
+  multihost.initialize('host:12', 2, 1)
+  multihost.initialize(multiprocess_gpu=True, initialization_timeout=9)
+  given = {'coordinator_address': 'host:12', 'num_processes': 2, 'process_id': 1}
+  assert calls == [given, {'initialization_timeout': 9}]
 
 
 def test_clusters_are_detected(calls, monkeypatch):
@@ -55,7 +48,7 @@ def test_clusters_are_detected(calls, monkeypatch):
   assert multihost.detect_cluster() == 'Slurm'
   multihost.initialize()
   assert calls == [{}]
-  # One process is one process, whatever started it.
+  # process_count = 1 overrides the cluster.
   multihost.initialize(process_count=1)
   assert calls == [{}]
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
@@ -63,7 +56,7 @@ def test_clusters_are_detected(calls, monkeypatch):
   assert multihost.detect_cluster() == 'TPU VM'
 
 
-def test_tpu_is_not_asked_for_where_it_is_not_used(monkeypatch):
+def test_environment_excludes_tpus(monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   assert not multihost._on_tpu_vm()
   monkeypatch.setenv('JAX_PLATFORMS', 'tpu,cpu')
@@ -86,7 +79,7 @@ def test_contradicting_arguments_are_errors(calls, arguments, message):
   assert calls == []
 
 
-def test_a_failure_to_join_is_an_error(monkeypatch, calls):
+def test_failure_to_join_is_an_error(monkeypatch, calls):
   def fail(**_):
     raise ValueError('no idea')
 
@@ -107,7 +100,7 @@ CHILD = """
     assert multihost.broadcast_int(10 + index) == 10
     tree = multihost.broadcast({'x': np.arange(3) + index})
     np.testing.assert_array_equal(tree['x'], [0, 1, 2])
-    multihost.sync('both are here')
+    multihost.sync('start')
     multihost.assert_same(np.arange(3), 'the order')
     try:
       multihost.assert_same(np.arange(3) + index, 'the order')
@@ -139,6 +132,6 @@ def test_two_processes():
     for index in range(2)
   ]
   for index, child in enumerate(children):
-    said, _ = child.communicate(timeout=120)
-    assert child.returncode == 0, said
-    assert f'done {index}' in said
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, output
+    assert f'done {index}' in output

@@ -1,4 +1,4 @@
-"""Nested state dicts: flattening and renaming."""
+"""Flattening and renaming of nested state dicts."""
 
 import pytest
 
@@ -25,29 +25,25 @@ def test_renaming_with_groups():
   assert got == {'encoder': {'layer_0': 1, 'layer_1': 2}, 'step': 7}
 
 
-def test_two_names_may_take_one_entry_and_names_may_rotate():
+def test_shared_and_swapped_names():
   got = assign({'a': 1}, {'x': 0, 'y': 0}, [('x', 'a'), ('y', 'a')])
   assert got == {'x': 1, 'y': 1}
   got = assign({'a': 1, 'b': 2}, {'a': 0, 'b': 0}, [('a', 'b'), ('b', 'a')])
   assert got == {'a': 2, 'b': 1}
-  # The rule holds although the checkpoint has an entry of the new name too.
+  # The rule applies even if the checkpoint has an entry of the new name.
   assert assign({'a': 1, 'b': 2}, {'b': 0}, [('b', 'a')]) == {'b': 1}
-  # Taken under another name, and still found under its own.
+  # An entry taken under another name is still found under its own.
   assert assign({'a': 1}, {'a': 0, 'b': 0}, [('b', 'a')]) == {'a': 1, 'b': 1}
 
 
-def test_none_drops_and_the_rest_stays():
+def test_none_drops_an_entry():
   got = assign({'a': 1, 'b': 2, 'other': 3}, {'a': 0, 'b': 0}, [('a', None)])
   assert got == {'b': 2, 'other': 3}
 
 
 def test_first_rule_wins():
-  got = assign(
-    {'p': 1, 'q': 2},
-    {'x': 0},
-    [('x', 'p'), ('x|z', 'q')],
-    require_all_rules_match=False,
-  )
+  rules = [('x', 'p'), ('x|z', 'q')]
+  got = assign({'p': 1, 'q': 2}, {'x': 0}, rules, require_all_rules_match=False)
   assert got == {'x': 1, 'q': 2}
 
 

@@ -1,4 +1,4 @@
-"""Two processes write one checkpoint, each its part and its position in the data."""
+"""Two processes write one checkpoint, each its part and its dataset state."""
 
 import os
 import pathlib
@@ -40,11 +40,11 @@ def test_save_and_restore(tmp_path):
   folder = tmp_path / 'model'
   written = run(folder, 'write')
   assert checkpoints.all_steps(folder) == [2, 3]
-  positions = sorted(
+  dataset_states = sorted(
     str(p.relative_to(folder / 'checkpoint_3'))
     for p in (folder / 'checkpoint_3').glob('dataset/process_*/*.index')
   )
-  assert positions == [
+  assert dataset_states == [
     'dataset/process_0-of-2/train_ds-000-of-002.index',
     'dataset/process_1-of-2/train_ds-001-of-002.index',
   ]

@@ -1,4 +1,4 @@
-"""T5X reads the checkpoints written here, and the other way round, bit by bit."""
+"""Upstream T5X reads our checkpoints and we read its, bit for bit."""
 
 import pathlib
 
@@ -24,14 +24,14 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize('upstream_writes', [True, False])
-def test_what_one_writes_the_other_reads(tmp_path, upstream_writes):
+def test_checkpoints_are_exchanged(tmp_path, upstream_writes):
   folder = tmp_path / 'model'
   folder.mkdir()
   written = run('write', folder, upstream_writes)
   assert_same(run('read', folder, not upstream_writes), written)
 
 
-def test_the_layout_before_orbax_is_read(tmp_path):
+def test_layout_before_orbax_is_read(tmp_path):
   folder = tmp_path / 'model'
   folder.mkdir()
   written = run('write_previous', folder, on_upstream=True)

@@ -1,8 +1,6 @@
-"""One of two processes that save, keep and restore together.
+"""One of two processes that save and restore together.
 
-Run by test_two_process_checkpoints.py:
-
-  python two_process_checkpoints.py PORT PROCESS_INDEX MODEL_DIR {write,read} OUT.npz
+python two_process_checkpoints.py PORT PROCESS_INDEX MODEL_DIR {write,read} OUT.npz
 """
 
 import sys
@@ -75,7 +73,7 @@ def main(port, index, folder, mode, out):
   if mode == 'write':
     for step in STEPS:
       next(batches)
-      batches.peek_async()  # Fetched ahead, not taken.
+      batches.peek_async()  # Fetched ahead, but not consumed.
       manager.save(at(step))
   else:
     state = manager.restore()

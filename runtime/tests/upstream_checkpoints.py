@@ -1,10 +1,8 @@
-"""Writes or reads a checkpoint with whichever T5X is on the path.
-
-Run by test_upstream_checkpoints.py, with upstream's T5X and with this one:
+"""Writes or reads a checkpoint with the T5X on the path, upstream's or ours.
 
   python upstream_checkpoints.py {write,write_previous,read} MODEL_DIR OUT.npz
 
-OUT gets the arrays of the state and the batch that comes next.
+OUT gets the arrays of the state and the next batch.
 """
 
 import sys
@@ -24,7 +22,7 @@ STEP = 3
 
 
 class Net(nn.Module):
-  """A kernel that is sharded and a scale that is not."""
+  """A kernel and a scale."""
 
   @nn.compact
   def __call__(self, x):
@@ -38,7 +36,7 @@ class Net(nn.Module):
 
 
 class Model:
-  """Upstream looks for the model behind the bound method."""
+  """Provides a bound method: upstream takes the model from it."""
 
   module = Net()
 
