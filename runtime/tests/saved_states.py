@@ -108,7 +108,7 @@ def restore_cfg(path, **changes):
   return restore.RestoreCheckpointConfig(path=str(path), **changes)
 
 
-def resume(folder, start=None, save=None, rng=None, use_orbax=True, **changes):
+def resume(folder, start=None, save=None, rng=None, **changes):
   """Restores and builds the manager as `train` does at its start."""
   start = start or initializer()
   cfg, paths = restore.get_first_valid_restore_config_and_paths(
@@ -122,7 +122,6 @@ def resume(folder, start=None, save=None, rng=None, use_orbax=True, **changes):
     rng,
     save_checkpoint_cfg=save,
     model_dir=str(folder),
-    use_orbax=use_orbax,
   )
 
 

@@ -252,12 +252,6 @@ def test_layout_before_orbax_is_restored(tmp_path):
   for path in ('checkpoint_10', 'checkpoint_10/checkpoint'):
     cfg = restore_cfg(tmp_path / path, mode='specific')
     assert_equal(initializer().from_checkpoint([cfg]), saved)
-  renamed, _ = resume(
-    tmp_path,
-    initializer(net=OTHER_HEAD),
-    assignment_map=[(r'(.*)lm_head(.*)', r'\1head\2')],
-  )
-  np.testing.assert_array_equal(renamed.params['lm_head'], saved.params['head'])
   # A run resumes from it and saves in the new layout.
   _, manager = resume(tmp_path, save=save_cfg())
   assert manager.all_steps() == [10]
@@ -379,14 +373,9 @@ def saved_steps(folder, **changes):
 
 def test_configured_retention(tmp_path):
   assert saved_steps(tmp_path / 'a', keep=3) == [30, 40, 50]
-  cls = checkpoints.SaveBestCheckpointer
+  cls = functools.partial(checkpoints.SaveBestCheckpointer, force_keep_period=40)
   kept = saved_steps(tmp_path / 'b', checkpointer_cls=cls, keep=2)
-  assert kept == [10, 30, 50]
-  cls = functools.partial(
-    cls, metric_name_to_monitor='eval/loss', metric_mode='min', force_keep_period=40
-  )
-  kept = saved_steps(tmp_path / 'c', checkpointer_cls=cls, keep=1)
-  assert kept == [0, 30, 40, 50]
+  assert kept == [0, 10, 30, 40, 50]
 
 
 @pytest.mark.parametrize(
