@@ -38,12 +38,14 @@ def make_trainer(partitioner, num_partitions, folder):
 
   from t5x import optimizers, train_state, trainer
 
+  optimizer = optimizers.adamw(0.05)
+
   def create():
     variables = {
       'params': {'w': np.ones((WIDTH, WIDTH), np.float32)},
       'params_axes': {'w_axes': AxisMetadata(names=('embed', 'mlp'))},
     }
-    return train_state.FlaxOptimTrainState.create(optimizers.adamw(0.05), variables)
+    return train_state.FlaxOptimTrainState.create(optimizer, variables)
 
   axes = partitioner.get_mesh_axes(create())
   state = partitioner.partition(create, in_axis_resources=(), out_axis_resources=axes)
