@@ -1,10 +1,5 @@
-"""The two models around small Flax modules.
+"""Models with small modules; decoding with a cache against the same without one."""
 
-Decoding with a cache is compared with the whole model's probabilities, without one, of
-every possible sequence.
-"""
-
-import inspect
 import itertools
 import subprocess
 import sys
@@ -18,9 +13,9 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x import decoding, losses, models
+from t5x import decoding, models
 
-# ---- A transformer of five tokens, and everything it could decode ----
+# ---- A transformer with five tokens, and all sequences that it can decode ----
 
 EOS = 2
 VOCABULARY = 5
@@ -29,25 +24,21 @@ HEADS, WIDTH = 2, 8
 
 
 class Attention(nn.Module):
-  """Multi-head attention; its cache is laid out [batch, heads, dim, length]."""
+  """Multi-head attention with a cache [batch, heads, dim, length]."""
 
   @nn.compact
   def __call__(self, x, source, mask, decode=False, prefill_lengths=None):
-    def project(name, inputs):
-      return nn.DenseGeneral((HEADS, WIDTH // HEADS), name=name)(inputs)
-
     query, key, value = (
-      project('query', x),
-      project('key', source),
-      project('value', source),
+      nn.DenseGeneral((HEADS, WIDTH // HEADS), name=name)(inputs)
+      for name, inputs in (('query', x), ('key', source), ('value', source))
     )
     if decode or prefill_lengths is not None:
       key, value, mask = self.cached(key, value, mask, prefill_lengths)
     scores = jnp.einsum('bqhd,bkhd->bhqk', query, key)
     weights = nn.softmax(jnp.where(mask, scores, -1e9))
     self.sow('intermediates', 'weights', weights)
-    mixed = jnp.einsum('bhqk,bkhd->bqhd', weights, value)
-    return nn.DenseGeneral(WIDTH, axis=(-2, -1), name='out')(mixed)
+    output = jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+    return nn.DenseGeneral(WIDTH, axis=(-2, -1), name='out')(output)
 
   def cached(self, key, value, mask, prefill_lengths):
     exists = self.has_variable('cache', 'cached_key')
@@ -98,7 +89,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-  """T5X's contract, without prefilling."""
+  """A module with T5X's interface, with prefilling."""
 
   def setup(self):
     self.embed = nn.Embed(VOCABULARY, WIDTH, embedding_init=nn.initializers.normal(1.0))
@@ -118,36 +109,27 @@ class Transformer(nn.Module):
     enable_dropout=True,
     decode=False,
     max_decode_length=None,
+    prefill=False,
+    prefill_lengths=None,
   ):
-    return self._decode(
-      encoded, encoder_input_tokens, decoder_input_tokens, enable_dropout, decode
-    )
-
-  def _decode(
-    self, encoded, encoder_tokens, tokens, dropout, decode, prefill_lengths=None
-  ):
-    length = tokens.shape[1]
+    length = decoder_input_tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    masks = causal, (encoder_tokens > 0)[:, None, None, :]
-    y = self.embed(tokens.astype(jnp.int32))
-    return self.decoder(y, encoded, masks, decode, prefill_lengths, dropout)
+    masks = causal, (encoder_input_tokens > 0)[:, None, None, :]
+    y = self.embed(decoder_input_tokens.astype(jnp.int32))
+    return self.decoder(y, encoded, masks, decode, prefill_lengths, enable_dropout)
 
   def __call__(
     self,
     encoder_input_tokens,
     decoder_input_tokens,
     decoder_target_tokens,
-    encoder_segment_ids=None,
-    decoder_segment_ids=None,
-    encoder_positions=None,
-    decoder_positions=None,
     *,
     enable_dropout=True,
     decode=False,
+    **packing,
   ):
-    encoded = self.encode(encoder_input_tokens)
     return self.decode(
-      encoded,
+      self.encode(encoder_input_tokens),
       encoder_input_tokens,
       decoder_input_tokens,
       decoder_target_tokens,
@@ -156,37 +138,16 @@ class Transformer(nn.Module):
     )
 
 
-class PrefillTransformer(Transformer):
-  """T5X's contract, with prefilling."""
-
-  def decode(
-    self,
-    encoded,
-    encoder_input_tokens,
-    decoder_input_tokens,
-    decoder_target_tokens,
-    enable_dropout=True,
-    decode=False,
-    max_decode_length=None,
-    prefill=False,
-    prefill_lengths=None,
-  ):
-    return self._decode(
-      encoded,
-      encoder_input_tokens,
-      decoder_input_tokens,
-      enable_dropout,
-      decode,
-      prefill_lengths if prefill else None,
-    )
+class TransformerWithoutPrefill(Transformer):
+  def decode(self, *args, **options):
+    return super().decode(*args, **options)
 
 
 def make_model(module=None, cls=models.EncoderDecoderModel, **options):
-  vocabulary = mock.Mock(eos_id=EOS)
   return cls(
     module=module or Transformer(),
     input_vocabulary=mock.Mock(eos_id=EOS),
-    output_vocabulary=vocabulary,
+    output_vocabulary=mock.Mock(eos_id=EOS),
     optimizer_def=mock.Mock(),
     **options,
   )
@@ -207,35 +168,27 @@ def make_batch(seed=0, rows=3):
   }
 
 
-def log_probs_of(params, batch):
+def token_log_probs(params, encoder_tokens, targets):
+  """Log probabilities of the targets, computed without a cache."""
+  shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
   logits = Transformer().apply(
-    {'params': params},
-    batch['encoder_input_tokens'],
-    batch['decoder_input_tokens'],
-    batch['decoder_target_tokens'],
-    enable_dropout=False,
+    {'params': params}, encoder_tokens, shifted, targets, enable_dropout=False
   )
-  return np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
+  log_probs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
+  return np.take_along_axis(log_probs, targets[:, :, None], axis=2)[:, :, 0]
 
 
 def all_sequences(params, encoder_row, prompt=(), length=LENGTH):
-  """Every closed sequence after a prompt with its log probability, best first."""
+  """Every finished sequence after a prompt with its log probability, best first."""
   sequences = []
   for size in range(length - len(prompt)):
     for middle in itertools.product((3, 4), repeat=size):
       sequence = (*prompt, *middle, EOS)
       sequences.append(sequence + (0,) * (length - len(sequence)))
   targets = np.array(sequences, np.int32)
-  batch = {
-    'encoder_input_tokens': np.tile(encoder_row, (len(targets), 1)),
-    'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
-    'decoder_target_tokens': targets,
-  }
-  token = np.take_along_axis(log_probs_of(params, batch), targets[:, :, None], axis=2)[
-    :, :, 0
-  ]
+  encoder_tokens = np.tile(encoder_row, (len(targets), 1))
   counted = (targets != 0) & (np.arange(length) >= len(prompt))
-  log_prob = np.sum(token * counted, axis=1)
+  log_prob = np.sum(token_log_probs(params, encoder_tokens, targets) * counted, axis=1)
   order = np.argsort(-log_prob)
   return targets[order], log_prob[order]
 
@@ -256,7 +209,7 @@ def params():
   return params
 
 
-@pytest.mark.parametrize('module', [Transformer(), PrefillTransformer()])
+@pytest.mark.parametrize('module', [Transformer(), TransformerWithoutPrefill()])
 @pytest.mark.parametrize('prompted', [False, True])
 def test_cached_beam_search_against_brute_force(params, module, prompted):
   model = make_model(module)
@@ -290,12 +243,11 @@ def test_cached_beam_search_against_brute_force(params, module, prompted):
     )
 
 
-@pytest.mark.parametrize('module', [Transformer(), PrefillTransformer()])
-def test_cached_sampling_scores_are_the_whole_models(params, module):
+@pytest.mark.parametrize('module', [Transformer(), TransformerWithoutPrefill()])
+def test_scores_of_cached_sampling(params, module):
   model = make_model(module, decode_fn=decoding.temperature_sample)
   batch = make_batch()
   options = {'topk': 0, 'max_decode_steps': 3}
-  before = dict(options)
   decodes, aux = model.predict_batch_with_aux(
     params,
     batch,
@@ -304,20 +256,13 @@ def test_cached_sampling_scores_are_the_whole_models(params, module):
     return_all_decodes=True,
     num_decodes=5,
   )
-  # Options are read, not edited.
-  assert options == before
+  # The caller's options are not modified.
+  assert options == {'topk': 0, 'max_decode_steps': 3}
   assert decodes.shape == (3, 5, LENGTH)
-  assert len(np.unique(decodes.reshape(-1, LENGTH), axis=0)) > 3
   flat = np.asarray(decodes).reshape(-1, LENGTH)
-  log_probs = log_probs_of(
-    params,
-    {
-      'encoder_input_tokens': np.repeat(batch['encoder_input_tokens'], 5, axis=0),
-      'decoder_input_tokens': np.pad(flat[:, :-1], ((0, 0), (1, 0))),
-      'decoder_target_tokens': flat,
-    },
-  )
-  token = np.take_along_axis(log_probs, flat[:, :, None], axis=2)[:, :, 0]
+  assert len(np.unique(flat, axis=0)) > 3
+  encoder_tokens = np.repeat(batch['encoder_input_tokens'], 5, axis=0)
+  token = token_log_probs(params, encoder_tokens, flat)
   expected = np.sum(token * (flat != 0), axis=1).reshape(3, 5)
   np.testing.assert_allclose(aux['scores'], expected, rtol=1e-5)
 
@@ -334,20 +279,6 @@ def test_prediction_sharded_over_devices(params):
   np.testing.assert_allclose(whole_aux['scores'], aux['scores'], rtol=1e-5)
 
 
-def test_default_decoder_params(params):
-  batch = make_batch()
-  model = make_model(
-    default_decoder_params=models.DecoderParams(return_all_decodes=True, num_decodes=3)
-  )
-  decodes, aux = model.predict_batch_with_aux(params, batch)
-  assert decodes.shape == (3, 3, LENGTH)
-  best, best_aux = model.predict_batch_with_aux(params, batch, return_all_decodes=False)
-  np.testing.assert_array_equal(best, decodes[:, -1])
-  np.testing.assert_array_equal(best_aux['scores'], aux['scores'][:, -1])
-  alone = make_model().predict_batch(params, batch)
-  assert alone.shape == (3, LENGTH)
-
-
 def decode_with(params, batch, **arguments):
   """Returns the arguments of the decoding function."""
   calls = []
@@ -362,63 +293,56 @@ def decode_with(params, batch, **arguments):
   return calls[0]
 
 
+def test_default_decoder_params(params):
+  batch = make_batch()
+  model = make_model(
+    default_decoder_params=models.DecoderParams(return_all_decodes=True, num_decodes=3)
+  )
+  decodes, aux = model.predict_batch_with_aux(params, batch)
+  assert decodes.shape == (3, 3, LENGTH)
+  best, best_aux = model.predict_batch_with_aux(params, batch, return_all_decodes=False)
+  np.testing.assert_array_equal(best, decodes[:, -1])
+  np.testing.assert_array_equal(best_aux['scores'], aux['scores'][:, -1])
+
+
 def test_arguments_of_the_decoding_function(params):
   batch = make_batch()
   options = decode_with(params, batch)
   assert options['eos_id'] == EOS and options['num_decodes'] == 1
   assert options['cache_offset'] == 0 and not options['inputs'].any()
-  # Only functions that know them get them.
+  # Only decoding functions with these parameters get them.
   assert 'initial_index' not in options and 'decode_rng' not in options
   options = decode_with(
     params, batch, rng=7, decoder_params={'eos_id': 4, 'alpha': 1.0}, num_decodes=2
   )
   assert (options['decode_rng'], options['eos_id'], options['alpha']) == (7, 4, 1.0)
   assert options['cache']['decoder']['self']['cached_key'].shape == (3, 2, 4, LENGTH)
-  # End tokens of a prompt are taken out.
+  # End tokens are removed from a prompt.
   options = decode_with(params, batch, prompt_with_targets=True)
   expected = np.where(
     batch['decoder_input_tokens'] == EOS, 0, batch['decoder_input_tokens']
   )
   np.testing.assert_array_equal(options['inputs'], expected)
-
-
-def test_two_keys_are_an_error(params):
   with pytest.raises(ValueError, match=r'both: 4 / 3'):
     decode_with(params, make_batch(), rng=4, decoder_params={'decode_rng': 3})
 
 
-def test_score_is_the_sum_of_log_probabilities(params):
+def test_scores_and_intermediates(params):
   batch = make_batch()
-  batch['decoder_loss_weights'][2, 0] = 0.5
-  scores = make_model().score_batch(params, batch)
-  log_probs = log_probs_of(params, batch)
-  for row in range(3):
-    expected = sum(
-      weight * log_probs[row, position, token]
-      for position, (token, weight) in enumerate(
-        zip(
-          batch['decoder_target_tokens'][row],
-          batch['decoder_loss_weights'][row],
-          strict=True,
-        )
-      )
-      if weight
-    )
-    np.testing.assert_allclose(scores[row], expected, rtol=1e-6)
-
-
-def test_score_with_intermediates(params):
-  batch = make_batch()
+  weights = batch['decoder_loss_weights']
+  weights[2, 0] = 0.5
+  token = token_log_probs(
+    params, batch['encoder_input_tokens'], batch['decoder_target_tokens']
+  )
+  expected = np.sum(token, axis=1, where=weights > 0) - 0.5 * token[:, 0] * [0, 0, 1]
   model = make_model()
-  scores, found = model.score_batch(params, batch, return_intermediates=True)
-  np.testing.assert_allclose(scores, model.score_batch(params, batch), rtol=1e-6)
+  scores = model.score_batch(params, batch)
+  np.testing.assert_allclose(scores, expected, rtol=1e-6)
+  again, found = model.score_batch(params, batch, return_intermediates=True)
+  np.testing.assert_allclose(again, scores, rtol=1e-6)
   assert found['mix']['weights'][0].shape == (3, HEADS, 5, 5)
   assert found['decoder']['self']['weights'][0].shape == (3, HEADS, LENGTH, LENGTH)
-  for name, feature in (
-    ('target_tokens', 'decoder_target_tokens'),
-    ('loss_weights', 'decoder_loss_weights'),
-  ):
-    np.testing.assert_array_equal(found['decoder'][name][0], batch[feature])
+  np.testing.assert_array_equal(found['decoder']['loss_weights'][0], weights)
   np.testing.assert_allclose(
     found['decoder']['token_scores'][0].sum(axis=1), scores, rtol=1e-6
   )
@@ -432,68 +356,15 @@ def test_loss_is_minus_the_scores(params):
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
   np.testing.assert_allclose(metrics['loss'].compute(), expected, rtol=1e-6)
   assert metrics['z_loss'].compute() == 0
-  # Dropout is on only with a key.
+  # Dropout needs a key.
   noisy, _ = model.loss_fn(params, batch, jax.random.PRNGKey(0))
   again, _ = model.loss_fn(params, batch, jax.random.PRNGKey(0))
   assert noisy == again and noisy != loss
 
 
-def test_loss_options(params):
-  batch = make_batch()
-  logits = make_model()._compute_logits(params, batch)
-  for options in (
-    {'label_smoothing': 0.1},
-    {'z_loss': 0.2},
-    {'loss_normalizing_factor': 12},
-    {'loss_normalizing_factor': 'NUM_REAL_TARGET_TOKENS'},
-  ):
-    loss, metrics = make_model(**options).loss_fn(params, batch, None)
-    divisor, weights = losses.get_loss_normalizing_factor_and_weights(
-      options.get('loss_normalizing_factor'), batch
-    )
-    expected, z_loss, _ = losses.compute_weighted_cross_entropy(
-      logits,
-      batch['decoder_target_tokens'],
-      weights,
-      options.get('label_smoothing', 0.0),
-      options.get('z_loss', 0.0),
-      divisor,
-    )
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_allclose(metrics['z_loss'].compute(), z_loss, rtol=1e-6)
-    assert loss != make_model().loss_fn(params, batch, None)[0]
-
-
-def test_module_contract(params):
-  module = mock.Mock()
-  module.apply.return_value = jnp.zeros((3, LENGTH, VOCABULARY))
-  batch = make_batch()
-  batch |= {
-    'encoder_segment_ids': np.ones((3, 5), np.int32),
-    'decoder_positions': np.ones((3, LENGTH), np.int32),
-  }
-  model = make_model(module)
-  model._compute_logits(params, batch, other_variables={'extra': {'a': 1}})
-  (variables, *tokens), options = module.apply.call_args
-  assert variables == {'params': params, 'extra': {'a': 1}}
-  for token, name in zip(tokens, ('encoder_input', 'decoder_input', 'decoder_target')):
-    assert token is batch[f'{name}_tokens']
-  assert options['encoder_segment_ids'] is batch['encoder_segment_ids']
-  assert options['decoder_positions'] is batch['decoder_positions']
-  assert options['decoder_segment_ids'] is options['encoder_positions'] is None
-  assert options['decode'] is options['enable_dropout'] is options['mutable'] is False
-  assert options['rngs'] is None
-  model._compute_logits(params, batch, dropout_rng=5)
-  assert module.apply.call_args[1]['rngs'] == {'dropout': 5}
-  assert module.apply.call_args[1]['enable_dropout'] is True
-
-
-def test_overrides_of_a_subclass(params):
+def test_subclass_overrides(params):
   class Sub(models.EncoderDecoderModel):
     FEATURE_CONVERTER_CLS = 'mine'
-
-    def _compute_logits(self, params, batch, dropout_rng=None, mutable=False):
-      return jnp.zeros(batch['decoder_target_tokens'].shape + (VOCABULARY,))
 
     def _compute_metrics(self, logits, targets, mask, loss, z_loss, segment_ids):
       return {'features': sorted(segment_ids)}
@@ -505,19 +376,11 @@ def test_overrides_of_a_subclass(params):
 
   model = make_model(cls=Sub)
   batch = make_batch()
-  loss, metrics = model.loss_fn(params, batch, None)
-  np.testing.assert_allclose(
-    loss, batch['decoder_loss_weights'].sum() * np.log(VOCABULARY), rtol=1e-6
-  )
-  # Without packing a row is one example.
+  _, metrics = model.loss_fn(params, batch, None)
+  # Without packing each row is one example.
   assert metrics == {'features': ['decoder_target_tokens', 'encoder_input_tokens']}
-  packed = batch | {'decoder_segment_ids': batch['decoder_loss_weights']}
+  packed = batch | {'decoder_segment_ids': batch['decoder_target_tokens']}
   assert model.loss_fn(params, packed, None)[1] == {'features': ['decoder']}
-  np.testing.assert_allclose(
-    model.score_batch(params, batch),
-    -batch['decoder_loss_weights'].sum(axis=1) * np.log(VOCABULARY),
-    rtol=1e-6,
-  )
   assert np.all(model.predict_batch(params, batch) == 3)
   assert model.FEATURE_CONVERTER_CLS == 'mine'
   given = make_model(cls=Sub, feature_converter_cls='given')
@@ -527,36 +390,12 @@ def test_overrides_of_a_subclass(params):
 def test_importing_models_does_not_import_tensorflow():
   program = (
     'import sys; from t5x import models;'
-    'assert not {"tensorflow", "seqio"} & set(sys.modules), "too early";'
-    'print("ok")'
+    'assert not {"tensorflow", "seqio"} & set(sys.modules), "too early"'
   )
-  done = subprocess.run(
-    [sys.executable, '-c', program], capture_output=True, text=True, check=False
-  )
-  assert done.stdout.strip() == 'ok', done.stderr
+  subprocess.run([sys.executable, '-c', program], check=True)
 
 
-@pytest.mark.slow
-def test_feature_converters():
-  import seqio
-
-  assert models.EncoderDecoderModel.FEATURE_CONVERTER_CLS is (
-    seqio.EncDecFeatureConverter
-  )
-  assert models.DecoderOnlyModel.FEATURE_CONVERTER_CLS is seqio.DecoderFeatureConverter
-  assert make_model().FEATURE_CONVERTER_CLS is seqio.EncDecFeatureConverter
-
-
-def test_abstract_methods():
-  assert inspect.isabstract(models.BaseModel)
-  assert models.BaseTransformerModel.__abstractmethods__ == {
-    '_compute_logits',
-    'predict_batch_with_aux',
-    'get_initial_variables',
-  }
-
-
-# ---- The decoder-only model, around a module that averages what a position sees ----
+# ---- The decoder-only model, with a module that averages visible positions ----
 
 LM_EOS = 1
 LM_VOCABULARY = 7
@@ -565,7 +404,7 @@ LM_WIDTH = 6
 
 
 class Averager(nn.Module):
-  """T5X's contract of a decoder."""
+  """A module with T5X's interface of a decoder."""
 
   @nn.compact
   def __call__(
@@ -603,14 +442,14 @@ class Averager(nn.Module):
         seen = (jnp.arange(x.shape[1]) <= at)[:, None]
         index.value = index.value + 1
     weights = seen / jnp.maximum(seen.sum(axis=-1, keepdims=True), 1)
-    mixed = jnp.einsum('bqk,bkd->bqd', weights, x)
-    mixed = nn.Dropout(0.5)(mixed, deterministic=not enable_dropout)
-    return nn.Dense(LM_VOCABULARY, kernel_init=nn.initializers.normal(0.3))(mixed)
+    x = jnp.einsum('bqk,bkd->bqd', weights, x)
+    x = nn.Dropout(0.5)(x, deterministic=not enable_dropout)
+    return nn.Dense(LM_VOCABULARY, kernel_init=nn.initializers.normal(0.3))(x)
 
 
 def make_lm(**options):
   return models.DecoderOnlyModel(
-    module=options.pop('module', Averager()),
+    module=Averager(),
     vocabulary=mock.Mock(eos_id=LM_EOS),
     optimizer_def=mock.Mock(),
     **options,
@@ -660,26 +499,12 @@ def test_lm_greedy_decoding_continues_the_prompt(lm_params):
     np.testing.assert_array_equal(decodes[row], expected)
 
 
-def test_lm_decoding_ignores_targets(lm_params):
-  blind = dict(LM_BATCH)
-  for name in ('decoder_target_tokens', 'decoder_loss_weights'):
-    blind[name] = np.zeros_like(LM_BATCH[name])
-  blind['decoder_input_tokens'] = (
-    LM_BATCH['decoder_input_tokens'] * LM_BATCH['decoder_causal_attention']
-  )
-  model = make_lm()
-  np.testing.assert_array_equal(
-    model.predict_batch(lm_params, LM_BATCH), model.predict_batch(lm_params, blind)
-  )
-
-
 @pytest.mark.parametrize('num_decodes', [1, 4])
 @pytest.mark.parametrize(
   ('decode_fn', 'options'),
   [(decoding.temperature_sample, {'topk': 0}), (decoding.beam_search, {'alpha': 0.0})],
 )
 def test_lm_scores_of_decodes(lm_params, num_decodes, decode_fn, options):
-  before = dict(options)
   decodes, aux = jax.jit(
     lambda lm_params, batch: make_lm(decode_fn=decode_fn).predict_batch_with_aux(
       lm_params,
@@ -690,7 +515,6 @@ def test_lm_scores_of_decodes(lm_params, num_decodes, decode_fn, options):
       rng=jax.random.PRNGKey(0),
     )
   )(lm_params, LM_BATCH)
-  assert options == before
   assert decodes.shape == (2, num_decodes, LM_LENGTH)
   for row, prompt in enumerate(PROMPTS):
     assert len({tuple(map(int, d)) for d in decodes[row]}) > num_decodes // 2
@@ -717,11 +541,8 @@ def test_lm_score_of_weighted_targets(lm_params):
       )
     )
   np.testing.assert_allclose(scores, expected, rtol=1e-5)
-  again, found = make_lm().score_batch(lm_params, LM_BATCH, return_intermediates=True)
-  np.testing.assert_allclose(again, scores, rtol=1e-6)
-  np.testing.assert_allclose(
-    found['decoder']['token_scores'][0].sum(axis=1), scores, rtol=1e-6
-  )
+  loss, _ = make_lm().eval_fn(lm_params, LM_BATCH)
+  np.testing.assert_allclose(loss, -np.sum(scores), rtol=1e-5)
 
 
 def test_lm_bidirectional_prefix(lm_params):
@@ -736,36 +557,9 @@ def test_lm_bidirectional_prefix(lm_params):
   without = {k: v for k, v in LM_BATCH.items() if k != 'decoder_causal_attention'}
   with pytest.raises(ValueError, match='decoder_causal_attention'):
     both._compute_logits(lm_params, without)
-  causal._compute_logits(lm_params, without)
-
-
-def test_lm_prefilled_cache(lm_params):
-  inputs = LM_BATCH['decoder_input_tokens'] * LM_BATCH['decoder_causal_attention']
-  cache, lengths = make_lm()._compute_kv_cache(
-    lm_params, inputs, LM_BATCH['decoder_causal_attention']
-  )
-  np.testing.assert_array_equal(lengths, [3, 1])
-  np.testing.assert_array_equal(cache['cache_index'], [3, 1])
-  embedding = lm_params['Embed_0']['embedding']
-  np.testing.assert_allclose(cache['cached_key'][0, :3], embedding[inputs[0, :3]])
-
-
-def test_lm_decoding_errors(lm_params):
-  without = {k: v for k, v in LM_BATCH.items() if k != 'decoder_causal_attention'}
   with pytest.raises(ValueError, match='decoder_causal_attention'):
-    make_lm().predict_batch(lm_params, without)
-  with pytest.raises(ValueError, match='both: 4 / 3'):
-    make_lm().predict_batch_with_aux(
-      lm_params, LM_BATCH, rng=4, decoder_params={'decode_rng': 3}
-    )
-
-
-def test_lm_loss(lm_params):
-  loss, metrics = make_lm().eval_fn(lm_params, LM_BATCH)
-  expected = -np.sum(make_lm().score_batch(lm_params, LM_BATCH))
-  np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  np.testing.assert_allclose(metrics['cross_ent_loss'].compute(), expected, rtol=1e-5)
-  assert make_lm().loss_fn(lm_params, LM_BATCH, jax.random.PRNGKey(0))[0] != loss
+    causal.predict_batch(lm_params, without)
+  causal._compute_logits(lm_params, without)
 
 
 def test_remove_prefix():

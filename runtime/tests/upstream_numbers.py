@@ -1,7 +1,6 @@
-"""Computes losses, states and axes with whichever `t5x` is on the path.
+"""Computes losses, states and axes with the `t5x` on the path, upstream's or ours.
 
-Run as a script by test_upstream_numbers.py, once with T5X and once with ours:
-  python upstream_numbers.py OUTPUT.npz
+Usage: upstream_numbers.py OUTPUT.npz
 """
 
 import sys
@@ -47,7 +46,7 @@ BATCH = {
 
 
 def random_tree(rng):
-  """Normal numbers, cubed for long tails."""
+  """Cubed normal numbers, for long tails."""
   return jax.tree.map(
     lambda shape: jnp.asarray(rng.normal(size=shape) ** 3, jnp.float32),
     SHAPES,
@@ -56,7 +55,7 @@ def random_tree(rng):
 
 
 def optimizer_numbers(rule, params, grads):
-  """A state after some updates, and its axes, by path."""
+  """Yields a state after some updates, and its axes, by path."""
   optimizer = rule.create(params)
   for g in grads:
     optimizer = optimizer.apply_gradient(g)

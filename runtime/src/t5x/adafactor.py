@@ -133,7 +133,7 @@ def _largest_two(shape: Sequence[int], least: int) -> Any:
 def _layout(
   rule: FactorRule | None, shape: Sequence[int], path: str, least: int
 ) -> _Layout:
-  """Applies a rule; None means not factored, as axes shorter than `least` are."""
+  """Applies a rule (None: not factored); `least` is the shortest axis it factors."""
   every_axis = tuple(range(len(shape)))
   if rule is None:
     return _Layout(every_axis, None)
