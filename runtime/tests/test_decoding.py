@@ -306,8 +306,6 @@ def test_decoding_state():
 
 # ---- The beam dimension ----
 
-BATCH, BEAMS = 3, 4
-
 
 def numbers(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
