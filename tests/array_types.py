@@ -1,6 +1,6 @@
-"""Checks the shapes and dtypes in array functions' signatures at run time.
+"""Checks shapes and dtypes in signatures at run time; ignores other annotations.
 
-Other annotations are ignored. For `Array`, tests may pass NumPy arrays, as JAX does.
+NumPy arrays may be passed for `Array`, as in JAX.
 """
 
 import collections.abc
@@ -13,20 +13,20 @@ import jax
 import jaxtyping
 from beartype import beartype
 
-# Types that are checked, besides arrays; all others become `Any`.
+# Types that are kept in annotations; all others, except arrays, become `Any`.
 _CONTAINERS = (tuple, list, dict, collections.abc.Mapping, collections.abc.Sequence)
 _PLAIN = (int, float, bool, str, type(None), Ellipsis)
 
 
 def install(modules) -> None:
-  """Checks all functions in these modules (and within packages), not yet imported."""
+  """Checks all functions of modules and packages that are not yet imported."""
   jaxtyping.install_import_hook(list(modules), 'array_types.check')
 
 
 def check(function):
-  """Wraps a function to check shapes and dtypes; `inspect.unwrap` undoes it."""
+  """Wraps a function to check shapes and dtypes."""
   if function.__name__ == '__init__':
-    # A dataclass that is a tree may have axes or shapes in place of its arrays.
+    # A dataclass that is a tree may hold axes or shapes instead of arrays.
     return function
   hints = getattr(function, '__annotations__', {})
   function.__annotations__ = {
@@ -44,7 +44,7 @@ def _has_arrays(hint) -> bool:
 
 
 def _arrays_of(hint):
-  """The hint, with `Any` for what is neither an array nor plain."""
+  """Replaces parts of a hint that are neither arrays nor plain by `Any`."""
   if _is_array(hint):
     if hint.array_type is jax.Array:
       hint.array_type = typing.Any

@@ -1,4 +1,4 @@
-"""Every test runs on the CPU, split into eight devices, and never on a network."""
+"""Runs every test on eight CPU devices and without a network."""
 
 import os
 import pathlib
@@ -13,17 +13,16 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['HF_HUB_OFFLINE'] = '1'
-# Several test processes may compile for TPUs at a time; libtpu allows one by itself.
+# Several test processes may compile for TPUs at a time.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 
-# For what tests share: tiny.py.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-# For array_types.py, behind the rest: names here come first.
+# Last: modules of this folder take precedence.
 sys.path.append(str(pathlib.Path(__file__).parents[2] / 'tests'))
 
 import array_types  # noqa: E402 - found through the path above.
 
-# Before anything imports them.
+# Before anything imports these modules.
 array_types.install(
   f't5x.{name}'
   for name in (
@@ -35,7 +34,7 @@ array_types.install(
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
-  """The folder of a run of tiny.py with checkpoints of steps 0, 5 and 10."""
+  """The folder of a run with checkpoints of steps 0, 5 and 10."""
   import tiny
 
   from t5x import train

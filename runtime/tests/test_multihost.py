@@ -1,4 +1,4 @@
-"""Joining and synchronising processes."""
+"""Joining processes, and two processes that work together."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from t5x import multihost
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Records the arguments of `jax.distributed.initialize` in place of calling it."""
+  """Arguments of the calls of `jax.distributed.initialize`, which is replaced."""
   made = []
   monkeypatch.setattr(jax.distributed, 'initialize', lambda **kw: made.append(kw))
   monkeypatch.setattr(multihost, '_on_tpu_vm', lambda: False)
@@ -24,7 +24,7 @@ def calls(monkeypatch):
   return made
 
 
-def test_runs_alone_by_default(calls):
+def test_a_single_process_by_default(calls):
   multihost.initialize()
   assert calls == []
   assert multihost.is_host_0()
@@ -47,9 +47,7 @@ def test_clusters_are_detected(calls, monkeypatch):
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '4')
   assert multihost.detect_cluster() == 'Slurm'
   multihost.initialize()
-  assert calls == [{}]
-  # process_count = 1 overrides the cluster.
-  multihost.initialize(process_count=1)
+  multihost.initialize(process_count=1)  # Overrides the cluster.
   assert calls == [{}]
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
   monkeypatch.setattr(multihost, '_on_tpu_vm', lambda: True)
@@ -67,71 +65,110 @@ def test_environment_excludes_tpus(monkeypatch):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'process_count': 0}, 'at least 1'),
-    ({'process_index': -1}, 'at least 0'),
+    ({'process_count': 0}, 'process_count.* 0'),
+    ({'process_index': -1}, 'process_index.* -1'),
     ({'process_count': 2, 'process_index': 2}, '2 of 2'),
     ({'coordinator_address': 'host'}, "'host'"),
   ],
 )
-def test_contradicting_arguments_are_errors(calls, arguments, message):
+def test_invalid_arguments_of_initialize_are_errors(calls, arguments, message):
   with pytest.raises(ValueError, match=message):
     multihost.initialize(**arguments)
   assert calls == []
 
 
-def test_failure_to_join_is_an_error(monkeypatch, calls):
+def test_a_failure_to_join_is_an_error(calls, monkeypatch):
   def fail(**_):
-    raise ValueError('no idea')
+    raise RuntimeError('no idea')
 
   monkeypatch.setattr(jax.distributed, 'initialize', fail)
   with pytest.raises(ValueError, match='no idea'):
     multihost.initialize(multiprocess_gpu=True)
 
 
-CHILD = """
+def run_two_processes(code, devices):
+  """Runs `code`, which finds `index` and has joined, and checks that it succeeds."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  start = f"""
     import sys
     from t5x import multihost
-    port, index = sys.argv[1], int(sys.argv[2])
-    multihost.initialize('localhost:' + port, 2, index)
+    index = int(sys.argv[1])
+    multihost.initialize('localhost:{port}', 2, index)
     import jax
     import numpy as np
+  """
+  environment = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(start) + textwrap.dedent(code), index],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in ('0', '1')
+  ]
+  for process in processes:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+
+
+def test_two_processes_join_and_communicate():
+  code = """
     assert jax.process_count() == 2 and jax.device_count() == 4
     assert multihost.is_host_0() == (index == 0)
     assert multihost.broadcast_int(10 + index) == 10
     tree = multihost.broadcast({'x': np.arange(3) + index})
     np.testing.assert_array_equal(tree['x'], [0, 1, 2])
-    multihost.sync('start')
+    multihost.sync('both are here')
     multihost.assert_same(np.arange(3), 'the order')
     try:
       multihost.assert_same(np.arange(3) + index, 'the order')
     except ValueError as error:
       assert 'the order must be the same' in str(error)
     else:
-      assert index == 0
-    print('done', index)
-"""
+      raise AssertionError('not reported')
+  """
+  run_two_processes(code, devices=2)
 
 
-def test_two_processes():
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = str(free.getsockname()[1])
-  environment = {
-    **os.environ,
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-  }
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', textwrap.dedent(CHILD), port, str(index)],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  for index, child in enumerate(children):
-    output, _ = child.communicate(timeout=120)
-    assert child.returncode == 0, output
-    assert f'done {index}' in output
+@pytest.mark.slow
+def test_every_host_gets_all_inferences():
+  code = """
+    import tensorflow as tf
+    from t5x import inference, partitioning
+    from t5x.train_state import InferenceState
+
+    def state_of(scale):
+      step = jax.numpy.zeros((), 'int32')
+      return InferenceState(step=step, params={'scale': scale}, flax_mutables={})
+
+    def infer_step(params, batch, rng=None):
+      return batch['x'] * params['scale'], {'scores': batch['x'] + 0.5}
+
+    def dataset(size):
+      x = np.arange(size, dtype=np.int32)
+      return tf.data.Dataset.from_tensor_slices({'x': x}).enumerate()
+
+    state = state_of(np.float32(3.0))
+    for num_partitions in (1, 8):
+      partitioner = partitioning.PjitPartitioner(num_partitions=num_partitions)
+      infer = inference.get_infer_fn(infer_step, 8, state_of(None), partitioner)
+      for size in (1, 8, 19):
+        results, aux = infer(dataset(size), state, rng=jax.random.PRNGKey(0))
+        assert results == [(i, 3.0 * i) for i in range(size)], results
+        assert aux == {'scores': [i + 0.5 for i in range(size)]}, aux
+    try:
+      infer(dataset(3 + index), state)
+    except ValueError as error:
+      assert 'same in every process' in str(error), error
+    else:
+      raise AssertionError('not reported')
+  """
+  run_two_processes(code, devices=4)

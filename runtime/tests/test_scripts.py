@@ -1,11 +1,9 @@
-"""The scripts as a user calls them: one end-to-end test each, stops, kills, errors."""
+"""The scripts from the command line: results, kills and errors."""
 
-import json
 import os
 import pathlib
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -23,13 +21,15 @@ from t5x import checkpoints, train
 pytestmark = pytest.mark.slow
 
 HERE = pathlib.Path(__file__).parent
-# Two screens of 45 lines.
-LONGEST_LOG = 90
-FEATURE_LENGTHS = '{"inputs": 16, "targets": 8}'
+READING = {
+  'TASK_FEATURE_LENGTHS': '{"inputs": 16, "targets": 8}',
+  'USE_CACHED_TASKS': False,
+  'BATCH_SIZE': 8,
+}
 
 
 def command(script, run_file, **macros):
-  """The command line of a script with the tiny model; macros in gin's own syntax."""
+  """Returns the command line of a script with the tiny model."""
   return [
     sys.executable,
     '-m',
@@ -45,9 +45,7 @@ def train_command(model_dir, steps=40, run_file='pretrain', **macros):
   settings = {
     'MODEL_DIR': repr(str(model_dir)),
     'TRAIN_STEPS': steps,
-    'TASK_FEATURE_LENGTHS': FEATURE_LENGTHS,
-    'USE_CACHED_TASKS': False,
-    'BATCH_SIZE': 8,
+    **READING,
     'RANDOM_SEED': 0,
     'train/utils.DatasetConfig.seed': 0,
     'utils.SaveCheckpointConfig.save_dataset': True,
@@ -79,7 +77,7 @@ def start(args, devices=1):
 
 
 def call(args, devices=1, code=0):
-  """Runs a command to its end; returns its output's lines."""
+  """Runs a command; returns the lines of its output."""
   process = start(args, devices)
   out, _ = process.communicate(timeout=300)
   assert process.returncode == code, out
@@ -87,12 +85,11 @@ def call(args, devices=1, code=0):
 
 
 def read_until(process, pattern):
-  """Reads lines up to the first that fits; returns all of them."""
   lines = []
   for line in process.stdout:
     lines.append(line)
     if re.search(pattern, line):
-      return lines
+      return
   raise AssertionError(f'No line with {pattern!r}:\n{"".join(lines)}')
 
 
@@ -105,7 +102,7 @@ def losses(lines):
 
 
 def final_state(model_dir, steps=40):
-  """The state of a finished run, which starting it again returns."""
+  """Restores the state of a finished run."""
   step, state = train.train(
     **tiny.train_arguments(model_dir, task='tiny_noised', total_steps=steps)
   )
@@ -115,7 +112,7 @@ def final_state(model_dir, steps=40):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """A run of 40 steps in one go: (folder, lines of its log)."""
+  """An uninterrupted run of 40 steps: (folder, lines of its log)."""
   folder = tmp_path_factory.mktemp('whole')
   return folder, call(train_command(folder))
 
@@ -123,7 +120,7 @@ def whole(tmp_path_factory):
 def test_train(whole):
   folder, lines = whole
   assert re.search(r't5x\.train from .*/t5x/__init__\.py', lines[0])
-  assert len(lines) <= LONGEST_LOG, '\n'.join(lines)
+  assert len(lines) <= 90, '\n'.join(lines)
   assert len(losses(lines)) == 4
   assert sum('tiny_noised: step' in line for line in lines) == 2
   assert lines[-1].endswith('Finished at step 40.')
@@ -131,32 +128,16 @@ def test_train(whole):
   assert checkpoints.all_steps(str(folder)) == [0, 20, 40]
   config = (folder / 'config.gin').read_text()
   assert 'TRAIN_STEPS = 40' in config and 'tiny_noised' in config
+  events = read_events(folder / 'train')
+  for tag in ('weight_gradient_norm', 'timing/target_tokens_per_second'):
+    assert [step for step, name, _ in events if name == tag] == [10, 20, 30, 40]
+  (recorded,) = [value for _, tag, value in events if tag == 'config']
+  assert 'TRAIN_STEPS = 40' in recorded.decode()
 
 
-def test_tensorboard_has_time_rate_norms_and_the_configuration(whole):
-  events = read_events(whole[0] / 'train')
-  at = {tag: {step for step, name, _ in events if name == tag} for _, tag, _ in events}
-  for tag in (
-    'learning_rate',
-    'weight_norm',
-    'weight_gradient_norm',
-    'timing/steps_per_second',
-    'timing/target_tokens_per_second',
-    'timing/data_wait_share',
-  ):
-    assert at[tag] == {10, 20, 30, 40}, tag
-  (config,) = [value for _, tag, value in events if tag == 'config']
-  assert 'TRAIN_STEPS = 40' in config.decode()
-
-
-def test_a_finished_run_says_so_and_exits_0(whole):
-  lines = call(train_command(whole[0]))
-  assert any('Nothing to train: the run is at its last step, 40.' in x for x in lines)
-
-
-def test_the_program_ends_within_a_second_of_its_last_line(tmp_path):
+def test_the_program_exits_within_a_second_of_its_last_line(tmp_path):
   took = []
-  for steps in (2, 3, 4):  # The best of three: other programs may hold a core.
+  for steps in (2, 3, 4):  # The best of three: the machine may be busy.
     process = start(train_command(tmp_path, steps=steps))
     read_until(process, f'Finished at step {steps}')
     finished = time.monotonic()
@@ -167,27 +148,11 @@ def test_the_program_ends_within_a_second_of_its_last_line(tmp_path):
   assert min(took) < 1, took
 
 
-def test_eval(whole, tmp_path):
-  call(
-    command(
-      'eval',
-      'eval',
-      CHECKPOINT_PATH=repr(str(whole[0] / 'checkpoint_40')),
-      EVAL_OUTPUT_DIR=repr(str(tmp_path)),
-    )
-  )
-  metrics = json.loads(
-    (tmp_path / 'inference_eval' / 'tiny_noised-metrics.jsonl').read_text()
-  )
-  assert metrics['step'] == 40
-  assert (tmp_path / 'config.gin').exists()
-
-
 def test_infer(whole, tmp_path):
   settings = {
     'CHECKPOINT_PATH': repr(str(whole[0] / 'checkpoint_40')),
     'INFER_OUTPUT_DIR': repr(str(tmp_path)),
-    'TASK_FEATURE_LENGTHS': FEATURE_LENGTHS,
+    'TASK_FEATURE_LENGTHS': READING['TASK_FEATURE_LENGTHS'],
     'infer.mode': repr('score'),
     'infer.num_shards': 2,
     'utils.DatasetConfig.batch_size': 4,
@@ -198,7 +163,7 @@ def test_infer(whole, tmp_path):
   assert (tmp_path / f'{name}.COMPLETED').exists()
 
 
-def test_main_runs_a_script_and_a_dry_run_stops_before_it(tmp_path):
+def test_main_runs_a_script_unless_it_is_a_dry_run(tmp_path):
   args = train_command(tmp_path / 'run', steps=2)
   args[2] = 't5x.main'
   lines = call([*args, '--run_mode=train', '--dry_run'])
@@ -211,9 +176,7 @@ def test_main_runs_a_script_and_a_dry_run_stops_before_it(tmp_path):
 def test_precompile(tmp_path):
   settings = {
     'MODEL_DIR': repr(str(tmp_path)),
-    'TASK_FEATURE_LENGTHS': FEATURE_LENGTHS,
-    'USE_CACHED_TASKS': False,
-    'BATCH_SIZE': 8,
+    **READING,
     'partitioning.PjitPartitioner.backend': None,
   }
   args = command('main', 'precompile', **settings)
@@ -222,20 +185,10 @@ def test_precompile(tmp_path):
   assert np.load(tmp_path / 'assignment').size == 4
 
 
-@pytest.mark.parametrize(
-  'wrong, message',
-  [
-    ({'TRAIN_STPES': 5}, "'TRAIN_STEPS'"),
-    ({'train.eval_perod': 5}, "'eval_period'"),
-    ({'MIXTURE_OR_TASK_NAME': '"tiny_noisd"'}, "'tiny_noised'"),
-    ({'MODEL_DIR': '"/dev/null/run"'}, 'model_dir /dev/null/run cannot be written'),
-    ({'BATCH_SIZE': 7, 'utils.DatasetConfig.batch_size': 7}, '7'),
-  ],
-)
-def test_wrong_input_is_one_message(tmp_path, wrong, message):
+def test_wrong_input_is_one_message(tmp_path):
   process = subprocess.run(
-    train_command(tmp_path, **wrong),
-    env=environment(devices=2),
+    train_command(tmp_path, TRAIN_STPES=5),
+    env=environment(),
     capture_output=True,
     text=True,
     timeout=300,
@@ -243,22 +196,11 @@ def test_wrong_input_is_one_message(tmp_path, wrong, message):
   )
   assert process.returncode == 1
   assert process.stderr.count('ERROR: ') == 1 and 'Traceback' not in process.stderr
-  assert message in process.stderr[process.stderr.index('ERROR: ') :]
+  assert "'TRAIN_STEPS'" in process.stderr[process.stderr.index('ERROR: ') :]
 
 
-def test_sigterm_saves_and_exits_0(whole, tmp_path):
-  process = start(train_command(tmp_path, steps=100_000))
-  read_until(process, 'step 10 of')
-  process.send_signal(signal.SIGTERM)
-  out, _ = process.communicate(timeout=120)
-  assert process.returncode == 0, out
-  step = int(re.search(r'saving at step (\d+)', out)[1])
-  assert checkpoints.latest_step(str(tmp_path)) == step
-  assert f'Stopped at step {step} of 100000.' in out
-
-
-def test_killed_at_any_instant_it_ends_bit_for_bit_the_same(whole, tmp_path):
-  """Saves at every step, so that most kills fall into a save."""
+def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
+  # Saves at every step, so that most kills interrupt a save.
   often = {'utils.SaveCheckpointConfig.period': 1, 'utils.SaveCheckpointConfig.keep': 3}
   delays = random.Random(0)
   for _ in range(4):
@@ -273,27 +215,13 @@ def test_killed_at_any_instant_it_ends_bit_for_bit_the_same(whole, tmp_path):
   )
 
 
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
-
-
 def call_together(args):
   """Runs two processes of four devices as one run; returns both outputs."""
-  port = free_port()
-  processes = [
-    start(
-      [
-        *args,
-        f'--coordinator_address=127.0.0.1:{port}',
-        '--process_count=2',
-        f'--process_index={index}',
-      ],
-      devices=4,
-    )
-    for index in range(2)
-  ]
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+  args = [*args, f'--coordinator_address={address}', '--process_count=2']
+  processes = [start([*args, f'--process_index={i}'], devices=4) for i in range(2)]
   outputs = [process.communicate(timeout=400)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs
   return outputs
@@ -307,7 +235,7 @@ def test_two_processes_train_evaluate_save_and_resume_as_one(tmp_path):
     'DROPOUT_RATE': 0.0,
     'train.eval_period': 5,
     'utils.SaveCheckpointConfig.period': 5,
-    # Rows are examples, in order: the same batches however many processes read them.
+    # Rows are examples, in order: any number of processes reads the same batches.
     'train/utils.DatasetConfig.pack': False,
     'train/utils.DatasetConfig.shuffle': False,
   }

@@ -1,8 +1,7 @@
 """A model and tasks so small that a whole run takes seconds.
 
-The model is a T5X encoder-decoder in forty lines of Flax: a token's embedding, a mean
-over the source, one hidden layer. It learns to copy its input's last token, roughly.
-The tasks are made of arithmetic: no file, no download, no vocabulary model.
+The model adds a token's embedding to a mean over the source and has one hidden layer.
+The tasks need no files.
 """
 
 import functools
@@ -14,14 +13,7 @@ import tensorflow as tf
 from flax import linen as nn
 from flax.linen import partitioning as nn_partitioning
 
-from t5x import (
-  data,
-  models,
-  optimizers,
-  partitioning,
-  restore,
-  trainer,
-)
+from t5x import data, models, optimizers, partitioning, restore, trainer
 
 VOCABULARY = seqio.ByteVocabulary()
 VOCABULARY_SIZE = 384
@@ -30,12 +22,12 @@ TEST_EXAMPLES = 10
 
 
 def vocabulary():
-  """The vocabulary of model and tasks; a function, so that gin can name it."""
+  """Returns the vocabulary, for gin."""
   return VOCABULARY
 
 
 class Steps(nn.Module):
-  """Counts decoding steps: one number a row stands for a real model's cache."""
+  """Counts decoding steps per row, in place of a cache."""
 
   @nn.compact
   def __call__(self, rows):
@@ -44,48 +36,35 @@ class Steps(nn.Module):
 
 
 class Network(nn.Module):
-  """A module with the interface that `EncoderDecoderModel` asks for."""
+  """A module with the interface that `EncoderDecoderModel` needs."""
 
   width: int = 8
   hidden: int = 16
   dropout_rate: float = 0.1
 
   def setup(self):
-    self.embedding = nn_partitioning.param_with_axes(
-      'embedding',
-      nn.initializers.normal(0.1),
-      (VOCABULARY_SIZE, self.width),
-      jnp.float32,
-      axes=('vocab', 'embed'),
-    )
-    self.wi = nn_partitioning.param_with_axes(
-      'wi',
-      nn.initializers.normal(0.1),
-      (self.width, self.hidden),
-      jnp.float32,
-      axes=('embed', 'mlp'),
-    )
-    self.wo = nn_partitioning.param_with_axes(
-      'wo',
-      nn.initializers.normal(0.1),
-      (self.hidden, VOCABULARY_SIZE),
-      jnp.float32,
-      axes=('mlp', 'vocab'),
-    )
+    sizes = {'vocab': VOCABULARY_SIZE, 'embed': self.width, 'mlp': self.hidden}
+
+    def param(name, *axes):
+      return nn_partitioning.param_with_axes(
+        name,
+        nn.initializers.normal(0.1),
+        tuple(sizes[axis] for axis in axes),
+        jnp.float32,
+        axes=axes,
+      )
+
+    self.embedding = param('embedding', 'vocab', 'embed')
+    self.wi = param('wi', 'embed', 'mlp')
+    self.wo = param('wo', 'mlp', 'vocab')
     self.dropout = nn.Dropout(self.dropout_rate)
     self.steps = Steps()
 
-  def encode(
-    self,
-    encoder_input_tokens,
-    encoder_segment_ids=None,
-    encoder_positions=None,
-    enable_dropout=True,
-  ):
+  def encode(self, encoder_input_tokens, enable_dropout=True):
     tokens = encoder_input_tokens.astype(jnp.int32)
     real = (tokens != 0)[..., None]
     embedded = jnp.where(real, self.embedding[tokens], 0.0)
-    # A running mean, so that segments of a packed row stay different.
+    # A running mean, so that segments of a packed row differ.
     count = jnp.maximum(jnp.cumsum(real, axis=1), 1)
     return jnp.cumsum(embedded, axis=1) / count
 
@@ -95,9 +74,6 @@ class Network(nn.Module):
     encoder_input_tokens,
     decoder_input_tokens,
     decoder_target_tokens,
-    encoder_segment_ids=None,
-    decoder_segment_ids=None,
-    decoder_positions=None,
     enable_dropout=True,
     decode=False,
     max_decode_length=None,
@@ -135,7 +111,7 @@ class Network(nn.Module):
 
 
 def _examples(split, shuffle_files=False, seed=None):
-  """Text of `number` words; the target is the last of them."""
+  """Texts of three numbers; the target is the last of them."""
   count, offset = {
     'train': (TRAIN_EXAMPLES, 0),
     'validation': (16, 1000),
@@ -148,25 +124,16 @@ def _examples(split, shuffle_files=False, seed=None):
 
 
 def share_equal(targets, predictions):
-  """Fraction of predictions equal to their target."""
   equal = [target == guess for target, guess in zip(targets, predictions, strict=True)]
   return {'equal': float(np.mean(equal))}
 
 
 def mean_score(targets, scores):
-  """Mean log-likelihood of the targets."""
   return {'mean_score': float(np.mean(scores))}
 
 
-def register(name='tiny_copy', seeded=False):
-  """Registers the task, once.
-
-  Args:
-    name: its name.
-    seeded: whether a random step of the pipeline changes the data each epoch.
-  """
-  if name in seqio.TaskRegistry.names():
-    return
+def register(name, seeded=False):
+  """Registers a task; `seeded` adds noise that changes with each epoch."""
   feature = functools.partial(seqio.Feature, VOCABULARY, add_eos=True, dtype=tf.int32)
 
   @seqio.map_over_dataset(num_seeds=1)
@@ -193,31 +160,8 @@ register('tiny_copy')
 register('tiny_noised', seeded=True)
 
 
-def two_vocabularies(name):
-  """Registers a task whose inputs and targets are in vocabularies of their own.
-
-  Args:
-    name: its name.
-
-  Returns:
-    Its features.
-  """
-  if name not in seqio.TaskRegistry.names():
-    seqio.TaskRegistry.add(
-      name,
-      source=seqio.FunctionDataSource(_examples, splits=('train', 'test')),
-      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-      output_features={
-        'inputs': seqio.Feature(seqio.ByteVocabulary(extra_ids=3)),
-        'targets': seqio.Feature(VOCABULARY),
-      },
-      metric_fns=[],
-    )
-  return seqio.TaskRegistry.get(name).output_features
-
-
 def with_a_broken_metric(name='tiny_broken'):
-  """Registers a task whose metric cannot be computed, and returns its name."""
+  """Registers a task whose metric raises; returns its name."""
 
   def broken(targets, scores):
     raise ValueError('no count')
@@ -237,7 +181,7 @@ EVALUATOR = functools.partial(
 
 
 def make_model(dropout_rate=0.1):
-  """The model as tiny.gin binds it."""
+  """Returns the model that tiny.gin binds."""
   return models.EncoderDecoderModel(
     module=Network(dropout_rate=dropout_rate),
     input_vocabulary=VOCABULARY,
@@ -247,7 +191,6 @@ def make_model(dropout_rate=0.1):
 
 
 def dataset_config(split, task='tiny_copy', **changes):
-  """What to read, packed, in the task's own order."""
   settings = {
     'task_feature_lengths': LENGTHS,
     'batch_size': 8,
@@ -260,7 +203,6 @@ def dataset_config(split, task='tiny_copy', **changes):
 
 
 def checkpoint_config(period=5, save_dataset=True, initial=None, **save):
-  """Saves every `period` steps; starts from `initial` if given."""
   return restore.CheckpointConfig(
     save=restore.SaveCheckpointConfig(period=period, save_dataset=save_dataset, **save),
     restore=restore.RestoreCheckpointConfig(path=initial or [], mode='specific'),
@@ -268,13 +210,7 @@ def checkpoint_config(period=5, save_dataset=True, initial=None, **save):
 
 
 def train_arguments(model_dir, task='tiny_copy', **changes):
-  """Arguments of `train.train` for a run of ten steps.
-
-  Args:
-    model_dir: the run's folder.
-    task: what to train on.
-    **changes: arguments to replace.
-  """
+  """Returns arguments of `train.train` for a run of ten steps."""
   return {
     'model': make_model(),
     'train_dataset_cfg': dataset_config('train', task, shuffle=True),
