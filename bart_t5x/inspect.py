@@ -2,11 +2,10 @@
 
     python -m bart_t5x.inspect --task=norwegian_denoising_mini --num_examples=5
 
-Of denoising tasks it shows what each mask stands for, which sentences were moved and
-what was inserted; of other tasks the texts and their ids. A table at the end sums up:
-the share of masked tokens, span lengths next to the Poisson distribution, padding, and
-tokens that were cut off. Of a mixture each task is shown, with as many examples as its
-rate allows, and the rows that they share.
+For denoising tasks it shows what each mask replaces and which sentences moved; for
+other tasks the texts and their ids. A table summarizes the share of masked tokens, span
+lengths next to the Poisson distribution, padding, and tokens cut off. Of a mixture it
+shows each task, with examples in proportion to its rate, and the rows that they share.
 """
 
 import argparse
@@ -45,14 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     '--num_summed',
     type=int,
     default=1000,
-    help='examples that the table sums up (default: 1000)',
+    help='examples that the table summarizes (default: 1000)',
   )
   add(
     '--inputs_length',
     type=int,
     default=1024,
-    help='default: 1024. Noise shortens long texts, but can lengthen short ones: '
-    'targets under some 60 tokens need longer inputs',
+    help='default: 1024. Noise can lengthen short texts: targets under about 60 tokens '
+    'need longer inputs',
   )
   add('--targets_length', type=int, default=1024, help='default: 1024')
   add(
@@ -70,13 +69,13 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--gin_file',
     action='append',
-    help='noise recipe, gin/noise/….gin; may be repeated (default: gin/denoising.gin)',
+    help='noise recipe gin/noise/….gin; may be repeated (default: gin/denoising.gin)',
   )
   add(
     '--module',
     action='append',
     default=['tasks'],
-    help='module that registers the task, besides `tasks`; may be repeated',
+    help='module that registers the task, in addition to `tasks`; may be repeated',
   )
   add(
     '--color',
@@ -88,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def wants_color(choice: str, terminal: bool) -> bool:
-  """Decides on 'auto' by https://no-color.org."""
+  """Returns whether to use colour; 'auto' follows https://no-color.org."""
   if choice != 'auto':
     return choice == 'always'
   return terminal and not os.environ.get('NO_COLOR')
 
 
 class Painter:
-  """Marks text by colour, or by brackets without colour."""
+  """Marks text by colour or by brackets."""
 
   def __init__(self, color: bool):
     self._color = color
@@ -119,8 +118,7 @@ def spans_of(
     permuted: clean positions in the order after permutation.
 
   Yields:
-    (ids of new tokens, clean positions missing there). Where spans touch, several new
-    tokens stand for all of the positions together.
+    (ids of new tokens, missing clean positions). Adjacent spans are one pair.
   """
   place = {position: i for i, position in enumerate(permuted)}
   new, at = [], 0
@@ -145,13 +143,13 @@ def _unrotated(references: Sequence[int], place: Mapping[int, int]) -> Sequence[
 
 
 def sentence_order(permuted: Sequence[int], starts: Sequence[int]) -> list[int]:
-  """Numbers of the sentences, from 0, in the order after permutation."""
+  """Returns the numbers of the sentences, from 0, in the order after permutation."""
   number = {start + 1: i for i, start in enumerate(starts)}
   return [number[position] for position in permuted if position in number]
 
 
 def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
-  """Shows a traced denoising example."""
+  """Formats a traced denoising example."""
   target = example['targets'].tolist()
   references = example['references'].tolist()
   permuted = example['permuted'].tolist()
@@ -195,7 +193,7 @@ def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
 
 
 def text_lines(example: Mapping, features: Mapping, number: int) -> list[str]:
-  """Shows the texts and ids of any example."""
+  """Formats the texts and ids of any example."""
   lines = [f'example {number}']
   for name, feature in features.items():
     if name not in example:
@@ -216,7 +214,7 @@ def text_lines(example: Mapping, features: Mapping, number: int) -> list[str]:
 
 
 def row_lines(row: Mapping, vocabulary, number: int) -> list[str]:
-  """Shows which examples share a packed row."""
+  """Lists the examples that share a packed row."""
   lines = []
   segments = row['decoder_segment_ids']
   for segment in range(1, int(segments.max()) + 1):
@@ -234,7 +232,7 @@ def row_lines(row: Mapping, vocabulary, number: int) -> list[str]:
 
 @dataclasses.dataclass
 class View:
-  """One task: its examples as dicts of numpy arrays (traced if it denoises)."""
+  """A task and its examples as numpy arrays, traced if it denoises."""
 
   task: Any
   examples: list[Mapping]
@@ -247,7 +245,7 @@ def _table_row(label: str, value: str, note: str = '') -> str:
 
 
 def summary_lines(view: View, rows: Sequence[Mapping]) -> list[str]:
-  """The table: lengths, padding, and the noise applied."""
+  """Formats the table: lengths, padding, and the noise."""
   examples = view.examples
   lines = [_table_row('examples', f'{len(examples):,}')]
   for name in ('inputs', 'targets'):
@@ -318,7 +316,7 @@ def _histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
     at = round(expected * _BAR_WIDTH)
     bar = ('#' * round(seen * _BAR_WIDTH)).ljust(at + 1)
     lines.append(f'{k:28} {seen:8.3f} {expected:8.3f}  {bar[:at]}|{bar[at + 1 :]}')
-  lines.append("An example's last span is clipped, so there are more short ones.")
+  lines.append('The last span of each example is clipped, which adds short ones.')
   return lines
 
 
@@ -326,7 +324,7 @@ def _histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
 
 
 def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
-  """Views of a task, or of each task of a mixture, and packed rows."""
+  """Returns the view of each task and the packed rows."""
   import seqio
 
   from bart_t5x import data
@@ -360,7 +358,7 @@ def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
 
 
 def _traced(task) -> tuple[Any, Any]:
-  """A denoising task with `trace`, and its recipe; another task as it is, and None."""
+  """Returns a denoising task with `trace` and its recipe; other tasks with None."""
   from bart_t5x import data, noise, preprocessors
 
   if not isinstance(task, data.EpochTask):
@@ -385,14 +383,14 @@ def _bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-  """Prints everything."""
+  """Prints the examples, the rows and the table."""
   cli.import_tensorflow()
   import tensorflow as tf
 
   from bart_t5x import data
 
   cli.quiet_warnings()
-  for module in args.module:  # before gin binds: it may register configurables
+  for module in args.module:  # before gin's files are read, for its configurables
     data.import_tasks(module, '--module')
   _bind_gin(args.gin_file, bindings)
   if args.cache_dir:

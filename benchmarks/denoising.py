@@ -1,13 +1,13 @@
-"""Speed of the noise: tokens per second on one core, and that of the peers' algorithms.
+"""Speed of the noise and of other implementations' algorithms, on one core.
 
     python -m bart_t5x.prepare --source=… --output_dir=data/no
     python benchmarks/denoising.py --corpus_dir=data/no
 
-Measured on pieces of a prepared corpus, cut to 1,022 and to 130 tokens. The baselines
-follow the peers' descriptions, in NumPy: fairseq's (one example at a time) and that of
-Hugging Face's data collator for BART (a batch at a time, with its loops over masked
-positions). Seconds are CPU seconds of the process, pinned to one core; the best of
-three runs. Results: denoising.md.
+Runs on pieces of a prepared corpus of 1,022 and of 130 tokens. The baselines, in NumPy,
+follow the descriptions of fairseq's noise (one example at a time) and of Hugging Face's
+data collator for BART (a batch at a time, with its loops over masked positions). Times
+are CPU seconds of the process, pinned to one core; the best of three runs. Results:
+denoising.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MASK = 4
 
 
 def read_pieces(corpus_dir: str, length: int, count: int) -> list[tuple]:
-  """(tokens, sentence starts) of exactly `length` tokens, across documents."""
+  """Returns (tokens, sentence starts) of `length` tokens, across documents."""
   documents = CorpusSource(corpus_dir).get_dataset(shuffle=False)
   pieces, tokens, starts = [], [], []
   for document in documents.as_numpy_iterator():
@@ -113,7 +113,7 @@ def collator_like(batch, random, ratio=0.3, mean=3.0, pad=0):
 
 
 def with_padding(pieces, rows, length):
-  """Batches as the collator gets them."""
+  """Returns batches in the collator's format."""
   batches, padded = [], []
   for tokens, starts in pieces:
     row = np.insert(tokens, starts[1:], 0)[:length]

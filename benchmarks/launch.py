@@ -1,12 +1,11 @@
-"""How long a run takes to its first step, and to end after its last write.
+"""Time of a run to its first step, and from its last write to its end.
 
     python benchmarks/launch.py
-    export UPSTREAM_T5X=/path/to/t5x UPSTREAM_PYTHON=/path/to/python  # beside upstream
+    export UPSTREAM_T5X=/path/to/t5x UPSTREAM_PYTHON=/path/to/python  # with upstream
 
-starts `python -m t5x.train` on a model of 9,344 parameters for 40 steps, several times;
-with UPSTREAM_T5X google-research/t5x takes turns with ours, both on UPSTREAM_PYTHON,
-which has its requirements. The model itself notes when its first step runs. Medians
-and, in brackets, the extremes.
+Starts `python -m t5x.train` several times, on a model of 9,344 parameters for 40 steps.
+With UPSTREAM_T5X it alternates with google-research/t5x, both on UPSTREAM_PYTHON. The
+model itself records when its first step runs. Prints medians and extremes.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Seconds a training step, here and with transformers' FlaxBart, side by side.
+"""Seconds per training step, of this model and of transformers' FlaxBart.
 
     FLAX_PEER_PYTHON=.venv-flax-peer/bin/python python benchmarks/train_step.py
 
 Both run the same size (width 256, 4 + 4 layers, 1,024 inside, 8 heads, vocabulary
 16,000), the same batch of 8 rows of 256 tokens, all dropout rates 0.1, AdamW, and the
-same JAX, in processes of their own that take turns. Printed are the fastest step and
-the CPU seconds of a step, which other processes on the machine disturb less.
+same JAX, in separate processes that take turns. Prints the fastest step and the CPU
+seconds per step, on which other processes have less effect.
 """
 
 import argparse
@@ -20,7 +20,7 @@ RATE = 0.1
 
 
 def _batch():
-  """Random tokens; the decoder reads the targets moved right by one."""
+  """Random tokens; decoder inputs are the targets shifted right."""
   import numpy as np
 
   rng = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def _batch():
 
 
 def _ours(dtype, attention_impl):
-  """(parameters, loss of parameters and a random key) of this project's model."""
+  """Returns the parameters, and the loss as a function of parameters and a key."""
   import jax
   import jax.numpy as jnp
   import seqio
@@ -70,7 +70,7 @@ def _ours(dtype, attention_impl):
 
 
 def _flax_bart(dtype, _):
-  """The same of transformers' FlaxBart, with the loss of its example script."""
+  """The same for FlaxBart, with the loss of transformers' example script."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -113,7 +113,7 @@ def _flax_bart(dtype, _):
 
 
 def _measure(implementation, dtype, attention_impl, steps):
-  """Runs steps; prints one line of JSON."""
+  """Runs steps and prints one line of JSON."""
   import jax
   import optax
 
@@ -146,7 +146,7 @@ def _measure(implementation, dtype, attention_impl, steps):
 
 
 def _in_turns(dtypes, attention_impl, steps, rounds):
-  """Measures both sides, each in a process of its own; the best of the rounds."""
+  """Measures both in separate processes; prints the best of the rounds."""
   peer = os.environ.get('FLAX_PEER_PYTHON')
   pythons = {'ours': sys.executable, **({'flax': peer} if peer else {})}
   best = {}
@@ -161,7 +161,7 @@ def _in_turns(dtypes, attention_impl, steps, rounds):
         found = json.loads(output.stdout.splitlines()[-1])
         before = best.setdefault((name, dtype), found)
         best[name, dtype] = {key: min(before[key], found[key]) for key in found}
-  print('| | dtype | seconds a step | CPU seconds a step | first step |')
+  print('| | dtype | seconds per step | CPU seconds per step | first step |')
   print('|---|---|---|---|---|')
   for (name, dtype), found in best.items():
     figures = (f'{found[key]:.2f}' for key in ('seconds', 'cpu_seconds', 'first'))
@@ -171,7 +171,7 @@ def _in_turns(dtypes, attention_impl, steps, rounds):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
-    '--run', choices=('ours', 'flax'), help='one side, in this process'
+    '--run', choices=('ours', 'flax'), help='run only this one, in this process'
   )
   parser.add_argument('--dtypes', default='float32', help='float32,bfloat16')
   parser.add_argument('--attention_impl', default='auto', help='of ours')
