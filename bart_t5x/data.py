@@ -86,7 +86,7 @@ def find_task(
   if mixture_or_task_name not in known:
     near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
     raise ValueError(
-      f'Task or mixture {mixture_or_task_name!r} is not registered. '
+      f'Unknown task or mixture {mixture_or_task_name!r}. '
       + (f'Nearest: {", ".join(near)}. ' if near else '')
       + hint
     )

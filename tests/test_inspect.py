@@ -80,12 +80,6 @@ def test_gin_bindings_change_the_noise(capsys):
   assert 'span length' not in out and 'order ' not in out
 
 
-def test_recipe_of_the_task_is_used(capsys):
-  _, out, _ = inspected(capsys, task='inspect_test_empty')
-  assert float(out.split('tokens masked')[1].split('%')[0]) == 0
-  assert 'infill_ratio=0,' in out
-
-
 def test_other_tasks_are_shown_as_text(capsys):
   code, out, _ = inspected(capsys, task='inspect_test_text')
   assert code == 0

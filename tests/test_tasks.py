@@ -66,28 +66,6 @@ def noised(task, hosts=1, split='train', **kwargs):
   return found
 
 
-def test_import_needs_no_corpus(tmp_path):
-  code = (
-    'import seqio, tasks\n'
-    'for name in ("norwegian_denoising", "norwegian_denoising_mini"):\n'
-    '  task = seqio.get_mixture_or_task(name)\n'
-    '  try:\n'
-    '    task.get_dataset({"inputs": 64, "targets": 64})\n'
-    '  except FileNotFoundError as e:\n'
-    '    print(e)\n'
-  )
-  run = subprocess.run(
-    [sys.executable, '-c', code],
-    capture_output=True,
-    text=True,
-    env={**os.environ, 'BART_T5X_DATA': str(tmp_path)},
-    check=True,
-  )
-  lines = run.stdout.splitlines()
-  for line, folder in zip(lines, ('no', 'mini'), strict=True):
-    assert f'--output_dir={tmp_path / folder}' in line and 'bart_t5x.prepare' in line
-
-
 def test_p13_targets_give_the_text_back(task, corpus_dir):
   with open(os.path.join(os.path.dirname(corpus_dir), 'texts.txt')) as f:
     texts = set(f.read().splitlines())
