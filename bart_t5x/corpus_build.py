@@ -229,10 +229,9 @@ def _train_tokenizer(kept: Spool, settings: Mapping[str, Any]) -> bytes:
 
   def training_texts() -> Iterator[str]:
     for digest, text in kept.read():
-      if kept.split_of(digest) == TRAIN and (
-        # Reversed bits for an independent draw: small digests are held out.
-        share == 1.0 or _reversed_bits(digest) < share * 2**_DIGEST_BITS
-      ):
+      # Reversed bits for an independent draw: small digests are held out.
+      draw = int(f'{digest:0{_DIGEST_BITS}b}'[::-1], 2)
+      if kept.split_of(digest) == TRAIN and draw < share * 2**_DIGEST_BITS:
         yield text.decode('utf-8')
 
   return tokenizer_training.train(
@@ -242,10 +241,6 @@ def _train_tokenizer(kept: Spool, settings: Mapping[str, Any]) -> bytes:
     settings['vocab_size'],
     settings['min_frequency'],
   )
-
-
-def _reversed_bits(digest: int) -> int:
-  return int(f'{digest:0{_DIGEST_BITS}b}'[::-1], 2)
 
 
 # ---- the shards ---------------------------------------------------------------
@@ -282,7 +277,8 @@ def _write_shards(
     for split, count in ((TRAIN, num_shards), (VALIDATION, 1))
   }
   # For little text, a pool costs more than it saves.
-  workers = min(num_workers or _cores(), math.ceil(kept.bytes / _BATCH_BYTES))
+  cores = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
+  workers = min(num_workers or cores or 1, math.ceil(kept.bytes / _BATCH_BYTES))
   try:
     with contextlib.ExitStack() as stack:
       # Documents are dealt to the files of their split in turn.
@@ -301,13 +297,6 @@ def _write_shards(
   except tf.errors.OpError as e:
     raise OSError(errno.EIO, e.message) from e
   return totals
-
-
-def _cores() -> int:
-  """Cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 # Digest, bytes of text, token ids and sentence starts.

@@ -222,8 +222,6 @@ def _tokenizer_content(path: str) -> bytes:
       f'--tokenizer_file={path!r} is a folder with neither '
       f'{tokenization.BYTE_LEVEL_FILE} nor {tokenization.SENTENCEPIECE_FILE}.'
     )
-  if not os.path.exists(file):
-    raise cli.UsageError(f'No file {file!r}. Check --tokenizer_file.')
   return pathlib.Path(file).read_bytes()
 
 

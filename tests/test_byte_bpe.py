@@ -122,21 +122,20 @@ def test_words_around_every_character(last):
       assert_same_words(tables, codes)
 
 
-def test_overlapping_pairs_merge_from_the_left():
-  merges = [('a', 'a'), ('aa', 'a'), ('b', 'a'), ('aa', 'aa'), ('Ġ', 'b')]
-  tokenizer = bpe(merges)
-  texts = [''.join(t) for n in range(8) for t in itertools.product('ab', repeat=n)]
+@pytest.mark.parametrize(
+  ('merges', 'text', 'tokens'),
+  [
+    # Overlapping pairs merge from the left.
+    ('a a, aa a, b a, aa aa, Ġ b', 'aaaaa', ['aa', 'aaa']),
+    # A merge enables one of lower rank.
+    ('ab a, a b', 'abab', ['aba', 'b']),
+  ],
+)
+def test_merges_by_hand(merges, text, tokens):
+  tokenizer = bpe([tuple(pair.split()) for pair in merges.split(', ')])
+  assert tokenizer.encode(text).tokens == tokens
+  texts = [''.join(t) for n in range(9) for t in itertools.product('ab', repeat=n)]
   assert_same(tokenizer, in_graph(tokenizer), [*texts, *(f' {t}' for t in texts)])
-  assert tokenizer.encode('aaaaa').tokens == ['aa', 'aaa']
-
-
-def test_merge_that_enables_one_of_lower_rank():
-  merges = [('xy', 'x'), ('x', 'y')]
-  tokenizer = bpe(merges)
-  assert byte_bpe.build_tables(tokenizer).single is not None
-  assert tokenizer.encode('xyxy').tokens == ['xyx', 'y']
-  texts = [''.join(t) for n in range(9) for t in itertools.product('xy', repeat=n)]
-  assert_same(tokenizer, in_graph(tokenizer), texts)
 
 
 @pytest.mark.parametrize('seed', range(12))

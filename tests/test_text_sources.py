@@ -44,18 +44,13 @@ def test_only_newlines_end_a_line(tmp_path):
     assert documents(text_sources.text_source([path])) == lines
 
 
-def test_text_files(tmp_path):
-  write(tmp_path / 'b.txt', 'en\n\nto\r\n')
-  write(tmp_path / 'a.txt', '\ufefftre')
-  source = text_sources.text_source([str(tmp_path)], unit='file')
-  assert documents(source) == ['tre', 'en\n\nto\n']
-
-
-def test_paragraphs(tmp_path):
-  write(tmp_path / 'a.txt', '\n \nen\r\nto\n\n\t\ntre\n\n')
+def test_paragraphs_and_whole_files(tmp_path):
   write(tmp_path / 'b.txt', 'fire')
+  write(tmp_path / 'a.txt', '\ufeff\n \nen\r\nto\n\n\t\ntre\n\n')
   source = text_sources.text_source([str(tmp_path)], unit='paragraph')
   assert documents(source) == ['en\nto', 'tre', 'fire']
+  source = text_sources.text_source([str(tmp_path)], unit='file')
+  assert documents(source) == ['\n \nen\nto\n\n\t\ntre\n\n', 'fire']
 
 
 def test_lines_longer_than_a_chunk(tmp_path):

@@ -129,9 +129,6 @@ def test_other_special_ids_are_an_error(byte_level):
     tokenization.read_tokenizer('t.json', json.dumps(tree).encode())
 
 
-# ---- training ----
-
-
 def train(kind, vocab_size, min_frequency=2, texts=TEXTS):
   return tokenizer_training.train(
     kind, iter(texts), len(texts), vocab_size, min_frequency
@@ -153,12 +150,6 @@ def test_too_little_text_reports_the_largest_vocabulary(kind):
     train(kind, 30_000)
   possible = int(re.findall(r'\d+', str(error.value))[-1])
   assert tokenization.read_tokenizer('t', train(kind, possible)).vocab_size == possible
-
-
-@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
-def test_vocabulary_smaller_than_the_characters(kind):
-  with pytest.raises(ValueError, match=r'--vocab_size=270.* 270 vs \d+'):
-    train(kind, 270)
 
 
 def test_min_frequency_acts():
