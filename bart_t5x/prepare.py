@@ -269,7 +269,7 @@ def _differences(args: argparse.Namespace, settings: Mapping[str, Any]) -> str |
     and all(map(os.path.exists, needed))
     and tokenization.find_tokenizer_file(folder)
   ):
-    return 'of which files are missing'
+    return 'with missing files'
   try:
     found = _open_source(args).files if args.input else ()
   except text_sources.SourceError:  # the corpus may outlive its source

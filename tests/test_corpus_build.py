@@ -84,7 +84,7 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_same_bytes_whatever_the_number_of_workers(tmp_path, monkeypatch):
+def test_same_bytes_for_any_number_of_workers(tmp_path, monkeypatch):
   # Batches small enough for every worker to get some.
   monkeypatch.setattr(corpus_build, '_BATCH_BYTES', 5000)
   assert build(tmp_path / '1') == build(tmp_path / '3', workers=3)

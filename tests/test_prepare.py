@@ -187,7 +187,7 @@ def test_incomplete_corpus_is_not_reused(text_file, tmp_path, capsys, missing):
   assert prepare.main(arguments(text_file, out)) == 0
   (out / missing).unlink()
   assert prepare.main(arguments(text_file, out)) == 1
-  assert 'files are missing' in one_line(capsys)
+  assert 'missing files' in one_line(capsys)
 
 
 def command(*args):

@@ -31,12 +31,10 @@ def corpus_dir(request, folders):
 
 
 def test_ids(corpus_dir):
-  vocabulary = vocabularies.load_vocabulary(corpus_dir)
-  v = vocabulary
+  v = vocabularies.load_vocabulary(corpus_dir)
   assert (v.pad_id, v.bos_id, v.eos_id, v.unk_id, v.mask_id) == (0, 1, 2, 3, 4)
-  assert vocabulary.special_ids == (0, 1, 2, 3, 4)
-  assert vocabulary.vocab_size == SIZES[corpus_dir.name]
-  assert vocabulary.extra_ids == 0
+  assert v.special_ids == (0, 1, 2, 3, 4)
+  assert (v.vocab_size, v.extra_ids) == (SIZES[corpus_dir.name], 0)
 
 
 @pytest.mark.parametrize('templates', [False, True])
