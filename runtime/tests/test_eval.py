@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints of a tiny model, in this process."""
+"""Evaluation of checkpoints of a tiny model in this process."""
 
 import functools
 import json
@@ -7,24 +7,20 @@ import pytest
 import seqio
 import tiny
 
-from t5x import data, partitioning, restore, trainer
+from t5x import data, restore, trainer
 from t5x import eval as eval_lib
 
 
 def evaluate(output_dir, path, *, mode='specific', split='test', **changes):
+  usual = tiny.train_arguments(output_dir)
+  names = 'model', 'partitioner', 'inference_evaluator_cls', 'summarize_config_fn'
   arguments = {
-    'model': tiny.make_model(),
+    **{name: usual[name] for name in names},
     'dataset_cfg': tiny.dataset_config(split, pack=False),
     'restore_checkpoint_cfg': restore.RestoreCheckpointConfig(
       path=str(path), mode=mode
     ),
-    'partitioner': partitioning.PjitPartitioner(
-      num_partitions=1,
-      logical_axis_rules=partitioning.standard_logical_axis_rules(),
-    ),
     'output_dir': str(output_dir),
-    'inference_evaluator_cls': tiny.EVALUATOR,
-    'summarize_config_fn': lambda model_dir, summary_writer, step: None,
     **changes,
   }
   eval_lib.evaluate(**arguments)
@@ -32,36 +28,36 @@ def evaluate(output_dir, path, *, mode='specific', split='test', **changes):
 
 def metrics(output_dir):
   """[metrics of one evaluation, ...] as the evaluator wrote them."""
-  path = output_dir / 'inference_eval' / 'tiny_copy-metrics.jsonl'
-  decoder, text, found = json.JSONDecoder(), path.read_text(), []
-  while text.strip():
-    one, end = decoder.raw_decode(text.lstrip())
-    found.append(one)
-    text = text.lstrip()[end:]
-  return found
+  text = (output_dir / 'inference_eval' / 'tiny_copy-metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
 
 
-def test_one_checkpoint(tiny_run, tmp_path):
-  evaluate(tmp_path, tiny_run / 'checkpoint_10')
+@pytest.mark.parametrize('task', ['tiny_copy', seqio.TaskRegistry.get('tiny_copy')])
+def test_one_checkpoint(tiny_run, tmp_path, task):
+  summaries, states = [], []
+
+  def make_state(**arguments):
+    states.append(arguments)
+    return restore.TrainStateInitializer(**arguments)
+
+  evaluate(
+    tmp_path,
+    tiny_run / 'checkpoint_10',
+    dataset_cfg=tiny.dataset_config('test', task, pack=False),
+    train_state_initializer_cls=make_state,
+    summarize_config_fn=lambda **arguments: summaries.append(arguments),
+  )
   (only,) = metrics(tmp_path)
   assert only['step'] == 10
   assert 0 <= only['equal'] <= 1
   assert only['mean_score'] < 0
   assert (tmp_path / 'model-info.txt').exists()
-
-
-def test_a_task_as_an_object(tiny_run, tmp_path):
-  task = seqio.TaskRegistry.get('tiny_copy')
-  evaluate(
-    tmp_path,
-    tiny_run / 'checkpoint_10',
-    dataset_cfg=tiny.dataset_config('test', task, pack=False),
-  )
-  assert [one['step'] for one in metrics(tmp_path)] == [10]
   assert (tmp_path / 'eval.tiny_copy.ckpt').exists()
+  assert summaries[0]['model_dir'] == str(tmp_path)
+  assert states[0]['optimizer_def'] is None
 
 
-def test_all_checkpoints_once(tiny_run, tmp_path):
+def test_mode_all_evaluates_each_checkpoint_once(tiny_run, tmp_path):
   output = tmp_path / 'evaluation'
   evaluate(output, tiny_run, mode='all')
   assert [one['step'] for one in metrics(output)] == [0, 5, 10]
@@ -73,7 +69,7 @@ def test_all_checkpoints_once(tiny_run, tmp_path):
   assert len(metrics(output)) == 3
 
 
-def test_training_metrics_too(tiny_run, tmp_path):
+def test_training_metrics(tiny_run, tmp_path):
   evaluate(
     tmp_path,
     tiny_run / 'checkpoint_5',
@@ -87,24 +83,7 @@ def test_training_metrics_too(tiny_run, tmp_path):
   assert metrics(tmp_path)[0]['step'] == 5
 
 
-def test_what_the_caller_of_eval_gives_is_called(tiny_run, tmp_path):
-  summaries, states = [], []
-
-  def make_state(**arguments):
-    states.append(arguments)
-    return restore.TrainStateInitializer(**arguments)
-
-  evaluate(
-    tmp_path,
-    tiny_run / 'checkpoint_5',
-    train_state_initializer_cls=make_state,
-    summarize_config_fn=lambda **arguments: summaries.append(arguments),
-  )
-  assert summaries[0]['model_dir'] == str(tmp_path)
-  assert states[0]['optimizer_def'] is None
-
-
-def test_missing_parameters_come_from_a_seed_in_eval(tiny_run, tmp_path):
+def test_missing_parameters_depend_on_the_seed(tiny_run, tmp_path):
   drop = restore.RestoreCheckpointConfig(
     path=str(tiny_run / 'checkpoint_5'),
     mode='specific',
@@ -121,19 +100,11 @@ def test_missing_parameters_come_from_a_seed_in_eval(tiny_run, tmp_path):
   assert score('one', 1) != score('two', 2)
 
 
-def test_the_configuration_is_not_edited(tiny_run, tmp_path):
-  config = restore.RestoreCheckpointConfig(
-    path=str(tiny_run / 'checkpoint_5'), mode='specific', strict=True
-  )
-  evaluate(tmp_path, None, restore_checkpoint_cfg=config)
-  assert config.strict is True
-
-
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+def test_missing_checkpoint_is_an_error(tmp_path):
   with pytest.raises((ValueError, FileNotFoundError), match='checkpoint_7'):
     evaluate(tmp_path / 'out', tmp_path / 'checkpoint_7')
 
 
-def test_a_split_that_is_not_there_is_named(tiny_run, tmp_path):
+def test_missing_split_is_an_error(tiny_run, tmp_path):
   with pytest.raises(ValueError, match='tiny_copy.*dev'):
     evaluate(tmp_path, tiny_run / 'checkpoint_5', split='dev')

@@ -1,4 +1,4 @@
-"""Whole training runs of a tiny model, in this process."""
+"""Whole training runs of a tiny model in this process."""
 
 import functools
 import gc
@@ -16,7 +16,7 @@ import tiny
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from t5x import checkpoints, data, partitioning, restore, train, trainer
+from t5x import checkpoints, data, restore, train, trainer
 
 
 def run(model_dir, **changes):
@@ -28,7 +28,7 @@ def assert_equal_states(one, other):
 
 
 def scalars(folder):
-  """{tag: {step: value}} of the TensorBoard files in a folder."""
+  """{tag: {step: value}} of TensorBoard files."""
   events = event_accumulator.EventAccumulator(str(folder), size_guidance={'tensors': 0})
   events.Reload()
   return {
@@ -43,7 +43,7 @@ def scalars(folder):
 
 @pytest.fixture(scope='module')
 def whole_run(tmp_path_factory):
-  """A run of ten steps in one go on a task whose data are random: (folder, state)."""
+  """(folder, state) of an uninterrupted run of ten steps on randomly noised data."""
   folder = tmp_path_factory.mktemp('whole')
   step, state = run(
     folder,
@@ -67,49 +67,35 @@ def test_the_files_of_a_run(whole_run):
   assert (folder / 'inference_eval' / 'tiny_copy-metrics.jsonl').exists()
 
 
-def test_it_learns(whole_run):
-  losses = scalars(whole_run[0] / 'training_eval' / 'tiny_copy')
-  by_step = losses['loss_per_nonpadding_target_token']
-  assert by_step[10] < by_step[0] - 0.05
-
-
-def test_everything_happens_at_its_own_period(whole_run):
+def test_reports_happen_at_their_periods(whole_run):
   folder, _ = whole_run
   train_metrics = scalars(folder / 'train')
   assert list(train_metrics['loss']) == [2, 4, 5, 6, 8, 10]
   evaluated = scalars(folder / 'training_eval' / 'tiny_copy')
   assert list(evaluated['loss']) == [0, 5, 10]
+  # The model learns.
+  per_token = evaluated['loss_per_nonpadding_target_token']
+  assert per_token[10] < per_token[0] - 0.05
   inferred = scalars(folder / 'inference_eval' / 'tiny_copy')
   (equal,) = [values for tag, values in inferred.items() if 'equal' in tag]
   assert list(equal) == [0, 5, 10]
   assert {'timing/checkpoint_seconds', 'timing/init_or_restore_seconds'} <= set(
     train_metrics
   )
-  # metrics.jsonl has what TensorBoard has.
+  # metrics.jsonl has the values of TensorBoard.
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
   reports = {(r['step'], r['source']): r['values'] for r in map(json.loads, lines)}
   assert len(reports) == len(lines) == 12
-  for step, loss in train_metrics['loss'].items():
-    assert reports[step, 'train']['loss'] == loss
-  for step, loss in evaluated['loss'].items():
-    assert reports[step, 'training_eval/tiny_copy']['loss'] == loss
-  for step, share in equal.items():
-    assert reports[step, 'inference_eval/tiny_copy/eval']['equal'] == pytest.approx(
-      share
-    )
+  for source, metric, by_step in (
+    ('train', 'loss', train_metrics['loss']),
+    ('training_eval/tiny_copy', 'loss', evaluated['loss']),
+    ('inference_eval/tiny_copy/eval', 'equal', equal),
+  ):
+    for step, value in by_step.items():
+      assert np.float32(reports[step, source][metric]) == np.float32(value)
 
 
-def brute_force_stops(first, total, periods, further):
-  return [
-    step
-    for step in range(first + 1, total + 1)
-    if step == total or step in further or any(p and step % p == 0 for p in periods)
-  ]
-
-
-@pytest.mark.parametrize(
-  'periods', list(itertools.combinations((0, 1, 3, 4, 10, 50), 3))
-)
+@pytest.mark.parametrize('periods', itertools.combinations((0, 1, 3, 4, 10, 50), 3))
 @pytest.mark.parametrize('further', [(), (7, 20, 99)])
 def test_stops_are_the_steps_at_which_something_happens(periods, further):
   for first in (0, 1, 7, 20):
@@ -117,18 +103,21 @@ def test_stops_are_the_steps_at_which_something_happens(periods, further):
     while step < 21:
       step = train._next_stop(step, 21, periods, further)
       stops.append(step)
-    assert stops == brute_force_stops(first, 21, periods, further)
+    assert stops == [
+      step
+      for step in range(first + 1, 22)
+      if step == 21 or step in further or any(p and step % p == 0 for p in periods)
+    ]
 
 
-def test_numbers_of_steps_are_whole():
-  # Gin files may have 1e5.
+def test_numbers_of_steps_must_be_whole():
   assert type(train._whole_steps('eval_period', 1e2)) is int
   for wrong in (-1, 2.5, '3'):
     with pytest.raises(ValueError, match=f'eval_period.*{wrong}'):
       train._whole_steps('eval_period', wrong)
 
 
-def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(whole_run, tmp_path):
+def test_interrupted_run_is_identical_to_an_uninterrupted_one(whole_run, tmp_path):
   resume = functools.partial(run, tmp_path, task='tiny_noised')
   step, _ = resume(total_steps=4)
   assert step == 4
@@ -154,63 +143,38 @@ def test_periods_do_not_drift_after_a_resume(tmp_path):
   assert checkpoints.all_steps(str(tmp_path)) == [0, 3, 4, 8, 10]
 
 
-def test_a_finished_run_trains_nothing(whole_run, tmp_path, monkeypatch):
+def test_finished_run_trains_nothing(whole_run, monkeypatch, caplog):
   folder, state = whole_run
 
   def fail(*args, **kwargs):
-    raise AssertionError('The finished run was trained or compiled.')
+    raise AssertionError('The finished run was trained, compiled or configured.')
 
-  said = []
   monkeypatch.setattr(trainer.Trainer, 'train', fail)
   monkeypatch.setattr(trainer.Trainer, 'compile_train', fail)
-
-  def note(text, *args):
-    said.append(text % args)
-
-  monkeypatch.setattr(train.logging, 'info', note)
+  caplog.set_level('INFO')
   step, again = run(folder, task='tiny_noised', summarize_config_fn=fail)
   assert step == 10
+  assert 'Nothing to train' in caplog.text
   assert_equal_states(again, state)
-  assert any('Nothing to train' in line for line in said)
 
 
-def test_a_checkpoint_after_the_last_step_is_an_error(whole_run):
+def test_checkpoint_beyond_the_last_step_is_an_error(whole_run):
   with pytest.raises(ValueError, match='step 8, .* step 10'):
     run(whole_run[0], task='tiny_noised', total_steps=8)
 
 
 class _Stopper(trainer.BaseAction):
-  """Sends SIGTERM, or asks to stop, when the training has come to a step."""
+  """Asks to stop at a step."""
 
-  def __init__(self, step, by_signal):
+  def __init__(self, step):
     self.step = step
-    self.by_signal = by_signal
 
   def run(self, train_state, metrics_by_task):
-    if int(train_state.step) < self.step:
-      return False
-    if self.by_signal:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return not self.by_signal
-
-
-def test_sigterm_saves_and_the_run_resumes_bit_for_bit(whole_run, tmp_path):
-  step, _ = run(
-    tmp_path,
-    task='tiny_noised',
-    stats_period=1,
-    concurrent_metrics=False,
-    actions={'TRAIN': [_Stopper(3, by_signal=True)]},
-  )
-  assert step == 3
-  assert checkpoints.all_steps(str(tmp_path)) == [0, 3]
-  step, state = run(tmp_path, task='tiny_noised')
-  assert step == 10
-  assert_equal_states(state, whole_run[1])
+    return int(train_state.step) >= self.step
 
 
 class _KillingIterator(clu_iterators.TfDatasetIterator):
-  """Sends SIGTERM when a batch is asked for."""
+  """Sends SIGTERM at the n-th batch."""
 
   def __init__(self, dataset, batch):
     super().__init__(dataset, checkpoint=True)
@@ -223,34 +187,30 @@ class _KillingIterator(clu_iterators.TfDatasetIterator):
     return super().__next__()
 
 
-def test_sigterm_stops_between_any_two_steps(tmp_path):
-  """Not only where metrics are written: an interval may take many minutes."""
-
+@pytest.mark.parametrize('step, evaluated', [(5, []), (7, [5])])
+def test_sigterm_saves_without_evaluating_and_resume_is_exact(
+  whole_run, tmp_path, step, evaluated
+):
   def get_dataset(*args):
-    return _KillingIterator(data.get_dataset(*args), batch=7)
+    return _KillingIterator(data.get_dataset(*args), batch=step)
 
   before = signal.getsignal(signal.SIGTERM)
-  step, state = run(tmp_path, get_dataset_fn=get_dataset)
-  assert signal.getsignal(signal.SIGTERM) == before
-  assert step == 7
-  assert int(state.step) == 7
-  assert checkpoints.all_steps(str(tmp_path)) == [0, 5, 7]
-
-
-def test_sigterm_at_an_evaluation_saves_without_evaluating(tmp_path):
-  def get_dataset(*args):
-    return _KillingIterator(data.get_dataset(*args), batch=5)
-
-  step, _ = run(
+  stopped = run(
     tmp_path,
+    task='tiny_noised',
     get_dataset_fn=get_dataset,
     train_eval_dataset_cfg=tiny.dataset_config('validation'),
   )
-  assert step == checkpoints.latest_step(str(tmp_path)) == 5
-  assert 'loss' not in scalars(tmp_path / 'training_eval' / 'tiny_copy')
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert stopped[0] == int(stopped[1].step) == step
+  assert checkpoints.latest_step(str(tmp_path)) == step
+  losses = scalars(tmp_path / 'training_eval' / 'tiny_copy').get('loss', {})
+  assert list(losses) == evaluated
+  _, state = run(tmp_path, task='tiny_noised')
+  assert_equal_states(state, whole_run[1])
 
 
-def test_a_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
+def test_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
   monitored = 'inference_eval/tiny_copy/eval/equal'
   saved = {}
 
@@ -283,7 +243,7 @@ def test_a_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
   assert 'training_eval/tiny_copy/loss' not in saved[8]
 
 
-def test_a_non_finite_loss_ends_the_run_without_a_checkpoint(tmp_path):
+def test_non_finite_loss_ends_the_run_without_a_checkpoint(tmp_path):
   class Overflowing(tiny.models.EncoderDecoderModel):
     def loss_fn(self, params, batch, dropout_rng):
       loss, metrics = super().loss_fn(params, batch, dropout_rng)
@@ -298,40 +258,30 @@ def test_a_non_finite_loss_ends_the_run_without_a_checkpoint(tmp_path):
     assert batch['decoder_target_tokens'].shape == (8, 8)
 
 
-def test_an_action_stops_the_run_which_saves(tmp_path):
+def test_action_on_training_metrics_stops_and_saves(tmp_path):
   step, _ = run(
     tmp_path,
     stats_period=2,
     concurrent_metrics=False,
-    actions={'TRAIN': [_Stopper(4, by_signal=False)]},
+    actions={'TRAIN': [_Stopper(4)]},
   )
   assert step == 4
   assert checkpoints.latest_step(str(tmp_path)) == 4
 
 
-def test_actions_after_train_eval_run(tmp_path):
-  step, _ = run(
-    tmp_path,
-    train_eval_dataset_cfg=tiny.dataset_config('validation'),
-    actions={'TRAIN_EVAL': [_Stopper(5, by_signal=False)]},
-  )
-  assert step == 5
-
-
-def test_an_action_stops_the_run_before_its_first_step(tmp_path, caplog):
-  caplog.set_level('INFO')
+@pytest.mark.parametrize('stop', [0, 5])
+def test_action_on_evaluation_stops_and_saves(tmp_path, stop):
   step, state = run(
     tmp_path,
     train_eval_dataset_cfg=tiny.dataset_config('validation'),
-    actions={'TRAIN_EVAL': [_Stopper(0, by_signal=False)]},
+    actions={'TRAIN_EVAL': [_Stopper(stop)]},
     run_eval_before_training=True,
   )
-  assert step == int(state.step) == 0
-  assert checkpoints.all_steps(str(tmp_path)) == [0]
-  assert 'Stopped at step 0 of 10' in caplog.text
+  assert step == int(state.step) == stop
+  assert checkpoints.latest_step(str(tmp_path)) == stop
 
 
-def test_a_metric_that_fails_at_the_last_evaluation_is_an_error(tmp_path):
+def test_failing_metric_at_the_last_evaluation_is_an_error(tmp_path):
   with pytest.raises(ValueError, match='no count'):
     run(
       tmp_path,
@@ -344,7 +294,7 @@ def test_a_metric_that_fails_at_the_last_evaluation_is_an_error(tmp_path):
 
 
 class _Witness(trainer.BaseAction):
-  """Notes the values of a metric, those from before its own time as well."""
+  """Records the values of a metric, including recalled ones."""
 
   def __init__(self, task, metric):
     self.name, self.values, self.recalled = (task, metric), [], None
@@ -359,7 +309,7 @@ class _Witness(trainer.BaseAction):
     return False
 
 
-def test_actions_recall_what_the_run_wrote_before_it_was_stopped(tmp_path):
+def test_actions_recall_the_metrics_of_a_resumed_run(tmp_path):
   def resume(total_steps, **changes):
     witnesses = {
       'TRAIN': _Witness('train', 'loss'),
@@ -381,11 +331,11 @@ def test_actions_recall_what_the_run_wrote_before_it_was_stopped(tmp_path):
   for before, after in zip(first, second, strict=True):
     assert before.recalled == [] and before.values
     assert after.recalled == before.values and after.values
-  # A run that went further than its last checkpoint takes that back.
+  # Metrics after the last checkpoint are dropped.
   (tmp_path / 'checkpoint_10').rename(tmp_path / 'lost')
   for before, after in zip(first, resume(10), strict=True):
     assert after.recalled == before.values
-  # What will be evaluated before the first step is not recalled as well.
+  # An evaluation to be repeated before the first step is not recalled.
   (tmp_path / 'checkpoint_10').rename(tmp_path / 'lost again')
   first, *evaluated = zip(first, resume(10, run_eval_before_training=True), strict=True)
   assert first[1].recalled == first[0].values
@@ -397,12 +347,12 @@ def test_actions_recall_what_the_run_wrote_before_it_was_stopped(tmp_path):
   'actions, message',
   [({'TRIAN': []}, "Got: 'TRIAN'"), ({'TRAIN': []}, 'concurrent_metrics = False')],
 )
-def test_actions_that_could_not_run_are_refused(tmp_path, actions, message):
+def test_actions_that_cannot_run_are_an_error(tmp_path, actions, message):
   with pytest.raises(ValueError, match=message):
     run(tmp_path, actions=actions)
 
 
-def test_relative_steps_count_from_where_the_run_began(tmp_path):
+def test_relative_steps_count_from_the_start_of_the_run(tmp_path):
   first, second = tmp_path / 'first', tmp_path / 'second'
   run(first, total_steps=3)
   relative = functools.partial(
@@ -413,10 +363,10 @@ def test_relative_steps_count_from_where_the_run_began(tmp_path):
     relative_steps=4,
   )
   assert relative()[0] == 7
-  assert relative()[0] == 7  # Started again: it has ended.
+  assert relative()[0] == 7  # Restarted.
 
 
-def test_fine_tuning_starts_from_the_checkpoint_and_then_from_its_own(tmp_path):
+def test_fine_tuning_starts_from_the_initial_checkpoint(tmp_path):
   first, second = tmp_path / 'first', tmp_path / 'second'
   _, before = run(first, total_steps=3)
   step, after = run(
@@ -428,73 +378,47 @@ def test_fine_tuning_starts_from_the_checkpoint_and_then_from_its_own(tmp_path):
   assert_equal_states(before, after)
 
 
-@pytest.mark.parametrize('checkpoint_cfg', ['nothing', 'no period', 'extra steps'])
-def test_saving_is_what_was_asked_for(tmp_path, checkpoint_cfg):
-  config = {
-    'nothing': lambda: tiny.restore.CheckpointConfig(),
-    'no period': lambda: tiny.checkpoint_config(period=None),
-    'extra steps': lambda: tiny.checkpoint_config(period=None, checkpoint_steps=[2, 7]),
-  }[checkpoint_cfg]()
+@pytest.mark.parametrize(
+  ('config', 'saved'),
+  [
+    (tiny.restore.CheckpointConfig(), []),
+    (tiny.checkpoint_config(period=None), []),
+    (tiny.checkpoint_config(period=None, checkpoint_steps=[2, 7]), [2, 7, 10]),
+  ],
+)
+def test_steps_to_save(tmp_path, config, saved):
   step, _ = run(tmp_path, checkpoint_cfg=config)
   assert step == 10
-  expected = {'nothing': [], 'no period': [], 'extra steps': [2, 7, 10]}
-  assert checkpoints.all_steps(str(tmp_path)) == expected[checkpoint_cfg]
+  assert checkpoints.all_steps(str(tmp_path)) == saved
 
 
-def test_two_starting_points_are_an_error(tmp_path):
+def test_two_initial_checkpoints_are_an_error(tmp_path):
   config = tiny.checkpoint_config()
   config.restore.path = ['/a', '/b']
   with pytest.raises(ValueError, match="one checkpoint.*'/a', '/b'"):
     run(tmp_path, checkpoint_cfg=config)
 
 
-def test_a_model_dir_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_model_dir_is_an_error(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(OSError, match='model_dir .*/file/run cannot be written'):
+  with pytest.raises(OSError, match='model_dir .*/file/run'):
     run(tmp_path / 'file' / 'run')
 
 
-def test_a_batch_that_does_not_divide_is_named(tmp_path):
-  config = tiny.dataset_config('train', batch_size=6)
-  with pytest.raises(ValueError, match='6'):
-    run(tmp_path, train_dataset_cfg=config)
-
-
-def test_a_task_that_does_not_exist_is_named_with_its_neighbour(tmp_path):
+def test_unknown_task_suggests_the_nearest_name(tmp_path):
   with pytest.raises(ValueError, match="'tiny_copi'.*tiny_copy"):
     run(tmp_path, train_dataset_cfg=tiny.dataset_config('train', 'tiny_copi'))
 
 
-def test_model_parallel_runs_reach_the_same_loss(tmp_path):
-  states = [
-    run(
-      tmp_path / str(n),
-      total_steps=3,
-      partitioner=partitioning.PjitPartitioner(
-        num_partitions=n,
-        logical_axis_rules=partitioning.standard_logical_axis_rules(),
-      ),
-      model=tiny.make_model(dropout_rate=0.0),
-    )[1]
-    for n in (1, 4)
-  ]
-  one, four = (state.state_dict()['target'] for state in states)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, four)
-
-
-def test_garbage_is_collected_by_hand_and_by_itself_again(tmp_path, monkeypatch):
-  collected = []
-
-  def note():
-    collected.append(gc.isenabled())
-
-  monkeypatch.setattr(gc, 'collect', note)
+def test_gc_period_collects_garbage_and_then_enables_it(tmp_path, monkeypatch):
+  enabled = []
+  monkeypatch.setattr(gc, 'collect', lambda: enabled.append(gc.isenabled()))
   run(tmp_path, gc_period=5)
-  assert collected == [False, False]
+  assert enabled == [False, False]
   assert gc.isenabled()
 
 
-def test_without_a_seed_the_run_takes_the_clock(tmp_path):
+def test_run_without_a_seed(tmp_path):
   before = jax.config.jax_default_prng_impl
   try:
     step, _ = run(tmp_path, random_seed=None, total_steps=1)
@@ -504,18 +428,16 @@ def test_without_a_seed_the_run_takes_the_clock(tmp_path):
     jax.config.update('jax_default_prng_impl', before)
 
 
-def test_what_the_caller_of_train_gives_is_called(tmp_path):
-  """Each of the functions and classes that gin can put in place of the usual one."""
+def test_functions_given_to_train_are_called(tmp_path):
   called = {}
 
-  def note(name, original):
+  def spy(name, original):
     def call(*args, **kwargs):
       called.setdefault(name, []).append((args, kwargs))
       return original(*args, **kwargs)
 
     return call
 
-  usual = tiny.train_arguments(tmp_path)
   run(
     tmp_path,
     total_steps=1,
@@ -523,20 +445,15 @@ def test_what_the_caller_of_train_gives_is_called(tmp_path):
     eval_steps=3,
     train_eval_dataset_cfg=tiny.dataset_config('validation'),
     infer_eval_dataset_cfg=tiny.dataset_config('validation', pack=False),
-    trainer_cls=note('trainer', usual['trainer_cls']),
-    train_state_initializer_cls=note('state', restore.TrainStateInitializer),
-    verify_matching_vocabs_fn=note('vocabularies', lambda cfg, model: None),
-    summarize_config_fn=note('summary', lambda *args: None),
-    inference_evaluator_cls=note('evaluator', tiny.EVALUATOR),
-    get_dataset_fn=note('data', data.get_dataset),
-    train_eval_get_dataset_fn=note('eval_data', data.get_training_eval_datasets),
+    train_state_initializer_cls=spy('state', restore.TrainStateInitializer),
+    verify_matching_vocabs_fn=spy('vocabularies', lambda cfg, model: None),
+    summarize_config_fn=spy('summary', lambda *args: None),
+    inference_evaluator_cls=spy('evaluator', tiny.EVALUATOR),
+    get_dataset_fn=spy('data', data.get_dataset),
+    train_eval_get_dataset_fn=spy('eval_data', data.get_training_eval_datasets),
   )
   times = {name: len(calls) for name, calls in called.items()}
-  # The vocabularies of three configurations; train-eval's data under train's reader.
-  assert times.pop('vocabularies') == 3
+  assert times.pop('vocabularies') == 3  # Of three dataset configurations.
   assert times.pop('data') >= 1
-  assert times == dict.fromkeys(
-    ('trainer', 'state', 'summary', 'evaluator', 'eval_data'), 1
-  )
+  assert times == dict.fromkeys(('state', 'summary', 'evaluator', 'eval_data'), 1)
   assert called['eval_data'][0][0][3] == 3
-  assert (tmp_path / 'inference_eval' / 'tiny_copy-metrics.jsonl').exists()
