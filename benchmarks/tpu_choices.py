@@ -1,5 +1,6 @@
-"""Choices that the project has made for good, undone, so that `tpu_plan.py` can say
-what each is worth. Bound by `tpu_undonated.gin` and `tpu_padded_heads.gin`.
+"""Undoes fixed choices of the project, so that `tpu_plan.py` can measure their effect.
+
+Bound by `tpu_undonated.gin` and `tpu_padded_heads.gin`.
 """
 
 import functools
@@ -14,7 +15,7 @@ from t5x import partitioning
 def undonated(
   partitioner: partitioning.PjitPartitioner,
 ) -> partitioning.PjitPartitioner:
-  """The partitioner, whose steps no longer write the new state over the old one."""
+  """Returns the partitioner, without donation of the old state."""
   partition = partitioner.partition
 
   def keeping(*args, donate_argnums=(), **kwargs):
@@ -26,10 +27,9 @@ def undonated(
 
 
 def padded_heads(module: nn.Module) -> nn.Module:
-  """The module, whose attention kernels have one head a program, alone in its lanes.
+  """Returns the module; attention kernels get one head each, padded to 128 lanes.
 
-  As kernels with arrays [batch, heads, length, width] have it: a TPU keeps these with
-  the width filled up to 128 lanes.
+  As in kernels with arrays [batch, heads, length, width], which a TPU pads like that.
   """
   attend = flash.flash_attention
 

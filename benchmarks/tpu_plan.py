@@ -1,12 +1,11 @@
-"""Makes benchmarks/tpu_plan.md: what each choice costs on TPUs, by the compiler.
+"""Makes benchmarks/tpu_plan.md: the cost of each choice on TPUs, by the compiler.
 
   python benchmarks/tpu_plan.py                 compiles what is missing, then writes
   python benchmarks/tpu_plan.py --only=base     variants whose name starts so
   python benchmarks/tpu_plan.py --table         only writes
 
 Needs libtpu (requirements-tpu.txt) and no TPU. A variant takes 2 to 10 minutes of a
-core. Each one's figures lie in benchmarks/tpu_plan/NAME.json as soon as they are
-there: run again, it goes on with what is missing.
+core and writes benchmarks/tpu_plan/NAME.json; a second run compiles what is missing.
 """
 
 import argparse
@@ -31,19 +30,11 @@ LONG_SOURCES = {'TASK_FEATURE_LENGTHS': {'inputs': 1024, 'targets': 1024}}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A configuration to plan.
+  """A configuration to plan."""
 
-  Attributes:
-    name: of its file.
-    what: for the table.
-    bindings: changes to the gin file.
-    gin_file: the run.
-    topology: the devices.
-  """
-
-  name: str
-  what: str
-  bindings: dict
+  name: str  # Of its file.
+  what: str  # In the table.
+  bindings: dict  # Changes to the gin file.
   gin_file: str = BASE
   topology: str = 'v3-8'
 
@@ -58,7 +49,7 @@ def _large(name: str, what: str, bindings: dict) -> Variant:
 
 
 def _meshes(start: str, gin_file: str) -> list[Variant]:
-  """Those of 2, 4 and 8 devices a model."""
+  """Meshes with 2, 4 and 8 devices per model."""
   return [
     Variant(
       f'{start}_mesh_{8 // parts}x{parts}',
@@ -171,7 +162,7 @@ VARIANTS = (
 
 
 def plan(variant: Variant) -> None:
-  """Compiles a variant and keeps its figures, or why there are none."""
+  """Compiles a variant and writes its figures, or why it does not fit."""
   path = FIGURES / f'{variant.name}.json'
   command = [
     sys.executable,
@@ -198,32 +189,25 @@ HEADER = (
 )
 
 
-def row(variant: Variant, useful: float | None = None) -> str:
-  """A line of the table.
-
-  Args:
-    variant: whose figures are there.
-    useful: operations that MFU counts, where the variant's own would not compare.
-  """
+def row(variant: Variant) -> str:
+  """Returns a line of the table."""
   found = json.loads((FIGURES / f'{variant.name}.json').read_text())
   if 'refused' in found:
     return f'| {variant.what} | does not fit: {found["refused"]} | | | | | | | |\n'
-  mfu = found['mfu'] * (useful or found['useful_flops']) / found['useful_flops']
   return (
     f'| {variant.what} | {found["hbm_gib"]:.2f} of {found["hbm_available_gib"]:.2f} '
     f'| {found["estimate_s"]:.3f} | {found["xla_s"]:.3f} | {found["kernel_s"]:.3f} '
-    f'| {found["collective_s"]:.3f} | {found["cycles_s"]:.3f} | {mfu:.0%} '
+    f'| {found["collective_s"]:.3f} | {found["cycles_s"]:.3f} | {found["mfu"]:.0%} '
     f'| {found["hours"]:.1f} |\n'
   )
 
 
-def there(variant: Variant) -> bool:
-  """Whether the variant's figures are there."""
+def planned(variant: Variant) -> bool:
   return (FIGURES / f'{variant.name}.json').exists()
 
 
 def write() -> None:
-  """Writes the table from the figures that are there, below the text that stands."""
+  """Replaces the tables in the text by those of all variants planned."""
   marker = '<!-- made by benchmarks/tpu_plan.py from here on -->\n'
   text = TABLE.read_text().partition(marker)[0] if TABLE.exists() else ''
   sections = (
@@ -238,7 +222,7 @@ def write() -> None:
       for variant in VARIANTS
       if variant.name.startswith(start)
       and (variant.topology == 'v3-8') == here
-      and there(variant)
+      and planned(variant)
     ]
     if rows:
       text += f'\n## {title}\n\n{HEADER}{"".join(rows)}'
@@ -254,7 +238,7 @@ def main() -> None:
   FIGURES.mkdir(exist_ok=True)
   for variant in VARIANTS:
     if not options.table and variant.name.startswith(options.only):
-      if not there(variant):
+      if not planned(variant):
         print(variant.name, flush=True)
         plan(variant)
       write()

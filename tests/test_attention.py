@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bart_t5x import attention, flash, network
+from bart_t5x import attention, flash
 
 
 def test_visible_by_hand():
@@ -23,7 +23,7 @@ def test_visible_by_hand():
   assert attention.visible(None, None, False, 4, 4) is None
 
 
-def test_a_query_that_sees_nothing_gets_finite_values():
+def test_query_without_visible_keys_gets_finite_values():
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(1, 2, 1, 4)).astype(np.float32) for _ in range(3))
   ones, zeros = np.ones((1, 2), int), np.zeros((1, 2), int)
@@ -55,8 +55,8 @@ def test_chunked_attention_equals_plain(chunk_length, causal):
     )
 
 
-def test_chunks_drop_weights_apart_from_each_other():
-  """Equal queries in two chunks lose different weights, at the rate asked for."""
+def test_chunks_have_different_dropout():
+  """Equal queries in two chunks lose different weights, at the given rate."""
   q, k = np.zeros((1, 8, 1, 4), np.float32), np.zeros((1, 512, 1, 4), np.float32)
   v = np.broadcast_to(np.eye(512, dtype=np.float32)[None, :, None], (1, 512, 1, 512))
   attended = attention.chunked_attention(
@@ -84,7 +84,7 @@ def test_chunks_drop_weights_apart_from_each_other():
   ],
 )
 def test_automatic_by_platform(monkeypatch, platform, fields, lengths, wanted):
-  """The platform, or a GPU's compute capability."""
+  # `platform` may also be a GPU's compute capability.
   device = types.SimpleNamespace(platform=platform, device_kind='?')
   if platform not in ('cpu', 'tpu'):
     device.platform, device.compute_capability = 'gpu', platform
@@ -101,7 +101,7 @@ def test_automatic_by_platform(monkeypatch, platform, fields, lengths, wanted):
   ('impl', 'recompute'),
   [('auto', True), ('chunked', False), ('flash', True)],
 )
-def test_every_implementation_that_runs_here_equals_plain(impl, recompute):
+def test_implementations_equal_plain(impl, recompute):
   rng = np.random.default_rng(0)
   arrays = [rng.normal(size=(2, 8, 2, 4)).astype(np.float32) for _ in range(3)]
   segments = np.array([[1, 1, 1, 2, 2, 2, 3, 3], [1] * 8])
@@ -125,20 +125,15 @@ def test_every_implementation_that_runs_here_equals_plain(impl, recompute):
   )
 
 
-def test_a_decoding_step_is_plain_whatever_the_config_says():
+def test_decoding_steps_are_always_plain():
   x, keys = jnp.ones((2, 1, 2, 4)), jnp.ones((2, 8, 2, 4))
   got = attention.attend('flash', x, keys, keys, chunk_length=4)
   np.testing.assert_allclose(got, 1)
 
 
-def test_cudnn_excludes_dropout_on_weights():
-  with pytest.raises(ValueError, match='needs attention_dropout_rate = 0 .*Got: 0.1'):
-    network.BartConfig(vocab_size=40, attention_impl='cudnn')
-
-
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('packed', [False, True])
-def test_the_call_to_cudnn_equals_plain_attention(causal, packed):
+def test_call_of_cudnn_equals_plain_attention(causal, packed):
   rng = np.random.default_rng(0)
   arrays = [rng.normal(size=(2, 7, 3, 4)).astype(np.float32) for _ in range(3)]
   row = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 3, 3]])

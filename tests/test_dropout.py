@@ -1,4 +1,4 @@
-"""Dropout bits: their share, their independence, on any mesh."""
+"""Dropout: rate, independence of its bits, the same bits on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ def test_dropout_off():
   assert dropout.dropout(x, 0.0, jax.random.key(0)) is x
 
 
-def test_dropout_is_drawn_for_every_element():
-  """Neighbours along each axis, and two keys, agree as often as chance has it."""
+def test_elements_are_independent():
+  """Neighbours along each axis, and bits of two keys, agree as often as by chance."""
   shape = (16, 64, 128)
 
   def kept(seed):
@@ -58,12 +58,8 @@ def test_dropout_bits_are_uniform_in_every_byte():
 
 
 @pytest.mark.parametrize('rate', [0.1, 0.5])
-def test_rows_tell_nothing_of_each_other(rate):
-  """Not in pairs, and not in fours: two rows by two columns.
-
-  Rows and columns are mixed apart; joined by xor alone, the fourth corner of every
-  rectangle follows from the other three.
-  """
+def test_rows_are_independent(rate):
+  """In pairs, and in rectangles: with xor alone, three corners determine the fourth."""
   size = 1024
   quadruples = []
   for seed in range(4):

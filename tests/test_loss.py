@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one, written out here in full."""
+"""The chunked loss against a plain implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def _arrays(dtype, seed=0):
 
 
 def _plain(settings, hidden, table, bias, targets, weights):
-  """Smoothed cross-entropy and z-loss over real ids only, nothing clever."""
+  """Smoothed cross-entropy and z-loss over real ids, from full logits."""
   logits = (hidden @ table.T + bias)[..., : settings.vocab_size]
   log_z = jax.scipy.special.logsumexp(logits, axis=-1)
   smoothing = settings.label_smoothing
@@ -86,7 +86,7 @@ def test_equals_the_plain_loss_in_float32(settings):
     assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
 
 
-def test_evaluation_gives_the_same_numbers_as_training():
+def test_evaluation_equals_training():
   settings = loss.LossSettings(REAL, 0.1, 1e-3, 2)
   arrays = _arrays(np.float32)
   alone = loss.chunked_loss(settings, *arrays)
@@ -94,9 +94,9 @@ def test_evaluation_gives_the_same_numbers_as_training():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), alone, trained)
 
 
-def test_padded_rows_are_never_predicted_and_never_trained():
+def test_padded_rows_are_neither_predicted_nor_trained():
   hidden, table, bias, targets, weights = _arrays(np.float32)
-  table[REAL:] = 100 * np.sign(hidden[0, 0])  # would win by far
+  table[REAL:] = 100 * np.sign(hidden[0, 0])  # The best by far, if not masked.
   settings = loss.LossSettings(REAL, 0.1, 1e-3, 2)
   arrays = hidden, table, bias, targets, weights
   (total, _), (_, d_table) = _with_gradients(loss.chunked_loss, settings, arrays)
@@ -130,8 +130,7 @@ def test_bfloat16_products_keep_float32_sums():
   np.testing.assert_allclose(total, plain, rtol=2e-2)
 
 
-def test_logits_never_exist_whole():
-  """No array of the program is as large as the logits of all positions."""
+def test_full_logits_are_never_stored():
   settings = loss.LossSettings(1000, chunk_length=2)
   shapes = [(4, 16, 8), (1024, 8), (1024,), (4, 16), (4, 16)]
   dtypes = [jnp.float32] * 3 + [jnp.int32, jnp.float32]

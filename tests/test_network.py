@@ -1,4 +1,4 @@
-"""The Transformer's properties that need no other BART to compare with."""
+"""Properties of the Transformer, and its layers against formulas."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def _shapes(config):
 
 
 def _random_params(config, seed=0):
-  """Every leaf away from its initial value."""
+  """Random values for all parameters, biases and norms included."""
   shapes = _shapes(config)['params']
   rng = np.random.default_rng(seed)
   return jax.tree.map(
@@ -49,7 +49,6 @@ def _batch(seed=0, batch=3, source=9, target=8):
 
 @functools.cache
 def _jitted(config, method='__call__', **static):
-  """One compiled program for each use: op by op, a pass takes seconds."""
   module = network.Transformer(config)
 
   def run(variables, *args, **kwargs):
@@ -66,11 +65,11 @@ def _logits(config, params, inputs, decoder_inputs, **kwargs):
   )
 
 
-# ---- what may see what -------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------
 
 
-def test_no_position_sees_later_ones():
-  """By gradient: row t + 2 of the decoder's positions moves logits >= t only."""
+def test_decoder_is_causal():
+  """Position t, row t + 2 of the table, has gradients to logits >= t only."""
   params, (inputs, decoder_inputs) = _random_params(CONFIG), _batch(batch=1)
 
   def outputs(table):
@@ -86,7 +85,7 @@ def test_no_position_sees_later_ones():
   assert (moved[np.tril_indices(8)] > 0).all()
 
 
-def test_padding_in_the_input_changes_nothing():
+def test_padding_of_inputs_changes_nothing():
   params = _random_params(CONFIG)
   inputs, decoder_inputs = _batch()
   short = _logits(CONFIG, params, inputs[1:, :-3], decoder_inputs[1:])
@@ -145,7 +144,7 @@ def test_packed_examples_equal_the_same_examples_alone():
 
 
 def _decode(config, params, cache, encoded, inputs, tokens, mode, **kwargs):
-  """One call of `decode` in mode 'decode' or 'prefill': logits and new cache."""
+  """Returns logits and the new cache of a call in mode 'decode' or 'prefill'."""
   run = _jitted(config, 'decode', mutable='cache', **{mode: True})
   logits, changed = run(
       {'params': params, 'cache': cache}, encoded, inputs, tokens,
@@ -179,7 +178,7 @@ def test_cached_decoding_equals_the_full_pass(scan_layers):
 
 
 def _set_position(cache, lengths):
-  """What T5X's models do after a prompt."""
+  """As T5X's models do after a prompt."""
   cache['decoder']['position_embedder']['position_embedder_index'] = lengths
   return cache
 
@@ -208,8 +207,7 @@ def test_prompts_of_unequal_lengths_then_steps_equal_the_full_pass(scan_layers):
 
 
 @pytest.mark.parametrize('index_shape', [(3,), (6,), (3, 2)])
-def test_beams_share_indices_in_every_shape_t5x_gives_them(index_shape):
-  """One index a row, a beam, or [row, beam]: the same step, and the shape stays."""
+def test_cache_index_per_row_beam_or_both(index_shape):
   config, params, encoded, cache, inputs, tokens, full = _setup(False)
   _, cache = _decode(
       config, params, cache, encoded, inputs, tokens, 'prefill',
@@ -231,19 +229,7 @@ def test_beams_share_indices_in_every_shape_t5x_gives_them(index_shape):
   np.testing.assert_array_equal(index, np.full(index_shape, 4))
 
 
-def test_cache_has_t5x_names():
-  *_, cache = _setup(False)[:4]
-  assert set(cache['decoder']['layers_1']['self_attention']) == {
-      'cached_key', 'cached_value', 'cache_index',
-  }  # fmt: skip
-  assert set(cache['decoder']['position_embedder']) == {'position_embedder_index'}
-  scanned = _setup(True)[3]
-  attention = scanned['decoder']['layers']['self_attention']
-  assert attention['cached_key'].shape == (2, 3, 8, 3, 4)
-  assert attention['cache_index'].shape == (2,)
-
-
-# ---- variants that must not change anything ----------------------------------
+# ---- equivalent configurations -------------------------------------------------
 
 ONE_LAYER = dataclasses.replace(CONFIG, num_encoder_layers=1, num_decoder_layers=1)
 
@@ -257,14 +243,14 @@ def _loss(config, params, key=None):
 
 
 def _run(function, *args):
-  """Compiled with little optimization, which takes half the time."""
+  # Without optimization, which takes half the time.
   compiled = jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
   return compiled(*args)
 
 
 @functools.cache
 def _loss_and_gradients(config, seed=None):
-  """Of the same random parameters, stacked if the config scans."""
+  """The same random parameters for all configs, stacked if the config scans."""
   key = None if seed is None else jax.random.key(seed)
   params = _random_params(dataclasses.replace(config, scan_layers=False))
   if config.scan_layers:
@@ -283,7 +269,7 @@ def _assert_close(left, right, tolerance):
   )
 
 
-def test_scanned_layers_equal_layers_written_out():
+def test_scanned_layers_equal_separate_layers():
   scanned = dataclasses.replace(CONFIG, scan_layers=True)
   _assert_close(_loss_and_gradients(scanned), _loss_and_gradients(CONFIG), 1e-6)
 
@@ -293,28 +279,18 @@ DROPPING = dataclasses.replace(
 )
 
 
-def test_chunked_attention_changes_nothing():
-  changed = dataclasses.replace(
-    ONE_LAYER, attention_impl='chunked', attention_chunk_length=3
-  )
-  _assert_close(_loss_and_gradients(changed), _loss_and_gradients(ONE_LAYER), 1e-6)
+@pytest.mark.parametrize(
+  ('remat_policy', 'scan_layers'),
+  [('attention', False), ('dots', False), ('full', False), ('full', True)],
+)
+def test_recomputation_changes_neither_loss_nor_gradients(remat_policy, scan_layers):
+  """With dropout, whose bits must be the same in the recomputation."""
+  config = dataclasses.replace(DROPPING, scan_layers=scan_layers)
+  changed = dataclasses.replace(config, remat_policy=remat_policy)
+  _assert_close(_loss_and_gradients(config, 3), _loss_and_gradients(changed, 3), 1e-6)
 
 
-@pytest.mark.parametrize('remat_policy', ['attention', 'dots', 'full'])
-def test_recomputation_changes_neither_loss_nor_gradients(remat_policy):
-  """With dropout: what is recomputed draws the same bits again."""
-  changed = dataclasses.replace(DROPPING, remat_policy=remat_policy)
-  _assert_close(_loss_and_gradients(DROPPING, 3), _loss_and_gradients(changed, 3), 1e-6)
-
-
-def test_recomputation_inside_a_scan_changes_nothing():
-  """Scanned layers draw other bits, so against the scan without recomputation."""
-  scanned = dataclasses.replace(DROPPING, scan_layers=True)
-  changed = dataclasses.replace(scanned, remat_policy='full')
-  _assert_close(_loss_and_gradients(scanned, 3), _loss_and_gradients(changed, 3), 1e-6)
-
-
-def test_bfloat16_computes_near_float32_with_float32_parameters():
+def test_bfloat16_is_near_float32():
   config = dataclasses.replace(CONFIG, dtype='bfloat16')
   params = _random_params(config)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype('float32')}
@@ -372,7 +348,7 @@ def test_published_models_have_as_many_parameters(overrides, parameters, leaves)
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
-def test_every_parameter_has_axes_that_the_standard_rules_know(scan_layers):
+def test_standard_rules_cover_all_parameters(scan_layers):
   variables = _shapes(dataclasses.replace(CONFIG, scan_layers=scan_layers))
   axes = partitioning.get_axis_names(variables['params_axes'])
   names, params = (
@@ -386,7 +362,7 @@ def test_every_parameter_has_axes_that_the_standard_rules_know(scan_layers):
     assert set(spec) <= known, path
 
 
-def test_initial_parameters_are_bart_s():
+def test_initial_parameters():
   config = dataclasses.replace(CONFIG, emb_dim=96, mlp_dim=200)
   tokens = jnp.ones((1, 2), jnp.int32)
   init = jax.jit(network.Transformer(config).init, static_argnames='enable_dropout')
@@ -425,15 +401,15 @@ def test_weight_decay_spares_biases_norms_and_the_logits_bias():
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [
-    ('num_heads', 5, 'must divide emb_dim. Got: 5 / 12'),
-    ('vocab_size', 0, 'must be a positive integer. Got: 0'),
-    ('mlp_dim', 2.5, 'must be a positive integer. Got: 2.5'),
-    ('dropout_rate', 1.0, 'at least 0 and below 1. Got: 1.0'),
-    ('attention_dropout_rate', '0.1', "must be a number.* Got: '0.1'"),
-    ('dtype', 'float17', "floating-point type.* Got: 'float17'"),
-    ('dtype', 'int32', "floating-point type.* Got: 'int32'"),
-    ('remat_policy', 'minimal', "one of none, attention, dots, full. Got: 'min"),
-    ('attention_impl', 'fast', "one of auto, plain, chunked, flash, cudnn. Got: 'f"),
+    ('num_heads', 5, '5 / 12'),
+    ('mlp_dim', 2.5, 'positive integer. Got: 2.5'),
+    ('dropout_rate', 1.0, 'below 1. Got: 1.0'),
+    ('attention_dropout_rate', '0.1', "Got: '0.1'"),
+    ('dtype', 'float17', "Got: 'float17'"),
+    ('dtype', 'int32', "Got: 'int32'"),
+    ('remat_policy', 'minimal', "Got: 'minimal'"),
+    ('attention_impl', 'fast', "Got: 'fast'"),
+    ('attention_impl', 'cudnn', 'attention_dropout_rate = 0'),
   ],
 )
 def test_config_rejects_invalid_values(field, value, message):
@@ -441,32 +417,33 @@ def test_config_rejects_invalid_values(field, value, message):
     dataclasses.replace(CONFIG, **{field: value})
 
 
-def test_rows_longer_than_the_positions_raise():
-  params, rows = _random_params(CONFIG), np.ones((1, 17), int)
-  with pytest.raises(ValueError, match='row of 17 tokens .* the model has 16'):
-    _logits(CONFIG, params, rows, rows)
+@pytest.mark.parametrize(
+  ('length', 'features', 'message'),
+  [
+    (17, (), 'row of 17 tokens .* 16'),
+    (4, ('encoder_segment_ids',), 'needs encoder_positions'),
+  ],
+)
+def test_invalid_rows_raise(length, features, message):
+  params, rows = _random_params(CONFIG), np.ones((1, length), int)
+  with pytest.raises(ValueError, match=message):
+    _logits(CONFIG, params, rows, rows, **dict.fromkeys(features, rows))
 
 
-def test_segments_without_positions_raise():
-  params, rows = _random_params(CONFIG), np.ones((1, 4), int)
-  with pytest.raises(ValueError, match='encoder_segment_ids came without'):
-    _logits(CONFIG, params, rows, rows, encoder_segment_ids=rows)
+# ---- layers --------------------------------------------------------------------
 
 
-# ---- layers, against formulas and by hand ------------------------------------
-
-
-def test_gelu_is_the_exact_one():
+def test_gelu_is_exact():
   x = np.linspace(-9, 9, 2001).astype(np.float32)
   phi = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.astype(float)])
-  # Four roundings of the larger of 1 and x.
+  # Four roundings relative to the larger of 1 and x.
   spacing = np.finfo(np.float32).eps * np.maximum(1, np.abs(x))
   assert (np.abs(network.gelu(x) - x * phi) <= 2 * spacing).all()
-  # The tanh approximation, JAX's default, is farther off than that.
+  # The tanh approximation, JAX's default, is less accurate.
   assert np.abs(jax.nn.gelu(x) - x * phi).max() > 1e-4
 
 
-def test_layer_norm_is_the_formula_with_epsilon_1e_5():
+def test_layer_norm_with_epsilon_1e_5():
   x = np.random.default_rng(0).normal(0.1, 1e-2, (2, 3, 8)).astype(np.float32)
   scale, bias = np.linspace(0.5, 2, 8), np.linspace(-1, 1, 8)
   got = network.LayerNorm(jnp.float32).apply(
@@ -478,7 +455,7 @@ def test_layer_norm_is_the_formula_with_epsilon_1e_5():
   np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
 
 
-def test_layer_norm_of_bfloat16_is_taken_in_float32():
+def test_layer_norm_of_bfloat16_runs_in_float32():
   x = jnp.asarray(np.random.default_rng(0).normal(100, 1, (1, 2, 64)), jnp.bfloat16)
   params = {'params': {'scale': np.ones(64), 'bias': np.zeros(64)}}
   low = network.LayerNorm(jnp.bfloat16).apply(params, x)
@@ -492,31 +469,18 @@ SMALL = network.BartConfig(
 )
 
 
-def _positions(decode=False):
-  return network.PositionEmbedder(SMALL, decode)
-
-
 TABLE = np.arange(24, dtype=np.float32).reshape(8, 3)
 
 
-def test_positions_are_two_rows_down_the_table():
+def test_positions_are_offset_by_two_rows():
   params = {'params': {'embedding': TABLE}}
   tokens = np.ones((2, 4), int)
-  counted = _positions().apply(params, network.Rows(tokens))
+  embed = network.PositionEmbedder(SMALL).apply
+  counted = embed(params, network.Rows(tokens))
   np.testing.assert_array_equal(counted, TABLE[None, 2:6])
   packed = np.array([[0, 1, 0, 1], [0, 1, 2, 5]])
-  got = _positions().apply(params, network.Rows(tokens, positions=packed))
+  got = embed(params, network.Rows(tokens, positions=packed))
   np.testing.assert_array_equal(got, TABLE[packed + 2])
-
-
-def test_positions_count_steps_in_the_cache():
-  module, params = _positions(decode=True), {'params': {'embedding': TABLE}}
-  _, cache = module.apply(params, network.Rows(np.ones((2, 4), int)), mutable=['cache'])
-  for step in range(3):
-    got, cache = module.apply(
-      {**params, **cache}, network.Rows(np.ones((2, 1), int)), mutable=['cache']
-    )
-    np.testing.assert_array_equal(got, np.broadcast_to(TABLE[2 + step], (2, 1, 3)))
 
 
 def test_unknown_ids_embed_as_nan():
@@ -526,39 +490,28 @@ def test_unknown_ids_embed_as_nan():
   assert np.isnan(got[0, 1]).all()
 
 
-@pytest.mark.parametrize(
-  ('index', 'wanted'),
-  [(5, [5] * 4), ([1, 2], [1, 1, 2, 2]), ([[1, 2], [3, 4]], [1, 2, 3, 4])],
-)
-def test_indices_spread_over_beams(index, wanted):
-  np.testing.assert_array_equal(network.per_row(jnp.asarray(index), 4), wanted)
-
-
 def _attention(causal=False, **mode):
   config = network.BartConfig(vocab_size=8, emb_dim=6, num_heads=2, init_std=0.3)
   return network.Attention(config, network.Mode(**mode), causal)
 
 
-def test_the_cache_takes_one_position_at_a_time():
-  module, x = _attention(causal=True, decode=True), np.ones((2, 4, 6), np.float32)
-  variables = module.init(jax.random.key(0), x, x)
+@pytest.mark.parametrize(
+  ('mode', 'length', 'message'),
+  [('decode', 4, r'one position .*\[2, 4\]'), ('prefill', 3, r'\(2, 3, 2, 3\)')],
+)
+def test_cache_rejects_other_shapes(mode, length, message):
+  x = np.ones((2, 4, 6), np.float32)
+  variables = _attention(causal=True, decode=True).init(jax.random.key(0), x, x)
   variables.pop('params_axes')
-  with pytest.raises(ValueError, match=r'one position .*\[2, 1\]. Got: \[2, 4\]'):
-    module.apply(variables, x, x, mutable=['cache'])
+  module, x = _attention(causal=True, **{mode: True}), x[:, :length]
+  with pytest.raises(ValueError, match=message):
+    module.apply(variables, x, x, None, None, np.array([1, 1]), mutable=['cache'])
 
 
-def test_a_prompt_needs_a_cache_of_its_own_shape():
-  made, x = _attention(causal=True, decode=True), np.ones((2, 4, 6), np.float32)
-  variables = made.init(jax.random.key(0), x, x)
-  variables.pop('params_axes')
-  module, lengths = _attention(causal=True, prefill=True), np.array([1, 1])
+def test_prompts_need_a_cache():
+  module, x = _attention(causal=True, prefill=True), np.ones((2, 4, 6), np.float32)
   with pytest.raises(ValueError, match='needs a cache'):
-    module.apply(
-      {'params': variables['params']}, x, x, None, None, lengths, mutable=['cache']
-    )
-  shorter = x[:, :3]
-  with pytest.raises(ValueError, match=r'\(2, 3, 2, 3\) / \(2, 4, 2, 3\)'):
-    module.apply(variables, shorter, shorter, None, None, lengths, mutable=['cache'])
+    module.init(jax.random.key(0), x, x, None, None, np.array([1, 1]))
 
 
 def test_attention_is_the_formula():

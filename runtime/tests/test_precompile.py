@@ -1,5 +1,6 @@
-"""Planning a run's steps by the command that a user gives."""
+"""The precompile script, and T5X's function of that name."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from t5x import data, partitioning, planning, precompile
+from t5x import partitioning, precompile
 
 HERE = pathlib.Path(__file__).parent
 
 
 def plan(*flags):
-  """Calls the script with the tiny model; neither data nor devices are there."""
+  """Runs the script with the tiny model."""
   settings = {
     'MIXTURE_OR_TASK_NAME': "'tiny_copy'",
     'MODEL_DIR': "'/nowhere'",
@@ -26,6 +27,8 @@ def plan(*flags):
     'BATCH_SIZE': 16,
   }
   path = f'{HERE}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
+  # The topology decides, not this flag.
+  xla_flags = '--xla_force_host_platform_device_count=8'
   return subprocess.run(
     [
       sys.executable,
@@ -36,7 +39,7 @@ def plan(*flags):
       *(f'--gin.{name}={value}' for name, value in settings.items()),
       *flags,
     ],
-    env={**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': ''},
+    env={**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': xla_flags},
     capture_output=True,
     text=True,
     timeout=300,
@@ -49,7 +52,7 @@ def test_plan_of_a_training_step(tmp_path):
   done = plan('--topology=cpu:4', f'--json={tmp_path}/plan.json')
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'plan.json').read_text())
-  # Of tiny.py: two products with 8 x 16 and 16 x 384, forward once and backward twice.
+  # The model has two products, by 8 x 16 and 16 x 384: forward once, backward twice.
   assert found['useful_flops'] == 3 * 2 * (16 * 8 / 4) * (8 * 16 + 16 * 384)
   assert found['devices'] == 4
   assert found['hours'] == pytest.approx(900 * found['estimate_s'] / 3600)
@@ -63,21 +66,19 @@ def test_plan_of_a_decoding_step(tmp_path):
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'plan.json').read_text())
   assert found['step'] == 'decode' and found['hours'] is None
-  # Its loop ends when the data says so; at the latest after 8 positions.
-  assert None in found['loops'].values()
-  assert 'counted as 8 trips' in done.stdout
+  # Its loop ends when all rows have ended, at the latest after 8 positions.
+  assert found['longest_loop'] == 8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ([], '--topology must be one of v2-8'),
-    (['--topology=v3-9'], 'cpu:N. Got: v3-9'),
+    (['--topology=v3-9'], 'Got: v3-9'),
     (['--topology=cpu:2', '--gin.BATCH_SIZE=15'], 'batch of 15 over 2'),
   ],
 )
-def test_wrong_input_gives_one_message(flags, message):
+def test_wrong_input_is_one_message(flags, message):
   done = plan(*flags)
   assert done.returncode == 1
   assert message in done.stderr and 'Traceback' not in done.stderr
@@ -85,7 +86,7 @@ def test_wrong_input_gives_one_message(flags, message):
 
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.skipif(not planning.has_compiler(), reason='libtpu is not installed')
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu')
 def test_plan_of_a_training_step_for_a_tpu(tmp_path):
   done = plan('--topology=v3-8', f'--json={tmp_path}/plan.json')
   assert done.returncode == 0, done.stderr
@@ -94,7 +95,6 @@ def test_plan_of_a_training_step_for_a_tpu(tmp_path):
   assert found['useful_flops'] == 3 * 2 * (16 * 8 / 8) * (8 * 16 + 16 * 384)
   # XLA counts elementwise operations too.
   assert found['useful_flops'] * 0.9 < found['flops'] < found['useful_flops'] * 1.3
-  assert 0 < found['roofline_s'] <= found['estimate_s']
   assert found['cycles_s'] > 0 and found['xla_s'] > 0
 
 
@@ -102,7 +102,7 @@ def test_plan_of_a_training_step_for_a_tpu(tmp_path):
 
 
 def make(folder, num_partitions=2, **changes):
-  """Calls `precompile`; returns the program before XLA's work on it."""
+  """Calls `precompile`; returns the program before optimization."""
   precompile.precompile(
     **{
       'model': tiny.make_model(),
@@ -119,16 +119,10 @@ def make(folder, num_partitions=2, **changes):
   return (folder / 'lowered_hlo_pre_optimization').read_text()
 
 
-def test_arguments_of_precompile_make_the_program(tmp_path):
-  checked, asked = [], []
-
-  def get_dataset(*args):
-    asked.append(args)
-    return data.get_dataset(*args)
-
+def test_precompile_writes_the_program(tmp_path):
+  checked = []
   first = make(
     tmp_path / 'first',
-    get_dataset_fn=get_dataset,
     verify_matching_vocabs_fn=lambda cfg, model: checked.append(cfg.split),
   )
   assert 'HloModule' in first
@@ -137,8 +131,7 @@ def test_arguments_of_precompile_make_the_program(tmp_path):
   )
   assert np.load(tmp_path / 'first' / 'assignment').shape == (4, 2)
   assert checked == ['train']
-  assert len(asked) == 1
-  # Dropout's key is a constant of the program, and 0 is a seed like others.
+  # Dropout's key is a constant of the program, and 0 is a seed like any other.
   programs = {first, *(make(tmp_path / str(n), random_seed=n) for n in (0, 42))}
   assert len(programs) == 3
   assert make(tmp_path / 'none', random_seed=None) in programs

@@ -1,16 +1,14 @@
-"""Plans of a run's steps, compiled for devices that are not there.
+"""Plans a run's steps by compiling them for devices that need not exist.
 
-`precompile` shows them. The programs are the run's own steps, traced with shapes in
-place of data and state, so that neither corpus nor checkpoint is needed. Every figure
-but the time of compiling is an estimate:
+`precompile` is the script. Steps are traced with shapes in place of data and state, so
+neither corpus nor checkpoint is needed. All figures are
+estimates: memory by the compiler; operations, bytes and seconds by XLA's
+`cost_analysis()`; traffic between devices by a roofline of the links, not overlapped.
 
-- Memory is the compiler's `memory_analysis()`. Where a program does not fit, the trace
-  shows what fills the memory (`fullest_moment`).
-- Operations, bytes and seconds are XLA's `cost_analysis()`, in which the body of a loop
-  counts once and kernels cost what they declare (`pl.CostEstimate`). Loops are added in
-  full: operations by the trace, bytes and seconds by the cycles that the TPU's compiler
-  notes at each instruction of the compiled program.
-- Traffic between devices is a roofline over the links, nothing overlapped.
+The cost analysis counts the body of a loop once. So operations are multiplied by what
+loops add to them in the trace, bytes and seconds by what they add to the cycles that
+the TPU compiler estimates for each instruction. Kernels cost what they declare
+(`pl.CostEstimate`).
 """
 
 import collections
@@ -20,7 +18,6 @@ import importlib.util
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,28 +34,25 @@ from t5x import trainer as trainer_lib
 
 GIB = 2**30
 
-BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
-
 
 # ---- topologies ----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one JAX device can do: a core of v2 and v3, a chip later on."""
+  """Hardware limits of one JAX device: a core of v2 and v3, a chip from v4."""
 
-  kind: str  # As JAX calls it.
+  kind: str  # JAX's `device_kind`.
   flops: float  # bfloat16 operations per second.
-  hbm_bytes: float  # Memory that a program may use.
+  hbm_bytes: float  # Available to programs.
   hbm_bandwidth: float  # Bytes per second.
-  # Bytes per second to its neighbours; the links of a chip are shared by its devices.
-  link_bandwidth: float
+  link_bandwidth: float  # Bytes per second to all neighbours, shared within a chip.
   clock: float  # Cycles per second.
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice as Google Cloud names it; `shape` is the compiler's name, None for CPUs."""
+  """A slice as Google Cloud names it; `shape` is libtpu's name, None for CPUs."""
 
   name: str
   chip: Chip
@@ -68,23 +62,20 @@ class Topology:
 
 
 # Peak, HBM and its bandwidth: https://cloud.google.com/tpu/docs/system-architecture and
-# the pages of each version; a device of v2 and v3 is half a chip. The HBM that a
-# program may use is what the compiler (libtpu 0.0.42) says when a program does not fit.
-# Clocks and links of v2 and v3: Jouppi et al., A Domain-Specific Supercomputer for
-# Training Deep Neural Networks, CACM 63(7), 2020 (496 and 656 Gbit/s per link, of which
-# a 2x2 slice connects two); of v4: Jouppi et al., ISCA 2023 (six links of 50 GB/s,
-# three connected). Later clocks follow from the peak and the size of the matrix units.
+# the pages of each version; a device of v2 and v3 is half a chip. Available HBM is what
+# libtpu 0.0.42 reports when a program does not fit. Clocks and links of v2 and v3:
+# Jouppi et al., A Domain-Specific Supercomputer for Training Deep Neural Networks,
+# CACM 63(7), 2020 (496 and 656 Gbit/s per link, of which a 2x2 slice connects two); of
+# v4: Jouppi et al., ISCA 2023 (six links of 50 GB/s, three connected). Later clocks
+# follow from the peak and the size of the matrix units.
 _V2 = Chip('TPU v2', 22.9e12, 7.48 * GIB, 350e9, 62e9, 700e6)
 _V3 = Chip('TPU v3', 61.6e12, 15.48 * GIB, 450e9, 82e9, 940e6)
 _V4 = Chip('TPU v4', 275e12, 30.75 * GIB, 1228e9, 150e9, 1050e6)
 _V5E = Chip('TPU v5 lite', 197e12, 15.75 * GIB, 819e9, 100e9, 1500e6)
 _V5P = Chip('TPU v5', 459e12, 95.74 * GIB, 2765e9, 300e9, 1750e6)
 _V6E = Chip('TPU v6 lite', 918e12, 31.25 * GIB, 1640e9, 224e9, 1750e6)
-# Two cores of a server, for figures of some size.
+# Placeholders in the range of two server cores.
 _CPU = Chip('cpu', 0.4e12, 16 * GIB, 20e9, 10e9, 3e9)
-
-# Elements that a vector unit takes per cycle, by which XLA counts transcendentals.
-_VECTOR_LANES = 1024
 
 _ONE_HOST_OF_EIGHT = {'chips_per_host_bounds': (2, 4, 1)}
 
@@ -102,11 +93,7 @@ TOPOLOGIES = {
 
 
 def find_topology(name: str | None) -> Topology:
-  """Returns the topology of that name; `cpu:N` is N CPU devices.
-
-  Raises:
-    ValueError: the name is unknown.
-  """
+  """Returns the topology of that name; `cpu:N` is N CPU devices."""
   kind, _, count = (name or '').partition(':')
   if kind == 'cpu' and count.isdigit() and int(count):
     return Topology(name, _CPU, None, int(count))
@@ -117,30 +104,22 @@ def find_topology(name: str | None) -> Topology:
   return TOPOLOGIES[name]
 
 
-def has_compiler() -> bool:
-  """Whether libtpu is installed."""
-  return importlib.util.find_spec('libtpu') is not None
-
-
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
   """Returns the devices of a topology; those of TPUs can only be compiled for.
 
-  JAX gets as many CPU devices, since a program may ask for their number; so call it
-  before JAX makes its devices.
-
-  Raises:
-    ValueError: libtpu is not installed.
+  Call it before JAX creates its devices: it also sets the number of CPU devices, since
+  a program may depend on `jax.device_count()`.
   """
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', topology.devices)
   if topology.shape is None:
     return jax.devices('cpu')
-  if not has_compiler():
+  if not importlib.util.find_spec('libtpu'):
     raise ValueError(
-      f'Compiling for {topology.name} needs the package libtpu: pip install '
-      '"jax[tpu]". No TPU is needed. --topology=cpu:8 works without it.'
+      f'--topology={topology.name} needs the package libtpu, but no TPU: pip install '
+      '"jax[tpu]". --topology=cpu:8 works without it.'
     )
-  # Else libtpu asks the metadata server of a TPU VM.
+  # Otherwise libtpu queries the metadata server of a TPU VM.
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
   os.environ['TPU_ACCELERATOR_TYPE'] = topology.name
@@ -150,9 +129,9 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
   ).devices
 
 
-# ---- a run's steps, without arrays ---------------------------------------------
+# ---- a run's steps -------------------------------------------------------------
 
-# The argument of `train` that describes the step's batches.
+# The argument of `train` that describes the batches of a step.
 _DATASETS = {
   'train': 'train_dataset_cfg',
   'eval': 'train_eval_dataset_cfg',
@@ -167,14 +146,13 @@ class Step:
   kind: str  # train, eval or decode
   function: Any  # Partitioned; has `trace`.
   arguments: tuple[Any, ...]  # Shapes and dtypes.
-  batch: BatchSpec
-  # The model's pass over a batch, without the mesh, and its arguments; None for
-  # decoding, whose length depends on the model.
+  batch: Mapping[str, jax.ShapeDtypeStruct]
+  # The model's loss function, traced without the mesh, and its arguments; None for
+  # decoding, whose length depends on the data.
   forward: tuple[Callable[..., Any], tuple[Any, ...]] | None
-  parts: int  # That a batch is split into over the devices.
-  state_parts: Mapping[
-    tuple[int, ...], int
-  ]  # The same for the state's arrays by shape.
+  parts: int  # Devices that share the batch.
+  # Devices that share an array of the state, by its shape.
+  state_parts: Mapping[tuple[int, ...], int]
   microbatches: int = 1
 
   @property
@@ -191,25 +169,24 @@ class Step:
 
   @property
   def longest_loop(self) -> int:
-    """Trips of loops whose length depends on data: decoding ends at the last slot."""
+    """Trips of loops that depend on data: decoding ends at the last slot."""
     return self.target_tokens // self.rows if self.kind == 'decode' else 1
 
   def bytes_on_device(self, shape: tuple[int, ...], dtype: Any) -> float:
-    """Bytes of an array on a device: split as in the state, or else by rows."""
-    size = math.prod(shape) * jax.numpy.dtype(dtype).itemsize
-    return size / self.state_parts.get(shape, self.parts)
+    """Bytes of an array per device, split like the state or else by rows."""
+    return _whole_bytes(shape, dtype) / self.state_parts.get(shape, self.parts)
 
 
 def batch_spec(
   cfg: data.DatasetConfig, converter_cls: Callable[..., seqio.FeatureConverter]
-) -> BatchSpec:
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns shapes and dtypes of a batch over all hosts; reads no data."""
   provider = data.check_dataset_config(cfg, 1, converter_cls)
   example = {
     name: tf.TensorSpec([None] * feature.rank, feature.dtype)
     for name, feature in provider.output_features.items()
   }
-  # A dataset of the task's type, whose generator is never called.
+  # The generator is never called.
   examples = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=example)
   converter = converter_cls(
     pack=cfg.pack, use_custom_packing_ops=cfg.use_custom_packing_ops
@@ -225,15 +202,9 @@ def batch_spec(
 def make_step(
   arguments: Mapping[str, Any], kind: str, batch_size: int | None = None
 ) -> Step:
-  """Makes one of a run's steps.
+  """Makes a step of a run from the arguments of `train.train`, by name.
 
-  Args:
-    arguments: those of `train.train`, by name.
-    kind: train, eval or decode; without such batches those of training are taken.
-    batch_size: rows over all devices; the run's own by default.
-
-  Raises:
-    ValueError: the batch does not divide among the devices.
+  `kind` is train, eval or decode; without a dataset of that kind it takes training's.
   """
   model, partitioner = arguments['model'], arguments['partitioner']
   cfg = arguments.get(_DATASETS[kind]) or arguments['train_dataset_cfg']
@@ -264,14 +235,9 @@ def make_step(
   )
   if kind == 'decode':
     function = inference.partition_step(model.predict_batch_with_aux, partitioner, axes)
+    key_shape = jax.ShapeDtypeStruct(key.shape, key.dtype)
     indices = jax.ShapeDtypeStruct((cfg.batch_size,), np.int32)
-    shapes = (
-      state.params,
-      batch,
-      jax.ShapeDtypeStruct(key.shape, key.dtype),
-      indices,
-      state.flax_mutables,
-    )
+    shapes = state.params, batch, key_shape, indices, state.flax_mutables
     return step(function, shapes, forward=None)
 
   trainer = arguments['trainer_cls'](
@@ -284,9 +250,7 @@ def make_step(
     rng=key,
   )
   training = kind == 'train'
-  function = (
-    trainer._partitioned_train_step if training else trainer._partitioned_eval_step
-  )
+  function = getattr(trainer, f'_partitioned_{kind}_step')
   trainer.close()
   forward = functools.partial(model.loss_fn, dropout_rng=key if training else None)
   microbatches = getattr(trainer, '_num_microbatches', None) if training else None
@@ -299,7 +263,7 @@ def make_step(
 
 
 def _state_parts(state, axes, mesh_shape):
-  """The optimizer's arrays have the shapes of the parameters that they belong to."""
+  # The optimizer's arrays have the shapes of their parameters.
   found = {}
 
   def add(spec, leaf):
@@ -314,9 +278,9 @@ def _state_parts(state, axes, mesh_shape):
 
 
 def _bodies(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
-  """The jaxprs among an equation's parameters that run with it."""
+  """Yields the jaxprs that run as part of an equation."""
   for key, value in params.items():
-    # Not the rules of differentiation, nor the condition of a loop.
+    # Not rules of differentiation, nor the condition of a loop.
     if key in ('cond_jaxpr', 'fwd_jaxpr_thunk', 'bwd', 'jvp_jaxpr_fun', 'update_jaxpr'):
       continue
     if isinstance(value, core.ClosedJaxpr):
@@ -328,7 +292,7 @@ def _bodies(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
 def matmul_flops(jaxpr: core.Jaxpr, loops_once: bool = False) -> float:
   """Counts operations of matrix products, and those that kernels declare.
 
-  Loops count in full or once; of a conditional's branches the costliest one.
+  Loops count in full or once; a conditional counts as its costliest branch.
   """
   total = 0.0
   for equation in jaxpr.eqns:
@@ -353,12 +317,12 @@ def matmul_flops(jaxpr: core.Jaxpr, loops_once: bool = False) -> float:
   return total
 
 
-# Functions whose operations count as their caller's.
+# Calls whose bodies are analysed as part of the caller.
 _INLINED = frozenset({
   'jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call', 'custom_vjp_call',
 })  # fmt: skip
 
-# Operations without a body that read and write arrays whole.
+# Operations without a body that read and write whole arrays.
 _STORED = frozenset({
   'dot_general', 'conv_general_dilated', 'pallas_call', 'gather', 'scatter',
   'scatter-add', 'dynamic_update_slice', 'sort', 'top_k', 'concatenate', 'cumsum',
@@ -371,47 +335,43 @@ class _Array:
   shape: tuple[int, ...]
   dtype: np.dtype
   where: str  # Name stack and operation; '' for arguments.
-  bytes: float  # On one device.
+  bytes: float  # Per device.
 
 
 @dataclasses.dataclass(frozen=True)
 class LargeArray:
-  """Arrays of one size that exist at the same time."""
+  """Arrays of one shape that are live at the same time."""
 
   shape: tuple[int, ...]  # Over all devices.
   dtype: str
   count: int
-  where: str  # What makes the first; '' for arguments.
-  bytes: float  # Of all, on one device.
+  where: str  # The operation that makes the first; '' for arguments.
+  bytes: float  # Of all, per device.
 
 
-def fullest_moment(
+def peak_arrays(
   jaxpr: core.Jaxpr, size_of: Callable[[tuple[int, ...], Any], float]
 ) -> list[LargeArray]:
-  """Returns the arrays that exist when a function holds most, largest first.
+  """Returns the arrays that are live at a function's memory peak, largest first.
 
-  Results of products, gathers, kernels and loops are stored. What elementwise
-  operations make is stored where such an operation reads it, and is else recomputed
-  from its sources wherever it is used, as compilers do.
-
-  Args:
-    jaxpr: of the function.
-    size_of: bytes of an array of a shape and dtype on one device.
+  Results of products, gathers, kernels and loops are stored. Results of elementwise
+  operations are stored if such an operation reads them, and otherwise recomputed where
+  they are used, as by a fusing compiler. `size_of` gives an array's bytes per device.
   """
   arrays = {v: _array(v, '', size_of) for v in (*jaxpr.constvars, *jaxpr.invars)}
   arguments = [x for x in arrays.values() if x is not None]
   groups = collections.defaultdict(list)
-  for array in (*arguments, *_fullest(jaxpr, arrays, '', size_of)):
+  for array in (*arguments, *_peak(jaxpr, arrays, '', size_of)):
     groups[array.shape, str(array.dtype), bool(array.where)].append(array)
   found = [
-    LargeArray(shape, dtype, len(group), group[0].where, sum(x.bytes for x in group))
+    LargeArray(shape, dtype, len(group), group[0].where, _total(group))
     for (shape, dtype, _), group in groups.items()
   ]
   return sorted(found, key=lambda array: -array.bytes)
 
 
 def _array(variable, where, size_of):
-  """None for random keys and gradients of integers, which take no memory."""
+  # Random keys and gradients of integers take no memory.
   shape, dtype = getattr(variable.aval, 'shape', ()), variable.aval.dtype
   if not isinstance(dtype, np.dtype) or dtype == jax.dtypes.float0:
     return None
@@ -440,8 +400,8 @@ def _operations(jaxpr, arrays, path, size_of):
     yield name, [x for x in inputs if x], [x for x in outputs if x], bodies, where
 
 
-def _fullest(jaxpr, arrays, path, size_of) -> list[_Array]:
-  """What a part holds at its fullest moment, without its arguments."""
+def _peak(jaxpr, arrays, path, size_of) -> list[_Array]:
+  """Returns the arrays, arguments excluded, that are live at the peak."""
   operations = list(_operations(jaxpr, arrays, path, size_of))
   known = [arrays.get(v) for v in jaxpr.outvars if not isinstance(v, core.Literal)]
   results = [x for x in known if x]
@@ -456,7 +416,7 @@ def _fullest(jaxpr, arrays, path, size_of) -> list[_Array]:
       stored.update(outputs)
   ends.update(dict.fromkeys(results, len(operations)))
   for _, inputs, outputs, _, _ in reversed(operations):
-    # What is recomputed keeps its sources.
+    # Recomputed arrays keep their sources alive.
     needed = [ends[x] for x in outputs if x not in stored and x in ends]
     for array in inputs if needed else ():
       ends[array] = max(ends[array], *needed)
@@ -470,10 +430,10 @@ def _fullest(jaxpr, arrays, path, size_of) -> list[_Array]:
         live[array] = None
         total += array.bytes
         leaving[ends.get(array, index)].append(array)
-    # Shapes within shard_map are those of a device's part.
+    # Shapes within shard_map are those of one device's part.
     size = _whole_bytes if name == 'shard_map' else size_of
     inner = max(
-      (_fullest(body, {}, where, size) for body in bodies), key=_total, default=[]
+      (_peak(body, {}, where, size) for body in bodies), key=_total, default=[]
     )
     if total + _total(inner) > best:
       best, held = total + _total(inner), [*live, *inner]
@@ -491,7 +451,7 @@ def _total(arrays):
   return sum(array.bytes for array in arrays)
 
 
-# ---- the compiled program: what loops add --------------------------------------
+# ---- the compiled program ------------------------------------------------------
 
 _COLLECTIVE = re.compile(
   r'(all-reduce|all-gather|reduce-scatter|(ragged-)?all-to-all|collective-permute|'
@@ -506,37 +466,28 @@ _COST = re.compile(
 
 @dataclasses.dataclass
 class Program:
-  """What XLA's cost analysis does not show of a compiled program, loops in full."""
+  """Costs that XLA's cost analysis does not report."""
 
-  cycles: float = 0  # Of all but kernels and collectives, as the compiler notes them.
-  cycles_loops_once: float = 0
-  # Calls by (name, operations, transcendentals, bytes), the costs those of one call.
+  cycles: float = 0  # By the compiler's estimate, without kernels and collectives.
+  # Calls of kernels by the (operations, transcendentals, bytes) that one declares.
   kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  kernels_loops_once: collections.Counter = dataclasses.field(
-    default_factory=collections.Counter
-  )
-  sent_bytes: float = 0
-  # Trips by the loop's name; None where they depend on data.
+  sent_bytes: float = 0  # Between devices.
+  # Trips by the loop's name; None if they depend on data.
   loops: dict[str, int | None] = dataclasses.field(default_factory=dict)
 
 
-def read_program(text: str, longest_loop: int = 1) -> Program:
+def read_program(text: str, longest_loop: int = 1, loops_once: bool = False) -> Program:
   """Reads the text of a compiled program (`compiled.as_text()`).
 
-  Args:
-    text: the program.
-    longest_loop: trips that loops count for whose length depends on data.
+  Loops whose trips depend on data count `longest_loop` times.
   """
   computations, entry, lines = {}, None, []
   for line in text.splitlines():
-    if not line.startswith(' '):
-      head = _COMPUTATION.match(line)
-      lines = []
-      if head:
-        computations[head[2]] = lines
-        entry = head[2] if head[1] else entry
-    else:
+    if line.startswith(' '):
       lines.append(line)
+    elif head := _COMPUTATION.match(line):
+      lines = computations[head[2]] = []
+      entry = head[2] if head[1] else entry
 
   program = Program()
 
@@ -549,31 +500,27 @@ def read_program(text: str, longest_loop: int = 1) -> Program:
       if opcode == 'while':
         trips = program.loops[name] = _trip_count(line, computations)
         trips = longest_loop if trips is None else trips
-        walk(_called(line, 'body')[0], times * trips)
+        walk(_called(line, 'body')[0], times if loops_once else times * trips)
       elif opcode in ('call', 'conditional', 'async-start'):
-        # Of a conditional all branches count.
+        # All branches of a conditional count.
         for callee in _called(line, r'\w*computations?', 'to_apply', 'calls'):
           walk(callee, times)
       elif 'custom_call_target="tpu_custom_call"' in line:
         cost = _COST.search(line)
-        kernel = name.partition('.')[0], *map(int, cost.groups() if cost else (0,) * 3)
-        program.kernels[kernel] += times
-        program.kernels_loops_once[kernel] += 1
+        program.kernels[tuple(map(int, cost.groups() if cost else (0, 0, 0)))] += times
       elif _COLLECTIVE.fullmatch(opcode):
-        # A ring passes everything on twice for a sum, once otherwise.
+        # A ring sends everything twice for a sum, once otherwise.
         twice = 2 if opcode.startswith('all-reduce') else 1
         program.sent_bytes += times * twice * _bytes(shape)
-      else:
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-        program.cycles += times * int(cycles[1]) if cycles else 0
-        program.cycles_loops_once += int(cycles[1]) if cycles else 0
+      elif cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
+        program.cycles += times * int(cycles[1])
 
   walk(entry, 1)
   return program
 
 
 def _called(line, *attributes):
-  """The computations that an instruction's attributes name."""
+  """Returns the computations that an instruction's attributes name."""
   found = re.findall(
     rf'\b(?:{"|".join(attributes)})=\{{?(%?[\w.\-]+(?:, %[\w.\-]+)*)', line
   )
@@ -581,7 +528,7 @@ def _called(line, *attributes):
 
 
 def _trip_count(line, computations):
-  """Trips of a loop that counts from 0 to a constant, as scans do; else None."""
+  """Returns the trips of a loop that counts from 0 to a constant, or None."""
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
   if known:
     return int(known[1])
@@ -595,7 +542,7 @@ def _trip_count(line, computations):
 
 
 def _bytes(shapes):
-  """Bytes of the arrays in an instruction's result."""
+  """Returns the bytes of all arrays in an instruction's result."""
   total = 0
   for dtype, sizes in re.findall(r'([a-z]+\d*)\w*\[([\d,]*)\]', shapes):
     bits = int(re.sub(r'\D', '', dtype) or 8)
@@ -603,52 +550,85 @@ def _bytes(shapes):
   return total
 
 
-# ---- the plan ------------------------------------------------------------------
+# ---- why a step does not fit ---------------------------------------------------
+
+_MOST_LINES = 8  # Arrays that are listed.
+
+_REMEDIES = """What to change:
+  - fewer rows per batch (--find_batch finds how many fit), or for training the same
+    rows in parts: trainer.Trainer.num_microbatches
+  - parameters and optimizer state: more devices per copy of the model,
+    partitioning.PjitPartitioner.num_partitions
+  - bart_t5x, attention scores: network.BartConfig.attention_impl = 'auto' or 'chunked'
+  - bart_t5x, logits: a smaller model.BartModel.loss_chunk_length
+  - bart_t5x, arrays for the backward pass: network.BartConfig.remat_policy =
+    'attention', 'dots' or, with the least memory, 'full'"""
 
 
 class DoesNotFitError(ValueError):
   """A program needs more memory than a device has.
 
-  `needed` is infinite where the compiler does not say; `held` are the arrays that the
-  traced step holds at its fullest moment.
+  The message says by how much, lists `held`, the arrays at the memory peak of the
+  trace, and what to change. `needed` is infinite if the compiler does not report it.
   """
 
   def __init__(self, needed: float, available: float, held: Sequence[LargeArray] = ()):
-    if math.isfinite(needed):
-      super().__init__(
-        f'The step needs {needed / GIB:.2f} GiB per device or more, and '
-        f'{available / GIB:.2f} GiB are available: '
-        f'{(needed - available) / GIB:.2f} GiB too much.'
-      )
-    else:
-      super().__init__(
-        f'The step needs more than the {available / GIB:.2f} GiB per device.'
-      )
+    made = [array for array in held if array.where]
+    arguments = [array for array in held if not array.where]
+    rows = [
+      (array.bytes, f'{array.count} x {array.dtype}[{",".join(map(str, array.shape))}],'
+       f' the first in {_place(array.where)}')
+      for array in made[:_MOST_LINES]
+    ]  # fmt: skip
+    rows.append((_total(arguments), 'parameters, optimizer state and the batch'))
+    rows.append((_total(made[_MOST_LINES:]), 'smaller ones'))
+    gib = needed / GIB, available / GIB, (needed - available) / GIB
+    super().__init__('\n'.join([
+      'The step needs {:.2f} GiB per device or more, and {:.2f} GiB are available: '
+      '{:.2f} GiB too much.'.format(*gib)
+      if math.isfinite(needed)
+      else f'The step needs more than the {gib[1]:.2f} GiB per device.',
+      f'In the trace, before operations are fused, {_size(_total(held))} per device '
+      'are live at the peak (shapes over all devices):',
+      *(f'  {_size(size):>10}  {what}' for size, what in rows if size),
+      _REMEDIES,
+    ]))  # fmt: skip
     self.needed, self.available, self.held = needed, available, held
+
+
+def _place(where):
+  # Without passes ('jvp(Transformer.hidden)') and methods ('Decoder.start'), but with
+  # equations ('d,vd->v'); each module once.
+  parts = [
+    p for p in where.split('/') if '->' in p or not re.search(r'[().]|^remat', p)
+  ]
+  return '/'.join(dict.fromkeys(parts))
+
+
+# ---- the plan ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a step takes; per device, in bytes and seconds, where not named otherwise."""
+  """Costs of a step, per device unless noted; bytes and seconds."""
 
   topology: Topology
   step: str
   batch_size: int  # Over all devices.
   target_tokens: int  # Over all devices, padding included.
   steps: int | None  # Of the run.
-  arguments: float  # Memory of the state and the batch.
-  temporaries: float  # Memory of results and of what is kept in between.
+  arguments: float  # Memory of state and batch.
+  temporaries: float  # Memory of results and intermediate arrays.
   code: float  # Memory of the program.
-  flops: float  # Operations, recomputation and padding included.
-  useful_flops: float  # Of the forward pass's products, three times in training.
+  flops: float  # Recomputation and padding included.
+  useful_flops: float  # Products of the forward pass, three times in training.
   bytes_accessed: float  # To and from HBM.
-  xla_s: float  # XLA's estimate without kernels.
-  kernels: Sequence[tuple[str, int, float, str]]  # (name, calls, seconds, limited by)
+  xla_s: float  # XLA's roofline of each instruction, kernels excluded.
+  kernel_s: float  # Roofline of what kernels declare.
   collective_s: float  # Traffic between devices.
   cycles_s: float | None  # By the compiler's cycles, with kernels and traffic.
-  loops: Mapping[str, int | None]
-  longest_loop: int
-  compile_s: float
+  longest_loop: int | None  # Assumed trips of loops that depend on data, if any.
+  note: str = ''
 
   @property
   def memory(self) -> float:
@@ -656,119 +636,62 @@ class Plan:
     return self.arguments + self.temporaries + self.code
 
   @property
-  def kernel_s(self) -> float:
-    """Kernels, by roofline of what they declare."""
-    return sum(seconds for _, _, seconds, _ in self.kernels)
-
-  @property
   def estimate_s(self) -> float:
-    """A step, by XLA's estimate and rooflines of kernels and traffic."""
+    """Time of a step, by rooflines."""
     return self.xla_s + self.kernel_s + self.collective_s
 
-  @property
-  def rooflines(self) -> Mapping[str, float]:
-    """Seconds if all computing or all moving were the only limit."""
-    chip = self.topology.chip
-    return {
-      'compute': self.flops / chip.flops,
-      'memory': self.bytes_accessed / chip.hbm_bandwidth,
-    }
-
-  @property
-  def mfu(self) -> float | None:
-    """Share of the peak that useful operations take."""
-    share = self.useful_flops / (self.estimate_s * self.topology.chip.flops)
-    return share or None
-
-  @property
-  def hours(self) -> float | None:
-    """All steps, without evaluations and checkpoints."""
-    return None if self.steps is None else self.steps * self.estimate_s / 3600
-
   def as_numbers(self) -> dict[str, Any]:
-    """Returns what `--json` writes."""
-    rooflines = self.rooflines
+    """Returns the contents of `--json`: the fields and figures derived from them."""
+    chip, seconds = self.topology.chip, self.estimate_s
+    # Hours exclude evaluations and checkpoints.
     return {
+      **dataclasses.asdict(self),
       'topology': self.topology.name,
       'devices': self.topology.devices,
-      'step': self.step,
-      'batch_size': self.batch_size,
       'hbm_gib': self.memory / GIB,
-      'hbm_available_gib': self.topology.chip.hbm_bytes / GIB,
-      'hbm_arguments_gib': self.arguments / GIB,
-      'hbm_temporaries_gib': self.temporaries / GIB,
-      'hbm_code_gib': self.code / GIB,
-      'flops': self.flops,
-      'useful_flops': self.useful_flops,
-      'bytes_accessed': self.bytes_accessed,
-      'estimate_s': self.estimate_s,
-      'xla_s': self.xla_s,
-      'kernel_s': self.kernel_s,
-      'collective_s': self.collective_s,
-      'roofline_s': max(rooflines.values()),
-      'cycles_s': self.cycles_s,
-      'bound': max(rooflines, key=rooflines.get),
-      'mfu': self.mfu,
-      'tokens_per_s': self.target_tokens / self.estimate_s,
-      'hours': self.hours,
-      'compile_s': self.compile_s,
-      'loops': dict(self.loops),
-      'kernels': [
-        dict(zip(('name', 'calls', 'seconds', 'bound'), kernel))
-        for kernel in self.kernels
-      ],
+      'hbm_available_gib': chip.hbm_bytes / GIB,
+      'estimate_s': seconds,
+      'mfu': self.useful_flops / (seconds * chip.flops) or None,
+      'tokens_per_s': self.target_tokens / seconds,
+      'hours': None if self.steps is None else self.steps * seconds / 3600,
     }
 
   def table(self) -> str:
     """Returns the plan for the screen."""
     numbers, chip = self.as_numbers(), self.topology.chip
+    mfu, hours = numbers['mfu'], numbers['hours']
     rows = [
       ('topology', f'{self.topology.name}: {self.topology.devices} x {chip.kind}'),
       ('step', f'{self.step}, {self.batch_size} rows, {self.target_tokens} targets'),
       ('HBM per device', f'{_size(self.memory)} of {_size(chip.hbm_bytes)}'),
-      ('  arguments', _size(self.arguments)),
-      ('  temporaries', _size(self.temporaries)),
-      ('  code', _size(self.code)),
+      ('  state and batch', _size(self.arguments)),
+      ('  temporaries and code', _size(self.temporaries + self.code)),
       ('FLOPs per device', f'{self.flops / 1e12:.4g} T'),
-      ('  useful', f'{self.useful_flops / 1e12:.4g} T' if self.mfu else '-'),
       ('bytes moved per device', f'{self.bytes_accessed / 1e9:.4g} GB'),
-      ('time per step, estimate', f'{self.estimate_s:.4g} s'),
-      ("  XLA's estimate", f'{self.xla_s:.4g} s, loops in full'),
-      ('  kernels, by roofline', f'{self.kernel_s:.4g} s'),
+      ('time per step, estimate', f'{self.estimate_s:.4g} s, by rooflines'),
+      ('  XLA', f'{self.xla_s:.4g} s'),
+      ('  kernels', f'{self.kernel_s:.4g} s'),
       ('  between devices', f'{self.collective_s:.4g} s, not overlapped'),
       ("by the compiler's cycles", f'{self.cycles_s:.4g} s' if self.cycles_s else '-'),
-      (
-        'by roofline of the whole',
-        f'{numbers["roofline_s"]:.4g} s, bound by {numbers["bound"]}',
-      ),
-      ('MFU, estimate', f'{self.mfu:.1%}' if self.mfu else '-'),
+      ('MFU, estimate', f'{mfu:.1%}' if mfu else '-'),
       ('target tokens per second', f'{numbers["tokens_per_s"]:,.0f}, estimate'),
     ]
-    if self.hours is not None:
-      rows.append((f'{self.steps:,} steps', f'{self.hours:.2f} hours, estimate'))
-    rows.append(('compiled in', f'{self.compile_s:.0f} s'))
+    if hours is not None:
+      rows.append((f'{self.steps:,} steps', f'{hours:.2f} hours, estimate'))
     lines = [f'{name:<26}{value}' for name, value in rows]
-    for name, calls, seconds, bound in self.kernels:
-      cost = f'{seconds:.4g} s, bound by {bound}' if seconds else 'no cost declared'
-      lines.append(f'Kernel {name}: {calls} calls, {cost}.')
-    unknown = [name for name, trips in self.loops.items() if trips is None]
-    if unknown:
+    if self.longest_loop is not None:
       lines.append(
-        f'Loops whose length depends on data: {", ".join(unknown)}; counted as '
-        f'{self.longest_loop} trips, the maximum.'
+        f'Loops that depend on data count as {self.longest_loop} trips, the maximum.'
       )
     if self.topology.shape is None:
       lines.append('On CPUs speeds and memory are placeholders, only for comparison.')
-    lines.append(
-      'Nothing was run: every figure but the time of compiling is an estimate.'
-    )
-    return '\n'.join(lines)
+    lines.append('Nothing was run: all figures are estimates.')
+    return '\n'.join(filter(None, [*lines, self.note]))
 
 
 def _size(number):
-  return (
-    f'{number / GIB:.2f} GiB' if number >= GIB / 10 else f'{number / 2**20:.1f} MiB'
-  )
+  gib = number / GIB
+  return f'{gib:.2f} GiB' if gib >= 0.1 else f'{gib * 1024:.1f} MiB'
 
 
 def plan(
@@ -777,23 +700,18 @@ def plan(
   kind: str = 'train',
   batch_size: int | None = None,
 ) -> Plan:
-  """Compiles a step for a topology, whose devices the mesh must have.
-
-  See `make_step` for the arguments.
+  """Compiles a step (see `make_step`) for a topology, whose devices the mesh has.
 
   Raises:
-    DoesNotFitError: the step needs more memory than there is.
+    DoesNotFitError: the step needs more memory than is available.
   """
   step = make_step(arguments, kind, batch_size)
   steps = arguments.get('relative_steps') or arguments.get('total_steps')
   logging.info(
     'Compiling the %s step of %d rows for %s.', kind, step.rows, topology.name
   )
-  begun = time.perf_counter()
   traced = step.function.trace(*step.arguments)
-  compiled = _compile(traced, step, topology.chip.hbm_bytes)
-  seconds = time.perf_counter() - begun
-  memory = compiled.memory_analysis()
+  compiled, memory = _compile(traced, step, topology.chip.hbm_bytes)
   useful = 0.0
   if step.forward:
     function, shapes = step.forward
@@ -805,30 +723,27 @@ def plan(
     batch_size=step.rows,
     target_tokens=step.target_tokens,
     steps=steps if kind == 'train' else None,
-    arguments=memory.argument_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes,
-    code=memory.generated_code_size_in_bytes,
+    **memory,
     useful_flops=useful / topology.devices,
     **_costs(compiled, traced.jaxpr.jaxpr, topology.chip, step.longest_loop),
-    longest_loop=step.longest_loop,
-    compile_s=seconds,
   )
 
 
 def _compile(traced, step, available):
-  """Compiles; raises DoesNotFitError."""
+  """Returns the compiled step and its memory by kind, or raises DoesNotFitError."""
   try:
     compiled = traced.lower().compile()
-    memory = compiled.memory_analysis()
-    needed = (
-      memory.argument_size_in_bytes + memory.temp_size_in_bytes
-      + memory.output_size_in_bytes - memory.alias_size_in_bytes
-      + memory.generated_code_size_in_bytes
-    )  # fmt: skip
+    found = compiled.memory_analysis()
+    memory = {
+      'arguments': found.argument_size_in_bytes,
+      'temporaries': found.temp_size_in_bytes
+      + found.output_size_in_bytes
+      - found.alias_size_in_bytes,
+      'code': found.generated_code_size_in_bytes,
+    }
+    needed = sum(memory.values())
   except jax.errors.JaxRuntimeError as error:
-    # The compiler's verdict and its figures come as text only.
+    # The compiler reports these figures only in the message.
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     size = r'([\d.]+)([KMGT]?)'
@@ -842,68 +757,60 @@ def _compile(traced, step, available):
         for number, unit in (found.groups()[:2], found.groups()[2:])
       )
   if needed <= available:
-    return compiled
-  held = fullest_moment(traced.jaxpr.jaxpr, step.bytes_on_device)
+    return compiled, memory
+  held = peak_arrays(traced.jaxpr.jaxpr, step.bytes_on_device)
   raise DoesNotFitError(needed, available, held)
 
 
-def _costs(compiled, jaxpr, chip, longest_loop) -> dict[str, Any]:
-  """Operations, bytes and seconds of a compiled program, loops in full."""
-  program = read_program(compiled.as_text(), longest_loop)
-  analysis = compiled.cost_analysis() or {}
-  in_full, once = matmul_flops(jaxpr), matmul_flops(jaxpr, loops_once=True)
-  by_flops = in_full / once if once else 1.0
-  # CPUs have no cycles.
-  by_cycles = program.cycles / program.cycles_loops_once if program.cycles else by_flops
+def _costs(compiled, jaxpr, chip, longest_loop):
+  """Returns the costs of a compiled program, loops in full, as fields of Plan."""
+  text, analysis = compiled.as_text(), compiled.cost_analysis() or {}
+  program, once = read_program(text, longest_loop), read_program(text, loops_once=True)
+  flops_once = matmul_flops(jaxpr, loops_once=True)
+  by_flops = matmul_flops(jaxpr) / flops_once if flops_once else 1.0
+  by_cycles = program.cycles / once.cycles if once.cycles else by_flops  # CPUs: none.
+
+  def of_kernels(program, cost):
+    return sum(calls * cost(*costs) for costs, calls in program.kernels.items())
 
   def roofline(flops, transcendentals, moved):
-    limits = {
-      'matrix units': flops / chip.flops,
-      'vector units': transcendentals / (_VECTOR_LANES * chip.clock),
-      'memory': moved / chip.hbm_bandwidth,
-    }
-    limit = max(limits, key=limits.get)
-    return limits[limit], limit
+    return max(
+      flops / chip.flops,
+      transcendentals / (1024 * chip.clock),  # XLA: one per lane and cycle.
+      moved / chip.hbm_bandwidth,
+    )
 
-  timed = [
-    (k[0], n, n * roofline(*k[1:])[0], roofline(*k[1:])[1])
-    for k, n in program.kernels.items()
-  ]
-  kernel_s = sum(seconds for _, _, seconds, _ in timed)
-  once_s, once_bytes = (
-    sum(n * cost(k) for k, n in program.kernels_loops_once.items())
-    for cost in (lambda k: roofline(*k[1:])[0], lambda k: k[3])
-  )
-  moved = max(analysis.get('bytes accessed', 0.0) - once_bytes, 0.0) * by_cycles
-  moved += sum(n * k[3] for k, n in program.kernels.items())
+  def without_kernels(name, cost):
+    return max(analysis.get(name, 0.0) - of_kernels(once, cost), 0.0) * by_cycles
+
+  def moved(*cost):
+    return cost[2]
+
   flops = analysis.get('flops', 0.0) * by_flops
+  moved_bytes = without_kernels('bytes accessed', moved) + of_kernels(program, moved)
+  xla_s = without_kernels('optimal_seconds', roofline)
+  kernel_s = of_kernels(program, roofline)
   collective_s = program.sent_bytes / chip.link_bandwidth
-  xla_s = max(analysis.get('optimal_seconds', 0.0) - once_s, 0.0) * by_cycles
-  cycles_s = program.cycles / chip.clock + kernel_s + collective_s
+  cycles_s = program.cycles / chip.clock
   return {
     'flops': flops,
-    'bytes_accessed': moved,
-    # On CPUs XLA has no estimate: a roofline stands for it.
-    'xla_s': xla_s or max(flops / chip.flops, moved / chip.hbm_bandwidth),
-    'kernels': timed,
+    'bytes_accessed': moved_bytes,
+    # On CPUs XLA has no estimate.
+    'xla_s': xla_s or roofline(flops, 0.0, moved_bytes),
+    'kernel_s': kernel_s,
     'collective_s': collective_s,
-    'cycles_s': cycles_s if program.cycles else None,
-    'loops': program.loops,
+    'cycles_s': cycles_s + kernel_s + collective_s if cycles_s else None,
+    'longest_loop': longest_loop if None in program.loops.values() else None,
   }
 
 
 # ---- the largest batch ---------------------------------------------------------
 
-# Compilations that `find_batch` makes at most: each may take minutes.
-_MOST_TRIES = 10
-
 
 def find_batch(
   arguments: Mapping[str, Any], topology: Topology, kind: str = 'train'
-) -> tuple[Plan, str]:
-  """Returns the plan of the largest batch that fits, to 3 % or a row per device.
-
-  The text says what was found.
+) -> Plan:
+  """Returns the plan of the largest batch that fits, within 3 % or a row per device.
 
   Raises:
     DoesNotFitError: not even one row per device fits.
@@ -912,46 +819,33 @@ def find_batch(
   size, unit = step.rows, step.parts * step.microbatches
   available = topology.chip.hbm_bytes
   tried, best, error = {}, None, None
-  while size is not None and len(tried) < _MOST_TRIES:
+  while size is not None and len(tried) < 10:  # Each may take minutes.
     try:
       found = plan(arguments, topology, kind, size)
       tried[size] = found.memory
       if best is None or size > best.batch_size:
         best = found
-    except DoesNotFitError as refused:
-      error = refused
-      tried[size] = max(refused.needed, available + 1)
+    except DoesNotFitError as too_large:
+      error = too_large
+      tried[size] = max(too_large.needed, available + 1)
     fits = 'fits' if tried[size] <= available else 'does not fit'
     logging.info('%d rows: %s (%s).', size, fits, _size(tried[size]))
     size = next_batch(tried, available, unit)
   if best is None:
     raise error
   rows = best.batch_size
-  text = (
-    f'The largest batch found that fits: {rows} rows, {rows // step.parts} per device'
+  note = (
+    f'Largest batch that fits: {rows} rows, {rows // step.parts} per device. Adapt the '
+    'settings that depend on it: TRAIN_STEPS, LOSS_NORMALIZING_FACTOR.'
   )
-  more = min((size for size in tried if size > rows), default=None)
-  if more is not None:
-    text += f'; {more} do not ({_size(tried[more])})'
-  return best, (
-    f'{text}. Sizes compiled: {len(tried)}. Settings that depend on the batch must '
-    'follow: the number of steps, and constants like LOSS_NORMALIZING_FACTOR.'
-  )
+  return dataclasses.replace(best, note=note)
 
 
 def next_batch(tried: Mapping[int, float], available: float, unit: int) -> int | None:
-  """Returns the batch size to try next, a multiple of `unit`.
+  """Returns the next batch size to try, a multiple of `unit`, or None at the end.
 
-  Memory grows about linearly with the batch: the line through the two sizes nearest to
-  the limit is followed, and sizes known to fit and not to fit close in on it.
-
-  Args:
-    tried: bytes needed by batch size; infinite where the compiler did not say.
-    available: bytes there are.
-    unit: rows by which a batch can grow.
-
-  Returns:
-    The size, or None: the answer is known to a unit or to 3 %.
+  Memory is about linear in the batch, so it follows the line through the two sizes
+  nearest to the limit. `tried` maps sizes to bytes, infinite if unknown.
   """
   fits = [size for size, needed in tried.items() if needed <= available]
   fails = [size for size, needed in tried.items() if needed > available]
@@ -968,92 +862,3 @@ def next_batch(tried: Mapping[int, float], available: float, unit: int) -> int |
   units = int(guess // unit)
   least, most = low // unit + 1, math.inf if high is None else high // unit - 1
   return int(min(max(units, least), most)) * unit
-
-
-# ---- why a step does not fit ---------------------------------------------------
-
-_MOST_LINES = 8  # Arrays that are listed.
-_LEAST_SHARE = 0.02  # Of all that is held, for a remedy to be worth naming.
-
-
-def _is_scores(array):
-  # Scores have two lengths as their last axes; projections have heads there.
-  return 'atten' in array.where and len(array.shape) > 3 and min(array.shape[-2:]) > 127
-
-
-def _is_logits(array):
-  return any(w in array.where for w in ('logits', 'loss', 'project', '->...v'))
-
-
-# (name, which arrays, what to change, only in training), the largest savings first.
-_REMEDIES: tuple[tuple[str, Callable[[LargeArray], bool], str, bool], ...] = (
-  (
-    'attention scores',
-    _is_scores,
-    'attend without storing them, by a kernel of the platform or in chunks '
-    "(bart_t5x: network.BartConfig.attention_impl = 'auto' or 'chunked')",
-    False,
-  ),
-  (
-    'logits',
-    _is_logits,
-    'compute the loss of fewer positions at a time (bart_t5x: '
-    'model.BartModel.loss_chunk_length)',
-    False,
-  ),
-  (
-    'what the backward pass needs',
-    lambda array: array.where and not _is_logits(array),
-    'recompute more of it (bart_t5x: network.BartConfig.remat_policy = '
-    "'attention', 'dots' or, with the least memory, 'full')",
-    True,
-  ),
-  (
-    'everything that grows with the batch',
-    lambda array: array.where,
-    'fewer rows per batch (--find_batch finds how many fit), or for training the same '
-    'rows in parts: trainer.Trainer.num_microbatches = 2 halves it',
-    False,
-  ),
-  (
-    'parameters and optimizer state',
-    lambda array: not array.where,
-    'more devices per copy of the model (partitioning.PjitPartitioner.num_partitions)',
-    False,
-  ),
-)
-
-
-def advice(error: DoesNotFitError, kind: str) -> str:
-  """Describes by how much a step does not fit, what it holds and what to change."""
-  whole = sum(array.bytes for array in error.held)
-  lines = [
-    str(error),
-    'As traced, before the compiler fuses and shares, a device holds '
-    f'{_size(whole)} at the fullest moment (shapes over all devices):',
-  ]
-  made = [array for array in error.held if array.where]
-  listed = [
-    (array.bytes, f'{array.count} x {array.dtype}[{",".join(map(str, array.shape))}], '
-     f'the first in {_place(array.where)}')
-    for array in made[:_MOST_LINES]
-  ]  # fmt: skip
-  arguments = sum(array.bytes for array in error.held if not array.where)
-  listed.append((arguments, 'parameters, optimizer state and the batch'))
-  listed.append((sum(array.bytes for array in made[_MOST_LINES:]), 'smaller ones'))
-  lines += [f'  {_size(size):>10}  {what}' for size, what in listed if size]
-  lines.append('What to change:')
-  for name, belongs, change, training in _REMEDIES:
-    share = sum(array.bytes for array in error.held if belongs(array))
-    if share >= _LEAST_SHARE * whole and (kind == 'train' or not training):
-      lines.append(f'  - {name} ({_size(share)}): {change}')
-  return '\n'.join(lines)
-
-
-def _place(where):
-  """Without passes and methods, and each module once."""
-  # 'jvp(Transformer.hidden)' is a pass, 'Decoder.start' a method; 'd,vd->v' stays.
-  parts = [
-    p for p in where.split('/') if '->' in p or not re.search(r'[().]|^remat', p)
-  ]
-  return '/'.join(dict.fromkeys(parts))

@@ -1,15 +1,15 @@
-"""Compiles a step of a run for devices that need not be there, and plans it.
+"""Compiles a step of a run for devices that need not exist, and reports its costs.
 
   python -m t5x.precompile --gin_file=gin/bart_base_no.gin --topology=v3-8
 
-takes what `python -m t5x.train` takes and compiles the same step: memory, operations,
-time per step and length of the run, all estimated. Neither a TPU nor the corpus is
-needed; for TPUs the package libtpu is. `--step=eval` and `--step=decode` are the other
+takes the flags of `python -m t5x.train` and compiles the same step: memory, operations,
+time per step and length of the run, all estimated. It needs neither a TPU nor the
+corpus, but for TPUs the package libtpu. `--step=eval` and `--step=decode` are the other
 steps; `--find_batch` finds the largest batch that fits.
 
 As in T5X, `python -m t5x.main --run_mode=precompile` with configs/runs/precompile.gin
-writes the program's text before and after XLA's optimisation and the devices' order
-into MODEL_DIR instead, and logs the memory that it needs per device.
+instead writes the program before and after XLA's optimization and the order of the
+devices into MODEL_DIR.
 """
 
 if __name__ == '__main__':
@@ -21,7 +21,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
@@ -50,17 +50,11 @@ def precompile(
   ]
   | None = data.verify_matching_vocabs,
 ) -> None:
-  """Lowers and compiles one training step and writes the program to `model_dir`.
+  """Lowers and compiles a training step and writes the program to `model_dir`.
 
-  Args:
-    model: the model.
-    train_dataset_cfg: gives the shapes of a batch; no example is read.
-    partitioner: the mesh, of devices that JAX can compile for.
-    model_dir: gets `lowered_hlo_pre_optimization`, `lowered_hlo_post_optimization` and
-      `assignment` (device ids, NumPy format).
-    random_seed: of dropout's key, a constant of the program; None takes 42.
-    get_dataset_fn: makes the dataset.
-    verify_matching_vocabs_fn: checks the task's vocabularies against the model's.
+  Files are `lowered_hlo_pre_optimization`, `lowered_hlo_post_optimization` and
+  `assignment` (device ids, NumPy format). The random seed makes dropout's key, a
+  constant of the program; None is 42. No example is read.
   """
   if verify_matching_vocabs_fn is not None:
     verify_matching_vocabs_fn(train_dataset_cfg, model)
@@ -86,8 +80,7 @@ def precompile(
     return trainer_lib.train_with_lr(
       train_state,
       batch,
-      # Its value does not change the program.
-      learning_rate=1e-3,
+      learning_rate=1e-3,  # Any value gives the same program.
       dropout_rng=dropout_key,
       model=model,
       num_microbatches=None,
@@ -109,66 +102,32 @@ def precompile(
   (folder / 'lowered_hlo_post_optimization').write_text(compiled.as_text())
   with (folder / 'assignment').open('wb') as file:
     np.save(file, partitioner.mesh.device_ids)
-  memory = compiled.memory_analysis()
-  if memory is not None:
-    logging.info(
-      'Memory per device: %.3f GiB for arguments, %.3f GiB for temporaries.',
-      memory.argument_size_in_bytes / 2**30,
-      memory.temp_size_in_bytes / 2**30,
-    )
   logging.info('Programs: %s', model_dir)
 
 
-def show(
-  arguments: Mapping[str, Any],
-  topology: planning.Topology,
-  kind: str = 'train',
-  find_batch: bool = False,
-  json_path: str | None = None,
-) -> None:
-  """Prints the plan of a step and writes its figures.
-
-  Args:
-    arguments: those of `train.train`, by name.
-    topology: what to compile for.
-    kind: train, eval or decode.
-    find_batch: whether to look for the largest batch that fits.
-    json_path: file for the figures.
-
-  Raises:
-    ValueError: the step does not fit; the message says by how much and what to change.
-  """
-  text = None
-  try:
-    if find_batch:
-      plan, text = planning.find_batch(arguments, topology, kind)
-    else:
-      plan = planning.plan(arguments, topology, kind)
-  except planning.DoesNotFitError as error:
-    raise ValueError(planning.advice(error, kind)) from error
-  print(plan.table(), *filter(None, [text]), sep='\n', flush=True)
-  if json_path:
-    epath.Path(json_path).write_text(json.dumps(plan.as_numbers(), indent=2) + '\n')
-
-
 def main(argv: Sequence[str]) -> None:
-  """Plans the step that the flags name, of the run that gin configures."""
+  """Prints the plan of the step that the flags name, of the run that gin configures."""
   del argv
   options = launch.FLAGS
   topology = planning.find_topology(options.topology)
 
-  # Gin binds `train` in `__main__`, so `plan` takes its name and its arguments.
+  # Gin binds `train` in `__main__`, so `show` takes its name and its arguments.
   @functools.wraps(train)
-  def plan(*args: Any, **kwargs: Any) -> None:
+  def show(*args: Any, **kwargs: Any) -> None:
     bound = inspect.signature(train).bind(*args, **kwargs)
     bound.apply_defaults()
-    show(bound.arguments, topology, options.step, options.find_batch, options.json)
+    make_plan = planning.find_batch if options.find_batch else planning.plan
+    plan = make_plan(bound.arguments, topology, options.step)
+    print(plan.table(), flush=True)
+    if options.json:
+      numbers = json.dumps(plan.as_numbers(), indent=2)
+      epath.Path(options.json).write_text(numbers + '\n')
 
-  sys.modules['__main__'].train = plan
+  sys.modules['__main__'].train = show
   with partitioning.meshes_of(planning.devices_of(topology)):
-    planned = launch.configure(plan)
+    planned = launch.configure(show)
     with gin.unlock_config():
-      # An action may act as soon as it is made, and here nothing is trained.
+      # An action may act as soon as it is constructed, and here nothing is trained.
       gin.bind_parameter('__main__.train.actions', None)
     planned()
 
