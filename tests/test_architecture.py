@@ -1,71 +1,61 @@
-"""Directions of imports, and checks of shapes and dtypes while tests run."""
+"""Which way imports run, late and typing-only imports included."""
 
 import ast
-import dataclasses
+import graphlib
 import pathlib
-
-import array_types
-import jaxtyping
-import numpy as np
-import pytest
-from jaxtyping import Array, Float, TypeCheckError
-
-from bart_t5x import attention
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def imported(*folders):
-  """(file, dotted name) of all imports, late and typing-only ones included."""
-  for folder in folders:
-    for path in sorted((ROOT / folder).rglob('*.py')):
-      for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-          yield from ((path, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-          yield from ((path, f'{node.module}.{alias.name}') for alias in node.names)
-
-
-def test_the_runtime_does_not_import_the_model():
-  found = {
-    (path, name)
-    for path, name in imported('runtime/src')
-    if name.split('.')[0] in ('bart_t5x', 'tasks')
+def modules(folder, package):
+  """{dotted name: file} of a package."""
+  root = ROOT / folder / package
+  return {
+    '.'.join((package, *path.relative_to(root).with_suffix('').parts)): path
+    for path in root.rglob('*.py')
   }
-  assert not found
 
 
-def test_nothing_in_the_runtime_imports_the_facade():
-  assert not {path for path, name in imported('runtime/src') if name == 't5x.utils'}
+ALL = modules('runtime/src', 't5x') | modules('', 'bart_t5x') | modules('', 'tasks')
+
+
+def imports(path):
+  """The modules of this project that a file imports."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names |= {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+  return names & ALL.keys()
+
+
+GRAPH = {name: imports(path) for name, path in ALL.items()}
+
+
+def package(name):
+  return name.split('.')[0]
+
+
+def test_nothing_is_imported_in_a_circle():
+  graphlib.TopologicalSorter(GRAPH).prepare()
+
+
+def test_packages_import_downwards():
+  above = {'t5x': {'bart_t5x', 'tasks'}, 'bart_t5x': {'tasks'}, 'tasks': set()}
+  wrong = [
+    (name, other)
+    for name, others in GRAPH.items()
+    for other in others
+    if package(other) in above[package(name)]
+  ]
+  assert not wrong
+
+
+def test_the_runtime_does_not_import_its_facade():
+  users = [name for name, others in GRAPH.items() if 't5x.utils' in others]
+  assert not [name for name in users if package(name) == 't5x']
 
 
 def test_gin_is_not_a_package():
   assert not (ROOT / 'gin' / '__init__.py').exists()  # It would hide gin-config.
-
-
-QUERY = np.zeros((2, 3, 1, 4), np.float32)
-
-
-@pytest.mark.parametrize(
-  'key',
-  [np.zeros((2, 5, 2, 4), np.float32), np.zeros((2, 5, 1, 4), np.int32)],
-  ids=['shape', 'dtype'],
-)
-def test_wrong_arrays_raise(key):
-  with pytest.raises(TypeCheckError, match="parameter 'key'"):
-    attention.plain_attention(QUERY, key, key)
-
-
-def test_trees_may_have_anything_in_place_of_arrays():
-  @dataclasses.dataclass
-  class State:
-    moment: Float[Array, ' d']
-
-    def scaled(self, factor: Float[Array, '']):
-      return self.moment * factor
-
-  checked = jaxtyping.jaxtyped(State, typechecker=array_types.check)
-  assert checked(moment=('embed',)).moment == ('embed',)
-  scaled = jaxtyping.jaxtyped(State.scaled, typechecker=array_types.check)
-  with pytest.raises(TypeCheckError, match="parameter 'factor'"):
-    scaled(State(np.ones(3)), np.ones(3))
