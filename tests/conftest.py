@@ -1,10 +1,12 @@
 """Every test runs on the CPU, split into eight devices, and never on a network."""
 
+import dataclasses
 import os
 import pathlib
 import sys
 import time
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ['HF_HUB_OFFLINE'] = '1'
 # Several test processes may compile for TPUs at a time; libtpu allows one by itself.
 os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
-# Test files import `fake_hub` and `noise_cases` by their names.
+# Test files import helper modules such as `fake_hub` by name.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import array_types  # noqa: E402 - found through the path above.
@@ -67,12 +69,29 @@ def corpus_dir(tmp_path_factory):
   return str(output)
 
 
+@dataclasses.dataclass
+class Run:
+  """A run's folder, and what is in it."""
+
+  model_dir: pathlib.Path
+  checkpoint: pathlib.Path
+  corpus: pathlib.Path
+  config: Any
+  params: dict
+
+  def export(self, output_dir, *more):
+    """The exit status of `bart_t5x.hf.convert export`."""
+    from bart_t5x.hf import convert
+
+    return convert.main([
+        'export', f'--checkpoint={self.checkpoint}', f'--corpus_dir={self.corpus}',
+        f'--output_dir={output_dir}', *more,
+    ])  # fmt: skip
+
+
 @pytest.fixture
 def make_run():
-  """A function that writes a run's folder: checkpoint, config.gin, corpus folder.
-
-  The model is tiny, every parameter of it random; nothing is trained.
-  """
+  """Writes a run of a tiny random model: checkpoint, config.gin and corpus folder."""
   return _make_run
 
 
@@ -113,18 +132,12 @@ def _make_run(folder, seed=0, tokenizer='bytelevel', **fields):
   lines += [f'network.BartConfig.{name} = {value!r}' for name, value in fields.items()]
   lines += ['noise.Recipe.infill_ratio = 0.3']
   (model_dir / 'config.gin').write_text('\n'.join(lines) + '\n')
-  return types.SimpleNamespace(
-    model_dir=model_dir,
-    checkpoint=model_dir / 'checkpoint_0',
-    corpus=corpus,
-    config=config,
-    params=params,
-  )
+  return Run(model_dir, model_dir / 'checkpoint_0', corpus, config, params)
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-  """A `fake_hub.FakeHub`, the Hub of this process and of those it starts."""
+  """A `fake_hub.FakeHub`, used by this process and its children."""
   import huggingface_hub.constants
   import huggingface_hub.utils
   from fake_hub import TOKEN, FakeHub
@@ -146,7 +159,7 @@ def server(monkeypatch, tmp_path):
       'HF_HUB_DISABLE_XET': '1', 'HF_HOME': str(tmp_path / 'hf_home'),
   }.items():  # fmt: skip
     monkeypatch.setenv(name, value)
-  # A server that fails is asked again, without the waits in between.
+  # No waits between tries.
   impatient = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
   monkeypatch.setattr('huggingface_hub.utils._http.time', impatient)
   huggingface_hub.utils.close_session()

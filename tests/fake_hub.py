@@ -1,4 +1,4 @@
-"""The Hub's protocol in memory, for the tests that push and fetch."""
+"""A server that speaks the Hub's protocol, with repositories in memory."""
 
 import base64
 import hashlib
@@ -6,25 +6,19 @@ import http.server
 import json
 import re
 import threading
-import time
 
 TOKEN = 'hf_secretsecretsecretsecretsecret'
 
 
 class FakeHub:
-  """Repositories in memory; `fail` makes a step fail.
-
-  Attributes:
-    repos: id -> {'private': …, 'branches': {name: {path: content}}}.
-    fail: step -> HTTP status.
-    delay: seconds before each answer.
-    token: that it takes.
-    requests: (method, path) of all.
-  """
+  """The server; `url` is its address."""
 
   def __init__(self):
-    self.repos, self.objects, self.fail, self.requests = {}, {}, {}, []
-    self.delay, self.token = 0.0, TOKEN
+    self.repos = {}  # id: {'private': …, 'branches': {name: {path: content}}}
+    self.objects = {}
+    self.fail = {}  # step: HTTP status to answer with
+    self.requests = []  # (method, path)
+    self.token = TOKEN
     fake = self
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,7 +31,6 @@ class FakeHub:
         length = int(self.headers.get('Content-Length') or 0)
         body = self.rfile.read(length)
         fake.requests.append((self.command, self.path))
-        time.sleep(fake.delay)
         status, headers, content = fake.answer(
           self.command, self.path.partition('?')[0], self.headers, body
         )
@@ -97,8 +90,7 @@ class FakeHub:
     self.repos[name] = {'private': bool(private), 'branches': {'main': {}}}
     return self.json(answer)
 
-  def validate(self, body):
-    """What the Hub does with a card before it takes a commit."""
+  def validate(self, body):  # of a card
     return self.json({'errors': [], 'warnings': []})
 
   def branch(self, repo, branch, body):

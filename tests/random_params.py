@@ -8,7 +8,7 @@ from bart_t5x.hf import mapping
 
 
 def random_params(config: network.BartConfig, random: np.random.Generator) -> dict:
-  """Nested float32 parameters of a network, stacked if its config says so."""
+  """Returns nested float32 parameters, stacked with scan_layers."""
   flat = {}
   for path, shape in mapping.parameter_shapes(config).items():
     if path.endswith('scale'):

@@ -1,4 +1,4 @@
-"""What the commands share: quiet imports and error messages."""
+"""Helpers of the command lines: quiet imports, warnings, errors."""
 
 import logging
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from bart_t5x import cli
 
 
-def test_tensorflow_is_imported_without_a_word():
+def test_tensorflow_import_prints_nothing():
   code = (
     'import sys; from bart_t5x import cli\n'
     'cli.quiet_libraries(); cli.import_tensorflow()\n'
@@ -18,7 +18,7 @@ def test_tensorflow_is_imported_without_a_word():
   assert (done.returncode, done.stdout, done.stderr) == (0, '', 'after')
 
 
-def test_what_a_failed_import_printed_is_shown(tmp_path):
+def test_output_of_a_failed_import_is_shown(tmp_path):
   (tmp_path / 'tensorflow.py').write_text(
     'import os; os.write(2, b"why\\n"); raise ImportError("broken")'
   )
@@ -32,7 +32,7 @@ def test_what_a_failed_import_printed_is_shown(tmp_path):
   assert (done.returncode, done.stderr) == (1, 'why\nerror: broken\n')
 
 
-def test_a_warning_is_shown_once_and_seqios_never(caplog, monkeypatch):
+def test_warnings_are_logged_once_and_none_of_seqio(caplog, monkeypatch):
   logger = logging.getLogger('absl')
   monkeypatch.setattr(logger, 'filters', [])
   caplog.set_level(logging.INFO, 'absl')

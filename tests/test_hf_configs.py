@@ -1,4 +1,4 @@
-"""config.json to and from BartConfig, and what a run's config.gin binds."""
+"""config.json, generation_config.json and config.gin of runs."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ CONFIG = network.BartConfig(
     attention_dropout_rate=0.2, activation_dropout_rate=0.0,
 )  # fmt: skip
 
-# What facebook/bart-base and bart-large have in addition to their sizes.
+# Keys of facebook/bart-base and bart-large besides sizes.
 PUBLISHED = {
     'add_bias_logits': False, 'add_final_layer_norm': False,
     'activation_function': 'gelu', 'classif_dropout': 0.1, 'early_stopping': True,
@@ -57,16 +57,9 @@ def test_first_token_is_forced_only_if_the_run_forces_it():
   ('key', 'value'),
   [
     ('model_type', 'mbart'),
-    ('scale_embedding', True),
     ('normalize_before', True),
-    ('add_final_layer_norm', True),
-    ('normalize_embedding', False),
-    ('tie_word_embeddings', False),
     ('activation_function', 'relu'),
-    ('static_position_embeddings', True),
     ('pad_token_id', 0),
-    ('decoder_start_token_id', 0),
-    ('decoder_attention_heads', 12),
     ('decoder_ffn_dim', 12),
   ],
 )
@@ -75,11 +68,10 @@ def test_other_models_and_variants_are_rejected(key, value):
     configs.from_hf(hf_config(**{key: value}))
 
 
-@pytest.mark.parametrize('key', ['vocab_size', 'd_model', 'encoder_attention_heads'])
-def test_incomplete_config_is_rejected(key):
+def test_incomplete_config_is_rejected():
   hf = hf_config()
-  del hf[key]
-  with pytest.raises(ValueError, match=f'no {key!r}'):
+  del hf['d_model']
+  with pytest.raises(ValueError, match='no .d_model'):
     configs.from_hf(hf)
 
 
@@ -95,12 +87,9 @@ def test_incomplete_config_is_rejected(key):
     ({'force_bos_token_to_be_generated': True}, {}, None),
   ],
 )
-def test_generation_config_alone_decides_if_it_exists(hf, generation, expected):
-  """As in transformers."""
+def test_generation_config_takes_precedence(hf, generation, expected):
   assert configs.forced_bos(hf, generation) == expected
 
-
-# ---- config.gin ----
 
 GIN = """
 from __gin__ import dynamic_registration
@@ -132,7 +121,6 @@ def test_bindings_of_a_run():
   values = {'emb_dim': 32, 'dropout_rate': 0.25, 'vocab_size': 512}
   assert run.bindings_of('BartConfig') == values
   assert run.bindings_of('network.BartConfig') == values
-  # Part of a name is not the name.
   assert run.bindings_of('Config') == {}
   assert run.bindings_of('train/DatasetConfig') == {'batch_size': 8}
   assert run.bindings_of('DatasetConfig') == {'seed': 0}
@@ -142,9 +130,7 @@ def test_bindings_of_a_run():
   assert 'tasks' in run.imports
 
 
-def test_bad_files_are_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'config\.gin not found.*--config=FILE'):
-    configs.read_gin(tmp_path / 'config.gin')
+def test_invalid_gin_file(tmp_path):
   (tmp_path / 'config.gin').write_text('network.BartConfig: = (')
-  with pytest.raises(ValueError, match=r'config\.gin is not a valid Gin file'):
+  with pytest.raises(ValueError, match='config.gin is not a valid'):
     configs.read_gin(tmp_path / 'config.gin')

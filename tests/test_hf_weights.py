@@ -1,4 +1,4 @@
-"""Weight files: written, read, sharded, damaged. PyTorch's: tests/interop."""
+"""Weight files of safetensors and Flax; for PyTorch's see tests/interop."""
 
 import json
 import sys
@@ -41,11 +41,9 @@ def test_round_trip(tmp_path, kind):
   state, read_kind = weights.read_weights(tmp_path)
   assert read_kind == kind
   assert_same(state, STATE)
-
-
-def test_safetensors_have_the_format_that_transformers_asks_for(tmp_path):
-  with safetensors.safe_open(write(tmp_path, KINDS[0]), 'np') as file:
-    assert file.metadata() == {'format': 'pt'}
+  if kind == weights.SAFETENSORS:
+    with safetensors.safe_open(file, 'np') as opened:
+      assert opened.metadata() == {'format': 'pt'}  # transformers requires it
 
 
 def test_safetensors_are_preferred(tmp_path):
@@ -56,7 +54,7 @@ def test_safetensors_are_preferred(tmp_path):
 
 
 def shard(folder, kind):
-  """Writes the state as two shards, named as transformers names them."""
+  """Writes the state as two shards, with transformers' file names."""
   names = sorted(STATE)
   stem, _, suffix = kind.partition('.')
   where = {}
@@ -94,27 +92,14 @@ def test_index_cannot_name_files_elsewhere(tmp_path):
 def test_truncated_files_are_errors(tmp_path, kind):
   file = write(tmp_path, kind)
   whole = file.read_bytes()
-  for length in (0, 1, 7, 9, len(whole) // 2, len(whole) - 1):
+  for length in (0, 9, len(whole) - 1):
     file.write_bytes(whole[:length])
     with pytest.raises(ValueError, match=f'{kind} is damaged or truncated'):
       weights.read_weights(tmp_path)
 
 
-def test_large_flax_leaves_are_split_and_joined(tmp_path, monkeypatch):
-  import flax.serialization
-
-  monkeypatch.setattr(flax.serialization, 'MAX_CHUNK_SIZE', 16)
-  write(tmp_path, weights.MSGPACK)
-  assert_same(weights.read_weights(tmp_path)[0], STATE)
-
-
-def test_no_weights(tmp_path):
-  with pytest.raises(FileNotFoundError, match='model.safetensors'):
-    weights.read_weights(tmp_path)
-
-
-def test_pytorch_files_without_pytorch_name_both_ways_out(tmp_path, monkeypatch):
+def test_pytorch_files_without_pytorch(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   (tmp_path / weights.TORCH).touch()
-  with pytest.raises(ValueError, match='pip install torch.*safetensors'):
+  with pytest.raises(ValueError, match='pip install torch'):
     weights.read_weights(tmp_path)

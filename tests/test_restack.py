@@ -1,4 +1,4 @@
-"""Checkpoints of scanned and of written-out layers, through T5X's own restore."""
+"""Conversion of checkpoints between scanned and separate layers."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def test_stack_and_unstack_by_hand():
 
 
 class _Run:
-  """A run's state, saved and restored as `t5x.train` does it."""
+  """A run's state, saved and restored as by `t5x.train`."""
 
   def __init__(self, scan_layers):
     module = network.Transformer(dataclasses.replace(CONFIG, scan_layers=scan_layers))
@@ -51,7 +51,7 @@ class _Run:
     )
 
   def open(self, folder, path=None):
-    """The state restored from path, and a manager that saves into folder."""
+    """Returns the state restored from path, and a manager that saves into folder."""
     return utils.create_checkpoint_manager_and_restore(
       self.initializer,
       self.partitioner,
@@ -65,7 +65,7 @@ class _Run:
 
 
 def _write(run, folder):
-  """A checkpoint of a run whose optimizer has moved; the state in it."""
+  """Saves a checkpoint after one optimizer step; returns its state."""
   state = run.initializer.from_scratch(jax.random.PRNGKey(3))
   gradients = jax.tree.map(lambda p: jnp.cos(3 * p), state.params)
   state = jax.jit(lambda state: state.apply_gradient(gradients, 0.1))(state)
@@ -97,7 +97,7 @@ def test_each_form_restores_into_the_other(tmp_path, scan_layers, capsys):
   assert moments
   for name, value in one.items():
     np.testing.assert_array_equal(value, other[name], err_msg=name)
-  # And back, to the same numbers under the same names.
+  # And back.
   assert restack.main([f'--checkpoint={turned}', f'--output_dir={tmp_path / "c"}']) == 0
   jax.tree.map(
     np.testing.assert_array_equal,
@@ -114,10 +114,6 @@ def test_dataset_state_and_first_step_are_kept(make_run, tmp_path):
   output = restack.restack(run.checkpoint, tmp_path / 'b')
   assert (output / 'dataset/iterator').read_text() == '7'
   assert (tmp_path / 'b/first_step.txt').read_text() == '3'
-  assert {p.name for p in (tmp_path / 'b').iterdir()} == {
-    'checkpoint_0',
-    'first_step.txt',
-  }
 
 
 def test_bad_arguments(make_run, tmp_path, capsys):

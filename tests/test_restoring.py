@@ -1,4 +1,4 @@
-"""A checkpoint must hold every parameter, whatever else it lacks."""
+"""Checks of the checkpoint that a run starts from."""
 
 import pytest
 

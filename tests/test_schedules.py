@@ -1,4 +1,4 @@
-"""The schedule at hand-worked steps."""
+"""Schedules at steps computed by hand."""
 
 import numpy as np
 import pytest
@@ -24,25 +24,15 @@ def test_without_warmup_it_starts_at_the_peak():
   np.testing.assert_allclose([schedule(s) for s in range(5)], [2, 1.5, 1, 0.5, 0])
 
 
-def test_first_step_shifts_it():
-  plain = schedules.linear_warmup_linear_decay(1.0, 10, 100)
-  shifted = schedules.linear_warmup_linear_decay(1.0, 10, 100, first_step=1000)
-  for step in (0, 3, 10, 64, 100):
-    np.testing.assert_allclose(shifted(1000 + step), plain(step), atol=1e-7)
-
-
-@pytest.mark.parametrize('warmup_steps', [100, 101, -1])
+@pytest.mark.parametrize('warmup_steps', [100, -1])
 def test_warmup_that_does_not_fit_is_rejected(warmup_steps):
   with pytest.raises(ValueError, match=f'Got: {warmup_steps} / 100'):
     schedules.linear_warmup_linear_decay(1.0, warmup_steps, 100)
 
 
-@pytest.mark.parametrize('position', [0, 1, 2])
-def test_number_in_quotes_is_rejected(position):
-  numbers = [1.0, 10, 100]
-  numbers[position] = str(numbers[position])
-  with pytest.raises(ValueError, match=f'without quotes. Got: {numbers[position]!r}'):
-    schedules.linear_warmup_linear_decay(*numbers)
+def test_number_in_quotes_is_rejected():
+  with pytest.raises(ValueError, match="without quotes. Got: '10'"):
+    schedules.linear_warmup_linear_decay(1.0, '10', 100)
 
 
 def test_step_of_a_checkpoint_by_its_name():

@@ -1,7 +1,7 @@
-"""What the tests against Hugging Face share: peers, weights, inputs.
+"""Fixtures of the tests against Hugging Face.
 
-A peer is another Python with its own transformers; it reads an npz file and
-writes one.
+A peer is another Python environment with its own transformers. Its scripts read an npz
+file and write one.
 """
 
 import dataclasses
@@ -22,14 +22,27 @@ from bart_t5x.hf import mapping
 _PEERS = pathlib.Path(__file__).parent / 'peers'
 
 
-def _run_peer(variable: str, script: str, folder: pathlib.Path) -> Callable:
-  """A function that runs a peer's script: arrays in, arrays out."""
-  python = os.environ.get(variable)
-  if not python:
-    pytest.skip(f'{variable} names no Python')
+FRAMEWORKS = [
+  pytest.param('flax', marks=pytest.mark.flax_peer),
+  pytest.param('torch', marks=pytest.mark.torch_peer),
+]
 
-  def run(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    given, answer = folder / 'given.npz', folder / 'answer.npz'
+
+@pytest.fixture(params=FRAMEWORKS)
+def framework(request) -> mapping.Framework:
+  return request.param
+
+
+@pytest.fixture
+def run_peer(tmp_path) -> Callable:
+  """Runs a script of `peers` with a framework's Python: arrays in, arrays out."""
+
+  def run(framework: str, script: str, arrays: dict) -> dict[str, np.ndarray]:
+    variable = f'{framework.upper()}_PEER_PYTHON'
+    python = os.environ.get(variable)
+    if not python:
+      pytest.skip(f'{variable} names no Python')
+    given, answer = tmp_path / 'given.npz', tmp_path / 'answer.npz'
     np.savez(given, **arrays)
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
     environment.pop('PYTHONPATH', None)
@@ -43,54 +56,9 @@ def _run_peer(variable: str, script: str, folder: pathlib.Path) -> Callable:
   return run
 
 
-@pytest.fixture
-def flax_peer(tmp_path):
-  return _run_peer('FLAX_PEER_PYTHON', 'flax_peer.py', tmp_path)
-
-
-@pytest.fixture
-def torch_peer(tmp_path):
-  return _run_peer('TORCH_PEER_PYTHON', 'torch_peer.py', tmp_path)
-
-
-@pytest.fixture
-def torch_files_peer(tmp_path):
-  return _run_peer('TORCH_PEER_PYTHON', 'torch_files_peer.py', tmp_path)
-
-
-@pytest.fixture
-def flax_folder_peer(tmp_path):
-  return _run_peer('FLAX_PEER_PYTHON', 'hf_folder_peer.py', tmp_path)
-
-
-@pytest.fixture
-def torch_folder_peer(tmp_path):
-  return _run_peer('TORCH_PEER_PYTHON', 'hf_folder_peer.py', tmp_path)
-
-
-@pytest.fixture
-def flax_tokenizer_class_peer(tmp_path):
-  return _run_peer('FLAX_PEER_PYTHON', 'tokenizer_class_peer.py', tmp_path)
-
-
-@pytest.fixture
-def torch_tokenizer_class_peer(tmp_path):
-  return _run_peer('TORCH_PEER_PYTHON', 'tokenizer_class_peer.py', tmp_path)
-
-
-@pytest.fixture
-def flax_tokenizer_peer(tmp_path):
-  return _run_peer('FLAX_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
-
-
-@pytest.fixture
-def torch_tokenizer_peer(tmp_path):
-  return _run_peer('TORCH_PEER_PYTHON', 'tokenizer_peer.py', tmp_path)
-
-
 @dataclasses.dataclass
 class Case:
-  """A model with random weights, and a batch with padding, in inside ids."""
+  """A model with random weights, and a batch with padding, in this project's ids."""
 
   config: network.BartConfig
   params: dict
@@ -102,7 +70,7 @@ class Case:
     return network.Transformer(self.config)
 
   def logits(self) -> np.ndarray:
-    """The full forward pass, padded columns cut off."""
+    """Logits of the full forward pass, without padded columns."""
     logits = jax.jit(self.module.apply, static_argnames='enable_dropout')(
         {'params': self.params}, self.inputs, self.decoder_inputs,
         self.decoder_inputs, enable_dropout=False,
@@ -110,7 +78,7 @@ class Case:
     return np.asarray(logits)[..., : self.config.vocab_size]
 
   def packed_logits(self) -> np.ndarray:
-    """The same rows in one row, each a segment: [batch, target length, vocabulary]."""
+    """Logits of the rows packed into one, as [batch, target length, vocabulary]."""
     lengths = (self.inputs != 0).sum(axis=1)
     batch, target_length = self.decoder_inputs.shape
     decoder_inputs = self.decoder_inputs.reshape(1, -1)
@@ -127,11 +95,11 @@ class Case:
     return rows.reshape(batch, target_length, -1)
 
   def hf_columns(self, logits: np.ndarray) -> np.ndarray:
-    """Columns in Hugging Face's order of ids."""
+    """Reorders columns to Hugging Face's ids."""
     return logits[..., tokenization.to_hf_ids(np.arange(logits.shape[-1]))]
 
   def for_peer(self, framework: mapping.Framework) -> dict[str, np.ndarray]:
-    """Weights and batch as the peers' scripts read them."""
+    """Returns weights and batch for a peer's script."""
     config = self.config
     hf_config = {
         'vocab_size': config.vocab_size, 'd_model': config.emb_dim,
@@ -145,7 +113,7 @@ class Case:
         'forced_eos_token_id': None,
     }  # fmt: skip
     tensors = mapping.to_hf(self.params, config, framework)
-    # T5X's start, id 0, is BART's </s>; nothing else in these inputs is 0.
+    # T5X starts with id 0, BART with </s>.
     start = np.where(self.decoder_inputs == 0, 2, self.decoder_inputs)
     return {
       'config': np.array(json.dumps(hf_config)),
@@ -154,16 +122,6 @@ class Case:
       'attention_mask': (self.inputs != 0).astype(np.int64),
       'decoder_input_ids': tokenization.to_hf_ids(start),
     }
-
-
-# Beside the usual one: one head and layer, many layers in a narrow model, and a wide
-# feed-forward with long position tables; vocabularies that no power of 2 divides.
-SHAPES = (
-  {'num_heads': 1, 'num_encoder_layers': 1, 'num_decoder_layers': 1, 'vocab_size': 67},
-  {'emb_dim': 8, 'num_heads': 4, 'num_encoder_layers': 12, 'num_decoder_layers': 2},
-  {'emb_dim': 80, 'num_heads': 5, 'mlp_dim': 333, 'max_positions': 1024,
-   'vocab_size': 1009, 'scan_layers': True},
-)  # fmt: skip
 
 
 def _case(seed: int = 0, **overrides) -> Case:
@@ -182,11 +140,6 @@ def _case(seed: int = 0, **overrides) -> Case:
   decoder_inputs[:, 0], decoder_inputs[:, 1] = 0, 1
   params = random_params(config, rng)
   return Case(config, params, inputs, decoder_inputs)
-
-
-@pytest.fixture(params=SHAPES, ids=('small', 'deep', 'wide'))
-def shape(request) -> dict:
-  return request.param
 
 
 @pytest.fixture

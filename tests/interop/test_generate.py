@@ -1,9 +1,8 @@
 """Greedy and beam search give the ids of `generate` in both libraries.
 
-T5X and Hugging Face penalise length by different formulas, and end a sequence that
-reaches the longest length differently: hypotheses here end earlier, and neither side
-has a penalty. Two hypotheses of one score could come in either order, so the
-models are peaked, and the scores' distance is looked at.
+T5X and Hugging Face differ in length penalty and in sequences of the longest length, so
+neither has a penalty and hypotheses end earlier. Peaked models avoid beams of equal
+score.
 """
 
 import functools
@@ -16,7 +15,6 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bart_t5x import checkpoints, model, network, tokenization, vocabularies
-from bart_t5x.hf import convert
 from t5x import decoding
 
 FRAMEWORKS = [
@@ -34,17 +32,11 @@ def framework(request):
   return request.param
 
 
-@pytest.fixture
-def peer(request, framework):
-  return request.getfixturevalue(f'{framework}_folder_peer')
-
-
 def make_peaked(run):
-  """Sharpens a random model, and makes an end likelier the longer a text is.
+  """Sharpens a random model, saves it again, and makes long texts likelier to end.
 
-  Random weights as they are say one token for ever, or end at once. Here positions
-  have a component along the end token's embedding, which grows with the position.
-  The model is written anew, run.checkpoint then names it.
+  Plain random weights repeat one token or end at once. Here position embeddings have a
+  component along the end token's embedding, which grows with the position.
   """
   flat = flatten_dict(run.params, sep='/')
   for path in flat:
@@ -64,7 +56,7 @@ def make_peaked(run):
 
 
 def rows():
-  """Rows of 3 to 18 tokens, padded, in inside ids."""
+  """Rows of 3 to 18 tokens, padded, in this project's ids."""
   random = np.random.default_rng(8)
   inputs = np.zeros((ROWS, 18), np.int64)
   for row in range(ROWS):
@@ -74,7 +66,7 @@ def rows():
 
 
 def up_to_end(sequences):
-  """Lists of ids, each cut behind its first end token or before the last position.
+  """Cuts rows after the first end token, or before the last position.
 
   At the last position Hugging Face forces an end, and T5X does not.
   """
@@ -86,7 +78,7 @@ def up_to_end(sequences):
 
 
 def decoded(run, decode_fn, forced_first_id=None, **options):
-  """Sequences and scores of all decodes by BartModel, the best last."""
+  """Returns sequences and scores of all decodes by BartModel, the best last."""
   vocabulary = vocabularies.load_vocabulary(str(run.corpus))
   bart = model.BartModel(
     network.Transformer(run.config),
@@ -109,7 +101,7 @@ def decoded(run, decode_fn, forced_first_id=None, **options):
 
 
 def generated(run, forced_first_id=None):
-  """Ids by greedy and by beam search, and the smallest distance of two beams."""
+  """Returns ids of greedy and of beam search, and the best beams' smallest margin."""
   greedy, _ = decoded(
     run,
     functools.partial(decoding.temperature_sample, temperature=0.0),
@@ -126,9 +118,11 @@ def generated(run, forced_first_id=None):
   return up_to_end(greedy[:, -1]), up_to_end(beams[:, -1]), distance
 
 
-def by_peer(peer, framework, folder):
+def by_peer(run_peer, framework, folder):
   inputs = rows()
-  answer = peer(
+  answer = run_peer(
+    framework,
+    'hf_folder_peer.py',
     {
       'folder': np.array(str(folder)),
       'framework': np.array(framework),
@@ -136,47 +130,34 @@ def by_peer(peer, framework, folder):
       'attention_mask': (inputs != 0).astype(np.int64),
       'texts': np.array('[]'),
       'max_length': np.array(LENGTH + 1),
-    }
+    },
   )
-  # Theirs begin with the start, </s>.
+  # Theirs begin with </s>.
   return [
     up_to_end(tokenization.from_hf_ids(answer[kind][:, 1:]))
     for kind in ('greedy', 'beams')
   ]
 
 
-def exported(run, folder):
-  assert convert.main([
-      'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
-      f'--output_dir={folder}',
-  ]) == 0  # fmt: skip
-
-
-def test_same_ids_as_generate(peer, framework, make_run, tmp_path):
+def test_same_ids_as_generate(run_peer, framework, make_run, tmp_path):
   run = make_run(tmp_path / 'a', seed=10, **SHAPE)
   make_peaked(run)
-  exported(run, tmp_path / 'out')
+  folder = tmp_path / 'out'
+  assert run.export(folder) == 0
   greedy, beams, distance = generated(run)
-  assert by_peer(peer, framework, tmp_path / 'out') == [greedy, beams]
-  # It was no trivial comparison.
+  assert by_peer(run_peer, framework, folder) == [greedy, beams]
+  # The comparison is not trivial.
   assert distance > 1e-4
   assert greedy != beams
   lengths = {len(row) for row in beams}
   assert len(lengths) > 4 and max(lengths) < LENGTH - 1
-
-
-def test_forced_bos_of_an_imported_model(peer, framework, make_run, tmp_path):
-  """Honoured here as there, and not a part of what is exported."""
-  run = make_run(tmp_path / 'a', seed=10, **SHAPE)
-  make_peaked(run)
-  folder = tmp_path / 'out'
-  exported(run, folder)
-  plain = generated(run)
+  # With a forced first token, which a run without one does not export.
+  plain = greedy, beams
   for name in ('config.json', 'generation_config.json'):
     content = json.loads((folder / name).read_text())
     assert 'forced_bos_token_id' not in content
     (folder / name).write_text(json.dumps(content | {'forced_bos_token_id': 0}))
   greedy, beams, _ = generated(run, tokenization.BOS_ID)
-  assert by_peer(peer, framework, folder) == [greedy, beams]
+  assert by_peer(run_peer, framework, folder) == [greedy, beams]
   assert all(row[0] == tokenization.BOS_ID for row in greedy + beams)
-  assert (greedy, beams) != plain[:2]
+  assert (greedy, beams) != plain

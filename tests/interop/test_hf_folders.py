@@ -17,10 +17,6 @@ from bart_t5x import (
 )
 from bart_t5x.hf import configs, convert, tokenizers
 
-FRAMEWORKS = [
-  pytest.param('flax', marks=pytest.mark.flax_peer),
-  pytest.param('torch', marks=pytest.mark.torch_peer),
-]
 TOLERANCE = {'flax': 1e-5, 'torch': 2e-5}
 
 TEXTS = [
@@ -38,34 +34,15 @@ TEXTS = [
 
 
 def lines():
-  """Norwegian-like lines, with masks and odd characters strewn in."""
+  """Norwegian-like lines, with masks and odd characters."""
   random = np.random.default_rng(5)
   words = "På fjellet bor ærlige bjørner Åja nr. og «så» 3,5 – it's blåbærsyltetøy"
   words = [*words.split(), '<mask>', 'é', 'e\u0301', '€', '中', '😀', '\u00ad', '']
   return [' '.join(random.choice(words, random.integers(1, 30))) for _ in range(10_000)]
 
 
-@pytest.fixture(params=FRAMEWORKS)
-def framework(request):
-  return request.param
-
-
-@pytest.fixture
-def peer(request, framework):
-  return request.getfixturevalue(f'{framework}_folder_peer')
-
-
-def exported(run, tmp_path):
-  folder = tmp_path / 'norbart'
-  assert convert.main([
-      'export', f'--checkpoint={run.checkpoint}', f'--corpus_dir={run.corpus}',
-      f'--output_dir={folder}',
-  ]) == 0  # fmt: skip
-  return folder
-
-
 def batch():
-  """Three rows with padding, in inside ids; targets begin as T5X's do, with 0."""
+  """Three rows with padding, in this project's ids; targets begin with 0."""
   random = np.random.default_rng(1)
   inputs = np.zeros((3, 12), np.int64)
   for row, length in enumerate((12, 7, 4)):
@@ -75,9 +52,11 @@ def batch():
   return inputs, targets
 
 
-def ask(peer, framework, folder, texts):
+def ask(run_peer, framework, folder, texts):
   inputs, targets = batch()
-  return peer(
+  return run_peer(
+    framework,
+    'hf_folder_peer.py',
     {
       'folder': np.array(str(folder)),
       'framework': np.array(framework),
@@ -85,7 +64,7 @@ def ask(peer, framework, folder, texts):
       'attention_mask': (inputs != 0).astype(np.int64),
       'decoder_input_ids': tokenization.to_hf_ids(np.where(targets, targets, 2)),
       'texts': np.array(json.dumps(texts)),
-    }
+    },
   )
 
 
@@ -98,11 +77,11 @@ def logits_of(run):
   return np.asarray(logits)[..., order]
 
 
-def test_logits_and_tokens(peer, framework, make_run, tmp_path):
+def test_logits_and_tokens(run_peer, framework, make_run, tmp_path):
   run = make_run(tmp_path / 'a')
-  folder = exported(run, tmp_path)
+  assert run.export(tmp_path / 'out') == 0
   texts = TEXTS + lines()
-  answer = ask(peer, framework, folder, texts)
+  answer = ask(run_peer, framework, tmp_path / 'out', texts)
   assert json.loads(str(answer['problems'])) == []
   np.testing.assert_allclose(
     logits_of(run), answer['logits'], rtol=0, atol=TOLERANCE[framework]
@@ -113,8 +92,7 @@ def test_logits_and_tokens(peer, framework, make_run, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['unigram', 'bpe'])
-def test_sentencepiece_has_the_same_ids(request, framework, tmp_path, kind):
-  peer = request.getfixturevalue(f'{framework}_tokenizer_peer')
+def test_sentencepiece_has_the_same_ids(run_peer, framework, tmp_path, kind):
   texts = [f'På fjellet nr. {i} bor det {i * 7} bjørner.  Åja!' for i in range(300)]
   source = tmp_path / 'tokenizer.model'
   source.write_bytes(tokenizer_training.train(kind, texts, len(texts), 340, 2))
@@ -123,11 +101,11 @@ def test_sentencepiece_has_the_same_ids(request, framework, tmp_path, kind):
   tokenizers.write(source, folder, 64)
   texts = TEXTS + lines()
   given = {'folder': np.array(str(folder)), 'texts': np.array(json.dumps(texts))}
-  check_tokens(peer(given), texts, source)
+  check_tokens(run_peer(framework, 'tokenizer_peer.py', given), texts, source)
 
 
 def check_tokens(answer, texts, tokenizer_file):
-  """The peer's ids of texts, and its texts of them, against ours."""
+  """Compares the peer's ids of texts and the decoded texts with ours."""
   assert json.loads(str(answer['special'])) == [0, 1, 2, 3, 4]
   ours = tokenization.read_tokenizer(str(tokenizer_file))
   decoded = json.loads(str(answer['decoded']))
@@ -140,12 +118,7 @@ def check_tokens(answer, texts, tokenizer_file):
 
 
 def loss_by(logits, targets):
-  """Mean cross-entropy of targets that are no padding, by the peer's logits.
-
-  Args:
-    logits: [batch, length, vocabulary], columns in Hugging Face's order.
-    targets: [batch, length], inside ids, 0 for padding.
-  """
+  """Mean cross-entropy of the peer's logits for targets that are not padding."""
   logits = logits.astype(np.float64)
   log_sums = np.log(np.exp(logits).sum(axis=-1))
   columns = tokenization.to_hf_ids(targets)[..., None]
@@ -154,7 +127,7 @@ def loss_by(logits, targets):
 
 
 def our_loss(imported):
-  """The first loss of a run that starts from an imported folder, and its targets."""
+  """Returns the first loss of training from an imported folder, and the targets."""
   config = configs.read_gin(imported / 'config.gin').bart_config()
   vocabulary = vocabularies.load_vocabulary(str(imported))
   bart = model.BartModel(
@@ -174,27 +147,24 @@ def our_loss(imported):
     },
   )
   loss = float(metrics['loss'].compute())
-  # The sum is what is differentiated.
   assert float(total) == pytest.approx(loss * (targets != 0).sum(), rel=1e-6)
   return loss, targets
 
 
-def test_an_imported_model_is_the_same_model(peer, framework, make_run, tmp_path):
-  """Through this bridge and back, read by the peer: scanned and padded otherwise.
-
-  Training from the imported checkpoint starts at the peer's loss.
-  """
+def test_reexported_model(run_peer, framework, make_run, tmp_path):
+  """Logits after export, import and export; training starts at the peer's loss."""
   run = make_run(
     tmp_path / 'a', seed=3, scan_layers=True, num_heads=2, vocab_multiple_of=1
   )
-  folder = exported(run, tmp_path)
+  folder = tmp_path / 'out'
+  assert run.export(folder) == 0
   (folder / 'model.safetensors').unlink()
   assert convert.main([
       'import', f'--model={folder}', f'--output_dir={tmp_path}/in'
   ]) == 0  # fmt: skip
   run.checkpoint, run.corpus = tmp_path / 'in/checkpoint_0', tmp_path / 'in'
-  (tmp_path / 'again').mkdir()
-  answer = ask(peer, framework, exported(run, tmp_path / 'again'), [])
+  assert run.export(tmp_path / 'again') == 0
+  answer = ask(run_peer, framework, tmp_path / 'again', [])
   np.testing.assert_allclose(
     logits_of(run), answer['logits'], rtol=0, atol=TOLERANCE[framework]
   )

@@ -11,10 +11,6 @@ from sentencepiece import sentencepiece_model_pb2
 from bart_t5x import tokenization
 from bart_t5x.hf import tokenizers
 
-FRAMEWORKS = [
-  pytest.param('flax', marks=pytest.mark.flax_peer),
-  pytest.param('torch', marks=pytest.mark.torch_peer),
-]
 WORDS = 'På fjellet bor ærlige bjørner Åja nr. og så 3,5 – blåbærsyltetøy'.split()
 ODD = ['é', 'e\u0301', '€', '中', '😀', '\u00ad', 'ｆｕｌｌ', '½', '\t', '', '\u2581']
 
@@ -26,33 +22,25 @@ def texts(masks=True):
   return [*lines, '', ' ', 'bokmål ' * 2000, 'a' * 3000]
 
 
-@pytest.fixture(params=FRAMEWORKS)
-def framework(request):
-  return request.param
-
-
-@pytest.fixture
-def peer(request, framework):
-  return request.getfixturevalue(f'{framework}_tokenizer_class_peer')
-
-
-def check(peer, tokenizer_class, folder, vocab_size, masks=True):
+def check(run_peer, framework, tokenizer_class, folder, vocab_size, masks=True):
   file = tokenizers.read(folder, vocab_size)
   ours = tokenization.read_tokenizer(file.name, file.content)
-  answer = peer(
+  answer = run_peer(
+    framework,
+    'tokenizer_peer.py',
     {
       'folder': np.array(str(folder)),
       'tokenizer': np.array(tokenizer_class),
       'texts': np.array(json.dumps(texts(masks))),
-    }
+    },
   )
   for text, ids in zip(texts(masks), json.loads(str(answer['ids'])), strict=True):
     expected = tokenization.to_hf_ids([1, *ours.encode_template(text), 2]).tolist()
     assert ids == expected, text
 
 
-def test_sentencepiece_with_a_dictionary(peer, tmp_path):
-  """The files of BARTpho: a model, and a dict.txt with a part of its pieces."""
+def test_sentencepiece_with_a_dictionary(run_peer, framework, tmp_path):
+  """The files of BARTpho: a model, and a dict.txt with some of its pieces."""
   random = np.random.default_rng(4)
   lines = [' '.join(random.choice(WORDS + ODD[:4], 12)) for _ in range(500)]
   model = io.BytesIO()
@@ -65,11 +53,11 @@ def test_sentencepiece_with_a_dictionary(peer, tmp_path):
   symbols = [piece.piece for piece in proto.pieces][3:]
   symbols = random.permutation(symbols).tolist()[6:]
   (tmp_path / 'dict.txt').write_text(''.join(f'{s} 1\n' for s in symbols))
-  check(peer, 'BartphoTokenizer', tmp_path, 4 + len(symbols) + 1)
+  check(run_peer, framework, 'BartphoTokenizer', tmp_path, 4 + len(symbols) + 1)
 
 
 @pytest.mark.slow
-def test_vocab_and_merges(peer, framework, make_run, tmp_path):
+def test_vocab_and_merges(run_peer, framework, make_run, tmp_path):
   """The files of BART's slow tokenizer."""
   run = make_run(tmp_path / 'a')
   model = json.loads((run.corpus / 'tokenizer.json').read_text())['model']
@@ -78,6 +66,6 @@ def test_vocab_and_merges(peer, framework, make_run, tmp_path):
   (folder / 'vocab.json').write_text(json.dumps(model['vocab']))
   merges = [' '.join(pair) for pair in model['merges']]
   (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']))
-  # Without a tokenizer.json, transformers 5 forgets that a mask takes the space before
-  # it along, which transformers 4 and every published tokenizer.json know.
-  check(peer, 'BartTokenizer', folder, 301, masks=framework == 'flax')
+  # Without a tokenizer.json, the mask of transformers 5 leaves the space before it;
+  # transformers 4 and every published tokenizer.json include it.
+  check(run_peer, framework, 'BartTokenizer', folder, 301, masks=framework == 'flax')

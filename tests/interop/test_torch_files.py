@@ -21,17 +21,19 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def test_weights_and_settings(torch_files_peer, make_case, tmp_path):
+def test_weights_and_settings(run_peer, make_case, tmp_path):
   case = make_case(seed=8)
   case.params['final_logits_bias'][:] = 0
   tensors = mapping.to_hf(case.params, case.config, 'torch')
-  answer = torch_files_peer(
+  answer = run_peer(
+    'torch',
+    'torch_files_peer.py',
     {
       'root': np.array(str(pathlib.Path(__file__).parents[2])),
       'folder': np.array(str(tmp_path)),
       'settings': np.array(json.dumps(SETTINGS)),
       **{f'param:{name}': tensor for name, tensor in tensors.items()},
-    }
+    },
   )
   table = tensors['model.shared.weight']
   some = {
@@ -49,6 +51,6 @@ def test_weights_and_settings(torch_files_peer, make_case, tmp_path):
   config = network.BartConfig(**json.loads(str(answer.pop('fields'))))
   for name in ('vocab_size', 'emb_dim', 'num_heads', 'num_decoder_layers', 'mlp_dim'):
     assert getattr(config, name) == getattr(case.config, name)
-  # Nothing in a file is run.
+  # Code in a file is not executed.
   assert 'malicious.bin' in json.loads(str(answer.pop('error')))
   assert not (tmp_path / 'trace').exists() and not answer

@@ -1,10 +1,10 @@
-"""Loads an exported folder as any user would, with the transformers at hand.
+"""Runs model and tokenizer of an exported folder, loaded with from_pretrained.
 
 Usage: hf_folder_peer.py IN.npz OUT.npz. IN holds `folder`, `framework` ('flax' or
 'torch'), `input_ids`, `attention_mask` and `texts` (JSON list). With
 `decoder_input_ids`, OUT gets `logits`; with `max_length`, it gets `greedy` and `beams`
 (4, no length penalty). It always gets, as JSON, `ids` and `decoded` (of the texts),
-`special` (ids by name) and `problems` (keys missing or unexpected).
+`special` (ids of special tokens) and `problems` (keys missing or unexpected).
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Loads a folder's tokenizer as any user would, with the transformers at hand.
+"""Tokenizes texts with a folder's tokenizer.
 
-Usage: tokenizer_peer.py IN.npz OUT.npz. IN holds `folder` and `texts` (JSON list). OUT
-gets as JSON `ids` and `decoded` (of the texts) and `special` (ids by name).
+Usage: tokenizer_peer.py IN.npz OUT.npz. IN holds `folder`, `texts` (JSON list) and
+maybe `tokenizer` (a class, by default AutoTokenizer). OUT gets, as JSON, `ids` and
+`decoded` (of the texts) and `special` (ids of special tokens).
 """
 
 import json
@@ -13,7 +14,8 @@ import transformers
 
 def main():
   given = dict(np.load(sys.argv[1]))
-  tokenizer = transformers.AutoTokenizer.from_pretrained(str(given['folder']))
+  tokenizer_class = getattr(transformers, str(given.get('tokenizer', 'AutoTokenizer')))
+  tokenizer = tokenizer_class.from_pretrained(str(given['folder']))
   ids = [tokenizer(text)['input_ids'] for text in json.loads(str(given['texts']))]
   special = ('bos', 'pad', 'eos', 'unk', 'mask')
   np.savez(
