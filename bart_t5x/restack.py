@@ -47,13 +47,10 @@ def unstack_layers(tree: Any) -> Any:
   return unstacked
 
 
-def is_stacked(state: Mapping[str, Any]) -> bool:
-  """Whether a train state has scanned layers."""
-  return 'layers' in state['target']['encoder']
-
-
-def restack(checkpoint: pathlib.Path, output_dir: pathlib.Path) -> pathlib.Path:
-  """Writes a checkpoint in the other form and returns its path.
+def restack(
+  checkpoint: pathlib.Path, output_dir: pathlib.Path
+) -> tuple[pathlib.Path, bool]:
+  """Writes a checkpoint in the other form; returns its path and if it is stacked.
 
   Raises:
     FileExistsError: the output exists.
@@ -66,7 +63,8 @@ def restack(checkpoint: pathlib.Path, output_dir: pathlib.Path) -> pathlib.Path:
   state = checkpoints.read_state(checkpoint)
   if 'encoder' not in state.get('target', {}):
     raise ValueError(f'{checkpoint} is not a BART checkpoint: it has no encoder')
-  convert = unstack_layers if is_stacked(state) else stack_layers
+  was_stacked = 'layers' in state['target']['encoder']
+  convert = unstack_layers if was_stacked else stack_layers
   with files.whole_folder(output) as folder:
     shutil.copytree(
       checkpoint,
@@ -79,7 +77,7 @@ def restack(checkpoint: pathlib.Path, output_dir: pathlib.Path) -> pathlib.Path:
   first_step = checkpoint.parent / 'first_step.txt'
   if first_step.exists():
     shutil.copy2(first_step, output_dir)
-  return output
+  return output, not was_stacked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,10 +97,9 @@ def main(argv: list[str] | None = None) -> int:
   )
   args = parser.parse_args(argv)
   try:
-    output = restack(args.checkpoint, args.output_dir)
+    output, stacked = restack(args.checkpoint, args.output_dir)
   except (OSError, ValueError) as e:
     return cli.fail(e)
-  stacked = is_stacked(checkpoints.read_state(output))
   print(f'{output}: network.BartConfig.scan_layers = {stacked}')
   return 0
 

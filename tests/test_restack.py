@@ -111,7 +111,8 @@ def test_dataset_state_and_first_step_are_kept(make_run, tmp_path):
   (run.checkpoint / 'dataset').mkdir()
   (run.checkpoint / 'dataset/iterator').write_text('7')
   (run.checkpoint.parent / 'first_step.txt').write_text('3')
-  output = restack.restack(run.checkpoint, tmp_path / 'b')
+  output, stacked = restack.restack(run.checkpoint, tmp_path / 'b')
+  assert stacked
   assert (output / 'dataset/iterator').read_text() == '7'
   assert (tmp_path / 'b/first_step.txt').read_text() == '3'
 

@@ -153,7 +153,7 @@ _HUB_LICENSES = {
   'odbl', 'odc-by', 'pddl', 'unknown',
 }  # fmt: skip
 
-# Macros that the card lists.
+# Macros that the card lists, besides bindings of BartConfig and the noise.
 _SETTINGS = (
   'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', 'BATCH_SIZE', 'TRAIN_STEPS',
   'WARMUP_STEPS', 'LEARNING_RATE', 'WEIGHT_DECAY', 'DROPOUT_RATE', 'COMPUTE_DTYPE',
@@ -189,7 +189,6 @@ def _card(
 ) -> str:
   # `corpus` is the content of corpus.json, empty if there is only a tokenizer;
   # `metrics` is what `_metrics` returns.
-  config = run.bart_config()
   task = run.macro('MIXTURE_OR_TASK_NAME')
   noise = run.bindings_of('noise.Recipe')
   start = run.macro('INITIAL_CHECKPOINT_PATH')
@@ -230,46 +229,23 @@ def _card(
         for metric, value in values.items()
       ],
     }
-  settings = {macro: run.macro(macro) for macro in _SETTINGS}
-  settings |= {f'noise: {key}': value for key, value in sorted(noise.items())}
+  rows = {'parameters': f'{num_parameters:,}', **run.bindings_of('BartConfig')}
+  rows |= {macro: run.macro(macro) for macro in _SETTINGS}
+  rows |= {f'noise: {key}': value for key, value in sorted(noise.items())}
+  # After fine-tuning, only the vocabulary comes from this corpus.
+  used_for = 'corpus' if noise else 'corpus of the vocabulary'
+  rows |= {f'{used_for}: {key}': v for key, v in _corpus_rows(corpus).items()}
   sections = [
     f'---\n{ModelCardData(**data).to_yaml()}\n---',
     f'# {name}',
     purpose,
-    _table(
-      ('model', ''),
-      {
-        'parameters': f'{num_parameters:,}',
-        'layers': f'{config.num_encoder_layers} + {config.num_decoder_layers}',
-        'width': config.emb_dim,
-        'heads': config.num_heads,
-        'feed-forward width': config.mlp_dim,
-        'vocabulary': f'{config.vocab_size:,}',
-        'longest input, tokens': config.max_positions,
-      },
-    ),
     '## Usage',
     _LOADING.format(name=name),
     '## Training',
+    _table({key: value for key, value in rows.items() if value is not None}),
+    '## Export command',
+    f'```\n{command}\n```',
   ]
-  if corpus:
-    if not noise:
-      sections.append('The vocabulary was trained on this corpus:')
-    sections.append(_corpus_table(corpus))
-  sections.append(
-    _table(('setting', 'value'), {k: v for k, v in settings.items() if v is not None})
-  )
-  if metrics:
-    rows = {
-      f'{task}: {metric}' if len(metrics) > 1 else metric: value
-      for task, values in metrics.items()
-      for metric, value in values.items()
-    }
-    sections += [
-      '## Metrics on held-out documents',
-      _table(('metric', 'value'), rows),
-    ]
-  sections += ['## Export command', f'```\n{command}\n```']
   return str(ModelCard('\n\n'.join(sections) + '\n'))
 
 
@@ -298,20 +274,22 @@ def _hub_id(config_file: pathlib.Path) -> str | None:
   return match[1] if match else None
 
 
-def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
-  lines = [f'| {header[0]} | {header[1]} |', '| --- | --- |']
+def _table(rows: dict[str, Any]) -> str:
+  lines = ['| setting | value |', '| --- | --- |']
   for name, value in rows.items():
     shown = f'{value:.4g}' if isinstance(value, float) else str(value)
     lines.append(f'| {name} | {shown.replace("|", "/")} |')
   return '\n'.join(lines)
 
 
-def _corpus_table(corpus: dict[str, Any]) -> str:
+def _corpus_rows(corpus: dict[str, Any]) -> dict[str, str]:
+  if not corpus:
+    return {}
   rows = {'source': corpus['source'], 'licence': corpus.get('license') or 'unknown'}
   for split, numbers in corpus['splits'].items():
     for unit in ('documents', 'tokens', 'bytes'):
       rows[f'{split}, {unit}'] = f'{numbers[unit]:,}'
-  return _table(('corpus', ''), rows)
+  return rows
 
 
 def _corpus(corpus_dir: pathlib.Path) -> dict[str, Any]:
