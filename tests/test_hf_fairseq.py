@@ -202,7 +202,7 @@ def test_dictionary_that_lacks_tokens(run, write, tmp_path, capsys):
   (folder / 'encoder.json').write_text('{"a": 0, "b": 1, "c": 2}')
   (folder / 'vocab.bpe').write_text('')
   assert import_command(folder, tmp_path / 'in') == 1
-  assert "lacks 1 of the 3 tokens of encoder.json, 'c'" in capsys.readouterr().err
+  assert "such as 'c'" in capsys.readouterr().err
 
 
 def test_lines_of_a_dictionary(tmp_path):

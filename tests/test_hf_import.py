@@ -220,7 +220,7 @@ FAULTS = {
   'has 301 ids, the model 300': change_config(vocab_size=300),
   'neither config.json': remove('config.json'),
   'config.json is damaged': lambda model: (model / 'config.json').write_text('{'),
-  'has no tokenizer: ': remove('tokenizer.json'),
+  'has no tokenizer': remove('tokenizer.json'),
   'has no weights': remove(weights.SAFETENSORS),
 }
 

@@ -242,7 +242,7 @@ def test_vocab_and_merges(make_run, tmp_path):
 
 FAULTS = {
   'has no tokenizer': {},
-  'is not a SentencePiece model': {'spiece.model': b'\xff\xff\xff'},
+  'is not a valid SentencePiece model': {'spiece.model': b'\xff\xff\xff'},
   'has 62 ids, the model 300': {'spiece.model': foreign_model('bpe')},
   'vocab.json is damaged': {'vocab.json': b'{', 'merges.txt': b''},
   'merges.txt does not fit': {'vocab.json': b'{"a": 0}', 'merges.txt': b'a b\n'},
