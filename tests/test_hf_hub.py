@@ -176,11 +176,11 @@ def start(run, monkeypatch):
 
 
 def wait_for(condition):
-  for _ in range(600):
+  for _ in range(1800):
     if condition():
       return
     time.sleep(0.1)
-  raise AssertionError('nothing happened for 60 seconds')
+  raise AssertionError('nothing happened for 180 seconds')
 
 
 def test_newest_checkpoint_is_by_number(tmp_path):
