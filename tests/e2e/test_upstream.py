@@ -1,6 +1,6 @@
-"""Our gin files, tasks and model on google-research/t5x, beside the same on ours.
+"""Our gin files, tasks and model on google-research/t5x, compared with our runtime.
 
-Both start from the same seeds. What one writes the other goes on with, so that every
+Both start from the same seeds. Each resumes what the other has written, so that every
 comparison of numbers is one of checkpoints too.
 """
 
@@ -181,7 +181,7 @@ def test_train(trained):
 
 @pytest.fixture(scope='module')
 def resumed(call, trained, folder):
-  """Each goes on with the run of the other: {who began: folder}."""
+  """Each resumes the run of the other: {who began: folder}."""
   runs = {}
   for began, goes_on in PAIRS:
     runs[began] = shutil.copytree(trained[began], folder / f'resumed_by_{goes_on}')

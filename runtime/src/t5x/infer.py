@@ -408,7 +408,7 @@ def infer(
     use_orbax=use_orbax,
   )
   if train_state is None:
-    raise ValueError(f'There is no checkpoint at {checkpoint}.')
+    raise ValueError(f'No checkpoint found at {checkpoint}.')
 
   # ---- Inference ----
   infer_fn = inference.get_infer_fn(
