@@ -305,7 +305,7 @@ class _Witness(trainer.BaseAction):
   def run(self, train_state, metrics_by_task):
     task, metric = self.name
     value = metrics_by_task[task][metric]
-    self.values.append(float(np.float32(getattr(value, 'value', value))))
+    self.values.append(float(getattr(value, 'value', value)))
     return False
 
 
