@@ -25,7 +25,7 @@ def prepare_from(tmp_path, content, *more):
 @pytest.mark.parametrize(
   ('content', 'parts'),
   [
-    (b'\n \n\t\n', ('holds no text: 3 documents', '--input')),
+    (b'\n \n\t\n', ('no text (3 ', '--input')),
     (b'Ett eneste dokument om fjorden.\n', ('1 different document',)),
     (b'Hei.\nP\xe5 fjellet.\n', ('UTF-8', 'texts.txt', 'line 2')),
   ],
@@ -70,7 +70,7 @@ def left_behind(folder):
   [
     ('', ('does not exist', 'python -m bart_t5x.prepare')),
     ('validation-*', ('validation-*.tfrecord', 'Prepare it again')),
-    ('tokenizer.json', ('no tokenizer at', 'python -m bart_t5x.prepare')),
+    ('tokenizer.json', ('tokenizer', 'python -m bart_t5x.prepare')),
   ],
 )
 def test_missing_files_of_a_corpus(train, data_root, tmp_path, missing, parts):
@@ -103,7 +103,7 @@ def test_missing_files_of_a_corpus(train, data_root, tmp_path, missing, parts):
     ({'TRAIN_STPES': 5}, ("'TRAIN_STEPS'",)),
     ({'network.BartConfig.emb_dm': 5}, ("'emb_dim'",)),
     ({'network.BartConfg.emb_dim': 5}, ("'BartConfig'",)),
-    ({'MIXTURE_OR_TASK_NAME': 'e2e_denoisng'}, ("'e2e_denoising'",)),
+    ({'MIXTURE_OR_TASK_NAME': 'e2e_denoisng'}, ('Nearest: e2e_denoising',)),
     ({'network.BartConfig.num_heads': 5}, ('must divide emb_dim', '5 / 32')),
     (
       {'network.BartConfig.max_positions': 32},
@@ -155,7 +155,7 @@ def test_evaluating_a_missing_checkpoint(call_script, in_process_task, tmp_path)
   outcome = call_script(
     script.evaluate, ('gin/eval.gin', 'gin/models/tiny.gin'), bindings
   )
-  outcome.assert_one_error(str(tmp_path / CHECKPOINT))
+  outcome.assert_one_error(str(tmp_path), CHECKPOINT)
   assert not (tmp_path / 'eval' / 'inference_eval').exists()
 
 
