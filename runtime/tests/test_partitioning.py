@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib.util
 import itertools
 
 import flax.core
@@ -427,7 +428,7 @@ def test_hosts_with_overlapping_parts(monkeypatch):
 
 
 @pytest.mark.tpu
-@pytest.mark.skipif(not planning.has_compiler(), reason='libtpu is not installed')
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu')
 @pytest.mark.parametrize('name', planning.TOPOLOGIES)
 def test_every_tpu_generation(name, monkeypatch):
   monkeypatch.setattr(jax.config, 'update', lambda *_: None)  # JAX has its devices.
