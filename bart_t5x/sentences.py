@@ -96,8 +96,9 @@ _OPENERS = '«"“”„‘\'(\\['
 _CANDIDATE = re.compile(
   rf'(?<![.!?…])[.!?…]++[{_CLOSERS}]*+(?=\s)|[^\s.!?…](?=[^\S\n]*+\n)'
 )
-# White space, then openers (quotes, dashes), then the first word or character.
-_NEXT = re.compile(rf'(\s++)((?:[{_OPENERS}]|[–—•*·-]++\s*+)*+)(\w++|§|\S)')
+# White space, then openers (quotes, dashes), then the first word or character. Bounded,
+# so that the time for a column of dashes is linear.
+_NEXT = re.compile(rf'(\s++)((?:(?:[{_OPENERS}]|[–—•*·-]++)\s*+){{,99}}+)(\w++|§|\S)')
 _BLANK_LINE = re.compile(r'\n[^\S\n]*\n')
 _LIST_ITEM = re.compile(r'[•*·–—-]|\d+[.)]|[a-zæøå]\)|§')
 # A line that ends with one of these continues on the next line.
@@ -117,7 +118,7 @@ def sentence_starts(text: str) -> list[int]:
   starts = [0]
   for match in _CANDIDATE.finditer(text):
     following = _NEXT.match(text, match.end())
-    if following is None:  # only white space follows
+    if following is None:  # only white space and openers follow
       break
     if _ends(text, starts[-1], match, following):
       starts.append(match.end())

@@ -51,6 +51,22 @@ def test_pieces_add_up_to_the_text(text):
     assert starts == []
 
 
+@hypothesis.given(TEXTS)
+def test_sentences_do_not_depend_on_those_before_them(text):
+  hypothesis.assume(text.strip())
+  tail = ['\n\nDet er fint.', ' Så gikk han.']
+  assert sentences.split_sentences(text.rstrip() + ''.join(tail))[-2:] == tail
+  pieces = sentences.split_sentences(text)
+  for i in range(len(pieces)):
+    assert sentences.split_sentences(''.join(pieces[i:])) == pieces[i:]
+
+
+@pytest.mark.parametrize('mark', '«"(\'[„')
+def test_opening_mark_before_white_space(mark):
+  pieces = ['Han kom.', f' {mark} Søner » er bra.', '\n\nDet er fint.', ' Ja.']
+  assert sentences.split_sentences(''.join(pieces)) == pieces
+
+
 def test_white_space_goes_with_what_follows():
   text = 'En.  To.\n\nTre.\t Fire. '
   pieces = ['En.', '  To.', '\n\nTre.', '\t Fire. ']
@@ -71,5 +87,6 @@ def test_odd_text_takes_linear_time():
     '\n' * 100_000,
     'A. ' * 30_000,
     '- ' * 50_000,
+    '-\n' * 50_000 + 'A',
   ):
     assert ''.join(sentences.split_sentences(text)) == text
