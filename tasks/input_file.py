@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import gin
 from absl import logging
 
-from tasks import readers
+from bart_t5x import text_sources
 
 SPLIT = 'input_file'
 
@@ -54,15 +54,13 @@ def _warn(message: str):
 
 
 def _texts(path: str) -> Iterator[str]:
-  if path.endswith('.jsonl'):
-    for number, record in enumerate(readers.read_jsonl(path), 1):
-      if not isinstance(record.get('inputs'), str):
-        raise ValueError(
-          f'{path}, object {number} must have its text as "inputs", such as '
-          f'{{"inputs": "…"}}. Got: {sorted(record)}'
-        )
-      yield record['inputs']
+  if not path.endswith('.jsonl'):
+    yield from text_sources.read_lines(path)
     return
-  with readers.open_text(path) as f:
-    for line in f:
-      yield line.rstrip('\r\n')
+  for number, record in text_sources.read_json_lines(path):
+    if not isinstance(record.get('inputs'), str):
+      raise ValueError(
+        f'{path}, line {number} must have its text as "inputs", such as '
+        f'{{"inputs": "…"}}. Got: {sorted(record)}'
+      )
+    yield record['inputs']

@@ -7,15 +7,15 @@ One gin binding sets where all registered tasks read their data:
     (unbound)                             # files in <data root>/finetune/norne_nb/
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import gin
 
+from bart_t5x import text_sources
 from bart_t5x.data import data_root
 
 Record = Mapping[str, Any]
@@ -41,52 +41,28 @@ class HubDataset:
     yield from datasets.load_dataset(self.path, self.config, split=name)
 
 
-@contextlib.contextmanager
-def open_text(path: str) -> Iterator[TextIO]:
-  """Opens a file of UTF-8 text, with or without a byte order mark."""
-  try:
-    with open(path, encoding='utf-8-sig') as f:
-      yield f
-  except UnicodeDecodeError as e:
-    raise ValueError(
-      f'{path} is not UTF-8: {e}. Convert it, such as by iconv -f LATIN1 -t UTF-8'
-    ) from e
-
-
 def read_jsonl(path: str) -> Iterator[Record]:
   """Reads one JSON object per line."""
-  with open_text(path) as f:
-    for number, line in enumerate(f, 1):
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError as e:
-        raise ValueError(f'{path}, line {number} is not JSON: {e}') from e
-      if not isinstance(record, dict):
-        raise ValueError(
-          f'{path}, line {number} must be a JSON object such as {{"text": "…"}}. '
-          f'Got: {line.strip()[:80]}'
-        )
-      yield record
+  for _, record in text_sources.read_json_lines(path):
+    yield record
 
 
 def read_tsv(path: str) -> Iterator[Record]:
   """Reads tab-separated columns, named by the first line; quotes are not special."""
-  with open_text(path) as f:
-    header = f.readline().rstrip('\n').split('\t')
-    if header == ['']:
-      raise ValueError(f'{path} is empty: its first line must name the columns')
-    for number, line in enumerate(f, 2):
-      row = line.rstrip('\n').split('\t')
-      if row == ['']:
-        continue
-      if len(row) != len(header):
-        raise ValueError(
-          f'{path}, line {number} has {len(row)} columns, but the first line names '
-          f'{len(header)}: {header}'
-        )
-      yield dict(zip(header, row, strict=True))
+  lines = text_sources.read_lines(path)
+  header = next(lines, '').split('\t')
+  if header == ['']:
+    raise ValueError(f'{path} is empty: its first line must name the columns')
+  for number, line in enumerate(lines, 2):
+    if not line:
+      continue
+    row = line.split('\t')
+    if len(row) != len(header):
+      raise ValueError(
+        f'{path}, line {number} has {len(row)} columns, but the first line names '
+        f'{len(header)}: {header}'
+      )
+    yield dict(zip(header, row, strict=True))
 
 
 def read_conllu(path: str) -> Iterator[Record]:
@@ -94,77 +70,56 @@ def read_conllu(path: str) -> Iterator[Record]:
 
   Multi-word tokens (1-2) and empty nodes (1.1) are left out.
   """
-  with open_text(path) as f:
-    tokens, labels = [], []
-    for number, line in enumerate([*f, ''], 1):
-      line = line.rstrip('\n')
-      if line.startswith('#'):
-        continue
-      if not line.strip():
-        if tokens:
-          yield {'tokens': tokens, 'labels': labels}
-        tokens, labels = [], []
-        continue
-      columns = line.split('\t')
-      if len(columns) != 10:
-        raise ValueError(
-          f'{path}, line {number} has {len(columns)} columns; CoNLL-U has 10'
-        )
-      if not columns[0].isdigit():
-        continue
-      misc = dict(p.split('=', 1) for p in columns[9].split('|') if '=' in p)
-      if 'name' not in misc:
-        raise ValueError(
-          f'{path}, line {number} has no entity tag (name=…) in its last column. Use '
-          'the files of NorNE, not those of the underlying treebank.'
-        )
-      tokens.append(columns[1])
-      labels.append(misc['name'])
+  tokens, labels = [], []
+  for number, line in enumerate([*text_sources.read_lines(path), ''], 1):
+    if line.startswith('#'):
+      continue
+    if not line.strip():
+      if tokens:
+        yield {'tokens': tokens, 'labels': labels}
+      tokens, labels = [], []
+      continue
+    columns = line.split('\t')
+    if len(columns) != 10:
+      raise ValueError(
+        f'{path}, line {number} has {len(columns)} columns; CoNLL-U has 10'
+      )
+    if not columns[0].isdigit():
+      continue
+    misc = dict(p.split('=', 1) for p in columns[9].split('|') if '=' in p)
+    if 'name' not in misc:
+      raise ValueError(
+        f'{path}, line {number} has no entity tag (name=…) in its last column. Use '
+        'the files of NorNE, not those of the underlying treebank.'
+      )
+    tokens.append(columns[1])
+    labels.append(misc['name'])
 
 
 def read_json(path: str) -> Iterator[Record]:
-  """Reads the objects of a list, or the questions of a SQuAD file as on the Hub."""
-  with open_text(path) as f:
-    try:
-      content = json.load(f)
-    except json.JSONDecodeError as e:
-      raise ValueError(f'{path} is not JSON: {e}') from e
-  if isinstance(content, list):
-    for number, record in enumerate(content, 1):
-      if not isinstance(record, dict):
-        raise ValueError(
-          f'{path}, element {number} is not an object: {str(record)[:80]}'
-        )
-      yield record
-    return
+  """Reads the objects of a list, or the questions of a SQuAD file with their texts."""
   try:
-    for article in content['data']:
-      for paragraph in article['paragraphs']:
-        for question in paragraph['qas']:
-          answers = question.get('answers', [])
-          yield {
-            'id': str(question.get('id', '')),
-            'context': paragraph['context'],
-            'question': question['question'],
-            'answers': {
-              'text': [a['text'] for a in answers],
-              'answer_start': [a['answer_start'] for a in answers],
-            },
-          }
-  except (KeyError, TypeError) as e:
-    raise ValueError(f'{path} is neither a list nor a SQuAD file: no {e}') from e
+    content = json.loads(text_sources.read_text(path))
+  except json.JSONDecodeError as e:
+    raise ValueError(f'{path} is not JSON: {e}') from e
+  if isinstance(content, dict):
+    content = content.get('data')
+  if not isinstance(content, list):
+    raise ValueError(f'{path} is neither a list nor a SQuAD file, an object with data')
+  for number, record in enumerate(content, 1):
+    if not isinstance(record, dict):
+      raise ValueError(f'{path}, element {number} is not an object: {str(record)[:80]}')
+    yield from _questions(record)
 
 
-def read_parquet(path: str) -> Iterator[Record]:
-  """Reads the rows of a Parquet file."""
-  try:
-    from pyarrow import parquet
-  except ImportError as e:
-    raise ImportError(
-      f"reading {path} needs the package pyarrow: pip install -e '.[hf]'"
-    ) from e
-
-  yield from parquet.read_table(path).to_pylist()
+def _questions(record: Record) -> Iterator[Record]:
+  """Yields the questions of a SQuAD article or paragraph, or any other record."""
+  parts = record.get('paragraphs', record.get('qas'))
+  if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):
+    for part in parts:
+      yield from ({**record, **question} for question in _questions(part))
+  else:
+    yield record
 
 
 FORMATS: Mapping[str, Callable[[str], Iterator[Record]]] = {
@@ -172,7 +127,7 @@ FORMATS: Mapping[str, Callable[[str], Iterator[Record]]] = {
   '.tsv': read_tsv,
   '.conllu': read_conllu,
   '.json': read_json,
-  '.parquet': read_parquet,
+  '.parquet': text_sources.read_parquet,
 }
 
 

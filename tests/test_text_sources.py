@@ -1,9 +1,15 @@
 """Sources yield their documents, and report file and line of errors."""
 
+import bz2
 import gzip
 import importlib.util
+import io
 import json
+import lzma
+import re
 import sqlite3
+import tarfile
+import zipfile
 
 import pytest
 import zstandard
@@ -19,22 +25,33 @@ def documents(source):
   return first
 
 
+COMPRESS = {
+  '.gz': gzip.compress,
+  '.xz': lzma.compress,
+  '.bz2': bz2.compress,
+  '.zst': zstandard.compress,
+}
+in_each_compression = pytest.mark.parametrize('ending', COMPRESS)
+
+
 def write(path, content):
   """Writes a file, compressed according to its name."""
   if isinstance(content, str):
     content = content.encode('utf-8')
-  if path.name.endswith('.gz'):
-    content = gzip.compress(content)
-  elif path.name.endswith('.zst'):
-    content = zstandard.compress(content)
-  path.write_bytes(content)
+  path.write_bytes(COMPRESS.get(path.suffix, bytes)(content))
   return str(path)
 
 
-@pytest.mark.parametrize('ending', ['', '.gz', '.zst'])
-def test_text_lines(tmp_path, ending):
-  path = write(tmp_path / f'a.txt{ending}', '\n'.join(TEXTS) + '\n')
-  assert documents(text_sources.text_source([path])) == TEXTS
+@in_each_compression
+def test_compressed_files_by_any_name(tmp_path, ending):
+  content = '\n'.join(TEXTS) + '\n'
+  write(tmp_path / f'a.txt{ending}', content)
+  assert documents(text_sources.text_source([str(tmp_path)])) == TEXTS
+  (tmp_path / f'a.txt{ending}').rename(tmp_path / 'b.txt')
+  assert documents(text_sources.text_source([str(tmp_path)])) == TEXTS
+  rows = [json.dumps({'id': i, 'innhold': text}) for i, text in enumerate(TEXTS)]
+  path = write(tmp_path / f'a.jsonl{ending}', '\n\n'.join(rows))
+  assert documents(text_sources.jsonl_source([path], 'innhold')) == TEXTS
 
 
 def test_only_newlines_end_a_line(tmp_path):
@@ -59,11 +76,9 @@ def test_lines_longer_than_a_chunk(tmp_path):
   assert documents(text_sources.text_source([path])) == texts
 
 
-@pytest.mark.parametrize('ending', ['', '.gz', '.zst'])
-def test_jsonl(tmp_path, ending):
-  rows = [json.dumps({'id': i, 'innhold': text}) for i, text in enumerate(TEXTS)]
-  path = write(tmp_path / f'a.jsonl{ending}', '\n\n'.join(rows) + '\n{"innhold": null}')
-  assert documents(text_sources.jsonl_source([path], 'innhold')) == [*TEXTS, '']
+def test_null_is_an_empty_text(tmp_path):
+  path = write(tmp_path / 'a.jsonl', '{"text": "a"}\n{"text": null}')
+  assert documents(text_sources.jsonl_source([path])) == ['a', '']
 
 
 def test_zstd_of_several_frames(tmp_path):
@@ -73,7 +88,17 @@ def test_zstd_of_several_frames(tmp_path):
   assert documents(source) == ['en', 'to', 'tre']
 
 
-@pytest.mark.parametrize('ending', ['.gz', '.zst'])
+def test_zstd_with_a_long_window_and_frames_to_skip(tmp_path):
+  parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+  compress = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+  frame = compress.compress(b'en\nto\n') + compress.flush()
+  skipped = b'\x50\x2a\x4d\x18\x04\0\0\0none'
+  (tmp_path / 'a.txt.zst').write_bytes(skipped + frame + skipped)
+  source = text_sources.text_source([str(tmp_path / 'a.txt.zst')])
+  assert documents(source) == ['en', 'to']
+
+
+@in_each_compression
 def test_truncated_file_is_an_error(tmp_path, ending):
   path = write(tmp_path / f'a.txt{ending}', '\n'.join(map(str, range(100_000))))
   content = (tmp_path / f'a.txt{ending}').read_bytes()
@@ -88,6 +113,41 @@ def test_invalid_utf8_names_file_and_line(tmp_path, unit):
   path = write(tmp_path / 'a.txt', content)
   with pytest.raises(text_sources.SourceError, match=r'a\.txt, line 3: byte 0xe5'):
     documents(text_sources.text_source([path], unit))
+
+
+def zipped(content):
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, 'w') as f:
+    f.writestr('a.txt', content)
+  return buffer.getvalue()
+
+
+def archived(content):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode='w:gz') as f:
+    info = tarfile.TarInfo('a.txt')
+    info.size = len(content)
+    f.addfile(info, io.BytesIO(content))
+  return buffer.getvalue()
+
+
+@pytest.mark.parametrize('unit', ['line', 'file'])
+@pytest.mark.parametrize(
+  ('content', 'kind'),
+  [
+    ('blå'.encode('utf-16'), 'UTF-16'),
+    (gzip.compress('blå'.encode('utf-16')), 'UTF-16'),
+    (zipped('blå'), 'ZIP'),
+    (archived(b'bla'), 'tar'),
+    (b'7z\xbc\xaf\x27\x1c\0\4', 'not text'),
+  ],
+)
+def test_other_files_are_named(tmp_path, content, kind, unit):
+  path = write(tmp_path / 'a.txt', content)
+  with pytest.raises(text_sources.SourceError) as caught:
+    documents(text_sources.text_source([path], unit))
+  assert re.search(f'a.txt.* {kind}', str(caught.value))
+  assert 'LATIN1' not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -267,9 +267,9 @@ def test_empty_inputs_are_counted(tmp_path, caplog):
   ('name', 'content', 'message'),
   [
     ('a.txt', '\n', 'has no inputs'),
-    ('a.jsonl', '{"text": "x"}\n', 'object 1 must have its text as "inputs"'),
+    ('a.jsonl', '{"text": "x"}\n', 'line 1 must have its text as "inputs"'),
     ('a.jsonl', '{"inputs": 3}\n', 'as "inputs"'),
-    ('a.jsonl', 'x\n', 'line 1 is not JSON'),
+    ('a.jsonl', 'x\n', 'line 1: not valid JSON'),
   ],
 )
 def test_errors_name_the_input_file(name, content, message, tmp_path):
