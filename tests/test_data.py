@@ -1,6 +1,7 @@
 """Corpora, hosts' shares of them, epochs, and tasks by name."""
 
 import collections
+import json
 import os
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import seqio
 import tensorflow as tf
 from gin import config as gin_config
 
-from bart_t5x import data
+from bart_t5x import data, vocabularies
 from bart_t5x.data import CorpusSource, EpochTask
 
 
@@ -87,7 +88,7 @@ def test_missing_shards_and_splits_raise(copy):
   with pytest.raises(FileNotFoundError, match="no split 'test'"):
     CorpusSource(copy).get_dataset('test')
   os.remove(copy / 'train-00002-of-00004.tfrecord')
-  with pytest.raises(FileNotFoundError, match='4 files.*has 3'):
+  with pytest.raises(ValueError, match='00002-of-00004.*not exist'):
     CorpusSource(copy).get_dataset()
 
 
@@ -95,12 +96,22 @@ def test_cut_off_and_damaged_shards_raise(copy):
   path = copy / 'train-00002-of-00004.tfrecord'
   whole = path.read_bytes()
   path.write_bytes(whole[:-7])
-  with pytest.raises(ValueError, match='00002-of-00004.*Copy it again'):
+  with pytest.raises(ValueError, match='00002-of-00004.*bytes'):
     CorpusSource(copy).get_dataset()
   # Of the right size, but with a wrong checksum.
   path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
   with pytest.raises(tf.errors.DataLossError):
     list(CorpusSource(copy).get_dataset())
+
+
+def test_changed_tokenizer_raises(copy):
+  path = copy / 'tokenizer.json'
+  text = path.read_text()
+  ids = json.loads(text)['model']['vocab']
+  text = text.replace(f'"a": {ids["a"]}', f'"a": {ids["b"]}')
+  path.write_text(text.replace(f'"b": {ids["b"]}', f'"b": {ids["a"]}'))
+  with pytest.raises(ValueError, match='copy/tokenizer.json'):
+    vocabularies.load_vocabulary(copy).encode('ab')
 
 
 def stamp(dataset):

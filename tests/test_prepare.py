@@ -181,13 +181,31 @@ def test_only_a_corpus_is_replaced(text_file, tmp_path, capsys):
   ]
 
 
-@pytest.mark.parametrize('missing', ['tokenizer.json', 'train-00000-of-00001.tfrecord'])
-def test_incomplete_corpus_is_not_reused(text_file, tmp_path, capsys, missing):
+def test_damaged_corpus_is_not_reused_but_replaced(text_file, tmp_path, capsys):
   out = tmp_path / 'out'
   assert prepare.main(arguments(text_file, out)) == 0
-  (out / missing).unlink()
-  assert prepare.main(arguments(text_file, out)) == 1
-  assert 'missing files' in one_line(capsys)
+  before = files(out)
+  shard, tokenizer = 'train-00000-of-00001.tfrecord', before['tokenizer.json']
+  corpus = json.loads(before['corpus.json'])
+  for name, content in (
+    (shard, None),
+    (shard, before[shard][:-1]),
+    ('tokenizer.json', None),
+    ('tokenizer.json', tokenizer.replace(b'"a": 6', b'"a": 7')),
+    ('corpus.json', b'[]'),
+    ('corpus.json', b'{"splits":'),
+    ('corpus.json', json.dumps({**corpus, 'splits': None}).encode()),
+    ('corpus.json', json.dumps({**corpus, 'format_version': 99}).encode()),
+  ):
+    (out / name).unlink()
+    if content is not None:
+      assert content != before[name]
+      (out / name).write_bytes(content)
+    assert prepare.main(arguments(text_file, out)) == 1
+    line = one_line(capsys)
+    assert str(out) in line
+    assert prepare.main(arguments(text_file, out, '--overwrite')) == 0
+    assert files(out) == before
 
 
 def command(*args):

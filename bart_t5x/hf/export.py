@@ -1,7 +1,6 @@
 """Exports a T5X checkpoint as a folder that transformers loads, with its model card."""
 
 import importlib
-import json
 import pathlib
 import re
 from typing import Any
@@ -10,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bart_t5x import checkpoints, cli, files, report, tokenization
+from bart_t5x import checkpoints, cli, corpus_format, files, report, tokenization
 from bart_t5x.hf import configs, mapping, tokenizers, weights
 from bart_t5x.network import BartConfig
 
@@ -102,11 +101,12 @@ def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
     raise FileNotFoundError(
       f'no tokenizer in {corpus_dir}. Name its folder with --corpus_dir.'
     )
-  found = tokenization.read_tokenizer(path).vocab_size
-  if found != vocab_size:
+  tokenizer = tokenization.read_tokenizer(path)
+  corpus_format.check_tokenizer(_corpus(corpus_dir), tokenizer.content, path)
+  if tokenizer.vocab_size != vocab_size:
     raise ValueError(
-      f'the tokenizer {path} has {found} ids, the model {vocab_size}. Name the folder '
-      'of the tokenizer it was trained with: --corpus_dir=…'
+      f'the tokenizer {path} has {tokenizer.vocab_size} ids, the model {vocab_size}. '
+      'Name the folder of the tokenizer it was trained with: --corpus_dir=…'
     )
   return pathlib.Path(path)
 
@@ -293,8 +293,10 @@ def _corpus_rows(corpus: dict[str, Any]) -> dict[str, str]:
 
 
 def _corpus(corpus_dir: pathlib.Path) -> dict[str, Any]:
-  path = corpus_dir / 'corpus.json'
-  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+  path = corpus_dir / corpus_format.CORPUS_FILE
+  if not path.exists():
+    return {}
+  return corpus_format.parse(path.read_text(encoding='utf-8'), str(path))
 
 
 def _metrics(model_dir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:
