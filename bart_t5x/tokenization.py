@@ -11,7 +11,6 @@ turns `<mask>` into the mask token.
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -161,13 +160,24 @@ class ByteLevelTokenizer(Tokenizer):
       )
     self.mask_id = _check_specials(self.backend.token_to_id, (BOS, PAD, EOS, UNK), name)
     self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
-    settings = json.loads(content)
-    prefixed = '"add_prefix_space": true' in json.dumps(settings.get('pre_tokenizer'))
-    self.lossless = settings.get('normalizer') is None and not prefixed
     # Special tokens in text are text.
     self.backend.encode_special_tokens = True
     self.backend.no_padding()
     self.backend.no_truncation()
+
+  @functools.cached_property
+  def lossless(self) -> bool:
+    """Whether a text with every byte of UTF-8 and every added word comes back."""
+    if self.backend.normalizer is not None:
+      return False
+    added = self.backend.get_added_tokens_decoder().values()
+    steps = (1, 0x801), (0x1000, 0x11000), (0x40000, 0x110000)
+    codes = [code for step, end in steps for code in range(0, end, step)]
+    words = [token.content for token in added]
+    text = ' '.join(['Å', *words, ''.join(map(chr, codes))])
+    ids = self.encode(text)
+    length = self.byte_lengths[ids].sum()
+    return length == len(text.encode('utf-8')) and self.decode(ids) == text
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     # The batched call uses every core, which is slower for a single text.

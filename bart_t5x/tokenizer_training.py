@@ -6,6 +6,7 @@ exactly the requested size, on which a model's shape depends.
 
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +20,9 @@ KINDS = (BYTE_LEVEL, *SENTENCEPIECE_KINDS)
 SMALLEST_VOCABULARY = 256 + len(tokenization.HF_SPECIALS)
 
 _BATCH = 512
+# Characters of a word that counts: time is quadratic in the longest.
+_LONGEST_WORD = 10_000
+_WORD = re.compile(r'\w++|[^\w\s]++')
 _SCORE_UNIT = 2.0**-8  # see `_rounded`
 _SENTENCEPIECE_THREADS = 16  # fixed, because the result depends on it
 _LONGEST_SENTENCE = 1 << 16  # bytes; SentencePiece drops longer ones
@@ -77,9 +81,15 @@ def _train_byte_level(
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-  texts = iter(texts)
+  texts = map(_without_endless_words, texts)
   while batch := list(itertools.islice(texts, _BATCH)):
     yield batch
+
+
+def _without_endless_words(text: str) -> str:
+  if len(text) <= _LONGEST_WORD or max(map(len, text.split())) <= _LONGEST_WORD:
+    return text
+  return _WORD.sub(lambda m: m[0] if len(m[0]) <= _LONGEST_WORD else '', text)
 
 
 def _train_sentencepiece(kind: str, texts: Iterable[str], vocab_size: int) -> bytes:

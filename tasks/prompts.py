@@ -71,7 +71,11 @@ def entities_to_text(record: Record) -> dict[str, str]:
       spans[-1][1].append(token)
     else:
       spans.append((entity, [token]))
-  named = [f'{entity}: {" ".join(words)}' for entity, words in filter(None, spans)]
+  # A bar in a name would end it.
+  named = [
+    f'{entity}: {" ".join(words).replace("|", "/")}'
+    for entity, words in filter(None, spans)
+  ]
   return {
     'inputs': _prompt('navn', ' '.join(tokens)),
     'targets': metrics.SPAN_SEPARATOR.join(named) or metrics.NO_SPAN,

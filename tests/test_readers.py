@@ -220,8 +220,8 @@ def test_unknown_labels_and_columns_raise(to_text, record, message):
 
 def test_entities_side_by_side_and_without_a_beginning():
   record = {
-    'tokens': ['Oslo', 'Bergen', 'Kari', 'Dahl'],
-    'labels': ['B-GPE_LOC', 'B-LOC', 'I-PER', 'I-PER'],
+    'tokens': ['Oslo', 'Bergen', 'Kari', 'Dahl', 'TV|2', '|'],
+    'labels': ['B-GPE_LOC', 'B-LOC', 'I-PER', 'I-PER', 'B-ORG', 'I-ORG'],
   }
   targets = prompts.entities_to_text(record)['targets']
-  assert targets == 'LOC: Oslo | LOC: Bergen | PER: Kari Dahl'
+  assert targets == 'LOC: Oslo | LOC: Bergen | PER: Kari Dahl | ORG: TV/2 /'

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import strategies
 
-from bart_t5x import tokenization, tokenizer_training
+from bart_t5x import corpus_format, sentences, tokenization, tokenizer_training
 
 SENTENCE = 'Setning {}: «Å, så fælt!», sa bjørnen på Ås. Ærlig talt, 3 <s> er pi.'
 TEXTS = [SENTENCE.format(i) + '\n\tNy linje.' * (i % 3) for i in range(400)]
@@ -119,6 +119,60 @@ def test_damaged_files(content):
     tokenization.read_tokenizer('some.file', content)
 
 
+def added(tokenizer, word, **kwargs):
+  tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False, **kwargs)])
+
+
+def without_a_byte(tokenizer):
+  tree = json.loads(tokenizer.to_str())
+  tree['model']['merges'] = []
+  vocabulary = tree['model']['vocab']
+  vocabulary['a whole word'] = vocabulary.pop('Ħ')
+  tokenizer.model = tokenizers.models.BPE(vocabulary, [])
+
+
+def split_at_spaces(tokenizer):
+  parts = [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizer.pre_tokenizer]
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+
+
+def prefixed(tokenizer):
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def normalized(tokenizer):
+  tokenizer.normalizer = tokenizers.normalizers.NFC()
+
+
+@pytest.mark.parametrize(
+  ('change', 'lossless'),
+  [
+    (lambda t: None, True),
+    (lambda t: added(t, 'Aker'), True),
+    (lambda t: added(t, 'Aker', single_word=True), True),
+    (lambda t: added(t, 'bjørn'), False),
+    (lambda t: added(t, 'bjørn', single_word=True), False),
+    (lambda t: added(t, 'Aker', lstrip=True), False),
+    (lambda t: added(t, 'Aker', rstrip=True), False),
+    (without_a_byte, False),
+    (split_at_spaces, False),
+    (prefixed, False),
+    (normalized, False),
+  ],
+)
+def test_lossless(byte_level, change, lossless):
+  backend = tokenizers.Tokenizer.from_str(byte_level[0].content.decode())
+  change(backend)
+  tokenizer = tokenization.read_tokenizer('t.json', backend.to_str().encode())
+  assert tokenizer.lossless == lossless
+  # In either case, sentences begin at their tokens.
+  text = 'En bjørn. To Aker bjørn  Aker. Tre \x8e på Ås.'
+  ((ids, starts),) = corpus_format.encode(tokenizer, [text])
+  pieces = [p for s in sentences.split_sentences(text) if (p := tokenizer.encode(s))]
+  assert starts.tolist() == np.cumsum([0, *map(len, pieces[:-1])]).tolist()
+  assert ids.tolist() == [i for piece in pieces for i in piece]
+
+
 def test_other_special_ids_are_an_error(byte_level):
   tree = json.loads(byte_level[0].content)
   vocabulary = tree['model']['vocab']
@@ -159,3 +213,11 @@ def test_min_frequency_acts():
   train('bytelevel', size, 1, texts)
   with pytest.raises(ValueError, match=str(size)):
     train('bytelevel', size, 3, texts)
+
+
+def test_endless_words_do_not_count():
+  plain = train('bytelevel', 345)
+  endless = 'ab' * 5000 + 'a'
+  texts = [*TEXTS, endless, f'{endless}!', '«' * 10_001, ('x' * 9999 + ',') * 9]
+  assert train('bytelevel', 345, texts=texts[:-1]) == plain
+  assert train('bytelevel', 345, texts=texts) != plain
