@@ -3,19 +3,16 @@
     python -m bart_t5x.inspect --task=norwegian_denoising_mini --num_examples=5
 
 For denoising tasks it shows what each mask replaces and which sentences moved; for
-other tasks the texts and their ids. A table summarizes the share of masked tokens, span
-lengths next to the Poisson distribution, padding, and tokens cut off. Of a mixture it
-shows each task, with examples in proportion to its rate, and the rows that they share.
+other tasks the texts and their ids. A table has lengths, padding, tokens cut off, and
+the noise. Of a mixture it shows each task, and the rows that they share.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
-import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bart_t5x import cli
@@ -24,7 +21,8 @@ from bart_t5x.cli import UsageError
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _DEFAULT_GIN = os.path.join(_ROOT, 'gin', 'denoising.gin')
 _CODES = {'mask': '33', 'new': '31', 'moved': '36', 'infilled': '32', 'faint': '2'}
-_BAR_WIDTH = 120
+
+Paint = Callable[[str, str], str]  # of a kind (a key of _CODES) and a text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog='Any --gin.NAME=VALUE is a gin binding, for instance\n'
-    '--gin.noise.Recipe.infill_ratio=0.15',
+    '--gin.noise.Recipe.infill_ratio=0.15. Terminals show colours unless NO_COLOR is\n'
+    'set, other outputs if FORCE_COLOR is.',
   )
   add = parser.add_argument
   add('--task', required=True, help='a seqio task or mixture')
@@ -54,55 +53,28 @@ def _parser() -> argparse.ArgumentParser:
     'need longer inputs',
   )
   add('--targets_length', type=int, default=1024, help='default: 1024')
+  add('--seed', type=int, default=0, help='of noise and order (default: 0)')
   add(
     '--use_cached',
     action='store_true',
     help='read what seqio_cache_tasks wrote, for tasks over raw text',
   )
-  add(
-    '--cache_dir',
-    action='append',
-    default=[],
-    help='folder with such caches; may be repeated',
-  )
-  add('--seed', type=int, default=0, help='of noise and order (default: 0)')
+  add('--cache_dir', help='folder with such caches')
   add(
     '--gin_file',
     action='append',
     help='noise recipe gin/noise/….gin; may be repeated (default: gin/denoising.gin)',
   )
-  add(
-    '--module',
-    action='append',
-    default=['tasks'],
-    help='module that registers the task, in addition to `tasks`; may be repeated',
-  )
-  add(
-    '--color',
-    choices=('auto', 'always', 'never'),
-    default='auto',
-    help='auto: in a terminal, unless NO_COLOR is set (default)',
-  )
+  add('--module', help='module that registers the task, in addition to `tasks`')
   return parser
 
 
-def wants_color(choice: str, terminal: bool) -> bool:
-  """Returns whether to use colour; 'auto' follows https://no-color.org."""
-  if choice != 'auto':
-    return choice == 'always'
-  return terminal and not os.environ.get('NO_COLOR')
+def _paint_colour(kind: str, text: str) -> str:
+  return f'\033[{_CODES[kind]}m{text}\033[0m'
 
 
-class Painter:
-  """Marks text by colour or by brackets."""
-
-  def __init__(self, color: bool):
-    self._color = color
-
-  def __call__(self, kind: str, text: str) -> str:
-    if self._color:
-      return f'\033[{_CODES[kind]}m{text}\033[0m'
-    return {'infilled': f'[{text}]', 'new': f'<{text}>'}.get(kind, text)
+def _paint_brackets(kind: str, text: str) -> str:
+  return {'infilled': f'[{text}]', 'new': f'<{text}>'}.get(kind, text)
 
 
 # Denoising examples.
@@ -148,7 +120,7 @@ def sentence_order(permuted: Sequence[int], starts: Sequence[int]) -> list[int]:
   return [number[position] for position in permuted if position in number]
 
 
-def denoising_lines(example: Mapping, vocabulary, paint: Painter) -> list[str]:
+def denoising_lines(example: Mapping, vocabulary, paint: Paint) -> list[str]:
   """Formats a traced denoising example."""
   target = example['targets'].tolist()
   references = example['references'].tolist()
@@ -230,23 +202,14 @@ def row_lines(row: Mapping, vocabulary, number: int) -> list[str]:
 # The table.
 
 
-@dataclasses.dataclass
-class View:
-  """A task and its examples as numpy arrays, traced if it denoises."""
-
-  task: Any
-  examples: list[Mapping]
-  shown: int  # number of examples to show
-  recipe: Any = None  # the noise, if it denoises
-
-
 def _table_row(label: str, value: str, note: str = '') -> str:
   return f'{label:28} {value:>10}' + (f'  ({note})' if note else '')
 
 
-def summary_lines(view: View, rows: Sequence[Mapping]) -> list[str]:
-  """Formats the table: lengths, padding, and the noise."""
-  examples = view.examples
+def summary_lines(
+  examples: Sequence[Mapping], rows: Sequence[Mapping], recipe, vocabulary
+) -> list[str]:
+  """Formats the table: lengths, padding, and the noise if there is a recipe."""
   lines = [_table_row('examples', f'{len(examples):,}')]
   for name in ('inputs', 'targets'):
     sizes = [len(e[name]) for e in examples if name in e and e[name].ndim == 1]
@@ -254,77 +217,58 @@ def summary_lines(view: View, rows: Sequence[Mapping]) -> list[str]:
       lines.append(_table_row(f'{name}, mean length', f'{sum(sizes) / len(sizes):.1f}'))
       lines.append(_table_row(f'{name}, longest', f'{max(sizes):,}'))
   for side in ('encoder', 'decoder'):
-    key = f'{side}_segment_ids'
-    slots = sum(row[key].size for row in rows)
-    if slots:
-      used = sum(int((row[key] > 0).sum()) for row in rows)
-      lines.append(_table_row(f'padding, {side}', f'{1 - used / slots:.2%}'))
-  if view.recipe is None:
+    masks = [row[f'{side}_segment_ids'] > 0 for row in rows]
+    if masks:
+      used = sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+      lines.append(_table_row(f'padding, {side}', f'{1 - used:.2%}'))
+  if recipe is None:
     cut = sum(int(v) for e in examples for k, v in e.items() if k.endswith('truncated'))
     return [*lines, _table_row('tokens cut off', f'{cut:,}')]
-  mask_id = view.task.output_features['targets'].vocabulary.mask_id
-  return lines + _noise_lines(examples, view.recipe, mask_id)
+  return lines + _noise_lines(examples, recipe, vocabulary.mask_id)
 
 
 def _noise_lines(examples: Sequence[Mapping], recipe, mask_id: int) -> list[str]:
-  tokens = sum(len(e['targets']) - 2 for e in examples)
+  tokens = sum(len(e['targets']) - 2 for e in examples) or 1
   infilled = sum(int((e['targets_noised'] == 2).sum()) for e in examples)
   new = sum(int((e['references'] < 0).sum()) for e in examples)
   masks = sum(int((e['inputs'] == mask_id).sum()) for e in examples)
   source = sum(len(e['inputs']) - 2 for e in examples)
   moved = sum(bool((e['permuted'][1:] < e['permuted'][:-1]).any()) for e in examples)
-  lengths = [length for e in examples for length in e['span_lengths'].tolist()]
+  in_tokens = sum(bool(e['in_tokens']) for e in examples)
   dropped = [int(e['dropped']) for e in examples]
   unit = 'words' if recipe.whole_words else 'tokens'
-  lines = [
+  return [
     _table_row(
       'tokens masked',
-      f'{infilled / max(tokens, 1):.2%}',
+      f'{infilled / tokens:.2%}',
       f'infill_ratio {recipe.infill_ratio:.0%} of {unit}',
     ),
-    _table_row('source shorter by', f'{1 - source / max(tokens, 1):.2%}'),
+    _table_row('tokens per mask', f'{infilled / max(new, 1):.2f}'),
+    _table_row('source shorter by', f'{1 - source / tokens:.2%}'),
     _table_row(
       'sentences permuted', f'{moved / max(len(examples), 1):.2%}', 'of the examples'
     ),
-    _table_row('spans', f'{len(lengths):,}'),
-    _table_row('insertions', f'{lengths.count(0):,}'),
     _table_row(
       'masks replaced at random',
       f'{1 - masks / max(new, 1):.2%}',
       f'random_ratio {recipe.random_ratio:.0%}',
     ),
+    _table_row(
+      'spans of tokens, not words', f'{in_tokens:,}', 'examples with very long words'
+    ),
+    _table_row(
+      'source tokens cut off',
+      f'{sum(dropped):,}',
+      f'of {sum(map(bool, dropped)):,} examples',
+    ),
   ]
-  if recipe.whole_words:
-    in_tokens = sum(bool(e['in_tokens']) for e in examples)
-    note = 'examples with very long words'
-    lines.append(_table_row('spans of tokens, not words', f'{in_tokens:,}', note))
-  cut = sum(count > 0 for count in dropped)
-  lines.append(
-    _table_row('source tokens cut off', f'{sum(dropped):,}', f'of {cut:,} examples')
-  )
-  return [*lines, '', *_histogram_lines(lengths, recipe.span_mean)]
-
-
-def _histogram_lines(lengths: Sequence[int], mean: float) -> list[str]:
-  if not lengths:
-    return []
-  unit = 'span length (0: insertion)'
-  lines = [f'{unit:28} {"seen":>8} {"Poisson":>8}  # seen, | Poisson']
-  for k in range(min(max(lengths), math.ceil(3 * mean)) + 1):
-    seen = lengths.count(k) / len(lengths)
-    expected = math.exp(k * math.log(mean) - mean - math.lgamma(k + 1))
-    at = round(expected * _BAR_WIDTH)
-    bar = ('#' * round(seen * _BAR_WIDTH)).ljust(at + 1)
-    lines.append(f'{k:28} {seen:8.3f} {expected:8.3f}  {bar[:at]}|{bar[at + 1 :]}')
-  lines.append('The last span of each example is clipped, which adds short ones.')
-  return lines
 
 
 # Data.
 
 
-def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
-  """Returns the view of each task and the packed rows."""
+def load(args: argparse.Namespace) -> tuple[list[tuple[Any, Any, list]], list[Mapping]]:
+  """Returns each task with its noise recipe (or None) and examples; and packed rows."""
   import seqio
 
   from bart_t5x import data
@@ -337,23 +281,26 @@ def load(args: argparse.Namespace) -> tuple[list[View], list[Mapping]]:
     raise UsageError(
       f'{args.task!r} has no split {args.split!r}. It has: {sorted(provider.splits)}'
     )
+  if args.cache_dir:
+    seqio.add_global_cache_dirs([args.cache_dir])
   lengths = {'inputs': args.inputs_length, 'targets': args.targets_length}
-  kwargs = {'shuffle': args.split == 'train', 'seed': args.seed, 'num_epochs': 1}
-  kwargs['use_cached'] = args.use_cached
-  tasks = seqio.get_subtasks(provider)
-  rates = [1.0]
-  if isinstance(provider, seqio.Mixture):
-    rates = [provider.get_rate(task) for task in tasks]
   count = max(args.num_summed, args.num_examples)
+
+  def examples_of(source):
+    return source.get_dataset(
+      lengths,
+      args.split,
+      shuffle=args.split == 'train',
+      seed=args.seed,
+      use_cached=args.use_cached,
+      num_epochs=1,
+    ).take(count)
+
   views = []
-  for task, rate in zip(tasks, rates, strict=True):
-    share = rate / sum(rates)
+  for task in seqio.get_subtasks(provider):
     traced, recipe = _traced(task)
-    examples = traced.get_dataset(lengths, args.split, **kwargs)
-    examples = list(examples.take(math.ceil(count * share)).as_numpy_iterator())
-    views.append(View(task, examples, math.ceil(args.num_examples * share), recipe))
-  packed = provider.get_dataset(lengths, args.split, **kwargs).take(count)
-  rows = BartFeatureConverter(pack=True)(packed, lengths)
+    views.append((task, recipe, list(examples_of(traced).as_numpy_iterator())))
+  rows = BartFeatureConverter(pack=True)(examples_of(provider), lengths)
   return views, list(rows.as_numpy_iterator())
 
 
@@ -390,37 +337,34 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   from bart_t5x import data
 
   cli.quiet_warnings()
-  for module in args.module:  # before gin's files are read, for its configurables
+  for module in filter(None, ('tasks', args.module)):  # may define gin's configurables
     data.import_tasks(module, '--module')
   _bind_gin(args.gin_file, bindings)
-  if args.cache_dir:
-    import seqio
-
-    seqio.add_global_cache_dirs(args.cache_dir)
   try:
     views, rows = load(args)
   except tf.errors.DataLossError as e:
     raise OSError(f'a file of the task is damaged: {e.message}') from e
-  paint = Painter(wants_color(args.color, sys.stdout.isatty()))
-  for view in views:
-    if len(views) > 1:
-      print(f'task {view.task.name}\n')
-    features = view.task.output_features
-    for number, example in enumerate(view.examples[: view.shown], 1):
-      if view.recipe:
-        lines = denoising_lines(example, features['targets'].vocabulary, paint)
+  colours = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+  if colours or os.environ.get('FORCE_COLOR'):
+    paint = _paint_colour
+  else:
+    paint = _paint_brackets
+  vocabulary = views[0][0].output_features['targets'].vocabulary
+  for task, recipe, examples in views:
+    print(f'task {task.name}\n')
+    for number, example in enumerate(examples[: args.num_examples], 1):
+      if recipe:
+        lines = denoising_lines(example, vocabulary, paint)
       else:
-        lines = text_lines(example, features, number)
+        lines = text_lines(example, task.output_features, number)
       print('\n'.join(lines) + '\n')
-  vocabulary = views[0].task.output_features['targets'].vocabulary
   for number, row in enumerate(rows[: args.num_rows], 1):
     print('\n'.join(row_lines(row, vocabulary, number)) + '\n')
-  for view in views:
-    if len(views) > 1:
-      print(f'task {view.task.name} (padding: of the mixture)')
-    if view.recipe:
-      print(f'noise: {view.recipe}\n')
-    print('\n'.join(summary_lines(view, rows)))
+  for task, recipe, examples in views:
+    print(f'task {task.name}')
+    if recipe:
+      print(f'noise: {recipe}\n')
+    print('\n'.join(summary_lines(examples, rows, recipe, vocabulary)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

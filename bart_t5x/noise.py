@@ -225,35 +225,6 @@ def permuted(
   return order + 1
 
 
-def span_lengths(
-  tokens: tf.Tensor,
-  sentence_starts: tf.Tensor,
-  seed: tf.Tensor,
-  recipe: Recipe,
-  ids: Ids,
-  in_tokens: tf.Tensor | bool = False,
-) -> tf.Tensor:
-  """Returns the span lengths that `corrupt` draws for the same arguments, int32 [k].
-
-  The unit is words with `whole_words`, unless `corrupt` returned `in_tokens`, else
-  tokens; 0 is an insertion.
-  """
-  if not recipe.infill_ratio:
-    return tf.zeros([0], tf.int32)
-  units = tf.size(tokens)
-  starts = _word_starts(tokens, sentence_starts, tf.range(1, units + 1), ids, recipe)
-  if starts is not None:
-    units = tf.where(in_tokens, units, tf.size(starts))
-  edges, _ = spans.draw_spans(
-    units,
-    _stream(seed, _INFILL),
-    recipe.infill_ratio,
-    recipe.span_mean,
-    recipe.insertions,
-  )
-  return edges[1:] - edges[:-1]
-
-
 def _assemble(
   tokens: tf.Tensor,
   refs: tf.Tensor,

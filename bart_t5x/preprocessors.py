@@ -170,8 +170,8 @@ def denoise(
     sequence_length: of `inputs` and `targets`.
     output_features: `targets` has the vocabulary.
     recipe: None for `noise.Recipe()` as gin binds it when the dataset is built.
-    trace: whether to add `references`, `permuted`, `span_lengths`, `in_tokens` (see
-      `noise`) and `sentence_starts`, for `bart_t5x.inspect`.
+    trace: whether to add `references`, `permuted`, `in_tokens` (see `noise`) and
+      `sentence_starts`, for `bart_t5x.inspect`.
 
   Returns:
     `inputs` int32 [m], `targets` and `targets_noised` int32 [n + 2], `dropped` int32
@@ -202,9 +202,6 @@ def denoise(
         'in_tokens': noised.in_tokens,
         'permuted': noise.permuted(tf.size(tokens), starts, seed, recipe),
         'sentence_starts': starts,
-        'span_lengths': noise.span_lengths(
-          tokens, starts, seed, recipe, ids, noised.in_tokens
-        ),
       }
     return example
 

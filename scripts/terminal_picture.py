@@ -1,6 +1,6 @@
 """Makes a picture (SVG) of a command's output in a terminal, with colours.
 
-    python -m bart_t5x.inspect --task=norwegian_denoising_mini --color=always |
+    FORCE_COLOR=1 python -m bart_t5x.inspect --task=norwegian_denoising_mini |
         python scripts/terminal_picture.py FILE.svg TITLE
 
 reads it from stdin. Pictures in README.md are made with it.

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from bart_t5x import noise
+from bart_t5x import noise, spans
 from bart_t5x.tensors import do_not_convert
 
 MASK = 4
@@ -114,3 +114,20 @@ def words(tokens, starts):
       found.append([])
     found[-1].append(i)
   return found
+
+
+def span_lengths(tokens, starts, seed, recipe, ids=IDS, in_tokens=False):
+  """The lengths that `noise.corrupt` draws for the same arguments; 0: an insertion."""
+  units = tf.size(tokens)
+  refs = tf.range(1, units + 1)
+  words = noise._word_starts(tokens, starts, refs, ids, recipe)
+  if words is not None:
+    units = tf.where(in_tokens, units, tf.size(words))
+  edges, _ = spans.draw_spans(
+    units,
+    noise._stream(seed, noise._INFILL),
+    recipe.infill_ratio,
+    recipe.span_mean,
+    recipe.insertions,
+  )
+  return edges[1:] - edges[:-1]

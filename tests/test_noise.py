@@ -48,6 +48,7 @@ from noise_cases import (
   each,
   random_cases,
   repeated,
+  span_lengths,
   words,
 )
 
@@ -72,9 +73,7 @@ def share(ratio, count):
 
 
 def drawn_lengths(recipe, cases, mode):
-  return each(
-    lambda *case: noise.span_lengths(*case, recipe=recipe, ids=IDS), cases, mode
-  )
+  return each(lambda *case: span_lengths(*case, recipe), cases, mode)
 
 
 def test_eager_is_the_same_as_in_tf_data():
@@ -326,7 +325,7 @@ def test_p18_texts_with_long_words_get_spans_of_tokens(mode, name):
 
   def lengths_of(*case):
     in_tokens = noise.corrupt(*case, recipe, ids, room).in_tokens
-    return noise.span_lengths(*case, recipe, ids, in_tokens)
+    return span_lengths(*case, recipe, ids, in_tokens)
 
   drawn = each(lengths_of, cases, mode)
   for result, words_, tokens_, lengths in zip(
