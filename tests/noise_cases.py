@@ -1,4 +1,4 @@
-"""Recipes, random texts, and the two ways to run the noise, for its tests."""
+"""Recipes, random texts, and how to run the noise, for its tests."""
 
 import numpy as np
 import tensorflow as tf
@@ -15,9 +15,7 @@ IDS = noise.Ids(
   ordinary=np.arange(5, VOCABULARY, dtype=np.int32),
   word_start=np.arange(VOCABULARY) % 3 > 0,
 )
-# How the noise is run, and over how many random texts: a function called on tensors is
-# slow, one inside tf.data is not.
-MODES = {'eager': 100, 'tf.data': 1000}
+COUNT = 1000  # random texts of a test
 
 NONE = {'permute_ratio': 0.0, 'infill_ratio': 0.0}
 RECIPES = {
@@ -80,9 +78,9 @@ def as_dataset(cases):
   return dataset.map(as_tensors)
 
 
-def each(function, cases, mode):
-  """function(tokens, starts, seed) of each case, as NumPy."""
-  if mode == 'tf.data':
+def each(function, cases, eager=False):
+  """function(tokens, starts, seed) of each case, as NumPy; eagerly it is slow."""
+  if not eager:
     function = do_not_convert(function)
     dataset = as_dataset(cases).map(function, num_parallel_calls=tf.data.AUTOTUNE)
     return list(dataset.as_numpy_iterator())
@@ -97,13 +95,13 @@ def each(function, cases, mode):
   return found
 
 
-def corrupted(recipe, cases, mode, encoder_length=None, ids=IDS):
+def corrupted(recipe, cases, encoder_length=None, ids=IDS, eager=False):
   """`noise.corrupt` of each case."""
 
   def corrupt(tokens, starts, seed):
     return noise.corrupt(tokens, starts, seed, recipe, ids, encoder_length)
 
-  return each(corrupt, cases, mode)
+  return each(corrupt, cases, eager)
 
 
 def words(tokens, starts):

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import tensorflow as tf
-from noise_cases import IDS, MASK, MODES, VOCABULARY, corrupted, random_cases
+from noise_cases import IDS, MASK, VOCABULARY, corrupted, random_cases
 from noise_cases import RECIPES as SHARED
 
 from bart_t5x import noise, spans
@@ -223,9 +223,9 @@ def long_words(count):
     yield tokens, starts, np.array([random.integers(2**62), i])
 
 
-def check(cases, recipe, mode, encoder_length=None):
+def check(cases, recipe, eager, encoder_length=None):
   """Compares with the reference; yields the expected result of each case."""
-  found = corrupted(recipe, cases, mode, encoder_length)
+  found = corrupted(recipe, cases, encoder_length, eager=eager)
   for case, noised in zip(cases, found, strict=True):
     want = wanted(*(part.tolist() for part in case), recipe, encoder_length)
     assert set(want) == set(noised._fields)
@@ -234,22 +234,22 @@ def check(cases, recipe, mode, encoder_length=None):
     yield want
 
 
-in_each_mode = pytest.mark.parametrize('mode', MODES)
+in_each_mode = pytest.mark.parametrize('eager', [False, True], ids=['tf.data', 'eager'])
 
 
 @in_each_mode
 @pytest.mark.parametrize('name', RECIPES)
-def test_p22_same_as_the_reference(name, mode):
-  cases = list(random_cases(60 if mode == 'eager' else 160, longest=120))
-  assert not any(want['dropped'] for want in check(cases, RECIPES[name], mode))
+def test_p22_same_as_the_reference(name, eager):
+  cases = list(random_cases(60 if eager else 160, longest=120))
+  assert not any(want['dropped'] for want in check(cases, RECIPES[name], eager))
 
 
 @in_each_mode
 @pytest.mark.parametrize('name', ['default', 'fairseq', 'strong', 'paper'])
-def test_p22_long_words_in_a_short_encoder(name, mode):
+def test_p22_long_words_in_a_short_encoder(name, eager):
   """Texts that fit by words, by tokens only, and not at all."""
-  cases = list(long_words(40 if mode == 'eager' else 160))
-  made = list(check(cases, RECIPES[name], mode, encoder_length=74))
+  cases = list(long_words(40 if eager else 160))
+  made = list(check(cases, RECIPES[name], eager, encoder_length=74))
   kinds = {(want['in_tokens'], want['dropped'] > 0) for want in made}
   if name == 'paper':  # its units are tokens
     assert kinds == {(False, False), (False, True)}
