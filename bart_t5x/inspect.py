@@ -69,12 +69,20 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _paint_colour(kind: str, text: str) -> str:
+def paint_colour(kind: str, text: str) -> str:
+  """Marks text by a terminal's colours."""
   return f'\033[{_CODES[kind]}m{text}\033[0m'
 
 
-def _paint_brackets(kind: str, text: str) -> str:
+def paint_brackets(kind: str, text: str) -> str:
+  """Marks text where there are no colours."""
   return {'infilled': f'[{text}]', 'new': f'<{text}>'}.get(kind, text)
+
+
+def paint_for_stdout() -> Paint:
+  """Returns colours for a terminal, unless NO_COLOR is set, or with FORCE_COLOR."""
+  colours = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+  return paint_colour if colours or os.environ.get('FORCE_COLOR') else paint_brackets
 
 
 # Denoising examples.
@@ -344,11 +352,7 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     views, rows = load(args)
   except tf.errors.DataLossError as e:
     raise OSError(f'a file of the task is damaged: {e.message}') from e
-  colours = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
-  if colours or os.environ.get('FORCE_COLOR'):
-    paint = _paint_colour
-  else:
-    paint = _paint_brackets
+  paint = paint_for_stdout()
   vocabulary = views[0][0].output_features['targets'].vocabulary
   for task, recipe, examples in views:
     print(f'task {task.name}\n')

@@ -87,8 +87,7 @@ def _panel(left: int, title: str, curves: dict[str, Curve]) -> list[str]:
 
 def _pretraining_lines(folder: pathlib.Path) -> list[str]:
   """The held-out metrics of pre-training, first and last."""
-  (events,) = (folder / 'pretrained' / 'training_eval').iterdir()
-  curves = report.read_curves(events)
+  (curves,) = report.evaluations(report.read_curves(folder / 'pretrained')).values()
   lines = ['| pre-training, held out | start | end |', '| --- | ---: | ---: |']
   for name in ('loss', 'accuracy', 'infilled_accuracy', 'copied_accuracy'):
     values = [value for _, value in curves[name]]

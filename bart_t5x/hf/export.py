@@ -302,22 +302,16 @@ def _corpus(corpus_dir: pathlib.Path) -> dict[str, Any]:
 def _metrics(model_dir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:
   """A run's last metrics up to a step: {task: {metric: value}}."""
   metrics = {}
-  for folder in sorted((model_dir / 'training_eval').glob('*/')):
-    metrics[folder.name] = {
-      name: value
-      for name, value in _last_values(folder, step).items()
-      if name.endswith(('accuracy', 'loss'))
-    }
-  for folder in sorted((model_dir / 'inference_eval').glob('*/eval/')):
-    metrics.setdefault(folder.parent.name, {}).update(
-      {f'generated, {k}': v for k, v in _last_values(folder, step).items()}
-    )
-  return {task: values for task, values in metrics.items() if values}
-
-
-def _last_values(folder: pathlib.Path, step: int) -> dict[str, float]:
-  values = {}
-  for name, curve in sorted(report.read_curves(folder).items()):
-    if points := [value for at, value in curve if at <= step]:
-      values[name] = points[-1]
-  return values
+  for source, curves in sorted(report.read_curves(model_dir).items(), reverse=True):
+    kind, _, task = source.partition('/')
+    for name, curve in sorted(curves.items()):
+      points = [value for at, value in curve if at <= step]
+      if kind == 'training_eval' and name.endswith(('accuracy', 'loss')):
+        shown = name
+      elif kind == 'inference_eval':
+        task, shown = task.removesuffix('/eval'), f'generated, {name}'
+      else:
+        continue
+      if points:
+        metrics.setdefault(task, {})[shown] = points[-1]
+  return metrics
