@@ -143,4 +143,4 @@ def test_bad_folders_are_errors(run, capsys):
   assert 'metrics.jsonl' in capsys.readouterr().err
   (run / 'corpus.json').write_text('{')
   assert report.main(arguments(run)) == 1
-  assert 'corpus.json is damaged' in capsys.readouterr().err
+  assert "corpus.json' is damaged" in capsys.readouterr().err
