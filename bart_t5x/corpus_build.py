@@ -43,21 +43,14 @@ def build(
   num_workers: int | None = None,
   tokenizer: tokenization.Tokenizer | None = None,
 ) -> dict[str, Any]:
-  """Writes a corpus, except for its corpus.json.
+  """Writes a corpus into an empty folder and returns the content of its corpus.json.
 
   Args:
     source: the text.
-    folder: an empty folder to write to.
+    folder: to write to.
     settings: arguments of `prepare` that affect the content.
     num_workers: processes that tokenize; None for one per core.
     tokenizer: None to train one.
-
-  Returns:
-    The content of corpus.json.
-
-  Raises:
-    ValueError: the text cannot be read or is too small.
-    RuntimeError: a worker died.
   """
   path = os.path.join(folder, 'documents.zst')
   with _step('Reading the source'):
@@ -67,7 +60,13 @@ def build(
       settings['validation_share'],
       settings['min_validation_documents'],
     )
-  _check_size(kept, settings['min_validation_documents'])
+  held_out = settings['min_validation_documents']
+  if kept.documents < 2 * held_out:
+    raise ValueError(
+      f'The source holds {kept.documents} different documents with text, but '
+      f'{2 * held_out} are needed: {held_out} for validation and as many for training. '
+      'Check --input, --field and --unit, or reduce --min_validation_documents.'
+    )
   if tokenizer is None:
     with _step('Training the tokenizer'):
       content = _train_tokenizer(kept, settings)
@@ -95,28 +94,13 @@ def build(
         'bytes': total.bytes,
         'sentences': total.sentences,
         'shards': len(total.paths),
-        'shard_bytes': [os.path.getsize(p) for p in total.paths],
+        'shard_bytes': [os.path.getsize(path) for path in total.paths],
       }
       for split, total in totals.items()
     },
     'dropped': {'empty': kept.empty, 'duplicates': kept.duplicates},
     'baselines': baselines(totals[TRAIN], totals[VALIDATION], tokenizer),
   }
-
-
-def _check_size(kept: 'Spool', held_out: int) -> None:
-  if not kept.documents:
-    raise ValueError(
-      f'The source holds no text ({kept.empty} empty documents). Check --input, '
-      '--field and --unit.'
-    )
-  if kept.documents < 2 * held_out:
-    raise ValueError(
-      f'The source holds {kept.documents} different documents, but at least '
-      f'{2 * held_out} are needed: {held_out} for validation and as many for training. '
-      'Use more text, smaller documents (--unit=line), or a smaller '
-      '--min_validation_documents.'
-    )
 
 
 def default_num_shards(num_bytes: int) -> int:
@@ -131,30 +115,6 @@ def default_num_shards(num_bytes: int) -> int:
 # ---- reading the source -------------------------------------------------------
 
 _HEADER = struct.Struct('<QI')  # digest and size of a document
-
-
-class DigestSet:
-  """A set of digests at 8 bytes each; Python's `set` takes about 100."""
-
-  def __init__(self, buffer_size: int = 1 << 20):
-    self._buffer_size = buffer_size
-    self._recent: set[int] = set()
-    self._sorted = np.empty(0, np.uint64)
-
-  def add(self, value: int) -> bool:
-    """Adds a digest; returns whether it is new."""
-    if value in self._recent:
-      return False
-    place = np.searchsorted(self._sorted, np.uint64(value))
-    if place < len(self._sorted) and self._sorted[place] == value:
-      return False
-    self._recent.add(value)
-    # Growing by at least an eighth keeps the total cost of sorting linear.
-    if len(self._recent) >= max(self._buffer_size, len(self._sorted) // 8):
-      recent = np.fromiter(self._recent, np.uint64, len(self._recent))
-      self._sorted = np.sort(np.concatenate([self._sorted, recent]))
-      self._recent.clear()
-    return True
 
 
 @dataclasses.dataclass
@@ -191,7 +151,7 @@ def spool(documents: Iterable[str], path: str, share: float, at_least: int) -> S
   import zstandard
 
   kept = Spool(path)
-  seen = DigestSet()
+  seen: set[int] = set()
   smallest: list[int] = []  # a heap of the negated `at_least` smallest digests
   total = hashlib.sha256()
   with open(path, 'wb') as f, zstandard.ZstdCompressor(1).stream_writer(f) as out:
@@ -201,9 +161,10 @@ def spool(documents: Iterable[str], path: str, share: float, at_least: int) -> S
         continue
       text = document.encode('utf-8')
       digest = corpus_format.digest(text)
-      if not seen.add(digest):
+      if digest in seen:
         kept.duplicates += 1
         continue
+      seen.add(digest)
       kept.documents += 1
       kept.bytes += len(text)
       heapq.heappush(smallest, -digest)
@@ -254,13 +215,6 @@ class Totals:
     self.documents = self.tokens = self.bytes = self.sentences = 0
     self.histogram = np.zeros(vocab_size, np.int64)
 
-  def add(self, num_bytes: int, ids: np.ndarray, sentence_starts: np.ndarray) -> None:
-    self.documents += 1
-    self.tokens += ids.size
-    self.bytes += num_bytes
-    self.sentences += sentence_starts.size
-    np.add.at(self.histogram, ids, 1)
-
 
 def _write_shards(
   kept: Spool,
@@ -291,7 +245,12 @@ def _write_shards(
       documents = _progress(_tokenized(kept, tokenizer, workers), kept.documents)
       for digest, num_bytes, ids, sentence_starts in documents:
         split = kept.split_of(digest)
-        totals[split].add(num_bytes, ids, sentence_starts)
+        total = totals[split]
+        total.documents += 1
+        total.tokens += ids.size
+        total.bytes += num_bytes
+        total.sentences += sentence_starts.size
+        np.add.at(total.histogram, ids, 1)
         record = corpus_format.serialize(ids, sentence_starts, digest)
         next(writers[split]).write(record)
   except tf.errors.OpError as e:
@@ -384,18 +343,13 @@ def baselines(
 ) -> dict[str, Any]:
   """Returns validation loss and accuracy that a model has to beat.
 
-  Targets are documents between `<s>` and `</s>`. (Training cuts long documents into
-  several targets with more of both, which lowers the loss slightly: from 6.98 to 6.95
-  for the dictionary at 126 tokens.)
+  Targets are documents between `<s>` and `</s>`. (Training cuts long documents, which
+  lowers the loss slightly: from 6.98 to 6.95 for the dictionary at 126 tokens.)
 
   Returns:
-    unigram_loss: nats per target token,
-      -sum_v n_val(v) log p(v) / sum_v n_val(v), where
-      p(v) = (n_train(v) + 1) / (sum_v n_train(v) + vocabulary size).
-    commonest_token: text of the most common ordinary token in training.
-    commonest_token_id: its id, inside numbering.
-    commonest_token_share: its share of ordinary tokens in validation, which is the
-      accuracy of always predicting it.
+    `unigram_loss`: nats per target token, with training counts plus one.
+    `commonest_token`, `commonest_token_id` and `commonest_token_share`: the most common
+      ordinary token in training, and its share of those in validation.
   """
   counts = {}
   for name, split in ((TRAIN, train), (VALIDATION, validation)):

@@ -58,172 +58,116 @@ def _add_mixture(name: str, *tasks: str):
     seqio.MixtureRegistry.add(name + suffix, members, default_rate=1.0)
 
 
-def add_norec() -> None:
-  """NoReC: the sentiment of a review (Velldal et al. 2018, arXiv 1710.05370).
+# NoReC: the sentiment of a review (Velldal et al. 2018, arXiv 1710.05370). Source:
+# https://github.com/ltgoslo/norec; on the Hub ltg/norec_document, configuration ternary
+# (34,749 / 4,348 / 4,340 reviews; columns id, review, sentiment; that 0, 1, 2 are
+# negative, fair, positive is inferred from the configuration binary). Licence: CC BY-NC
+# 4.0. Files: `text` or `review`, and `rating` (1 to 6), `sentiment` or `label`.
+# Macro F1 as in NorBench ("Document SA"): NorT5-base 77.4 ± 0.4, North-T5-base 21.2 ±
+# 0.3.
+_add(
+  'norec',
+  'https://huggingface.co/datasets/ltg/norec_document',
+  HubDataset('ltg/norec_document', config='ternary'),
+  to_text=prompts.sentiment_to_text,
+  labels=prompts.SENTIMENTS,
+)
 
-  Source: https://github.com/ltgoslo/norec; in three classes on the Hub,
-  ltg/norec_document, configuration ternary (34,749 / 4,348 / 4,340 reviews; columns id,
-  review, sentiment). That 0, 1, 2 are negative, fair, positive is inferred from the
-  configuration binary, where 0 is negative. Licence: CC BY-NC 4.0. Files: `text` or
-  `review`, and `rating` (1 and 2 negative, 3 and 4 neutral, 5 and 6 positive),
-  `sentiment` or `label`; jsonl, tsv or parquet.
-
-  Metric: macro F1 over the classes, as in NorBench ("Document SA"), where NorT5-base
-  has 77.4 ± 0.4 and North-T5-base 21.2 ± 0.3.
-  """
+# ScaLA: is a sentence acceptable (Nielsen 2023, arXiv 2304.00906)? Sentences of the
+# Universal Dependencies treebanks, half of them with two adjacent words swapped or a
+# word left out. Source: EuroEval/scala-nb and -nn on the Hub (1,024 / 256 / 2,048
+# sentences; columns text, corruption_type, label). Licence: the treebanks'. Files:
+# `text` and `label`, correct or incorrect. MCC and macro F1 as in EuroEval; no scores
+# of T5 models were found.
+for _language in ('nb', 'nn'):
   _add(
-    'norec',
-    'https://huggingface.co/datasets/ltg/norec_document',
-    HubDataset('ltg/norec_document', config='ternary'),
-    to_text=prompts.sentiment_to_text,
-    labels=prompts.SENTIMENTS,
+    f'scala_{_language}',
+    f'https://huggingface.co/datasets/EuroEval/scala-{_language}',
+    HubDataset(f'EuroEval/scala-{_language}', splits={'validation': 'val'}),
+    to_text=prompts.acceptability_to_text,
+    labels=prompts.ACCEPTABILITY,
+    headline='mcc',
   )
+_add_mixture('scala', 'scala_nb', 'scala_nn')
 
-
-def add_scala() -> None:
-  """ScaLA: is a sentence acceptable (Nielsen 2023, arXiv 2304.00906)?
-
-  Sentences of the Universal Dependencies treebanks, half of them with two adjacent
-  words swapped or a word left out. Source: EuroEval/scala-nb and scala-nn on the Hub
-  (1,024 / 256 / 2,048 sentences; columns text, corruption_type, label; val is here
-  validation). Licence: not stated; the text is the treebanks'. Files: `text` and
-  `label`, correct or incorrect; jsonl, tsv or parquet.
-
-  Metric: MCC and macro F1, as in EuroEval. No scores of T5 models were found;
-  NorBench's linguistic acceptability is another data set (NoCoLa).
-  """
-  for language in ('nb', 'nn'):
-    _add(
-      f'scala_{language}',
-      f'https://huggingface.co/datasets/EuroEval/scala-{language}',
-      HubDataset(f'EuroEval/scala-{language}', splits={'validation': 'val'}),
-      to_text=prompts.acceptability_to_text,
-      labels=prompts.ACCEPTABILITY,
-      headline='mcc',
-    )
-  _add_mixture('scala', 'scala_nb', 'scala_nn')
-
-
-def add_norne() -> None:
-  """NorNE: names in running text (Jørgensen et al. 2020, arXiv 1911.12146).
-
-  Source: https://github.com/ltgoslo/norne, files `ud/nob/no_bokmaal-ud-train.conllu`,
-  -dev (here validation) and -test, and `ud/nno/no_nynorsk-ud-…`. The Hub has only
-  samples, EuroEval/norne-nb-mini and norne-nn-mini (1,024 / 256 / 2,048 sentences; with
-  PROD, EVT and DRV as MISC, so scores are not comparable). Licence: CC0 for the
-  annotations, not the texts. Files: `tokens` and their IOB2 `labels`; conllu (tags are
-  `name=B-PER` in the last column), jsonl or parquet.
-
-  Seven types; GPE_LOC is LOC, GPE_ORG is ORG. Inputs are the tokens joined by spaces,
-  targets `PER: Kari Dahl | LOC: Oslo` in the order of the text, or `ingen`.
-  Metric: exact span F1 (type and words), see `metrics.entity_spans`. NorBench has
-  scores of encoders only.
-  """
-  for language in ('nb', 'nn'):
-    _add(
-      f'norne_{language}',
-      'https://github.com/ltgoslo/norne (ud/nob or ud/nno; -dev is validation)',
-      HubDataset(f'EuroEval/norne-{language}-mini', splits={'validation': 'val'}),
-      to_text=prompts.entities_to_text,
-      metric_fns=[metrics.entity_spans],
-      headline='span_f1',
-    )
-  _add_mixture('norne', 'norne_nb', 'norne_nn')
-
-
-def add_norquad() -> None:
-  """NorQuAD: questions about a paragraph (Ivanova et al. 2023, arXiv 2305.01957).
-
-  Source: https://github.com/ltgoslo/NorQuAD (files such as
-  training_dataset_flattened.json), on the Hub ltg/norquad (3,808 / 472 / 472 questions;
-  columns id, context, question, answers). Licence: CC0 1.0. Files: a SQuAD file (json),
-  or `context`, `question` and `answers` as jsonl or parquet. Paragraphs are long: set
-  TASK_FEATURE_LENGTHS accordingly.
-
-  Metric: exact match and F1 of SQuAD 1.1, as in NorBench, which has scores of encoders
-  only.
-  """
+# NorNE: names in running text (Jørgensen et al. 2020, arXiv 1911.12146). Source:
+# https://github.com/ltgoslo/norne, files ud/nob/no_bokmaal-ud-train.conllu, -dev (here
+# validation) and -test, and ud/nno/no_nynorsk-ud-…; the Hub has only samples with other
+# types (1,024 / 256 / 2,048 sentences). Licence: CC0 for the annotations, not the
+# texts. Files: `tokens` and their IOB2 `labels`; or conllu, with tags `name=B-PER` in
+# the last column. GPE_LOC is LOC, GPE_ORG is ORG. Exact span F1; NorBench has scores of
+# encoders only.
+for _language in ('nb', 'nn'):
   _add(
-    'norquad',
-    'https://huggingface.co/datasets/ltg/norquad',
-    HubDataset('ltg/norquad'),
-    to_text=prompts.question_to_text,
-    postprocess_fn=prompts.references_of,
-    metric_fns=[metrics.question_answering],
-    headline='f1',
+    f'norne_{_language}',
+    'https://github.com/ltgoslo/norne (ud/nob or ud/nno; -dev is validation)',
+    HubDataset(f'EuroEval/norne-{_language}-mini', splits={'validation': 'val'}),
+    to_text=prompts.entities_to_text,
+    metric_fns=[metrics.entity_spans],
+    headline='span_f1',
   )
+_add_mixture('norne', 'norne_nb', 'norne_nn')
 
+# NorQuAD: questions about a paragraph (Ivanova et al. 2023, arXiv 2305.01957). Source:
+# https://github.com/ltgoslo/NorQuAD, on the Hub ltg/norquad (3,808 / 472 / 472
+# questions). Licence: CC0 1.0. Files: a SQuAD file (json), or `context`, `question` and
+# `answers`. Paragraphs are long: set TASK_FEATURE_LENGTHS accordingly. Exact match and
+# F1 of SQuAD 1.1, as in NorBench, which has scores of encoders only.
+_add(
+  'norquad',
+  'https://huggingface.co/datasets/ltg/norquad',
+  HubDataset('ltg/norquad'),
+  to_text=prompts.question_to_text,
+  postprocess_fn=prompts.references_of,
+  metric_fns=[metrics.question_answering],
+  headline='f1',
+)
 
-def add_nb_nn() -> None:
-  """Translation from Bokmål to Nynorsk.
+# Translation from Bokmål to Nynorsk. Source: NorBench's sample of Språkbanken's
+# translation memories, nmt/data/nb_nn_{train,dev,test}.tsv.gz in
+# https://github.com/ltgoslo/norbench (dev is here validation), or any parallel text.
+# Licence: see https://www.nb.no/sprakbanken/. Files: `nb` and `nn`. NorBench's lack the
+# line that names the columns:
+#     (printf 'nb\tnn\n'; gunzip -c nb_nn_dev.tsv.gz) > …/nb_nn/validation.tsv
+# BLEU and chrF by sacrebleu's defaults. NorBench ("MT"): NorT5-base 86.6 ± 0.1,
+# North-T5-base 39.8 ± 0.2.
+_add(
+  'nb_nn',
+  'https://github.com/ltgoslo/norbench/tree/main/nmt/data (as columns nb and nn)',
+  to_text=prompts.translation_to_text,
+  metric_fns=[metrics.translation],
+  headline='bleu',
+)
 
-  Source: NorBench's sample of two of Språkbanken's translation memories (Nynorsk
-  pressekontor, Målfrid), nmt/data/nb_nn_{train,dev,test}.tsv.gz in
-  https://github.com/ltgoslo/norbench (dev is here validation), or any parallel text.
-  Licence: see https://www.nb.no/sprakbanken/. Files: `nb` and `nn`, the same sentence;
-  tsv, jsonl or parquet. NorBench's files lack the line that names the columns:
-
-      (printf 'nb\\tnn\\n'; gunzip -c nb_nn_dev.tsv.gz) > …/nb_nn/validation.tsv
-
-  Metric: BLEU and chrF by sacrebleu's defaults. In NorBench ("MT", SacreBLEU)
-  NorT5-base has 86.6 ± 0.1 and North-T5-base 39.8 ± 0.2.
-  """
+# Summaries of news: NoSammendrag (norkart/no-sammendrag on the Hub, train only; here
+# its sample with splits, EuroEval/no-sammendrag-mini, 1,024 / 256 / 2,048; licence not
+# stated), and NorSumm (Touileb et al. 2025, arXiv 2501.07718): three human summaries of
+# each article in both written standards, without a training split; the files of
+# https://github.com/SamiaTouileb/NorSumm as they are, or SamiaT/NorSumm on the Hub.
+# Files: `article`, `document` or `text`, and `summaries`, `summaries_nb`, `summary` or
+# `target_text`. Articles need 1024 inputs and 256 targets. ROUGE-L; no scores of T5
+# models were found.
+_summary = dict(
+  postprocess_fn=prompts.references_of,
+  metric_fns=[metrics.summarisation],
+  headline='rouge_lsum_max',
+)
+_add(
+  'no_sammendrag',
+  'https://huggingface.co/datasets/norkart/no-sammendrag',
+  HubDataset('EuroEval/no-sammendrag-mini', splits={'validation': 'val'}),
+  to_text=prompts.summary_to_text,
+  **_summary,
+)
+for _language in ('nb', 'nn'):
   _add(
-    'nb_nn',
-    'https://github.com/ltgoslo/norbench/tree/main/nmt/data (as columns nb and nn)',
-    to_text=prompts.translation_to_text,
-    metric_fns=[metrics.translation],
-    headline='bleu',
+    f'norsumm_{_language}',
+    'https://github.com/SamiaTouileb/NorSumm (Data/NorSumm_dev.json is validation)',
+    HubDataset('SamiaT/NorSumm', config=_language),
+    to_text=functools.partial(
+      prompts.summary_to_text, summaries=f'summaries_{_language}'
+    ),
+    splits=('validation', 'test'),
+    **_summary,
   )
-
-
-def add_sammendrag() -> None:
-  """Summaries of news: NoSammendrag to train on, NorSumm to evaluate on.
-
-  NoSammendrag: norkart/no-sammendrag on the Hub (train only; columns document,
-  summary), and a sample with splits, EuroEval/no-sammendrag-mini (1,024 / 256 / 2,048;
-  columns text, target_text), which is read here. Licence: not stated.
-
-  NorSumm (Touileb et al. 2025, arXiv 2501.07718): three human summaries of each article
-  in both written standards, without a training split. Source:
-  https://github.com/SamiaTouileb/NorSumm, Data/NorSumm_dev.json (here validation) and
-  NorSumm_test.json as they are; on the Hub SamiaT/NorSumm, configurations nb and nn
-  (columns id, article, summaries). Licence: see the repository.
-
-  Files: `article`, `document` or `text`, and `summaries`, `summaries_nb`, `summary` or
-  `target_text`; json, jsonl or parquet. Articles need 1024 inputs and 256 targets.
-
-  Metric: ROUGE-L, see `metrics.summarisation`. NorSumm's and EuroEval's other metric,
-  BERTScore, needs a model and is left out. No scores of T5 models were found.
-  """
-  _add(
-    'no_sammendrag',
-    'https://huggingface.co/datasets/norkart/no-sammendrag',
-    HubDataset('EuroEval/no-sammendrag-mini', splits={'validation': 'val'}),
-    to_text=prompts.summary_to_text,
-    postprocess_fn=prompts.references_of,
-    metric_fns=[metrics.summarisation],
-    headline='rouge_lsum_max',
-  )
-  for language in ('nb', 'nn'):
-    _add(
-      f'norsumm_{language}',
-      'https://github.com/SamiaTouileb/NorSumm (Data/NorSumm_dev.json is validation)',
-      HubDataset('SamiaT/NorSumm', config=language),
-      to_text=functools.partial(
-        prompts.summary_to_text, summaries=f'summaries_{language}'
-      ),
-      postprocess_fn=prompts.references_of,
-      metric_fns=[metrics.summarisation],
-      splits=('validation', 'test'),
-      headline='rouge_lsum_max',
-    )
-  _add_mixture('sammendrag', 'no_sammendrag', 'norsumm_nb', 'norsumm_nn')
-
-
-add_norec()
-add_scala()
-add_norne()
-add_norquad()
-add_nb_nn()
-add_sammendrag()
+_add_mixture('sammendrag', 'no_sammendrag', 'norsumm_nb', 'norsumm_nn')

@@ -143,7 +143,7 @@ def test_missing_arguments(tmp_path, capsys, source, missing):
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (b'\n \n\t\n', 'no text'),
+    (b'\n \n\t\n', 'holds 0 '),
     (b'fin\nbl\xe5\n', 'text.txt, line 2: byte 0xe5'),
   ],
 )
