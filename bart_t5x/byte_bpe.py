@@ -46,16 +46,10 @@ class Tables(NamedTuple):
   pairs: tf.Tensor  # int64 [merges + 1], sorted: left id x `base` + right id
   ranks: tf.Tensor  # int32 [merges + 1], of each pair; the lowest is merged first
   products: tf.Tensor  # int32 [merges + 1], by rank: the id a pair becomes
-  # bool [merges + 1], by rank: whether the product occurs in a pair of lower rank, so
-  # that only one merge may be done at a time. None if none does, as in every vocabulary
-  # trained in one go.
-  single: tf.Tensor | None
   hashes: tf.Tensor  # int64 [words + 1], sorted, of the words that are one token
   words: tf.Tensor  # string [words + 1]
   word_ids: tf.Tensor  # int32 [words + 1]
   base: int  # more than any id
-  prefix: bool  # whether a text gets a space before it
-  split: bool  # whether a text is split into words
 
 
 # ---- tables ------------------------------------------------------------------
@@ -65,14 +59,17 @@ def build_tables(tokenizer) -> Tables | None:
   """Builds the tables of a `tokenizers.Tokenizer` with `encode_special_tokens`.
 
   Takes about a second for 50,000 tokens. Returns None if `encode` cannot reproduce the
-  tokenizer: it has a normalizer, a pre-tokenizer other than a single ByteLevel, added
-  tokens that are not special, or a BPE with dropout, affixes or missing bytes.
+  tokenizer: it has a normalizer, a pre-tokenizer other than GPT-2's, added tokens that
+  are not special, a BPE with dropout, affixes or missing bytes, or merges in an order
+  that no training gives.
   """
   settings = json.loads(tokenizer.to_str())
   model, splitter = settings['model'], settings['pre_tokenizer'] or {}
   if not (
     settings['normalizer'] is None
     and splitter.get('type') == 'ByteLevel'
+    and splitter['use_regex']
+    and not splitter['add_prefix_space']
     and all(token['special'] for token in settings['added_tokens'])
     and model['type'] == 'BPE'
     and not model['dropout']
@@ -83,10 +80,11 @@ def build_tables(tokenizer) -> Tables | None:
     return None
   words, word_ids = _whole_words(tokenizer.model, model['vocab'])
   with tf.init_scope(), tf.device('CPU'):
+    merges = _merges(model['vocab'], model['merges'])
     hashes = tf.strings.to_hash_bucket_fast(words, _HASHES).numpy()
     order = np.argsort(hashes)
-    if (np.diff(hashes[order]) == 0).any():
-      return None  # a word might not be found
+    if merges is None or (np.diff(hashes[order]) == 0).any():
+      return None  # of words with equal hashes, only one is found
     return Tables(
       kinds=tf.constant(character_kinds()),
       byte_ids=tf.constant(
@@ -95,9 +93,7 @@ def build_tables(tokenizer) -> Tables | None:
       hashes=_constant(hashes[order], _HASHES, tf.int64),
       words=_constant(words[order], b'', tf.string),
       word_ids=_constant(word_ids[order], 0, tf.int32),
-      prefix=splitter['add_prefix_space'],
-      split=splitter['use_regex'],
-      **_merges(model['vocab'], model['merges']),
+      **merges,
     )
 
 
@@ -153,24 +149,28 @@ def _whole_words(model, vocab: Mapping[str, int]) -> tuple[np.ndarray, np.ndarra
   return np.array(words, object), np.array(ids)
 
 
-def _merges(vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
+def _merges(
+  vocab: Mapping[str, int], merges: list[tuple[str, str]]
+) -> dict[str, Any] | None:
+  """Returns fields of `Tables`; None if a product occurs in a pair of lower rank, so
+  that only one merge may be done at a time."""
   base = max(vocab.values()) + 1
   left = np.array([vocab[a] for a, _ in merges], np.int64)
   right = np.array([vocab[b] for _, b in merges], np.int64)
   products = np.array([vocab[a + b] for a, b in merges], np.int64)
   ranks = np.arange(len(merges))
-  pairs = left * base + right
-  order = np.argsort(pairs)
   first_use = np.full(base, _NO_RANK)
   for part in (left, right):
     np.minimum.at(first_use, part, ranks)
-  single = first_use[products] < ranks
+  if (first_use[products] < ranks).any():
+    return None
+  pairs = left * base + right
+  order = np.argsort(pairs)
   return {
     'base': base,
     'pairs': _constant(pairs[order], _NO_PAIR, tf.int64),
     'ranks': _constant(order, _NO_RANK, tf.int32),
     'products': _constant(products, 0, tf.int32),
-    'single': _constant(single, False, tf.bool) if single.any() else None,
   }
 
 
@@ -184,18 +184,13 @@ def encode(texts: tf.Tensor, tables: Tables) -> tf.RaggedTensor:
   Raises:
     tf.errors.InvalidArgumentError: a text is not UTF-8.
   """
-  if tables.prefix:
-    bare = ~tf.strings.regex_full_match(texts, r'(?s)( .*)?')
-    texts = tf.where(bare, tf.strings.join([' ', texts]), texts)
   decoded = tf.strings.unicode_decode(texts, 'UTF-8', errors='strict')
   codes, splits = decoded.values, decoded.row_splits
   # Byte offset of each character of the concatenated texts, and of their end.
   longer = [tf.cast(codes >= bound, tf.int64) for bound in (0x80, 0x800, 0x10000)]
   edges = _with_zero(tf.cumsum(1 + tf.add_n(longer)))
 
-  starts = _marks(splits, tf.size(codes))
-  if tables.split:
-    starts = word_starts(codes, starts, tables.kinds)
+  starts = word_starts(codes, _marks(splits, tf.size(codes)), tables.kinds)
   firsts = tensors.places(starts[: tf.size(codes)])
   words = tf.RaggedTensor.from_row_starts(codes, firsts, validate=False)
   words = tf.strings.unicode_encode(words, 'UTF-8', errors='strict')
@@ -325,11 +320,6 @@ def _merge_once(places, word, ids, ranks, tables: Tables):
   lowest = tf.math.segment_min(ranks, word)
   lowest = tf.where(lowest < _NO_RANK, lowest, -1)  # finished words
   at = tensors.places(ranks == tf.gather(lowest, word))
-  if tables.single is not None:
-    of = tf.gather(word, at)
-    is_first = tf.concat([[True], of[1:] != of[:-1]], 0)
-    single = tf.gather(tables.single, tf.gather(ranks, at))
-    at = select(at, is_first | ~single)
   # Of overlapping pairs (adjacent indices), merge every other one from the left.
   begins = tf.concat([[True], at[1:] - at[:-1] > 1], 0)
   run = tf.cumsum(tf.cast(begins, tf.int32)) - 1
