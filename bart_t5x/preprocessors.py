@@ -7,10 +7,10 @@
     examples    inputs, targets, targets_noised
 
 `tokenize_documents` makes documents from text, for `seqio_cache_tasks`.
-`tokenize_for_bart` is for text-to-text tasks.
+`tokenize_for_bart` and `add_ends` are for text-to-text tasks.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import seqio
@@ -24,9 +24,6 @@ from bart_t5x.tensors import do_not_convert, select
 _MIX_SEED = -0x61C8864680B583EB
 _MIX_EPOCH = 0x2545F4914F6CDD1D
 _MIX_PIECE = 0x369DEA0F31A53F85
-
-# Texts tokenized together: most of a short text's time is fixed cost.
-_TEXTS_PER_BATCH = 64
 
 
 def tokenize_documents(
@@ -234,76 +231,78 @@ def tokenize_for_bart(
 ) -> tf.data.Dataset:
   """Tokenizes text as in pre-training: `<s>` … `</s>`.
 
-  seqio's `tokenize` and `append_eos` leave out the `<s>`. A text longer than its
-  feature's length loses its last tokens before the `</s>`.
+  seqio's `tokenize` and `append_eos` leave out the `<s>`.
 
   Args:
     dataset: examples in which output features are scalar strings; other features pass
       through.
     output_features: each text's has a `BartVocabulary`.
-    sequence_length: of the features, at least 2; None for no limit, of one or of all.
+    sequence_length: see `add_ends`.
 
   Returns:
-    int32 [n] in place of each text, the text itself as `<feature>_pretokenized`, and
-    the number of tokens cut off as `<feature>_truncated`.
+    As `add_ends`.
   """
-  for name, feature in output_features.items():
+  spec = dataset.element_spec
+  texts = {
+    name: feature
+    for name, feature in output_features.items()
+    if name in spec and spec[name].dtype == tf.string
+  }
+  for name, feature in texts.items():
     if not isinstance(getattr(feature.vocabulary, 'bos_id', None), int):
       raise ValueError(
         f'tokenize_for_bart needs a vocabulary with <s> for feature {name!r}, such as '
         f'bart_t5x.vocabularies.load_vocabulary(…). Got: {feature.vocabulary}'
       )
+
+  @do_not_convert
+  def tokenize(example):
+    ids = {k: f.vocabulary.encode_tf(example[k]) for k, f in texts.items()}
+    plain = {f'{k}_pretokenized': example[k] for k in texts}
+    return {**example, **ids, **plain}
+
+  dataset = dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE)
+  return add_ends(dataset, texts, sequence_length)
+
+
+def add_ends(
+  dataset: tf.data.Dataset,
+  output_features: Mapping[str, seqio.Feature],
+  sequence_length: Mapping[str, int] | None = None,
+) -> tf.data.Dataset:
+  """Adds `<s>` and `</s>` to ids, after cutting them to what leaves room for both.
+
+  Args:
+    dataset: examples with int32 [n] and the text `<feature>_pretokenized` for each
+      output feature.
+    output_features: each has a `BartVocabulary`.
+    sequence_length: of the features, at least 2; None for no limit, of one or of all.
+
+  Returns:
+    The same with int32 [m], and the number of ids cut off as `<feature>_truncated`.
+  """
   lengths = sequence_length or {}
-  check_room_for_ends(output_features, lengths)
-  spec = dataset.element_spec
-  texts = [n for n in output_features if n in spec and spec[n].dtype == tf.string]
-
-  @do_not_convert
-  def tokenize(examples):
-    out = dict(examples)
-    for name in texts:
-      vocabulary = output_features[name].vocabulary
-      ids = vocabulary.encode_tf(examples[name])
-      limit = lengths.get(name)
-      kept = ids if limit is None else ids[:, : limit - 2]
-      first = tf.fill([ids.nrows(), 1], vocabulary.bos_id)
-      last = tf.fill([ids.nrows(), 1], vocabulary.eos_id)
-      out[name] = tf.concat([first, kept, last], 1)
-      out[f'{name}_pretokenized'] = examples[name]
-      lost = ids.row_lengths() - kept.row_lengths()
-      out[f'{name}_truncated'] = tf.cast(lost, tf.int32)
-    return out
-
-  @do_not_convert
-  def tokenize_one(example):
-    made = tokenize({name: example[name][tf.newaxis] for name in texts})
-    return {**example, **{name: rows[0] for name, rows in made.items()}}
-
-  if not all(
-    isinstance(one, tf.TensorSpec) and one.shape.is_fully_defined()
-    for one in tf.nest.flatten(spec)
-  ):
-    # A batch would pad or change elements of varying shape.
-    return dataset.map(tokenize_one, num_parallel_calls=tf.data.AUTOTUNE)
-  cardinality = int(dataset.cardinality())
-  dataset = dataset.batch(_TEXTS_PER_BATCH)
-  dataset = dataset.map(tokenize, num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-  # Turns the rows of ragged tensors into plain tensors, also in `element_spec`.
-  dataset = dataset.map(do_not_convert(dict), num_parallel_calls=tf.data.AUTOTUNE)
-  if cardinality == tf.data.UNKNOWN_CARDINALITY:
-    return dataset
-  return dataset.apply(tf.data.experimental.assert_cardinality(cardinality))
-
-
-def check_room_for_ends(names: Iterable[str], sequence_length: Mapping[str, int]):
-  """Raises a ValueError if features cannot hold `<s>` and `</s>`."""
-  for name in names:
-    limit = sequence_length.get(name)
+  for name in output_features:
+    limit = lengths.get(name)
     if limit is not None and limit < 2:
       raise ValueError(
         f'TASK_FEATURE_LENGTHS[{name!r}] must be at least 2, for <s> and </s>. Got: '
         f'{limit}'
       )
+
+  @do_not_convert
+  def add(example):
+    out = dict(example)
+    for name, feature in output_features.items():
+      vocabulary, limit = feature.vocabulary, lengths.get(name)
+      kept = example[name] if limit is None else example[name][: limit - 2]
+      out[name] = tf.concat([[vocabulary.bos_id], kept, [vocabulary.eos_id]], 0)
+      # Removed and added again, to follow the ids in files of predictions.
+      out[f'{name}_pretokenized'] = out.pop(f'{name}_pretokenized')
+      out[f'{name}_truncated'] = tf.size(example[name]) - tf.size(kept)
+    return out
+
+  return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _lengths(sequence_length: Mapping[str, int] | None) -> tuple[int, int]:

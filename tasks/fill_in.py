@@ -4,10 +4,11 @@ import os
 
 import seqio
 
+from bart_t5x import preprocessors
 from bart_t5x.data import data_root
 from bart_t5x.vocabularies import load_vocabulary
 from tasks import input_file
-from tasks.text_to_text import TextSource, TextTask, add_ends
+from tasks.text_to_text import TextSource, TextTask
 
 
 def add_fill_in_task(name: str, corpus_dir: str) -> seqio.Task:
@@ -21,7 +22,7 @@ def add_fill_in_task(name: str, corpus_dir: str) -> seqio.Task:
     name,
     task_cls=TextTask,
     source=TextSource(lambda split: input_file.dataset(), ['test'], features),
-    preprocessors=[add_ends],
+    preprocessors=[preprocessors.add_ends],
     output_features=features,
     metric_fns=[],
   )

@@ -17,7 +17,6 @@ from absl import logging
 
 from bart_t5x import metrics, preprocessors
 from bart_t5x.data import data_root
-from bart_t5x.tensors import do_not_convert
 from bart_t5x.vocabularies import load_vocabulary
 from tasks import input_file, readers
 from tasks.readers import Record
@@ -78,33 +77,6 @@ class TextSource(seqio.DataSource):
       flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32)
       columns[name] = tf.RaggedTensor.from_row_lengths(flat, self.sizes[name])
     return tf.data.Dataset.from_tensor_slices(columns)
-
-
-def add_ends(
-  dataset: tf.data.Dataset,
-  output_features: Mapping[str, seqio.Feature],
-  sequence_length: Mapping[str, int] | None = None,
-) -> tf.data.Dataset:
-  """Cuts ids to their lengths and adds `<s>` and `</s>`.
-
-  The number of tokens cut off is `<feature>_truncated`, int32.
-  """
-  lengths = sequence_length or {}
-  preprocessors.check_room_for_ends(output_features, lengths)
-
-  @do_not_convert
-  def add(example):
-    out = dict(example)
-    for name, feature in output_features.items():
-      vocabulary, limit = feature.vocabulary, lengths.get(name)
-      kept = example[name] if limit is None else example[name][: limit - 2]
-      out[name] = tf.concat([[vocabulary.bos_id], kept, [vocabulary.eos_id]], 0)
-      # Removed and added again, to follow the ids in files of predictions.
-      out[f'{name}_pretokenized'] = out.pop(f'{name}_pretokenized')
-      out[f'{name}_truncated'] = tf.size(example[name]) - tf.size(kept)
-    return out
-
-  return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 class TextTask(seqio.Task):
@@ -188,7 +160,7 @@ def add_text_to_text_task(
     name,
     task_cls=TextTask,
     source=TextSource(read_columns, (*splits, input_file.SPLIT), features),
-    preprocessors=[add_ends],
+    preprocessors=[preprocessors.add_ends],
     output_features=features,
     postprocess_fn=postprocess_fn or strip,
     metric_fns=metric_fns,
