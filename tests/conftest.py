@@ -1,7 +1,6 @@
-"""Every test runs on the CPU, split into eight devices, and never on a network."""
+"""A corpus, runs of random models and a Hub, for the tests in this folder."""
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -11,15 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Before JAX is imported: the flags are read once.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-)
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ['HF_HUB_OFFLINE'] = '1'
-# Several test processes may compile for TPUs at a time; libtpu allows one by itself.
-os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 # Test files import helper modules such as `fake_hub` by name.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 

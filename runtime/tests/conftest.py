@@ -1,20 +1,9 @@
-"""Runs every test on eight CPU devices and without a network."""
+"""Type checks of the runtime, and a small run."""
 
-import os
 import pathlib
 import sys
 
 import pytest
-
-# Before JAX is imported: the flags are read once.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-)
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ['HF_HUB_OFFLINE'] = '1'
-# Several test processes may compile for TPUs at a time.
-os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 # Last: modules of this folder take precedence.
