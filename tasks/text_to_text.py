@@ -23,9 +23,6 @@ from tasks.readers import Record
 
 SPLITS = ('train', 'validation', 'test')
 
-# Errors shown per file; the rest are counted.
-_SHOWN_ERRORS = 3
-
 # Headline metrics by task name, see `monitor`.
 _HEADLINES: dict[str, str] = {}
 
@@ -186,47 +183,24 @@ def _columns(
   to_text: Callable[[Record], Mapping[str, str]],
   labels: Sequence[str],
 ) -> dict[str, list[str]]:
-  """Converts records to columns of texts, without those whose inputs or targets are
-  empty. Errors are collected: the first ones are shown and all are counted."""
-  examples, errors, empty, number = [], [], 0, 0
+  """Converts records to columns, without those whose inputs or targets are empty."""
+  examples, empty, number = [], 0, 0
   for number, record in enumerate(records, 1):
     try:
       example = to_text(record)
+      _check_example(example, labels)
+      if examples and set(example) != set(examples[0]):
+        raise ValueError(f'it gives {sorted(example)}, others {sorted(examples[0])}')
     except KeyError as e:
-      errors.append(f'record {number} has no {e}, but {sorted(record)}')
-      continue
-    except (AttributeError, IndexError, TypeError, ValueError) as e:
-      errors.append(f'record {number}: {e}')  # for example, a text that is null
-      continue
-    if not isinstance(example, Mapping) or not {'inputs', 'targets'} <= set(example):
-      got = sorted(example) if isinstance(example, Mapping) else repr(example)
       raise ValueError(
-        f"{where}: to_text must return a dictionary with 'inputs' and 'targets'. Got "
-        f'for record {number}: {got}'
-      )
-    wrong = {k: type(v).__name__ for k, v in example.items() if not isinstance(v, str)}
-    if wrong:
-      errors.append(f'record {number} has values that are not text: {wrong}')
-    elif not example['inputs'].strip() or not example['targets'].strip():
-      empty += 1
-    elif labels and example['targets'] not in labels:
-      errors.append(
-        f'record {number} has the unknown label {example["targets"]!r} '
-        f'(known: {", ".join(labels)})'
-      )
-    elif examples and set(example) != set(examples[0]):
-      errors.append(
-        f'record {number} gives {sorted(example)}, those before {sorted(examples[0])}'
-      )
-    else:
+        f'{where}: record {number} has no {e}, but {sorted(record)}'
+      ) from e
+    except (AttributeError, IndexError, TypeError, ValueError) as e:
+      raise ValueError(f'{where}: record {number}: {e}') from e
+    if example['inputs'].strip() and example['targets'].strip():
       examples.append(example)
-  if errors:
-    more = len(errors) - _SHOWN_ERRORS
-    raise ValueError(
-      f'{where}: {len(errors)} of {number} records cannot be used: '
-      + '; '.join(errors[:_SHOWN_ERRORS])
-      + (f'; and {more} more.' if more > 0 else '.')
-    )
+    else:
+      empty += 1
   if empty:
     logging.warning(
       '%s: %d of %d records have no inputs or no targets and are left out.',
@@ -235,3 +209,17 @@ def _columns(
   if not examples:
     raise ValueError(f'{where} has no record with inputs and targets')
   return {key: [example[key] for example in examples] for key in examples[0]}
+
+
+def _check_example(example: Any, labels: Sequence[str]) -> None:
+  if not isinstance(example, Mapping) or not {'inputs', 'targets'} <= set(example):
+    raise ValueError(
+      f"to_text must return a dictionary with 'inputs' and 'targets'. Got: {example!r}"
+    )
+  for name, value in example.items():
+    if not isinstance(value, str):
+      raise ValueError(f'{name!r} is not text: {value!r}')
+  if labels and example['targets'].strip() and example['targets'] not in labels:
+    raise ValueError(
+      f'unknown label {example["targets"]!r} (known: {", ".join(labels)})'
+    )

@@ -187,32 +187,6 @@ def test_rows_are_97_percent_full(mean, spread):
   assert np.mean(full[:-2]) > 0.97
 
 
-def test_p17_packing_resumes_within_a_window(tmp_path, monkeypatch):
-  # Many windows: the pipeline has read some of them ahead.
-  monkeypatch.setattr(features, 'WINDOW', 16)
-  made = examples(1000)
-
-  def rows():
-    spec = {k: tf.TensorSpec([None], tf.int32) for k in made[0]}
-    ragged = {k: tf.ragged.constant([e[k] for e in made], dtype=tf.int32) for k in spec}
-    ds = tf.data.Dataset.from_tensor_slices(ragged)
-    ds = ds.map(lambda e: {k: tf.convert_to_tensor(v) for k, v in e.items()})
-    return BartFeatureConverter(pack=True)(ds, {'inputs': 64, 'targets': 64})
-
-  iterator = iter(rows())
-  for _ in range(37):
-    next(iterator)
-  path = tf.train.Checkpoint(iterator=iterator).write(str(tmp_path / 'state'))
-  want = [{k: v.numpy() for k, v in row.items()} for row in iterator]
-  resumed = iter(rows())
-  tf.train.Checkpoint(iterator=resumed).read(path)
-  got = list(resumed)
-  assert len(got) == len(want) > 200
-  for a, b in zip(got, want, strict=True):
-    for name in b:
-      np.testing.assert_array_equal(a[name], b[name])
-
-
 def test_examples_longer_than_the_rows_raise():
   pattern = 'targets are longer than TASK_FEATURE_LENGTHS.* = 16'
   with pytest.raises(tf.errors.InvalidArgumentError, match=pattern):

@@ -1,6 +1,5 @@
 """Preprocessors: splitting documents, noise, and tokenization."""
 
-import dataclasses
 
 import numpy as np
 import pytest
@@ -294,34 +293,3 @@ def test_vocabulary_without_bos_raises():
   features = {'inputs': seqio.Feature(seqio.ByteVocabulary())}
   with pytest.raises(ValueError, match="<s> for feature 'inputs'"):
     tokenized(features, {'inputs': ['a']})
-
-
-def test_every_field_of_the_recipe_has_an_effect(features):
-  lengths = {'inputs': 200, 'targets': 100}
-  changes = {
-    'permute_ratio': 0.0,
-    'permute_last': False,
-    'infill_ratio': 0.1,
-    'span_mean': 6.0,
-    'insertions': False,
-    'replace_length': -1,
-    'whole_words': True,
-    'overlap': True,
-    'mask_ratio': 0.1,
-    'delete_ratio': 0.1,
-    'insert_ratio': 0.1,
-    'random_ratio': 0.5,
-    'rotate_probability': 0.5,
-  }
-  fields = {field.name for field in dataclasses.fields(noise.Recipe)}
-  assert fields == {*changes, 'merge_adjacent'}
-  made = [d for d in documents(20) if len(d['sentence_starts']) > 2]
-  base = noise.Recipe()
-  recipes = [base, *(dataclasses.replace(base, **{k: v}) for k, v in changes.items())]
-  overlap = dataclasses.replace(base, overlap=True)
-  recipes.append(dataclasses.replace(overlap, merge_adjacent=True))
-  results = [
-    tuple(t for e in denoised(features, made, lengths, r) for t in e['inputs'].tolist())
-    for r in recipes
-  ]
-  assert len(set(results)) == len(results)

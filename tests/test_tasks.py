@@ -10,7 +10,6 @@ import gin
 import numpy as np
 import pytest
 import seqio
-import tensorflow as tf
 from noise_cases import RECIPES
 
 from bart_t5x import noise
@@ -25,19 +24,6 @@ NOISE = noise.Recipe(whole_words=True, random_ratio=0.1)
 def task(corpus_dir):
   name = 'tasks_test_denoising'
   yield pretrain.add_denoising_task(name, corpus_dir, NOISE, shuffle_buffer_size=64)
-  seqio.TaskRegistry.remove(name)
-
-
-@pytest.fixture(scope='module')
-def mixture(corpus_dir, task):
-  name = 'tasks_test_second'
-  second = pretrain.add_denoising_task(
-    name, corpus_dir, noise.Recipe(), shuffle_buffer_size=64
-  )
-  yield seqio.MixtureRegistry.add(
-    'tasks_test_mixture', [(task.name, 3), (second.name, 1)]
-  )
-  seqio.MixtureRegistry.remove('tasks_test_mixture')
   seqio.TaskRegistry.remove(name)
 
 
@@ -112,21 +98,6 @@ def assert_same(a, b):
     assert one.keys() == other.keys()
     for name in one:
       np.testing.assert_array_equal(one[name], other[name])
-
-
-@pytest.mark.parametrize('provider', ['task', 'mixture'])
-@pytest.mark.parametrize('at', [1, 37, 200])
-def test_p17_resumes_at_any_batch(provider, at, request, tmp_path):
-  # An epoch has about 240 batches, so the last case reaches into the next.
-  provider = request.getfixturevalue(provider)
-  iterator = iter(batches(provider))
-  for _ in range(at):
-    next(iterator)
-  path = tf.train.Checkpoint(iterator=iterator).write(str(tmp_path / 'state'))
-  want = [next(iterator) for _ in range(30)]
-  resumed = iter(batches(provider))
-  tf.train.Checkpoint(iterator=resumed).read(path)
-  assert_same([next(resumed) for _ in range(30)], want)
 
 
 def test_seqio_converter_takes_the_task(task):
