@@ -32,17 +32,12 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
   def __call__(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
-    lengths = dict(task_feature_lengths)
-    if type(self) is BartFeatureConverter and NOISED in ds.element_spec:
+    lengths, (task, model) = dict(task_feature_lengths), ({}, {})
+    if NOISED in ds.element_spec:
       lengths[NOISED] = lengths['targets']
-      converter = _NoisedFeatureConverter(
-        pack=self.pack,
-        use_custom_packing_ops=self._use_custom_packing_ops,
-        apply_length_check=self._apply_length_check,
-        bos_id=self.bos_id,
-        passthrough_features=self._passthrough_features or None,
-      )
-      return converter(ds, lengths)
+      task, model = {NOISED: _INT_VECTOR}, {DECODER_NOISED: _INT_VECTOR}
+    self.TASK_FEATURES = {**type(self).TASK_FEATURES, **task}
+    self.MODEL_FEATURES = {**type(self).MODEL_FEATURES, **model}
     return super().__call__(ds, lengths)
 
   def _pack_or_pad(
@@ -70,25 +65,18 @@ class BartFeatureConverter(seqio.EncDecFeatureConverter):
   def _convert_example(
     self, features: Mapping[str, tf.Tensor]
   ) -> Mapping[str, tf.Tensor]:
-    return super()._convert_example(features)
-
-
-class _NoisedFeatureConverter(BartFeatureConverter):
-  TASK_FEATURES = {**BartFeatureConverter.TASK_FEATURES, NOISED: _INT_VECTOR}
-  MODEL_FEATURES = {**BartFeatureConverter.MODEL_FEATURES, DECODER_NOISED: _INT_VECTOR}
-
-  @do_not_convert
-  def _convert_example(
-    self, features: Mapping[str, tf.Tensor]
-  ) -> Mapping[str, tf.Tensor]:
     converted = super()._convert_example(features)
-    return {**converted, DECODER_NOISED: features[NOISED]}
+    if NOISED in features:
+      converted = {**converted, DECODER_NOISED: features[NOISED]}
+    return converted
 
   def get_model_feature_lengths(
     self, task_feature_lengths: Mapping[str, int]
   ) -> Mapping[str, int]:
     lengths = super().get_model_feature_lengths(task_feature_lengths)
-    return {**lengths, DECODER_NOISED: task_feature_lengths['targets']}
+    if NOISED in task_feature_lengths:
+      lengths = {**lengths, DECODER_NOISED: task_feature_lengths['targets']}
+    return lengths
 
 
 def pack_first_fit(

@@ -1,6 +1,5 @@
 """Preprocessors: splitting documents, noise, and tokenization."""
 
-
 import numpy as np
 import pytest
 import seqio
