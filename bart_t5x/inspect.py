@@ -355,7 +355,8 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   paint = paint_for_stdout()
   vocabulary = views[0][0].output_features['targets'].vocabulary
   for task, recipe, examples in views:
-    print(f'task {task.name}\n')
+    if len(views) > 1:
+      print(f'task {task.name}\n')
     for number, example in enumerate(examples[: args.num_examples], 1):
       if recipe:
         lines = denoising_lines(example, vocabulary, paint)
@@ -365,7 +366,8 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   for number, row in enumerate(rows[: args.num_rows], 1):
     print('\n'.join(row_lines(row, vocabulary, number)) + '\n')
   for task, recipe, examples in views:
-    print(f'task {task.name}')
+    if len(views) > 1:
+      print(f'task {task.name}')
     if recipe:
       print(f'noise: {recipe}\n')
     print('\n'.join(summary_lines(examples, rows, recipe, vocabulary)))
