@@ -1,7 +1,9 @@
 """A corpus, runs of random models and a Hub, for the tests in this folder."""
 
+import copy
 import dataclasses
 import pathlib
+import shutil
 import sys
 import time
 import types
@@ -69,6 +71,17 @@ class Run:
   config: Any
   params: dict
 
+  def copy(self, folder):
+    """Copies the run, so that a test may change it."""
+    shutil.copytree(self.model_dir.parent, folder)
+    return dataclasses.replace(
+      self,
+      model_dir=folder / 'run',
+      checkpoint=folder / 'run/checkpoint_0',
+      corpus=folder / 'corpus',
+      params=copy.deepcopy(self.params),
+    )
+
   def export(self, output_dir, *more):
     """The exit status of `bart_t5x.hf.convert export`."""
     from bart_t5x.hf import convert
@@ -79,10 +92,16 @@ class Run:
     ])  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def make_run():
   """Writes a run of a tiny random model: checkpoint, config.gin and corpus folder."""
   return _make_run
+
+
+@pytest.fixture(scope='session')
+def default_run(make_run, tmp_path_factory):
+  """A run that tests only read or copy."""
+  return make_run(tmp_path_factory.mktemp('default') / 'a')
 
 
 def _make_run(folder, seed=0, tokenizer='bytelevel', **fields):

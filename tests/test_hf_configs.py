@@ -1,7 +1,6 @@
 """config.json, generation_config.json and config.gin of runs."""
 
-import dataclasses
-
+import numpy as np
 import pytest
 
 from bart_t5x import network
@@ -13,17 +12,6 @@ CONFIG = network.BartConfig(
     attention_dropout_rate=0.2, activation_dropout_rate=0.0,
 )  # fmt: skip
 
-# Keys of facebook/bart-base and bart-large besides sizes.
-PUBLISHED = {
-    'add_bias_logits': False, 'add_final_layer_norm': False,
-    'activation_function': 'gelu', 'classif_dropout': 0.1, 'early_stopping': True,
-    'extra_pos_embeddings': 2, 'forced_bos_token_id': 0,
-    'gradient_checkpointing': False,
-    'normalize_before': False, 'normalize_embedding': True, 'scale_embedding': False,
-    'static_position_embeddings': False, 'no_repeat_ngram_size': 3, 'num_beams': 4,
-    'id2label': {'0': 'LABEL_0'}, 'task_specific_params': {'summarization': {}},
-}  # fmt: skip
-
 
 def hf_config(**changes):
   return configs.to_hf(CONFIG, 'float32') | changes
@@ -34,23 +22,11 @@ def test_round_trip():
   assert hf_config()['vocab_size'] == 61  # the real ids, not the padded rows
 
 
-def test_published_configs_are_accepted():
-  assert configs.from_hf(hf_config(**PUBLISHED)) == configs.from_hf(hf_config())
-
-
 def test_absent_keys_have_defaults_of_transformers():
   hf = hf_config()
   for key in ('scale_embedding', 'tie_word_embeddings', 'bos_token_id', 'dropout'):
     del hf[key]
   assert configs.from_hf(hf)['dropout_rate'] == 0.1
-
-
-def test_first_token_is_forced_only_if_the_run_forces_it():
-  assert 'forced_bos_token_id' not in hf_config()
-  assert 'forced_bos_token_id' not in configs.generation_to_hf(CONFIG)
-  forced = configs.to_hf(dataclasses.replace(CONFIG, init_std=0.05), 'float32', 7)
-  assert (forced['forced_bos_token_id'], forced['init_std']) == (7, 0.05)
-  assert configs.generation_to_hf(CONFIG, 7)['forced_bos_token_id'] == 7
 
 
 @pytest.mark.parametrize(
@@ -82,9 +58,6 @@ def test_incomplete_config_is_rejected():
     ({'forced_bos_token_id': 0}, None, 0),
     ({'forced_bos_token_id': 0}, {}, None),
     ({'forced_bos_token_id': 7}, {'forced_bos_token_id': 0}, 0),
-    ({'force_bos_token_to_be_generated': True}, None, 0),
-    ({'force_bos_token_to_be_generated': False}, None, None),
-    ({'force_bos_token_to_be_generated': True}, {}, None),
   ],
 )
 def test_generation_config_takes_precedence(hf, generation, expected):
@@ -128,6 +101,38 @@ def test_bindings_of_a_run():
   assert run.macro('LENGTHS') == {'inputs': 32, 'targets': [32, 1]}
   assert run.macro('NONE_SUCH') is None
   assert 'tasks' in run.imports
+
+
+BEAMS = """
+model.BartModel.decode_fn = @decoding.beam_search
+model.BartModel.predict_batch_with_aux.num_decodes = %NUM_BEAMS
+NUM_BEAMS = 4
+TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 16}
+"""
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.6, 1.0])
+def test_beam_search_has_the_closest_length_penalty(alpha):
+  text = f'{BEAMS}decoding.beam_search.alpha = {alpha}'
+  search = configs.RunConfig(text).beam_search()
+  content = configs.generation_to_hf(CONFIG, search=search)
+  assert content['num_beams'] == 4
+  # Scores are compared by ratios of penalties, that is by differences of logarithms.
+  lengths = np.arange(1, 17)
+  ours = alpha * np.log((5 + lengths) / 6)
+
+  def distance(penalty):
+    theirs = penalty * np.log(lengths)
+    return np.square(np.subtract.outer(ours - theirs, ours - theirs)).sum()
+
+  best = distance(content['length_penalty'])
+  assert all(best <= distance(other) for other in np.linspace(0, 1, 21))
+
+
+def test_greedy_search_has_no_beams():
+  sampled = BEAMS.replace('beam_search', 'temperature_sample')
+  for text in ('', BEAMS.replace('= 4', '= 1'), sampled):
+    assert configs.RunConfig(text).beam_search() is None
 
 
 def test_invalid_gin_file(tmp_path):

@@ -1,11 +1,6 @@
 """Checkpoints exported as model folders, with their cards."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
@@ -19,14 +14,13 @@ from bart_t5x.hf import export, mapping, weights
 
 FILES = {
     'README.md', 'config.json', 'flax_model.msgpack', 'generation_config.json',
-    'model.safetensors', 'special_tokens_map.json', 'tokenizer.json',
-    'tokenizer_config.json',
+    'model.safetensors', 'tokenizer.json', 'tokenizer_config.json',
 }  # fmt: skip
 
 
 @pytest.fixture
-def run(make_run, tmp_path):
-  return make_run(tmp_path)
+def run(default_run, tmp_path):
+  return default_run.copy(tmp_path / 'a')
 
 
 def names(folder):
@@ -87,34 +81,6 @@ def test_bfloat16_checkpoint(run, tmp_path, dtype):
     assert tensor.dtype == np.float32, name
 
 
-@pytest.mark.slow
-def test_checkpoint_of_two_processes(run, tmp_path):
-  """Each process writes its part of every parameter; the export has the whole."""
-  given = tmp_path / 'params.npz'
-  np.savez(given, **flatten_dict(run.params, sep='/'))
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  script = pathlib.Path(__file__).with_name('two_process_save.py')
-  flags = '--xla_force_host_platform_device_count=2'
-  processes = [
-    subprocess.Popen(
-      [sys.executable, script, str(port), str(i), given, run.model_dir],
-      env={**os.environ, 'XLA_FLAGS': flags},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  for process in processes:
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-  run.checkpoint = run.model_dir / 'checkpoint_3'
-  assert list(run.checkpoint.glob('state/ocdbt.process_*'))
-  assert run.export(tmp_path / 'out') == 0
-  assert_exported(run.params, run, tmp_path / 'out')
-
-
 def write_metrics(run, source):
   # The checkpoint is of step 0; later values are not its metrics.
   reports = [
@@ -127,12 +93,15 @@ def write_metrics(run, source):
 
 def pretrained(run, tmp_path):
   corpus = json.loads((run.corpus / 'corpus.json').read_text())
-  corpus |= {'source': 'hf', 'settings': {'dataset': 'org/texts'}}
+  corpus |= {
+    'source': 'hf',
+    'settings': {'dataset': 'org/texts', 'config': 'nob_Latn'},
+  }
   (run.corpus / 'corpus.json').write_text(json.dumps(corpus))
   write_metrics(run, 'training_eval/bjorner')
   metric = {'type': 'accuracy', 'value': 0.125, 'name': 'accuracy'}
   return {
-    'language': 'no',
+    'language': 'nb',
     'license': 'cc-by-4.0',
     'datasets': ['org/texts'],
     'library_name': 'transformers',
@@ -149,7 +118,10 @@ def finetuned(run, tmp_path):
   )
   config = run.model_dir / 'config.gin'
   text = config.read_text().replace('noise.Recipe.infill_ratio = 0.3', '')
-  config.write_text(text + f"INITIAL_CHECKPOINT_PATH = '{start}'\n")
+  config.write_text(
+    f"{text}INITIAL_CHECKPOINT_PATH = '{start}'\n"
+    'model.BartModel.predict_batch_with_aux.num_decodes = 4\n'
+  )
   write_metrics(run, 'inference_eval/bjorner/eval')
   front = {
     'base_model': 'facebook/bart-base',
@@ -178,6 +150,7 @@ def test_front_matter_of_cards(run, tmp_path, origin):
     (result,) = front.pop('model-index')[0]['results']
     assert result['dataset']['name'] == 'bjorner' and result['metrics'] == metrics
   assert front == expected
+  assert ('beam search with 4 beams' in text) == ('base_model' in expected)
   size = sum(w.size for w in mapping.to_hf(run.params, run.config, 'flax').values())
   assert f'| parameters | {size - 301:,} |' in text
 

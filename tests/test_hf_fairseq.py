@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -120,9 +121,28 @@ def test_every_weight_and_setting(run, write, tmp_path, stored):
   assert 'imported from fairseq' in (tmp_path / 'in/config.gin').read_text()
 
 
-def test_pt_file_in_half_precision_with_a_classifier(run, write, tmp_path):
+def test_weights_of_other_releases(run, write, tmp_path):
+  """Fused projections of 0.8; the copies of 0.12; a classifier."""
+  state = fairseq_weights(run)
+  folder = write(dict(state))
+  assert import_command(folder, tmp_path / 'new', '--skip_tokenizer') == 0
+  for module in ('encoder', 'decoder'):
+    for leaf in ('weight', 'bias'):
+      attention = f'{module}.layers.0.self_attn.'
+      parts = [state.pop(f'{attention}{part}_proj.{leaf}') for part in 'qkv']
+      state[f'{attention}in_proj_{leaf}'] = np.concatenate(parts)
+  for name in ('in_proj_weight', 'in_proj_bias', 'out_proj_weight', 'fc1_bias'):
+    state[f'encoder.layers.0.{name}'] = np.zeros(3, np.float32)
+  state['classification_heads.mnli.dense.weight'] = np.zeros((2, 2), np.float32)
+  assert import_command(write(state), tmp_path / 'old', '--skip_tokenizer') == 0
+  new, old = (
+    checkpoints.read_params(tmp_path / n / 'checkpoint_0') for n in ('new', 'old')
+  )
+  jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
+def test_pt_file_in_half_precision(run, write, tmp_path):
   state = {k: w.astype(np.float16) for k, w in fairseq_weights(run).items()}
-  state['classification_heads.mnli.dense.weight'] = np.zeros((2, 2), np.float16)
   file = write(state) / fairseq.MODEL
   file = file.rename(file.with_name('checkpoint_best.pt'))
   assert import_command(file, tmp_path / 'in', '--skip_tokenizer') == 0
@@ -137,7 +157,10 @@ VARIANTS = {
   'encoder_normalize_before is True': {'encoder_normalize_before': True},
   "activation_fn is 'relu'": {'activation_fn': 'relu'},
   'decoder_ffn_embed_dim is 48': {'decoder_ffn_embed_dim': 48},
-  'the config needs': {'encoder_ffn_embed_dim': 48, 'decoder_ffn_embed_dim': 48},
+  'mlp_dim = 48, the weights 40': {
+    'encoder_ffn_embed_dim': 48,
+    'decoder_ffn_embed_dim': 48,
+  },
 }
 
 
@@ -209,6 +232,9 @@ def test_lines_of_a_dictionary(tmp_path):
   path = tmp_path / 'dict.txt'
   path.write_text('\u2028 7\nå 5\n\u3000x 1\n12 \n7 3\n', encoding='utf-8')
   assert fairseq.read_dictionary(path) == ['\u2028', 'å', '\u3000x', '12', '7']
+  # The later of two lines counts; the earlier one keeps its id.
+  path.write_text('a 1\nb 1\na 2 #fairseq:overwrite\n')
+  assert fairseq.read_dictionary(path) == ['<overwritten 3>', 'b', 'a']
   for text, message in (
     ('a 1\nb c\n', "line 2: 'b c'"),
     ('a 1\n\nb 1\n', "line 2: ''"),

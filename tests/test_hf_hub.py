@@ -1,7 +1,10 @@
 """Pushes and downloads, with a local server that speaks the Hub's protocol."""
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
 import threading
 import time
 
@@ -91,8 +94,8 @@ def test_login_is_checked(server, monkeypatch):
     hub.check_login('ola/norbart')
 
 
-def test_export_pushes_and_import_downloads(server, make_run, tmp_path, capsys):
-  run = make_run(tmp_path / 'trained')
+def test_export_pushes_and_import_downloads(server, default_run, tmp_path, capsys):
+  run = default_run
   push = '--push_to_hub=ola/norbart'
   assert run.export(tmp_path / 'out', push, '--private') == 0
   printed = capsys.readouterr()
@@ -127,9 +130,9 @@ def test_export_pushes_and_import_downloads(server, make_run, tmp_path, capsys):
 
 
 def test_wrong_token_stops_an_export_before_it_begins(
-  server, make_run, tmp_path, capsys, monkeypatch
+  server, default_run, tmp_path, capsys, monkeypatch
 ):
-  run = make_run(tmp_path / 'trained')
+  run = default_run
   monkeypatch.setenv('HF_TOKEN', 'hf_wrongwrongwrong')
   assert run.export(tmp_path / 'out', '--push_to_hub=ola/norbart') == 1
   assert 'hf auth login' in capsys.readouterr().err
@@ -150,8 +153,8 @@ REPO = 'ola/norbart'
 
 
 @pytest.fixture
-def run(make_run, tmp_path):
-  return make_run(tmp_path / 'trained')
+def run(default_run, tmp_path):
+  return default_run.copy(tmp_path / 'trained')
 
 
 @pytest.fixture
@@ -162,7 +165,15 @@ def log(caplog):
 
 @pytest.fixture
 def start(run, monkeypatch):
-  """Starts the action, with short pauses."""
+  """Starts the action with short pauses and exports in this process."""
+
+  def run_here(command, **options):
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+      code = convert.main(command[3:])
+    return subprocess.CompletedProcess(command, code, out.getvalue(), errors.getvalue())
+
+  monkeypatch.setattr(push_action.subprocess, 'run', run_here)
   monkeypatch.setattr(push_action, '_POLL_SECONDS', 0.1)
   monkeypatch.setattr(push_action, '_FIRST_PAUSE', 0.1)
   monkeypatch.setattr(push_action, '_LAST_PAUSES', (0.0, 0.1, 0.1))

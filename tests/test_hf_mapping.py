@@ -84,9 +84,12 @@ def test_wrong_tensors_are_named():
 
 def test_parameters_of_another_network_are_rejected():
   params = params_of()
+  del params['decoder']['layers_0']['mlp']['wo']
   for changes, message in (
-    ({'mlp_dim': 7}, r'mlp/wi'),
-    ({'num_decoder_layers': 13}, 'Missing 26: .*layers_12'),
+    ({'mlp_dim': 7}, r'mlp_dim = 7, the weights 6'),
+    ({'emb_dim': 8}, r'emb_dim = 8, the weights 4'),
+    ({'num_decoder_layers': 13}, 'num_decoder_layers = 13, the weights 12'),
+    ({}, 'Missing 2: .*decoder/layers_0/mlp/wo'),
   ):
     with pytest.raises(ValueError, match=message):
       mapping.to_hf(params, dataclasses.replace(CONFIG, **changes), 'flax')

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from gin import config_parser
 
 from bart_t5x.network import BartConfig
@@ -20,8 +21,9 @@ _SPECIAL_IDS = {
   'decoder_start_token_id': EOS_ID,
 }
 
-# network.py computes only these variants.
-_REQUIRED = {
+# network.py computes only these variants. Exports state them all: some readers, such as
+# CTranslate2's, take no defaults.
+_VARIANT = {
   'scale_embedding': False,
   'normalize_before': False,
   'add_final_layer_norm': False,
@@ -65,34 +67,61 @@ def to_hf(
     'd_model': config.emb_dim,
     'num_hidden_layers': config.num_encoder_layers,
     'max_position_embeddings': config.max_positions,
-    'activation_function': 'gelu',
     'dropout': config.dropout_rate,
     'attention_dropout': config.attention_dropout_rate,
     'activation_dropout': config.activation_dropout_rate,
     'classifier_dropout': 0.0,
     'init_std': config.init_std,
-    'scale_embedding': False,
-    'tie_word_embeddings': True,
     'is_encoder_decoder': True,
     'use_cache': True,
     'torch_dtype': dtype,
     'forced_eos_token_id': EOS_ID,
-    **_SPECIAL_IDS,
+    **_VARIANT,
     **_forced(forced_bos_id),
     **sides,
   }
 
 
+class BeamSearch(NamedTuple):
+  """Settings of a run's beam search."""
+
+  beams: int
+  alpha: float  # the exponent of `decoding.brevity_penalty`
+  longest: int  # targets, in tokens
+
+  @property
+  def length_penalty(self) -> float:
+    """The exponent of Hugging Face's penalty that comes closest to T5X's.
+
+    Scores are divided by `length ** length_penalty` there and by
+    `((5 + length) / 6) ** alpha` here. Only ratios of penalties matter, so this is the
+    slope of one logarithm over the other.
+    """
+    lengths = np.arange(1, max(self.longest, 2) + 1)
+    slope, _ = np.polyfit(np.log(lengths), self.alpha * np.log((5 + lengths) / 6), 1)
+    return round(float(slope), 3)
+
+
 def generation_to_hf(
-  config: BartConfig, forced_bos_id: int | None = None
+  config: BartConfig,
+  forced_bos_id: int | None = None,
+  search: BeamSearch | None = None,
 ) -> dict[str, Any]:
-  """Returns the content of `generation_config.json`, for greedy search."""
-  return {
+  """Returns the content of `generation_config.json`; without `search`, for greedy."""
+  content = {
     **_SPECIAL_IDS,
     **_forced(forced_bos_id),
     'forced_eos_token_id': EOS_ID,
-    'max_length': config.max_positions,
+    # Not max_length, which transformers 5 warns of if a call has max_new_tokens.
+    'max_new_tokens': config.max_positions - 1,
   }
+  if search:
+    content |= {
+      'num_beams': search.beams,
+      'length_penalty': search.length_penalty,
+      'early_stopping': 'never',  # as in T5X: no beam can beat the worst finished one
+    }
+  return content
 
 
 def _forced(bos_id):
@@ -112,7 +141,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     )
   try:
     sides = {f'decoder_{k}': hf[f'encoder_{k}'] for k in ('attention_heads', 'ffn_dim')}
-    for key, value in {**_REQUIRED, **sides}.items():
+    for key, value in {**_VARIANT, **sides}.items():
       if hf.get(key, value) != value:
         raise ValueError(
           f'config.json has {key} = {hf[key]!r}. This network supports only {value!r}.'
@@ -140,12 +169,7 @@ def forced_bos(hf: dict[str, Any], generation: dict[str, Any] | None) -> int | N
     hf: config.json.
     generation: generation_config.json; if it exists, config.json is ignored.
   """
-  if generation is not None:
-    return generation.get('forced_bos_token_id')
-  # An older flag, without an id.
-  old = BOS_ID if hf.get('force_bos_token_to_be_generated') else None
-  forced = hf.get('forced_bos_token_id')
-  return old if forced is None else forced
+  return (hf if generation is None else generation).get('forced_bos_token_id')
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -226,6 +250,16 @@ class RunConfig:
       return BartConfig(**bound)
     except TypeError as e:
       raise ValueError(f'config.gin does not fit this version of bart-t5x: {e}') from e
+
+  def beam_search(self) -> BeamSearch | None:
+    """Returns how the run evaluated generated text, or None if by greedy search."""
+    beams = self.bindings_of('predict_batch_with_aux').get('num_decodes', 1)
+    decode_fn = self.bindings_of('BartModel').get('decode_fn', '@beam_search')
+    if beams == 1 or not decode_fn.endswith('beam_search'):
+      return None
+    alpha = self.bindings_of('beam_search').get('alpha', 0.6)
+    lengths = self.macro('TASK_FEATURE_LENGTHS') or {}
+    return BeamSearch(beams, alpha, lengths.get('targets', 128))
 
   def _resolved(self, value: Any) -> Any:
     if isinstance(value, _Macro):

@@ -57,6 +57,10 @@ def export(
     forced = int(tokenization.to_hf_ids(np.asarray(forced)))
   with files.whole_folder(output_dir, overwrite, is_model_folder) as folder:
     num_parameters = _write_model(folder, checkpoint, config, dtype, forced)
+    configs.write_json(
+      folder / 'generation_config.json',
+      configs.generation_to_hf(config, forced, run.beam_search()),
+    )
     tokenizers.write(tokenizer_file, folder, config.max_positions)
     card = _card(
       name=model_name or output_dir.absolute().name,
@@ -118,7 +122,7 @@ def _write_model(
   dtype: str,
   forced_bos_id: int | None,
 ) -> int:
-  """Writes weights and configurations; returns the number of parameters."""
+  """Writes weights and config.json; returns the number of parameters."""
   params = checkpoints.read_params(checkpoint)
   torch_weights = mapping.to_hf(params, config, 'torch')
   weights.write_safetensors(
@@ -133,9 +137,6 @@ def _write_model(
   )
   configs.write_json(
     folder / 'config.json', configs.to_hf(config, dtype, forced_bos_id)
-  )
-  configs.write_json(
-    folder / 'generation_config.json', configs.generation_to_hf(config, forced_bos_id)
   )
   # The logits bias is a buffer, not a parameter.
   return sum(w.size for w in torch_weights.values()) - config.vocab_size
@@ -208,7 +209,7 @@ def _card(
   else:
     purpose = 'A BART imported by bart-t5x, without further training.'
   if task:
-    data['language'] = 'no'
+    data['language'] = _languages(task, corpus)
     data['tags'].append('norwegian')
   source_gin = pathlib.Path(start).parent / 'config.gin' if start else config_file
   if base_model := _hub_id(source_gin):
@@ -241,12 +242,36 @@ def _card(
     purpose,
     '## Usage',
     _LOADING.format(name=name),
+    *_search(run.beam_search()),
     '## Training',
     _table({key: value for key, value in rows.items() if value is not None}),
     '## Export command',
     f'```\n{command}\n```',
   ]
   return str(ModelCard('\n\n'.join(sections) + '\n'))
+
+
+def _search(search: configs.BeamSearch | None) -> list[str]:
+  if search is None:
+    return []
+  return [
+    f'Evaluated by beam search with {search.beams} beams and scores divided by '
+    f'`((5 + length) / 6) ** {search.alpha}`. transformers divides by `length ** '
+    f'length_penalty`; {search.length_penalty} is closest for up to {search.longest} '
+    'tokens, but outputs may differ from those evaluated.'
+  ]
+
+
+# Parts of names that state a written standard.
+_LANGUAGES = {'nb': 'nb', 'nob': 'nb', 'ordb': 'nb', 'nn': 'nn', 'nno': 'nn'}
+
+
+def _languages(task: str, corpus: dict[str, Any]) -> str | list[str]:
+  settings = corpus.get('settings', {})
+  names = (task, corpus.get('source'), settings.get('dataset'), settings.get('config'))
+  words = re.findall('[a-z]+', ' '.join(filter(None, names)).lower())
+  found = sorted({_LANGUAGES[word] for word in words if word in _LANGUAGES}) or ['no']
+  return found if len(found) > 1 else found[0]
 
 
 def _license(corpus: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Reads a fairseq BART: `model.pt` with weights and settings, and `dict.txt`.
 
-Settings are in `args` (argparse) or `cfg` (a dictionary). Weights have Hugging Face's
-names without `model.`, except for the token table; there is no logits bias.
+Settings are in `args` (argparse) or `cfg` (a dictionary). Weights have the names of a
+Hugging Face model saved without its head.
 """
 
 import argparse
@@ -51,11 +51,13 @@ _REQUIRED = {
   'adaptive_softmax_cutoff': None,
 }
 _TABLE = 'encoder.embed_tokens.weight'
-_TIED = ('decoder.embed_tokens.weight', 'decoder.output_projection.weight')
-# Format versions, buffers and heads of fine-tuned classifiers.
+# Buffers, and copies of weights that fairseq 0.12 saved with each encoder layer.
 _IGNORED = re.compile(
-  r'(en|de)coder\.(version|embed_positions\._float_tensor)|classification_heads\..*'
+  r'(en|de)coder\.embed_positions\._float_tensor'
+  r'|encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)'
 )
+# Query, key and value of fairseq before 0.9.
+_FUSED = re.compile(r'(.*_attn)\.in_proj_(weight|bias)')
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
@@ -71,7 +73,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Reads a `.pt` file.
 
   Returns:
-    BartConfig fields, and weights under Hugging Face's PyTorch names.
+    BartConfig fields, and weights under Hugging Face's PyTorch names, without head.
 
   Raises:
     ValueError: damaged, not a BART, or a variant that network.py does not compute.
@@ -86,20 +88,16 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       f'{path} is not a fairseq BART: it needs settings (args or cfg.model) and '
       f'weights (model) with {_TABLE}'
     )
-  table = weights[_TABLE]
-  for name in _TIED:
-    if name in weights and not np.array_equal(weights[name], table):
-      raise ValueError(
-        f'{path}: {name} differs from {_TABLE}, but this network has one token table'
-      )
-  tensors = {
-    f'model.{name}': tensor
-    for name, tensor in weights.items()
-    if name not in (_TABLE, *_TIED) and not _IGNORED.fullmatch(name)
-  }
-  tensors['model.shared.weight'] = table
-  tensors['final_logits_bias'] = np.zeros((1, len(table)), np.float32)
-  return {'vocab_size': len(table), **_fields(settings, path)}, tensors
+  tensors = {}
+  for name, tensor in weights.items():
+    if match := _FUSED.fullmatch(name):
+      for part, rows in zip('qkv', np.split(tensor, 3), strict=True):
+        tensors[f'{match[1]}.{part}_proj.{match[2]}'] = rows
+    elif name == 'decoder.output_projection.weight':
+      tensors['lm_head.weight'] = tensor
+    elif not _IGNORED.fullmatch(name):
+      tensors[name] = tensor
+  return {'vocab_size': len(weights[_TABLE]), **_fields(settings, path)}, tensors
 
 
 def _fields(settings: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
@@ -130,7 +128,8 @@ def read_dictionary(path: pathlib.Path) -> list[str]:
   # Not splitlines: symbols may contain Unicode line separators.
   lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')
   for number, line in enumerate(lines, 1):
-    symbol, separator, count = line.rstrip().rpartition(' ')
+    entry = line.rstrip().removesuffix(' #fairseq:overwrite')
+    symbol, separator, count = entry.rpartition(' ')
     if not separator:
       symbol, count = count, '0'
     if not symbol or not count.isdecimal():
@@ -138,5 +137,7 @@ def read_dictionary(path: pathlib.Path) -> list[str]:
         f'{path}, line {number}: {line!r} is not `symbol count`. Is this a fairseq '
         'dictionary?'
       )
+    if entry != line.rstrip() and symbol in symbols:
+      symbols[symbols.index(symbol)] = f'<overwritten {number}>'
     symbols.append(symbol)
   return symbols

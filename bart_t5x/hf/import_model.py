@@ -5,6 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from bart_t5x import checkpoints, files, network, tokenization
 from bart_t5x.hf import configs, export, fairseq, mapping, tokenizers, weights
@@ -13,6 +14,8 @@ from bart_t5x.hf import configs, export, fairseq, mapping, tokenizers, weights
 _VERSIONS = re.compile(r'(model\.)?(encoder|decoder)\.version')
 # Name prefixes of a model saved without its head.
 _HEADLESS = re.compile(r'(shared|encoder|decoder)\.')
+# Name prefixes of other heads.
+_HEADS = re.compile(r'(classification_heads?|qa_outputs)\.')
 
 _GIN = """\
 # {model}, imported from {origin}.
@@ -53,6 +56,7 @@ def read_source(path: pathlib.Path) -> Source:
   """
   if checkpoint := fairseq.find(path):
     fields, tensors = fairseq.read(checkpoint)
+    tensors = _normalized(tensors, 'torch')
     return Source('fairseq', checkpoint.parent, fields, tensors, 'torch', None)
   config_file, generation_file = path / 'config.json', path / 'generation_config.json'
   if not config_file.exists():
@@ -78,13 +82,15 @@ def _normalized(
 ) -> weights.Weights:
   """Renames tensors to those of BartForConditionalGeneration.
 
-  A model saved without its head lacks the prefix `model.` and the logits bias. The
-  token table may be saved under any of its tied names.
+  A model saved without its head lacks the prefix `model.` and the logits bias. Other
+  heads are dropped. The token table may be saved under any of its tied names.
   """
+  if heads := [name for name in tensors if _HEADS.match(name)]:
+    logging.warning('Dropped a head that this network lacks: %s', ', '.join(heads))
   tensors = {
     f'model.{name}' if _HEADLESS.match(name) else name: tensor
     for name, tensor in tensors.items()
-    if not _VERSIONS.fullmatch(name)
+    if not _VERSIONS.fullmatch(name) and name not in heads
   }
   table = mapping.hf_name('token_embedder/embedding', framework)
   aliases = [name for name in mapping.TORCH_ALIASES if name in tensors]
@@ -99,6 +105,38 @@ def _normalized(
     zeros = np.zeros((1, len(tensors[table])), np.float32)
     tensors.setdefault('final_logits_bias', zeros)
   return tensors
+
+
+def _fit_tokenizer(source: Source, vocab_size: int, mask_id: int) -> Source:
+  """Adds a missing row for the mask, or drops rows beyond the tokenizer's ids.
+
+  Models fine-tuned by fairseq have no row for `<mask>`.
+
+  Raises:
+    ValueError: model and tokenizer differ in more than the mask or padding.
+  """
+  rows = source.fields['vocab_size']
+  table = mapping.hf_name('token_embedder/embedding', source.framework)
+  tensors = {
+    name: tensor.reshape(-1) if name == 'final_logits_bias' else tensor
+    for name, tensor in source.tensors.items()
+    if name in (table, 'final_logits_bias')
+  }
+  if rows == mask_id == vocab_size - 1:
+    logging.warning('The model has no row for <mask>: it gets the mean of all rows.')
+    for name, tensor in tensors.items():
+      mean = tensor.astype(np.float32).mean(axis=0, keepdims=True)
+      tensors[name] = np.concatenate([tensor, mean])
+  elif vocab_size <= rows < vocab_size + 128:  # padded to a multiple of up to 128
+    tensors = {name: tensor[:vocab_size] for name, tensor in tensors.items()}
+  else:
+    raise ValueError(
+      f'the tokenizer in {source.folder} has {vocab_size} ids, the model {rows}. Use '
+      f"the model's own tokenizer, {tokenizers.SKIP}"
+    )
+  return source._replace(
+    fields=source.fields | {'vocab_size': vocab_size}, tensors=source.tensors | tensors
+  )
 
 
 def gin_file(model: str, checkpoint: pathlib.Path, source: Source) -> str:
@@ -151,14 +189,14 @@ def import_model(
   source = read_source(path)
   if downloaded:
     source = source._replace(origin=export.HUB_ORIGIN)
+  tokenizer = None if skip_tokenizer else tokenizers.read(source.folder)
+  if tokenizer:
+    source = _fit_tokenizer(source, tokenizer.vocab_size, tokenizer.mask_id)
   config = network.BartConfig(**source.fields)
-  tokenizer = None
-  if not skip_tokenizer:
-    tokenizer = tokenizers.read(source.folder, config.vocab_size)
   params = mapping.from_hf(source.tensors, config, source.framework)
   with files.whole_folder(output_dir, overwrite, export.is_model_folder) as folder:
     checkpoints.write_params(folder / 'checkpoint_0', params)
     text = gin_file(model, output_dir / 'checkpoint_0', source)
     (folder / 'config.gin').write_text(text, encoding='utf-8')
-    if tokenizer is not None:
-      (folder / tokenizer.name).write_bytes(tokenizer.content)
+    if tokenizer:
+      (folder / tokenizer.file_name).write_bytes(tokenizer.content)

@@ -91,6 +91,7 @@ def to_hf(
     ValueError: the parameters do not match the config.
   """
   flat = flatten_dict(restack.unstack_layers(params), sep='/')
+  _check_sizes({hf_name(path, 'torch'): leaf for path, leaf in flat.items()}, config)
   shapes = parameter_shapes(config)
   _check_names(flat, shapes, 'The parameters')
   tensors = {}
@@ -120,18 +121,21 @@ def from_hf(
     ValueError: the tensors do not match the config.
   """
   given = {name: array for name, array in tensors.items() if name not in TORCH_ALIASES}
-  shapes = parameter_shapes(config)
-  names = {path: hf_name(path, framework) for path in shapes}
-  _check_names(given, names.values(), 'The tensors')
-  table = given[names[_TOKEN_TABLE]]
-  if len(table) != config.vocab_size:
+  table = given.get(hf_name(_TOKEN_TABLE, framework))
+  if table is not None and len(table) != config.vocab_size:
     raise ValueError(
       f'The config has vocab_size = {config.vocab_size}, the token table {len(table)} '
       'rows: they must agree.'
     )
+  _check_sizes(given, config)
+  shapes = parameter_shapes(config)
+  names = {path: hf_name(path, framework) for path in shapes}
+  _check_names(given, names.values(), 'The tensors')
   flat = {}
   for path, shape in shapes.items():
     array = np.asarray(given[names[path]]).astype(np.float32)
+    if not np.isfinite(array).all():
+      raise ValueError(f'{names[path]} has values that are NaN or infinite')
     if framework == 'torch' and path.endswith('/kernel'):
       array = array.T
     if path == _LOGITS_BIAS:
@@ -147,6 +151,33 @@ def from_hf(
 
 def _swap_rows(rows: Shaped[np.ndarray, 'v ...']) -> Shaped[np.ndarray, 'v ...']:
   return np.concatenate([rows[1::-1], rows[2:]])
+
+
+def _check_sizes(tensors: Mapping[str, Any], config: network.BartConfig) -> None:
+  """Compares sizes with the config's, before anything is made of the config's size.
+
+  `tensors` have Hugging Face's names of either framework.
+  """
+  shapes = {
+    re.sub(r'\.(weight|embedding)$', '', n): t.shape for n, t in tensors.items()
+  }
+  found = {}
+  for side in ('encoder', 'decoder'):
+    layers = [re.match(rf'model\.{side}\.layers\.(\d+)\.', name) for name in shapes]
+    numbers = [int(match[1]) for match in layers if match]
+    found[f'num_{side}_layers'] = max(numbers, default=-1) + 1
+  if (table := 'model.shared') in shapes:
+    found['emb_dim'] = shapes[table][-1]
+  if (positions := 'model.encoder.embed_positions') in shapes:
+    found['max_positions'] = shapes[positions][0] - network.POSITION_OFFSET
+  if (hidden := 'model.encoder.layers.0.fc1.bias') in shapes:
+    found['mlp_dim'] = shapes[hidden][0]
+  for name, size in found.items():
+    if getattr(config, name) != size:
+      raise ValueError(
+        f'The config has {name} = {getattr(config, name)}, the weights {size}: they '
+        'must agree.'
+      )
 
 
 def _check_names(given, expected, what):

@@ -8,7 +8,7 @@ of the model, which a `dict.txt` determines if the folder has one (fairseq, BART
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenizers
 from google.protobuf import message
@@ -22,15 +22,6 @@ from bart_t5x.tokenization import BOS, EOS, MASK, PAD, UNK
 _MASK = tokenizers.AddedToken(MASK, lstrip=True, special=True, normalized=False)
 
 # ---- export ---------------------------------------------------------------------
-
-_SPECIAL_TOKENS = {
-  'bos_token': BOS,
-  'eos_token': EOS,
-  'unk_token': UNK,
-  'sep_token': EOS,
-  'pad_token': PAD,
-  'cls_token': BOS,
-}
 
 
 def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
@@ -60,13 +51,15 @@ def write(source: pathlib.Path, folder: pathlib.Path, max_length: int) -> None:
     'model_input_names': ['input_ids', 'attention_mask'],
     # Needed for decode(encode(text)) == text.
     'clean_up_tokenization_spaces': False,
-    **_SPECIAL_TOKENS,
+    'bos_token': BOS,
+    'eos_token': EOS,
+    'unk_token': UNK,
+    'sep_token': EOS,
+    'pad_token': PAD,
+    'cls_token': BOS,
     'mask_token': {'__type': 'AddedToken', **mask},
   }
   configs.write_json(folder / 'tokenizer_config.json', config)
-  configs.write_json(
-    folder / 'special_tokens_map.json', {**_SPECIAL_TOKENS, 'mask_token': mask}
-  )
 
 
 _NORMAL = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
@@ -185,25 +178,18 @@ FILES = (
   *_GPT2,
   fairseq.DICTIONARY,
 )
-_SKIP = 'or import the weights alone: --skip_tokenizer'
+SKIP = 'or import the weights alone: --skip_tokenizer'
 
 
-class TokenizerFile(NamedTuple):
-  """A file for a corpus folder."""
-
-  name: str
-  content: bytes
-
-
-def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
-  """Reads the tokenizer of a Hugging Face or fairseq model with `vocab_size` ids.
+def read(folder: pathlib.Path) -> tokenization.Tokenizer:
+  """Reads the tokenizer of a Hugging Face or fairseq model.
 
   Precedence: 1. SentencePiece, with or without dict.txt; 2. tokenizer.json;
   3. vocab.json and merges.txt; 4. fairseq's encoder.json, vocab.bpe and dict.txt.
 
   Raises:
     FileNotFoundError: no tokenizer found.
-    ValueError: it is damaged, of another kind, or has another number of ids.
+    ValueError: it is damaged or of another kind.
   """
   dictionary = folder / fairseq.DICTIONARY
   symbols = fairseq.read_dictionary(dictionary) if dictionary.exists() else None
@@ -213,35 +199,21 @@ def read(folder: pathlib.Path, vocab_size: int) -> TokenizerFile:
     return all((folder / name).exists() for name in names)
 
   if piece_models:
-    found = _sentencepiece(piece_models[0], symbols)
+    content = _sentencepiece(piece_models[0], symbols)
   elif has(tokenization.BYTE_LEVEL_FILE):
-    found = _tokenizer_json(folder / tokenization.BYTE_LEVEL_FILE)
+    content = (folder / tokenization.BYTE_LEVEL_FILE).read_bytes()
   elif has(*_BYTE_LEVEL):
     vocabulary = configs.read_json(folder / _BYTE_LEVEL[0])
-    found = _byte_level(vocabulary, folder / _BYTE_LEVEL[1])
+    content = _byte_level(vocabulary, folder / _BYTE_LEVEL[1])
   elif symbols is not None and has(*_GPT2):
     vocabulary = _gpt2_vocabulary(folder / _GPT2[0], symbols)
-    found = _byte_level(vocabulary, folder / _GPT2[1])
+    content = _byte_level(vocabulary, folder / _GPT2[1])
   else:
     raise FileNotFoundError(
       f'{folder} has no tokenizer. Add tokenizer.json, vocab.json with merges.txt, a '
-      f'SentencePiece model, or dict.txt with encoder.json and vocab.bpe, {_SKIP}'
+      f'SentencePiece model, or dict.txt with encoder.json and vocab.bpe, {SKIP}'
     )
-  size = tokenization.read_tokenizer(found.name, found.content).vocab_size
-  if size != vocab_size:
-    raise ValueError(
-      f'the tokenizer in {folder} has {size} ids, the model {vocab_size}. Use the '
-      f"model's own tokenizer, {_SKIP}"
-    )
-  return found
-
-
-def _tokenizer_json(path: pathlib.Path) -> TokenizerFile:
-  if '"ByteLevel"' not in json.dumps(configs.read_json(path).get('pre_tokenizer')):
-    raise ValueError(
-      f'{path} is not byte-level BPE. Add the SentencePiece model, {_SKIP}'
-    )
-  return TokenizerFile(tokenization.BYTE_LEVEL_FILE, path.read_bytes())
+  return tokenization.read_tokenizer(str(folder), content)
 
 
 def _gpt2_vocabulary(path: pathlib.Path, symbols: Sequence[str]) -> dict[str, int]:
@@ -252,7 +224,7 @@ def _gpt2_vocabulary(path: pathlib.Path, symbols: Sequence[str]) -> dict[str, in
   if lacking:
     raise ValueError(
       f'{path.parent / fairseq.DICTIONARY} lacks {len(lacking)} of the {len(numbers)} '
-      f'tokens of {path.name}, such as {lacking[0]!r}. Use a complete dict.txt, {_SKIP}'
+      f'tokens of {path.name}, such as {lacking[0]!r}. Use a complete dict.txt, {SKIP}'
     )
   tokens = {str(number): token for token, number in numbers.items()}
   return {tokens.get(symbol, symbol): i for symbol, i in ids.items()}
@@ -262,10 +234,15 @@ def _with_specials(symbols: Sequence[str]) -> dict[str, int]:
   """Hugging Face's ids of a dictionary's symbols, specials included."""
   # fairseq's denoising task adds the mask if the dictionary has none.
   mask = [] if MASK in symbols else [MASK]
-  return {s: i for i, s in enumerate([BOS, PAD, EOS, UNK, *symbols, *mask])}
+  order = [BOS, PAD, EOS, UNK, *symbols, *mask]
+  ids = {symbol: i for i, symbol in enumerate(order)}
+  if len(ids) < len(order):
+    twice = next(symbol for i, symbol in enumerate(order) if ids[symbol] != i)
+    raise ValueError(f'{fairseq.DICTIONARY} has {twice!r} twice')
+  return ids
 
 
-def _byte_level(vocabulary: dict[str, int], merges: pathlib.Path) -> TokenizerFile:
+def _byte_level(vocabulary: dict[str, int], merges: pathlib.Path) -> bytes:
   """Makes a tokenizer.json as transformers does for BART."""
   lines = merges.read_text(encoding='utf-8').split('\n')
   if lines[0].startswith('#version'):
@@ -283,11 +260,10 @@ def _byte_level(vocabulary: dict[str, int], merges: pathlib.Path) -> TokenizerFi
     (BOS, tokenizer.token_to_id(BOS)),
     add_prefix_space=False,
   )
-  content = tokenizer.to_str(pretty=True).encode('utf-8')
-  return TokenizerFile(tokenization.BYTE_LEVEL_FILE, content)
+  return tokenizer.to_str(pretty=True).encode('utf-8')
 
 
-def _sentencepiece(path: pathlib.Path, symbols: Sequence[str] | None) -> TokenizerFile:
+def _sentencepiece(path: pathlib.Path, symbols: Sequence[str] | None) -> bytes:
   """Makes a SentencePiece model whose pieces have the ids of this project.
 
   Without a dictionary, models of `prepare` stay as they are; others get the ids of
@@ -298,13 +274,11 @@ def _sentencepiece(path: pathlib.Path, symbols: Sequence[str] | None) -> Tokeniz
   pieces = [piece.piece for piece in model.pieces]
   if symbols is None:
     if pieces[:4] == [PAD, BOS, EOS, UNK] and MASK in pieces:
-      return TokenizerFile(tokenization.SENTENCEPIECE_FILE, content)
+      return content
     symbols = [p for p in pieces if p not in (BOS, PAD, EOS, UNK, MASK)]
   order = list(_with_specials(symbols))
   order[0], order[1] = order[1], order[0]
-  return TokenizerFile(
-    tokenization.SENTENCEPIECE_FILE, _reordered(model, order).SerializeToString()
-  )
+  return _reordered(model, order).SerializeToString()
 
 
 def _reordered(model, order: Sequence[str]) -> Any:

@@ -1,9 +1,6 @@
-"""Fixtures of the tests against Hugging Face.
+"""Fixtures of the tests against Hugging Face, whose libraries `peer.py` runs."""
 
-A peer is another Python environment with its own transformers. Its scripts read an npz
-file and write one.
-"""
-
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,10 +14,7 @@ import pytest
 from random_params import random_params
 
 from bart_t5x import network, tokenization
-from bart_t5x.hf import mapping
-
-_PEERS = pathlib.Path(__file__).parent / 'peers'
-
+from bart_t5x.hf import configs, mapping, weights
 
 FRAMEWORKS = [
   pytest.param('flax', marks=pytest.mark.flax_peer),
@@ -33,27 +27,47 @@ def framework(request) -> mapping.Framework:
   return request.param
 
 
-@pytest.fixture
-def run_peer(tmp_path) -> Callable:
-  """Runs a script of `peers` with a framework's Python: arrays in, arrays out."""
+class Peer:
+  """A process of `peer.py`, which answers one question after another."""
 
-  def run(framework: str, script: str, arrays: dict) -> dict[str, np.ndarray]:
-    variable = f'{framework.upper()}_PEER_PYTHON'
-    python = os.environ.get(variable)
-    if not python:
-      pytest.skip(f'{variable} names no Python')
-    given, answer = tmp_path / 'given.npz', tmp_path / 'answer.npz'
-    np.savez(given, **arrays)
+  def __init__(self, python: str, framework: str, folder: pathlib.Path):
+    self._folder = folder
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
     environment.pop('PYTHONPATH', None)
-    done = subprocess.run(
-        [python, str(_PEERS / script), str(given), str(answer)],
-        env=environment, capture_output=True, text=True, check=False, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(np.load(answer))
+    script = pathlib.Path(__file__).with_name('peer.py')
+    self.process = subprocess.Popen(
+      [python, script, framework, script.parents[2]],
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
 
-  return run
+  def ask(self, question: str, **arguments) -> dict[str, np.ndarray]:
+    np.savez(self._folder / 'given.npz', question=question, **arguments)
+    print(self._folder, file=self.process.stdin, flush=True)
+    outcome = self.process.stdout.readline().strip()
+    assert outcome == 'done', json.loads(outcome or '"The peer ended."')
+    return dict(np.load(self._folder / 'answer.npz'))
+
+
+@pytest.fixture(scope='session')
+def ask_peer(tmp_path_factory) -> Callable:
+  """Asks `peer.py` in a framework's environment: arrays in, arrays out."""
+  peers = {}
+
+  def ask(framework: str, question: str, **arguments):
+    if framework not in peers:
+      variable = f'{framework.upper()}_PEER_PYTHON'
+      if not (python := os.environ.get(variable)):
+        pytest.skip(f'{variable} names no Python')
+      peers[framework] = Peer(python, framework, tmp_path_factory.mktemp(framework))
+    return peers[framework].ask(question, **arguments)
+
+  with contextlib.ExitStack() as stack:
+    yield ask
+    for peer in peers.values():
+      stack.enter_context(peer.process)  # Closes stdin, which ends it.
 
 
 @dataclasses.dataclass
@@ -71,61 +85,61 @@ class Case:
 
   def logits(self) -> np.ndarray:
     """Logits of the full forward pass, without padded columns."""
-    logits = jax.jit(self.module.apply, static_argnames='enable_dropout')(
-        {'params': self.params}, self.inputs, self.decoder_inputs,
-        self.decoder_inputs, enable_dropout=False,
-    )  # fmt: skip
-    return np.asarray(logits)[..., : self.config.vocab_size]
+    return self._logits(self.inputs, self.decoder_inputs)
 
   def packed_logits(self) -> np.ndarray:
     """Logits of the rows packed into one, as [batch, target length, vocabulary]."""
     lengths = (self.inputs != 0).sum(axis=1)
     batch, target_length = self.decoder_inputs.shape
-    decoder_inputs = self.decoder_inputs.reshape(1, -1)
-    logits = jax.jit(self.module.apply, static_argnames='enable_dropout')(
-        {'params': self.params}, self.inputs[self.inputs != 0][None], decoder_inputs,
-        decoder_inputs,
-        encoder_segment_ids=np.repeat(np.arange(batch) + 1, lengths)[None],
-        decoder_segment_ids=np.repeat(np.arange(batch) + 1, target_length)[None],
-        encoder_positions=np.concatenate([np.arange(n) for n in lengths])[None],
-        decoder_positions=np.tile(np.arange(target_length), batch)[None],
-        enable_dropout=False,
-    )  # fmt: skip
-    rows = np.asarray(logits)[..., : self.config.vocab_size]
+    rows = self._logits(
+      self.inputs[self.inputs != 0][None],
+      self.decoder_inputs.reshape(1, -1),
+      encoder_segment_ids=np.repeat(np.arange(batch) + 1, lengths)[None],
+      decoder_segment_ids=np.repeat(np.arange(batch) + 1, target_length)[None],
+      encoder_positions=np.concatenate([np.arange(n) for n in lengths])[None],
+      decoder_positions=np.tile(np.arange(target_length), batch)[None],
+    )
     return rows.reshape(batch, target_length, -1)
 
-  def hf_columns(self, logits: np.ndarray) -> np.ndarray:
-    """Reorders columns to Hugging Face's ids."""
-    return logits[..., tokenization.to_hf_ids(np.arange(logits.shape[-1]))]
+  def _logits(self, inputs, decoder_inputs, **rows):
+    logits = jax.jit(self.module.apply, static_argnames='enable_dropout')(
+      {'params': self.params},
+      inputs,
+      decoder_inputs,
+      decoder_inputs,
+      enable_dropout=False,
+      **rows,
+    )
+    return self.hf_columns(logits)
 
-  def for_peer(self, framework: mapping.Framework) -> dict[str, np.ndarray]:
-    """Returns weights and batch for a peer's script."""
-    config = self.config
-    hf_config = {
-        'vocab_size': config.vocab_size, 'd_model': config.emb_dim,
-        'encoder_layers': config.num_encoder_layers,
-        'decoder_layers': config.num_decoder_layers,
-        'encoder_attention_heads': config.num_heads,
-        'decoder_attention_heads': config.num_heads,
-        'encoder_ffn_dim': config.mlp_dim, 'decoder_ffn_dim': config.mlp_dim,
-        'max_position_embeddings': config.max_positions,
-        'pad_token_id': 1, 'bos_token_id': 0, 'eos_token_id': 2,
-        'forced_eos_token_id': None,
-    }  # fmt: skip
-    tensors = mapping.to_hf(self.params, config, framework)
+  def hf_columns(self, logits) -> np.ndarray:
+    """Reorders columns to Hugging Face's ids; drops padded ones."""
+    order = tokenization.to_hf_ids(np.arange(self.config.vocab_size))
+    return np.asarray(logits)[..., order]
+
+  def batch(self) -> dict[str, np.ndarray]:
+    """Returns the batch in Hugging Face's ids and names."""
     # T5X starts with id 0, BART with </s>.
     start = np.where(self.decoder_inputs == 0, 2, self.decoder_inputs)
     return {
-      'config': np.array(json.dumps(hf_config)),
-      **{f'param:{name}': tensor for name, tensor in tensors.items()},
       'input_ids': tokenization.to_hf_ids(self.inputs),
       'attention_mask': (self.inputs != 0).astype(np.int64),
       'decoder_input_ids': tokenization.to_hf_ids(start),
     }
 
+  def for_peer(self, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Writes the model to a folder and returns it and the batch for a peer."""
+    for framework, write, name in (
+      ('torch', weights.write_safetensors, weights.SAFETENSORS),
+      ('flax', weights.write_msgpack, weights.MSGPACK),
+    ):
+      write(folder / name, mapping.to_hf(self.params, self.config, framework))
+    configs.write_json(folder / 'config.json', configs.to_hf(self.config, 'float32'))
+    return {'folder': str(folder), **self.batch()}
 
-def _case(seed: int = 0, **overrides) -> Case:
-  """A small model and three rows of 11, 7 and 4 tokens."""
+
+def _case(seed: int = 0, run=None, **overrides) -> Case:
+  """The model of a run, or a small one, and three rows of 11, 7 and 4 tokens."""
   fields = {
       'vocab_size': 61, 'emb_dim': 24, 'num_heads': 3, 'num_encoder_layers': 2,
       'num_decoder_layers': 3, 'mlp_dim': 40, 'max_positions': 20,
@@ -138,6 +152,8 @@ def _case(seed: int = 0, **overrides) -> Case:
     inputs[row, :length] = [1, *rng.integers(4, 61, length - 2), 2]
   decoder_inputs = rng.integers(4, 61, (3, 9))
   decoder_inputs[:, 0], decoder_inputs[:, 1] = 0, 1
+  if run:
+    return Case(run.config, run.params, inputs, decoder_inputs)
   params = random_params(config, rng)
   return Case(config, params, inputs, decoder_inputs)
 

@@ -1,4 +1,4 @@
-"""Greedy and beam search give the ids of `generate` in both libraries.
+"""Greedy and beam search give the ids of `generate`, and greedy search CTranslate2's.
 
 T5X and Hugging Face differ in length penalty and in sequences of the longest length, so
 neither has a penalty and hypotheses end earlier. Peaked models avoid beams of equal
@@ -118,39 +118,56 @@ def generated(run, forced_first_id=None):
   return up_to_end(greedy[:, -1]), up_to_end(beams[:, -1]), distance
 
 
-def by_peer(run_peer, framework, folder):
+def batch():
   inputs = rows()
-  answer = run_peer(
-    framework,
-    'hf_folder_peer.py',
-    {
-      'folder': np.array(str(folder)),
-      'framework': np.array(framework),
-      'input_ids': tokenization.to_hf_ids(inputs),
-      'attention_mask': (inputs != 0).astype(np.int64),
-      'texts': np.array('[]'),
-      'max_length': np.array(LENGTH + 1),
-    },
+  return {
+    'input_ids': tokenization.to_hf_ids(inputs),
+    'attention_mask': (inputs != 0).astype(np.int64),
+  }
+
+
+# Without the settings of beam search in the folder.
+GREEDY = {'num_beams': 1, 'length_penalty': 1.0, 'early_stopping': False}
+
+
+def by_peer(ask_peer, framework, folder):
+  """Ids by greedy search and by the folder's own settings, and warnings."""
+  calls = [GREEDY, {}, {'max_new_tokens': 5}]
+  answer = ask_peer(
+    framework, 'generate', folder=str(folder), calls=json.dumps(calls), **batch()
   )
-  # Theirs begin with </s>.
-  return [
-    up_to_end(tokenization.from_hf_ids(answer[kind][:, 1:]))
-    for kind in ('greedy', 'beams')
-  ]
+  assert answer['2'].shape[1] == 6  # Theirs begin with </s>.
+  greedy, beams = (
+    up_to_end(tokenization.from_hf_ids(answer[call][:, 1:])) for call in '01'
+  )
+  return greedy, beams, json.loads(str(answer['warnings']))
 
 
-def test_same_ids_as_generate(run_peer, framework, make_run, tmp_path):
+def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
   run = make_run(tmp_path / 'a', seed=10, **SHAPE)
   make_peaked(run)
+  with open(run.model_dir / 'config.gin', 'a') as file:
+    file.write(
+      'model.BartModel.predict_batch_with_aux.num_decodes = 4\n'
+      'decoding.beam_search.alpha = 0.0\n'
+    )
   folder = tmp_path / 'out'
   assert run.export(folder) == 0
   greedy, beams, distance = generated(run)
-  assert by_peer(run_peer, framework, folder) == [greedy, beams]
+  assert by_peer(ask_peer, framework, folder) == (greedy, beams, [])
   # The comparison is not trivial.
   assert distance > 1e-4
   assert greedy != beams
   lengths = {len(row) for row in beams}
   assert len(lengths) > 4 and max(lengths) < LENGTH - 1
+  if framework == 'torch':
+    answer = ask_peer(
+      'torch', 'ctranslate2', folder=str(folder), length=LENGTH, **batch()
+    )
+    rows = [
+      tokenization.from_hf_ids(row).tolist() for row in json.loads(str(answer['ids']))
+    ]
+    assert [row[: LENGTH - 1] for row in rows] == greedy
   # With a forced first token, which a run without one does not export.
   plain = greedy, beams
   for name in ('config.json', 'generation_config.json'):
@@ -158,6 +175,6 @@ def test_same_ids_as_generate(run_peer, framework, make_run, tmp_path):
     assert 'forced_bos_token_id' not in content
     (folder / name).write_text(json.dumps(content | {'forced_bos_token_id': 0}))
   greedy, beams, _ = generated(run, tokenization.BOS_ID)
-  assert by_peer(run_peer, framework, folder) == [greedy, beams]
+  assert by_peer(ask_peer, framework, folder)[:2] == (greedy, beams)
   assert all(row[0] == tokenization.BOS_ID for row in greedy + beams)
   assert (greedy, beams) != plain
