@@ -51,7 +51,7 @@ exit codes: 0 made or reused, 1 error (see its message), 2 bad command line,
 """
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
   if int(text) < 1:
     raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
   return int(text)
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
   add('--split', default='train', help='split of the data set (hf; default: train)')
   add(
     '--max_documents',
-    type=_positive,
+    type=positive_integer,
     metavar='N',
     help='read only the first N documents, including empty ones and duplicates, which '
     'are dropped (default: all)',
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
   # The tokenizer.
   add(
     '--vocab_size',
-    type=_positive,
+    type=positive_integer,
     help='exact number of tokens, special ones included (default: '
     f"{TRAINING_DEFAULTS['vocab_size']}, BART's)",
   )
@@ -120,12 +120,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     '--min_frequency',
-    type=_positive,
+    type=positive_integer,
     help='minimum frequency of a pair that is merged (bytelevel; default: 2)',
   )
   add(
     '--tokenizer_bytes',
-    type=_positive,
+    type=positive_integer,
     metavar='BYTES',
     help='train the tokenizer on a sample of about this size (default: everything for '
     'bytelevel; 100 MB for SentencePiece, which holds it all in memory)',
@@ -145,18 +145,18 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     '--min_validation_documents',
-    type=_positive,
+    type=positive_integer,
     default=100,
     help='minimum number of documents held out (default: 100)',
   )
   add(
     '--num_shards',
-    type=_positive,
+    type=positive_integer,
     help='number of training files (default: a power of two, by the size of the text)',
   )
   add(
     '--num_workers',
-    type=_positive,
+    type=positive_integer,
     help='processes (default: one per core)',
   )
   add(
@@ -243,7 +243,7 @@ def _is_made(args: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
     sources = _open_source(args).files if args.input else ()
   except text_sources.SourceError:  # the corpus may outlive its source
     sources = ()
-  if sources and {p: os.path.getsize(p) for p in sources} != corpus['source_files']:
+  if sources and {p: os.path.getsize(p) for p in sources} != corpus.get('source_files'):
     raise cli.UsageError(
       f'{args.output_dir!r} holds a corpus whose source files have changed since. Use '
       'another --output_dir, or --overwrite.'

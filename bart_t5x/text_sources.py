@@ -110,8 +110,8 @@ _DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], Iterator[bytes]]] = {
   b'\x50\x2a\x4d\x18': _zstd_chunks,  # a frame to skip, as pzstd begins files
 }
 _NOT_TEXT = re.compile(
-  rb'(?P<UTF_16>\xff\xfe|\xfe\xff)|(?P<ZIP>PK\x03\x04)|(?P<Parquet>PAR1\x15)|'
-  rb'(?P<PDF>%PDF-)|(?P<tar>.{257}ustar)',
+  rb'(?P<UTF_16>\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0])|'
+  rb'(?P<ZIP>PK\x03\x04)|(?P<Parquet>PAR1\x15)|(?P<PDF>%PDF-)|(?P<tar>.{257}ustar)',
   re.DOTALL,
 )
 
@@ -143,7 +143,7 @@ def _text_chunks(path: str) -> Iterator[bytes]:
   begin = next(chunks, b'')
   if found := _NOT_TEXT.match(begin):
     kind = found.lastgroup.replace('_', '-')
-    raise SourceError(f'{path} is a {kind} file. Convert it to UTF-8 text first.')
+    raise SourceError(f'{path} is a {kind} file. Unpack or convert it to UTF-8 text.')
   yield begin.removeprefix(b'\xef\xbb\xbf')
   yield from chunks
 

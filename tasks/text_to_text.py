@@ -23,9 +23,6 @@ from tasks.readers import Record
 
 SPLITS = ('train', 'validation', 'test')
 
-# Headline metrics by task name, see `monitor`.
-_HEADLINES: dict[str, str] = {}
-
 
 class TextSource(seqio.DataSource):
   """Texts tokenized in memory.
@@ -78,6 +75,8 @@ class TextSource(seqio.DataSource):
 
 class TextTask(seqio.Task):
   """A task of a `TextSource`; logs how many texts are cut."""
+
+  headline: str | None = None  # the metric that decides on the best checkpoint
 
   def get_dataset(
     self,
@@ -162,13 +161,8 @@ def add_text_to_text_task(
     postprocess_fn=postprocess_fn or strip,
     metric_fns=metric_fns,
   )
-  _HEADLINES[name] = headline or ('macro_f1' if labels else 'chrf')
+  task.headline = headline or ('macro_f1' if labels else 'chrf')
   return task
-
-
-def headline_of(name: str) -> str | None:
-  """Returns a text task's headline metric; None for other tasks."""
-  return _HEADLINES.get(name)
 
 
 def strip(text: str, **unused) -> str:

@@ -59,15 +59,6 @@ def test_makes_a_corpus_and_then_reuses_it(text_file, tmp_path, capsys):
   assert files(out) == before
 
 
-def test_other_arguments_need_another_folder(text_file, tmp_path, capsys):
-  out = tmp_path / 'out'
-  assert prepare.main(arguments(text_file, out)) == 0
-  before = files(out)
-  assert prepare.main(arguments(text_file, out, '--tokenizer_bytes=9999')) == 1
-  assert '--overwrite' in capsys.readouterr().err
-  assert files(out) == before
-
-
 def one_line(capsys):
   error = capsys.readouterr().err.strip().splitlines()
   assert error[-1].startswith('error: ')

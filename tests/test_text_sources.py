@@ -136,6 +136,7 @@ def archived(content):
   ('content', 'kind'),
   [
     ('blå'.encode('utf-16'), 'UTF-16'),
+    ('bla'.encode('utf-16-le'), 'UTF-16'),
     (gzip.compress('blå'.encode('utf-16')), 'UTF-16'),
     (zipped('blå'), 'ZIP'),
     (archived(b'bla'), 'tar'),
