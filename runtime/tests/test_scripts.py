@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -203,12 +204,15 @@ def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
   # Saves at every step, so that most kills interrupt a save.
   often = {'utils.SaveCheckpointConfig.period': 1, 'utils.SaveCheckpointConfig.keep': 3}
   delays = random.Random(0)
-  for _ in range(4):
+  for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGINT):
     process = start(train_command(tmp_path, steps=40, **often))
     read_until(process, 'Starting at step|Resuming from')
     time.sleep(delays.uniform(0, 6))
-    process.kill()
-    process.wait()
+    if number == signal.SIGINT:
+      process.send_signal(number)  # Stops after a step...
+      time.sleep(0.1)
+    process.send_signal(number)  # ...or at once.
+    assert process.wait() in (-number, 128 + number, 0)
   call(train_command(tmp_path, steps=40, **often))
   jax.tree.map(
     np.testing.assert_array_equal, final_state(tmp_path), final_state(whole[0])

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+from unittest import mock
 
 import clu.data.dataset_iterator as clu_iterators
 import jax
@@ -16,7 +17,7 @@ import tiny
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from t5x import checkpoints, data, restore, train, trainer
+from t5x import checkpoints, data, launch, restore, train, trainer
 
 
 def run(model_dir, **changes):
@@ -174,34 +175,46 @@ class _Stopper(trainer.BaseAction):
 
 
 class _KillingIterator(clu_iterators.TfDatasetIterator):
-  """Sends SIGTERM at the n-th batch."""
+  """Sends a signal at the n-th batch."""
 
-  def __init__(self, dataset, batch):
+  def __init__(self, dataset, batch, number):
     super().__init__(dataset, checkpoint=True)
     self._left = batch
+    self._signal = number
 
   def __next__(self):
     self._left -= 1
     if self._left == 0:
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), self._signal)
     return super().__next__()
 
 
-@pytest.mark.parametrize('step, evaluated', [(5, []), (7, [5])])
-def test_sigterm_saves_without_evaluating_and_resume_is_exact(
-  whole_run, tmp_path, step, evaluated
+@pytest.mark.parametrize(
+  'number, bound, code, step, evaluated',
+  [
+    (signal.SIGTERM, None, 143, 5, []),
+    (signal.SIGINT, None, 130, 7, [5]),
+    (signal.SIGHUP, 0, 0, 7, [5]),
+  ],
+)
+def test_signals_save_without_evaluating_and_resume_is_exact(
+  whole_run, tmp_path, monkeypatch, number, bound, code, step, evaluated
 ):
   def get_dataset(*args):
-    return _KillingIterator(data.get_dataset(*args), batch=step)
+    return _KillingIterator(data.get_dataset(*args), step, number)
 
-  before = signal.getsignal(signal.SIGTERM)
+  codes = []
+  monkeypatch.setattr(launch, 'exit_with', codes.append)
+  before = signal.getsignal(number)
   stopped = run(
     tmp_path,
     task='tiny_noised',
     get_dataset_fn=get_dataset,
     train_eval_dataset_cfg=tiny.dataset_config('validation'),
+    interrupted_exit_code=bound,
   )
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(number) == before
+  assert codes == [code]
   assert stopped[0] == int(stopped[1].step) == step
   assert checkpoints.latest_step(str(tmp_path)) == step
   losses = scalars(tmp_path / 'training_eval' / 'tiny_copy').get('loss', {})
@@ -219,8 +232,10 @@ def test_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
       saved[int(train_state.step)] = metrics
       return super().save(train_state, state_transformation_fns, metrics=metrics)
 
+  tracker = mock.Mock()
   run(
     tmp_path,
+    tracker=tracker,
     train_eval_dataset_cfg=tiny.dataset_config('validation'),
     infer_eval_dataset_cfg=tiny.dataset_config('validation', pack=False, batch_size=8),
     checkpoint_cfg=tiny.checkpoint_config(
@@ -241,6 +256,13 @@ def test_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
     assert saved[step]['training_eval/tiny_copy/loss'] == evaluated[step]
     assert 0 <= saved[step][monitored] <= 1
   assert 'training_eval/tiny_copy/loss' not in saved[8]
+
+  tracker.open.assert_called_once_with(str(tmp_path))
+  tracked = [{'step': s, 'source': n, 'values': v}
+             for (s, n, v), _ in tracker.log.call_args_list]  # fmt: skip
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert tracked == [json.loads(line) for line in lines]
+  tracker.close.assert_called_once_with()
 
 
 def test_non_finite_loss_ends_the_run_without_a_checkpoint(tmp_path):

@@ -186,7 +186,7 @@ def stop_twice(train, run, period, steps):
   stopped.wait_for(lambda text: f'step {first + 20} of {steps}' in text)
   stopped.send(signal.SIGTERM)
   outcome = stopped.end()
-  assert outcome.code == 0, outcome.text
+  assert outcome.code == 128 + signal.SIGTERM, outcome.text
   assert re.search(rf'Resuming from \S*checkpoint_{first} ', outcome.text)
   second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
   assert first + 20 <= second < steps

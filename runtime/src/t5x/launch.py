@@ -10,6 +10,7 @@ import importlib
 import logging as py_logging
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import textwrap
@@ -49,6 +50,8 @@ _CHATTY = (
 
 # See `keep_to_the_end`; None where no script runs.
 _kept: list[Any] | None = None
+# See `exit_with`.
+_exit_code = 0
 
 
 # ---- Command line ----
@@ -171,6 +174,8 @@ def prepare(
     **flags_wanted: arguments of `define_flags`.
   """
   argv = list(sys.argv if argv is None else argv)
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Until `run_main`, ends at once.
   define_flags(**flags_wanted)
   if {'--help', '-help', '-h', '-?'} & set(argv[1:]):
     _show_help(description)
@@ -342,7 +347,8 @@ def reported_errors() -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    _fail('interrupted.', 130)
+    write_to_stderr('ERROR: interrupted. The same command resumes from what it saved.')
+    leave(130)
   except Exception as error:  # Everything: the program ends here.
     place = traceback.extract_tb(error.__traceback__)[-1]
     tensorflow = sys.modules.get('tensorflow')
@@ -373,19 +379,28 @@ def keep_to_the_end(thing: Any) -> None:
     _kept.append(thing)
 
 
+def exit_with(code: int) -> None:
+  """Sets the exit code of the script, which still runs to its end."""
+  global _exit_code
+  _exit_code = code
+
+
+def write_to_stderr(line: str) -> None:
+  """Prints a line; also from a signal handler, which may have interrupted a `print`."""
+  with contextlib.suppress(OSError):  # The terminal may be gone (SIGHUP).
+    os.write(2, f'{line}\n'.encode())
+
+
 def leave(code: int) -> NoReturn:
   """Ends the program immediately, once everything is written and closed.
 
   A normal exit takes seconds: Python waits for idle threads of TensorFlow, Orbax and
   XLA and destroys millions of objects.
   """
-  import jax
-
-  if jax.distributed.is_initialized() and code == 0:
-    jax.distributed.shutdown()
-  logging.flush()
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError):
+    logging.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
   os._exit(code)
 
 
@@ -420,6 +435,9 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> NoReturn:
   """Joins the processes, calls `main([program name])` and ends the program."""
   global _kept
   _kept = []
+  exit_with(0)
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   with reported_errors():
     if 'multiprocess_gpu' in FLAGS:
       _join_processes()
@@ -430,4 +448,9 @@ def run_main(main: Callable[[Sequence[str]], Any]) -> NoReturn:
         seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
       seqio.add_global_cache_dirs(FLAGS.seqio_additional_cache_dirs)
     main(sys.argv[:1])
-  leave(0)
+    import jax
+
+    # Waits for the other processes, so not after an error.
+    if jax.distributed.is_initialized():
+      jax.distributed.shutdown()
+  leave(_exit_code)

@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from t5x import metrics as metrics_lib
-from t5x import whole_files
+from t5x import trackers, whole_files
 
 
 def _rate(number: float) -> str:
@@ -129,13 +129,23 @@ class MetricsLog:
   `metric_name_to_monitor` takes `<source>/<metric>`.
   """
 
-  def __init__(self, model_dir: str, step: int = 0, evaluates_first: bool = False):
+  def __init__(
+    self,
+    model_dir: str,
+    step: int = 0,
+    evaluates_first: bool = False,
+    tracker: trackers.Tracker | None = None,
+  ):
     """Reads the lines of a resumed run and drops those it will write again.
 
     Args:
       step: the step at which the run resumes.
       evaluates_first: whether it evaluates before its first step.
+      tracker: also gets the reports, on process 0.
     """
+    self._tracker = tracker if jax.process_index() == 0 else None
+    if self._tracker:
+      self._tracker.open(model_dir)
     self._path = epath.Path(model_dir) / 'metrics.jsonl'
     self._latest: tuple[int, dict[str, float]] = (step, {})
     self._before = []
@@ -161,6 +171,12 @@ class MetricsLog:
     if jax.process_index() == 0:
       with self._path.open('a') as file:
         file.write(json.dumps({'step': step, 'source': source, 'values': found}) + '\n')
+    if self._tracker:
+      self._tracker.log(step, source, found)
+
+  def close(self) -> None:
+    if self._tracker:
+      self._tracker.close()
 
   def at(self, step: int) -> dict[str, float]:
     """Returns {`<source>/<metric>`: value} if `step` is the latest step, else {}."""

@@ -7,8 +7,8 @@
 
 Writes checkpoint_<step>/, config.gin, model-info.txt and metrics.jsonl to MODEL_DIR,
 and TensorBoard files to train/, training_eval/<task>/ and inference_eval/<task>/ in it.
-The same command resumes an interrupted run from its last checkpoint. SIGTERM saves and
-ends the run.
+The same command resumes an interrupted run from its last checkpoint. Ctrl-C, SIGTERM
+and SIGHUP save and end the run, with exit code 128 + the signal's number.
 """
 
 if __name__ == '__main__':
@@ -37,6 +37,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from t5x import (
+  checkpoints,
   data,
   data_iterators,
   launch,
@@ -44,6 +45,7 @@ from t5x import (
   multihost,
   partitioning,
   restore,
+  trackers,
   whole_files,
 )
 from t5x import eval as eval_lib
@@ -137,21 +139,45 @@ def run_actions(
 
 
 @contextlib.contextmanager
-def _sigterm_noticed() -> Iterator[Callable[[int], bool]]:
-  """Yields a function of a step: whether to stop before it."""
-  if jax.process_count() > 1:
-    # JAX's coordination service handles the signal, so that processes agree on a step.
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Only the main thread can set signal handlers.
-    return
-  noticed = threading.Event()
-  before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+def _stop_signals(model_dir: str) -> Iterator[tuple[Callable[[int], bool], list[int]]]:
+  """Lets signals stop the run between steps, and a second Ctrl-C at once.
+
+  Yields a function of a step, whether to stop before it, and the signals received.
+  """
+  received = []
+  alone = jax.process_count() == 1
+
+  def note(number: int, frame: Any) -> None:
+    del frame
+    if number == signal.SIGINT and number in received:
+      latest = checkpoints.latest_step(model_dir)
+      kept = 'Nothing is saved' if latest is None else f'Steps after {latest} are lost'
+      launch.write_to_stderr(f'{kept}. The same command resumes the run.')
+      os._exit(128 + number)
+    received.append(number)
+    launch.write_to_stderr(
+      f'{signal.Signals(number).name}: saving after the current step, then stopping.'
+      + (' Ctrl-C again: stop at once.' if number == signal.SIGINT else '')
+    )
+    if not alone:  # JAX's coordination service lets processes agree on a step.
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  # In several processes, that service handles SIGTERM.
+  numbers = (signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if alone else []))
+  before = {}
+  # Only the main thread can set handlers. nohup and `&` have some signals ignored.
+  if threading.current_thread() is threading.main_thread():
+    for number in numbers:
+      if signal.getsignal(number) != signal.SIG_IGN:
+        before[number] = signal.signal(number, note)
   try:
-    yield lambda step: noticed.is_set()
+    if alone:
+      yield lambda step: bool(received), received
+    else:
+      yield multihost_utils.reached_preemption_sync_point, received
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def _until_stopped(
@@ -203,6 +229,8 @@ def train(
   ]
   | None = data.verify_matching_vocabs,
   gc_period: int = 0,
+  interrupted_exit_code: int | None = None,
+  tracker: trackers.Tracker | None = None,
 ) -> tuple[int, train_state_lib.TrainState]:
   """Trains a model; `configs/runs/pretrain.gin` comments most parameters.
 
@@ -220,6 +248,9 @@ def train(
     actions: {name of a `trainer.ActionMode`: actions on its metrics}.
     gc_period: steps between runs of Python's garbage collector, whose automatic runs
       are then disabled; 0 leaves them enabled.
+    interrupted_exit_code: of the script if a signal stopped the run before its last
+      step; None for 128 + the signal's number (SIGTERM: 143, Ctrl-C: 130).
+    tracker: also gets the reports of metrics.jsonl.
 
   Returns:
     The last step and the state after it.
@@ -380,7 +411,9 @@ def train(
     if not evaluator.eval_tasks:
       evaluator = None
   progress = progress_lib.Progress(total_steps, first_step, model.PROGRESS_METRICS)
-  metrics_log = progress_lib.MetricsLog(model_dir, first_step, run_eval_before_training)
+  metrics_log = progress_lib.MetricsLog(
+    model_dir, first_step, run_eval_before_training, tracker
+  )
   if jax.process_index() == 0:
     for mode, chosen in by_mode.items():
       for action in chosen:
@@ -452,6 +485,7 @@ def train(
   step = first_step
   with contextlib.ExitStack() as stack:
     # Pending checkpoints and metrics are completed even after an error.
+    stack.callback(metrics_log.close)
     if manager is not None:
       stack.callback(manager.close)
     if evaluator is not None:
@@ -475,7 +509,7 @@ def train(
       if gc_period and gc.isenabled():
         gc.disable()
         stack.callback(gc.enable)
-      stops_before = stack.enter_context(_sigterm_noticed())
+      stops_before, signals = stack.enter_context(_stop_signals(model_dir))
       batches = _until_stopped(train_iter, step, stops_before)
     while step < total_steps and not trainer.stop_training:
       stop = _next_stop(step, total_steps, periods, save_steps)
@@ -488,6 +522,9 @@ def train(
         logging.info('Asked to stop: saving at step %d.', step)
         save(step)
         if step < total_steps:
+          number = signals[0] if signals else signal.SIGTERM
+          code = interrupted_exit_code
+          launch.exit_with(128 + number if code is None else code)
           break
       if by_mode.get(ActionMode.TRAIN):
         act(ActionMode.TRAIN, {'train': summary.result()})
