@@ -33,6 +33,10 @@ def linear_warmup_linear_decay(
         f'linear_warmup_linear_decay.{name} must be a number, without quotes. '
         f'Got: {value!r}'
       )
+  if peak < 0:
+    raise ValueError(
+      f'linear_warmup_linear_decay.peak must not be negative. Got: {peak}'
+    )
   if not 0 <= warmup_steps < total_steps:
     raise ValueError(
       'linear_warmup_linear_decay needs 0 <= warmup_steps < total_steps. Got: '

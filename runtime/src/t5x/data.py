@@ -63,6 +63,10 @@ class DatasetConfig:
       raise ValueError(
         f'DatasetConfig.batch_size must be an integer, at least 1. Got: {size!r}.'
       )
+    if isinstance(size, int) and size >= 2**31:
+      raise ValueError(
+        f'DatasetConfig.batch_size must be below 2**31 rows. Got: {size}.'
+      )
 
   @property
   def task_name(self) -> str:

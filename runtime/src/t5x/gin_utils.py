@@ -4,10 +4,13 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import numbers
 import os
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -162,6 +165,50 @@ def _check_macros() -> set[str]:
   return used
 
 
+def _fits(value: Any, annotation: Any) -> bool:
+  """Whether a literal fits; types other than unions of plain ones take everything."""
+  kind = typing.get_origin(annotation) or annotation
+  args = typing.get_args(annotation)
+  if kind in (types.UnionType, typing.Union):
+    return any(_fits(value, choice) for choice in args)
+  if kind is Mapping and args and isinstance(value, Mapping):
+    return all(_fits(item, args[1]) for item in value.values())
+  if kind is int:  # Gin files may have 1e5.
+    return isinstance(value, numbers.Real) and value % 1 == 0
+  if kind is float:
+    return isinstance(value, numbers.Real)
+  if kind in (str, bool, type(None), Mapping, Sequence):
+    return isinstance(value, kind)
+  return True
+
+
+def _check_types() -> None:
+  """Checks literals bound to parameters of t5x and the script by their annotations."""
+  config = gin_config._CONFIG
+  for (scope, selector), bindings in config.items():
+    configurable = gin_config._REGISTRY.get(selector)
+    function = configurable and configurable.wrapped
+    module = getattr(function, '__module__', None) or ''
+    if module.partition('.')[0] not in ('t5x', '__main__'):
+      continue
+    parameters = inspect.signature(function).parameters
+    for name, value in bindings.items():
+      label = f'{scope}/{selector}.{name}'.lstrip('/')
+      while isinstance(value, gin_config.ConfigurableReference):
+        macro = '/'.join(value.scopes)
+        bound = config.get((macro, 'gin.macro'))
+        if bound is None or value.selector not in ('macro', 'gin.macro'):
+          break
+        label, value = macro, bound['value']
+      literal = isinstance(value, str | numbers.Real | list | tuple | dict | None)
+      if not literal or name not in parameters:
+        continue
+      annotation = parameters[name].annotation
+      if value != parameters[name].default and not _fits(value, annotation):
+        wanted = getattr(annotation, '__name__', None) or str(annotation)
+        raise ValueError(f'{label} must be {wanted}. Got: {value!r}.')
+
+
 def _check_command_line_acts(
   applied: Sequence[tuple[str, str, gin_config.Configurable | None]], used: set[str]
 ) -> None:
@@ -208,10 +255,12 @@ def parse_gin_flags(
 
   Args:
     finalize_config: lock the configuration, after checking that required macros are
-      set and that every command-line binding has an effect.
+      set, that every command-line binding has an effect, and that values have the types
+      of their parameters.
 
   Raises:
-    ValueError: a name is wrong, a required macro unset, or a binding has no effect.
+    ValueError: a name is wrong, a required macro unset, a value has the wrong type, or
+      a binding has no effect.
     SyntaxError: a file is not valid gin; has file and line.
     OSError: a file is not found.
   """
@@ -225,6 +274,7 @@ def parse_gin_flags(
   applied = _apply_command_line(gin_bindings or (), skip_unknown)
   if finalize_config:
     _check_command_line_acts(applied, _check_macros())
+    _check_types()
     gin.finalize()
   logging.info(
     'Gin configuration from %s and %d command-line bindings.',

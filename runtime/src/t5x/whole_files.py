@@ -11,6 +11,8 @@ from etils import epath
 
 def open_folder(parameter: str, path: str) -> None:
   """Creates a run's folder; OSError naming `parameter` if it cannot be written to."""
+  if not path:
+    raise ValueError(f'{parameter} must name a folder. Got: {path!r}.')
   folder = epath.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
