@@ -18,8 +18,6 @@ from typing import Any
 from bart_t5x import cli
 from bart_t5x.cli import UsageError
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_DEFAULT_GIN = os.path.join(_ROOT, 'gin', 'denoising.gin')
 _CODES = {'mask': '33', 'new': '31', 'moved': '36', 'infilled': '32', 'faint': '2'}
 
 Paint = Callable[[str, str], str]  # of a kind (a key of _CODES) and a text
@@ -326,28 +324,19 @@ def _traced(task) -> tuple[Any, Any]:
   return task.replace(preprocessors=steps), recipe
 
 
-def _bind_gin(files: Sequence[str] | None, bindings: Sequence[str]) -> None:
-  from t5x import gin_utils
-
-  if files is None:
-    files = [_DEFAULT_GIN] if os.path.exists(_DEFAULT_GIN) else []
-  for name in files:
-    if not any(os.path.exists(os.path.join(root, name)) for root in ('.', _ROOT)):
-      raise UsageError(f'--gin_file={name} was not found in . or {_ROOT}')
-  gin_utils.parse_gin_flags([_ROOT], files, bindings, finalize_config=False)
-
-
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints the examples, the rows and the table."""
   cli.import_tensorflow()
   import tensorflow as tf
 
   from bart_t5x import data
+  from t5x import gin_utils
 
   cli.quiet_warnings()
   for module in filter(None, ('tasks', args.module)):  # may define gin's configurables
     data.import_tasks(module, '--module')
-  _bind_gin(args.gin_file, bindings)
+  files = args.gin_file or ['gin/denoising.gin']
+  gin_utils.parse_gin_flags([], files, bindings, finalize_config=False)
   try:
     views, rows = load(args)
   except tf.errors.DataLossError as e:

@@ -113,7 +113,7 @@ def test_mixture_shows_each_of_its_tasks(capsys):
     ('inspect_test', ['--inputs_length=20'], 'the encoder takes 20'),
     ('inspect_test', ['--colour=red'], 'Unknown arguments: --colour=red'),
     ('inspect_test', ['--gin.noise.Recipe.infil_ratio=1'], "mean 'infill_ratio'?"),
-    ('inspect_test', ['--gin_file=no_such.gin'], 'no_such.gin was not found'),
+    ('inspect_test', ['--gin_file=no_such.gin'], 'no_such.gin'),
     ('inspect_test', ['--module=no_such_module'], "names 'no_such_module', which"),
   ],
 )
