@@ -205,7 +205,8 @@ def _check_types() -> None:
         continue
       annotation = parameters[name].annotation
       if value != parameters[name].default and not _fits(value, annotation):
-        wanted = getattr(annotation, '__name__', None) or str(annotation)
+        plain = isinstance(annotation, type)
+        wanted = annotation.__name__ if plain else str(annotation)
         raise ValueError(f'{label} must be {wanted}. Got: {value!r}.')
 
 
