@@ -230,8 +230,8 @@ def test_dictionary_that_lacks_tokens(run, write, tmp_path, capsys):
 
 def test_lines_of_a_dictionary(tmp_path):
   path = tmp_path / 'dict.txt'
-  path.write_text('\u2028 7\nå 5\n\u3000x 1\n12 \n7 3\n', encoding='utf-8')
-  assert fairseq.read_dictionary(path) == ['\u2028', 'å', '\u3000x', '12', '7']
+  path.write_text('\u2028 7\nå 5\n\u3000x 1\n7 3\n', encoding='utf-8')
+  assert fairseq.read_dictionary(path) == ['\u2028', 'å', '\u3000x', '7']
   # The later of two lines counts; the earlier one keeps its id.
   path.write_text('a 1\nb 1\na 2 #fairseq:overwrite\n')
   assert fairseq.read_dictionary(path) == ['<overwritten 3>', 'b', 'a']

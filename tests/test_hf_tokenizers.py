@@ -213,25 +213,6 @@ def test_models_of_prepare_stay_as_they_are(tmp_path, kind):
   assert hf_tokenizers.read(tmp_path).content == content
 
 
-def test_vocab_and_merges(make_run, tmp_path):
-  """The slow tokenizer's files give the fast tokenizer's ids."""
-  run = make_run(tmp_path / 'a')
-  own = json.loads((run.corpus / 'tokenizer.json').read_text())
-  folder = tmp_path / 'model'
-  folder.mkdir()
-  (folder / 'vocab.json').write_text(json.dumps(own['model']['vocab']))
-  merges = [' '.join(pair) for pair in own['model']['merges']]
-  (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']))
-  ours = tokenization.read_tokenizer(str(run.corpus / 'tokenizer.json'))
-  found = hf_tokenizers.read(folder)
-  assert found.vocab_size == 301
-  assert found.lossless
-  for text in [*FOREIGN_TEXTS, 'På fjellet nr. 7 <mask> bor\n\tbjørner']:
-    assert found.encode(text) == ours.encode(text)
-    assert found.encode_template(text) == ours.encode_template(text)
-    assert found.decode(found.encode(text)) == text
-
-
 FAULTS = {
   'has no tokenizer': {},
   'is not a valid SentencePiece model': {'spiece.model': b'\xff\xff\xff'},

@@ -167,7 +167,6 @@ from transformers import AutoTokenizer, BartForConditionalGeneration
 tokenizer = AutoTokenizer.from_pretrained('{name}')
 model = BartForConditionalGeneration.from_pretrained('{name}')
 batch = tokenizer('Hovedstaden i Norge er <mask>.', return_tensors='pt')
-batch.pop('token_type_ids', None)
 print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))
 ```
 

@@ -122,16 +122,14 @@ def read_dictionary(path: pathlib.Path) -> list[str]:
   `<s>`, `<pad>`, `</s>` and `<unk>` precede them. Fillers (`madeupword0000`) count.
 
   Raises:
-    ValueError: a line is not `symbol count` (transformers leaves out the count).
+    ValueError: a line is not `symbol count`.
   """
   symbols = []
   # Not splitlines: symbols may contain Unicode line separators.
   lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')
   for number, line in enumerate(lines, 1):
     entry = line.rstrip().removesuffix(' #fairseq:overwrite')
-    symbol, separator, count = entry.rpartition(' ')
-    if not separator:
-      symbol, count = count, '0'
+    symbol, _, count = entry.rpartition(' ')
     if not symbol or not count.isdecimal():
       raise ValueError(
         f'{path}, line {number}: {line!r} is not `symbol count`. Is this a fairseq '

@@ -23,14 +23,18 @@ _ENCODER = ('input_ids', 'attention_mask')
 
 
 def _load(folder):
+  """The model, and arguments of its calls."""
   if FRAMEWORK == 'flax':
-    # Missing and unexpected keys are warnings here; the logits show them.
-    return transformers.FlaxBartForConditionalGeneration.from_pretrained(folder)
+    # Missing keys are warnings here; the logits show them.
+    model, params = transformers.FlaxBartForConditionalGeneration.from_pretrained(
+      folder, _do_init=False
+    )
+    return model, {'params': params}
   model, info = transformers.BartForConditionalGeneration.from_pretrained(
     folder, output_loading_info=True
   )
   assert not info['missing_keys'] and not info['unexpected_keys'], info
-  return model
+  return model, {}
 
 
 def _tensors(given, names):
@@ -43,13 +47,13 @@ def _tensors(given, names):
 
 def logits(given):
   """Logits, encoder states and number of parameters of the model in `folder`."""
-  model = _load(str(given['folder']))
+  model, weights = _load(str(given['folder']))
   inputs = _tensors(given, (*_ENCODER, 'decoder_input_ids'))
   if FRAMEWORK == 'flax':
     import jax
 
-    output = model(**inputs)
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    output = model(**inputs, **weights)
+    size = sum(leaf.size for leaf in jax.tree.leaves(weights))
   else:
     import torch
 
@@ -74,8 +78,8 @@ class _Records(logging.Handler):
 
 def generate(given):
   """Ids by `generate`, for each dictionary of arguments in `calls`, and warnings."""
-  model = _load(str(given['folder']))
-  inputs = _tensors(given, _ENCODER)
+  model, weights = _load(str(given['folder']))
+  inputs = _tensors(given, _ENCODER) | weights
   answer, records = {}, _Records()
   transformers.logging.set_verbosity_warning()
   logging.getLogger('transformers').addHandler(records)
