@@ -190,7 +190,8 @@ def test_other_checkpoints_are_rejected(run, write, tmp_path, capsys):
   assert 'lack encoder_layers' in capsys.readouterr().err
 
 
-def test_dictionary_of_gpt2_numbers(run, write, tmp_path):
+@pytest.mark.parametrize('mask_row', [True, False])
+def test_dictionary_of_gpt2_numbers(run, write, tmp_path, mask_row):
   """The dictionary has GPT-2's numbers of tokens in its own order, and a filler."""
   own = json.loads((run.corpus / 'tokenizer.json').read_text())
   tokens = [t for t in own['model']['vocab'] if not t.startswith('<')]
@@ -200,7 +201,8 @@ def test_dictionary_of_gpt2_numbers(run, write, tmp_path):
   symbols = [*order[:100], 'madeupword0000', *order[100:]]
   vocab_size = 4 + len(symbols) + 1
   state = fairseq_weights(run)
-  table = np.resize(state['encoder.embed_tokens.weight'], (vocab_size, 24))
+  rows = vocab_size if mask_row else vocab_size - 1
+  table = np.resize(state['encoder.embed_tokens.weight'], (rows, 24))
   for name in ('encoder.embed_tokens', 'decoder.embed_tokens',
                'decoder.output_projection'):  # fmt: skip
     state[f'{name}.weight'] = table

@@ -100,22 +100,17 @@ def decoded(run, decode_fn, forced_first_id=None, **options):
   return np.asarray(sequences), np.asarray(aux['scores'])
 
 
-def generated(run, forced_first_id=None):
-  """Returns ids of greedy and of beam search, and the best beams' smallest margin."""
-  greedy, _ = decoded(
-    run,
-    functools.partial(decoding.temperature_sample, temperature=0.0),
-    forced_first_id,
-    num_decodes=1,
-  )
-  beams, scores = decoded(
-    run,
-    functools.partial(decoding.beam_search, alpha=0.0),
-    forced_first_id,
-    num_decodes=4,
-  )
-  distance = (scores[:, -1] - scores[:, -2]).min()
-  return up_to_end(greedy[:, -1]), up_to_end(beams[:, -1]), distance
+def greedy_search(run):
+  sample = functools.partial(decoding.temperature_sample, temperature=0.0)
+  sequences, _ = decoded(run, sample, num_decodes=1)
+  return up_to_end(sequences[:, -1])
+
+
+def beam_search(run, forced_first_id=None):
+  """Returns ids of the best beams and their smallest margin."""
+  search = functools.partial(decoding.beam_search, alpha=0.0)
+  beams, scores = decoded(run, search, forced_first_id, num_decodes=4)
+  return up_to_end(beams[:, -1]), (scores[:, -1] - scores[:, -2]).min()
 
 
 def batch():
@@ -130,17 +125,17 @@ def batch():
 GREEDY = {'num_beams': 1, 'length_penalty': 1.0, 'early_stopping': False}
 
 
-def by_peer(ask_peer, framework, folder):
-  """Ids by greedy search and by the folder's own settings, and warnings."""
-  calls = [GREEDY, {}, {'max_new_tokens': 5}]
+def by_peer(ask_peer, framework, folder, *calls):
+  """Ids for each dictionary of arguments to `generate`, and warnings."""
   answer = ask_peer(
     framework, 'generate', folder=str(folder), calls=json.dumps(calls), **batch()
   )
-  assert answer['2'].shape[1] == 6  # Theirs begin with </s>.
-  greedy, beams = (
-    up_to_end(tokenization.from_hf_ids(answer[call][:, 1:])) for call in '01'
-  )
-  return greedy, beams, json.loads(str(answer['warnings']))
+  # Theirs begin with </s>.
+  found = [
+    up_to_end(tokenization.from_hf_ids(answer[str(i)][:, 1:]))
+    for i in range(len(calls))
+  ]
+  return found, json.loads(str(answer['warnings']))
 
 
 def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
@@ -153,8 +148,11 @@ def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
     )
   folder = tmp_path / 'out'
   assert run.export(folder) == 0
-  greedy, beams, distance = generated(run)
-  assert by_peer(ask_peer, framework, folder) == (greedy, beams, [])
+  greedy, (beams, distance) = greedy_search(run), beam_search(run)
+  (*found, short), warnings = by_peer(
+    ask_peer, framework, folder, GREEDY, {}, {'max_new_tokens': 5}
+  )
+  assert found == [greedy, beams] and max(map(len, short)) == 5 and not warnings
   # The comparison is not trivial.
   assert distance > 1e-4
   assert greedy != beams
@@ -169,12 +167,11 @@ def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
     ]
     assert [row[: LENGTH - 1] for row in rows] == greedy
   # With a forced first token, which a run without one does not export.
-  plain = greedy, beams
   for name in ('config.json', 'generation_config.json'):
     content = json.loads((folder / name).read_text())
     assert 'forced_bos_token_id' not in content
     (folder / name).write_text(json.dumps(content | {'forced_bos_token_id': 0}))
-  greedy, beams, _ = generated(run, tokenization.BOS_ID)
-  assert by_peer(ask_peer, framework, folder)[:2] == (greedy, beams)
-  assert all(row[0] == tokenization.BOS_ID for row in greedy + beams)
-  assert (greedy, beams) != plain
+  forced, _ = beam_search(run, tokenization.BOS_ID)
+  (found,), _ = by_peer(ask_peer, framework, folder, {})
+  assert found == forced != beams
+  assert all(row[0] == tokenization.BOS_ID for row in forced)
