@@ -25,7 +25,7 @@ def prepare_from(tmp_path, content, *more):
 @pytest.mark.parametrize(
   ('content', 'parts'),
   [
-    (b'\n \n\t\n', ('no text (3 ', '--input')),
+    (b'\n \n\t\n', ('0 different documents', '--input')),
     (b'Ett eneste dokument om fjorden.\n', ('1 different document',)),
     (b'Hei.\nP\xe5 fjellet.\n', ('UTF-8', 'texts.txt', 'line 2')),
   ],
@@ -69,7 +69,7 @@ def left_behind(folder):
   ('missing', 'parts'),
   [
     ('', ('does not exist', 'python -m bart_t5x.prepare')),
-    ('validation-*', ('validation-*.tfrecord', 'Prepare it again')),
+    ('validation-*', ('validation-00000', '--overwrite')),
     ('tokenizer.json', ('tokenizer', 'python -m bart_t5x.prepare')),
   ],
 )
