@@ -49,6 +49,11 @@ def imported(model, output, *more):
   return checkpoints.read_params(output / 'checkpoint_0')
 
 
+@pytest.fixture(scope='module')
+def expected(exported, tmp_path_factory):
+  return imported(exported, tmp_path_factory.mktemp('expected') / 'in')
+
+
 def export_imported(run, folder, output):
   run = dataclasses.replace(run, checkpoint=folder / 'checkpoint_0', corpus=folder)
   assert run.export(output) == 0
@@ -122,20 +127,45 @@ def test_a_model_saved_without_its_head(run, model, tmp_path):
   )
 
 
-def test_version_entries_and_tied_names_of_old_files(run, model, tmp_path):
-  def old(tensors):
-    tied = dict.fromkeys(mapping.TORCH_ALIASES, tensors.pop('model.shared.weight'))
-    return tensors | tied | {'model.encoder.version': np.ones(1, np.float32)}
-
-  expected = imported(model, tmp_path / 'new')
-  rewrite(model, old)
-  assert_same(imported(model, tmp_path / 'in'), expected)
-
-
-def rows_of(tensors, change):
+def change_rows(tensors, change):
   for name, axis in (('model.shared.weight', 0), ('final_logits_bias', 1)):
     tensors[name] = change(tensors[name], axis)
   return tensors
+
+
+def old(tensors):
+  tied = dict.fromkeys(mapping.TORCH_ALIASES, tensors.pop('model.shared.weight'))
+  return tensors | tied | {'model.encoder.version': np.ones(1, np.float32)}
+
+
+def with_other_heads(tensors):
+  weight = np.ones((2, 24), np.float32)
+  return tensors | {
+    'classification_head.dense.weight': weight,
+    'qa_outputs.weight': weight,
+  }
+
+
+def padded(tensors):
+  def pad(tensor, axis):
+    return np.concatenate([tensor, np.take(tensor, [5, 6, 7], axis)], axis)
+
+  return change_rows(tensors, pad)
+
+
+@pytest.mark.parametrize('change', [old, with_other_heads, padded])
+def test_other_forms_of_the_same_weights(model, expected, tmp_path, change):
+  rewrite(model, change)
+  change_config(vocab_size=304 if change is padded else 301)(model)
+  assert_same(imported(model, tmp_path / 'in'), expected)
+
+
+def test_flax_weights(run, model, expected, tmp_path):
+  (model / weights.SAFETENSORS).unlink()
+  weights.write_msgpack(
+    model / weights.MSGPACK, mapping.to_hf(run.params, run.config, 'flax')
+  )
+  assert_same(imported(model, tmp_path / 'flax'), expected)
 
 
 def test_models_without_a_row_for_the_mask(run, model, tmp_path):
@@ -148,40 +178,13 @@ def test_models_without_a_row_for_the_mask(run, model, tmp_path):
   tokenizer['added_tokens'][4]['id'] = 300
   path.write_text(json.dumps(tokenizer))
   change_config(vocab_size=300)(model)
-  rewrite(model, lambda t: rows_of(t, lambda w, axis: np.delete(w, 300, axis)))
+  rewrite(model, lambda t: change_rows(t, lambda w, axis: np.delete(w, 300, axis)))
   params = imported(model, tmp_path / 'in')
   table = params['token_embedder']['embedding']
   expected = run.params['token_embedder']['embedding'][:300]
   np.testing.assert_array_equal(table[:300], expected)
   np.testing.assert_allclose(table[300], expected.mean(axis=0), atol=1e-6)
   assert not table[301:].any()
-
-
-def test_rows_that_pad_the_vocabulary_are_dropped(run, model, tmp_path):
-  expected = imported(model, tmp_path / 'new')
-  change_config(vocab_size=304)(model)
-
-  def pad(tensor, axis):
-    return np.concatenate([tensor, np.take(tensor, [5, 6, 7], axis)], axis)
-
-  rewrite(model, lambda tensors: rows_of(tensors, pad))
-  assert_same(imported(model, tmp_path / 'in'), expected)
-
-
-@pytest.mark.parametrize('head', ['classification_head.dense', 'qa_outputs'])
-def test_other_heads_are_dropped(model, tmp_path, head):
-  expected = imported(model, tmp_path / 'new')
-  rewrite(model, lambda tensors: tensors | {f'{head}.weight': np.ones((2, 24), 'f')})
-  assert_same(imported(model, tmp_path / 'in'), expected)
-
-
-def test_flax_weights(run, model, tmp_path):
-  expected = imported(model, tmp_path / 'torch')
-  (model / weights.SAFETENSORS).unlink()
-  weights.write_msgpack(
-    model / weights.MSGPACK, mapping.to_hf(run.params, run.config, 'flax')
-  )
-  assert_same(imported(model, tmp_path / 'flax'), expected)
 
 
 def test_forced_first_token_is_bound_and_exported_again(run, model, tmp_path):
