@@ -118,25 +118,14 @@ class BartVocabulary(seqio.Vocabulary):
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
     """Encodes a scalar string to int32 [n], strings [k] to ragged int32 [k, (n)].
 
-    Runs in the graph, so that a `tf.data` iterator can be saved. Byte-level tokenizers
-    that `byte_bpe.build_tables` rejects, such as those with a normalizer, run in
-    Python: a run that tokenizes with one on the fly restarts its data when resumed.
+    Runs in the graph, so that a `tf.data` iterator can be saved, except for templates
+    and for byte-level tokenizers that `byte_bpe.build_tables` rejects: a run that
+    tokenizes with these on the fly restarts its data when resumed.
     """
     if s.shape.rank != 1:
       return self._encode_tf(tf.reshape(s, [1])).values
-    encode = self._graph_encoder()
-    if encode is None:
-      return self._encode_in_python(s)
-    if not self.templates:
-      return encode(s)
-    parts = tf.strings.split(s, tokenization.MASK)
-    # Before each mask, strip the characters of str.rstrip.
-    space = r'[\s\v\x1c-\x1f\x{85}\p{Z}]+$'
-    stripped = tf.strings.regex_replace(parts.values, space, '')
-    last = tf.repeat(parts.row_limits(), parts.row_lengths()) - 1
-    is_last = tf.range(tf.size(parts.values, tf.int64)) == last
-    rows = encode(tf.where(is_last, parts.values, stripped))
-    return _join_rows(parts.with_values(rows), [self.tokenizer.mask_id])
+    encode = None if self.templates else self._graph_encoder()
+    return self._encode_in_python(s) if encode is None else encode(s)
 
   def _graph_encoder(self) -> Callable[[tf.Tensor], tf.RaggedTensor] | None:
     """Returns a function from strings [k] to ids [k, (n)], None if impossible."""
