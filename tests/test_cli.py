@@ -1,9 +1,14 @@
 """Helpers of the command lines: quiet imports, warnings, errors."""
 
 import logging
+import pathlib
+import re
 import subprocess
 import sys
 
+import pytest
+
+from bart_t5x import __main__ as console
 from bart_t5x import cli
 
 
@@ -48,3 +53,22 @@ def test_warnings_are_logged_once_and_none_of_seqio(caplog, monkeypatch):
     logger.handle(logging.LogRecord('absl', level, path, 1, text, None, None))
   shown = [r.getMessage() for r in caplog.records if r.name == 'absl']
   assert shown == ['broken', '1 left out', '2 left out']
+
+
+@pytest.mark.parametrize(
+  'command', ['prepare', 'inspect', 'report', 'restack', 'convert']
+)
+def test_the_console_command_runs_the_modules(command, capsys):
+  with pytest.raises(SystemExit) as end:
+    console.main([command, '--help'])
+  assert end.value.code == 0
+  assert re.search(rf'bart_t5x\.(hf\.)?{command}', capsys.readouterr().out)
+
+
+def test_distributions_and_citation_have_the_version_of_the_changelog():
+  root = pathlib.Path(__file__).parent.parent
+  version = re.search('^## (.*)', (root / 'CHANGELOG.md').read_text(), re.M)[1]
+  for file in ('setup.py', 'runtime/pyproject.toml', 'CITATION.cff'):
+    text = (root / file).read_text()
+    assert re.search(r'^ *version *[=:] *(.*)', text, re.M)[1].strip('\'",') == version
+  assert f"'bart-t5x-runtime=={version}'" in (root / 'setup.py').read_text()

@@ -19,5 +19,6 @@ def test_first_steps(tmp_path, monkeypatch):
   ):
     assert old in settings.source
     settings.source = settings.source.replace(old, new)
-  nbclient.NotebookClient(notebook, timeout=600).execute(cwd=ROOT / 'notebooks')
+  client = nbclient.NotebookClient(notebook, timeout=600, startup_timeout=300)
+  client.execute(cwd=ROOT / 'notebooks')
   assert 'model.safetensors' in str(notebook.cells[-1].outputs)
