@@ -138,14 +138,6 @@ def test_too_few_documents(tmp_path):
     build(tmp_path / 'out', number=39)
 
 
-@pytest.mark.parametrize(
-  ('num_bytes', 'shards'),
-  [(0, 1), (1, 1), (2**21 + 1, 2), (10**8, 64), (2**34, 64), (2**36, 256)],
-)
-def test_number_of_shards(num_bytes, shards):
-  assert corpus_build.default_num_shards(num_bytes) == shards
-
-
 def collect(tmp_path, texts, share=0.1, at_least=5, name='spool'):
   return corpus_build.spool(texts, str(tmp_path / name), share, at_least)
 
