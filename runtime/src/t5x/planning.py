@@ -29,7 +29,7 @@ from absl import logging
 from jax.experimental import topologies as jax_topologies
 from jax.extend import core
 
-from t5x import data, data_iterators, inference, partitioning
+from t5x import data, data_iterators, inference
 from t5x import trainer as trainer_lib
 
 GIB = 2**30
@@ -151,8 +151,6 @@ class Step:
   # decoding, whose length depends on the data.
   forward: tuple[Callable[..., Any], tuple[Any, ...]] | None
   parts: int  # Devices that share the batch.
-  # Devices that share an array of the state, by its shape.
-  state_parts: Mapping[tuple[int, ...], int]
   microbatches: int = 1
 
   @property
@@ -171,10 +169,6 @@ class Step:
   def longest_loop(self) -> int:
     """Trips of loops that depend on data: decoding ends at the last slot."""
     return self.target_tokens // self.rows if self.kind == 'decode' else 1
-
-  def bytes_on_device(self, shape: tuple[int, ...], dtype: Any) -> float:
-    """Bytes of an array per device, split like the state or else by rows."""
-    return _whole_bytes(shape, dtype) / self.state_parts.get(shape, self.parts)
 
 
 def batch_spec(
@@ -226,13 +220,7 @@ def make_step(
   if arguments['use_hardware_rng']:
     trainer_lib.set_hardware_rng_ops()
   _, key = jax.random.split(jax.random.PRNGKey(arguments['random_seed'] or 0))
-  step = functools.partial(
-    Step,
-    kind,
-    batch=batch,
-    parts=partitioner.data_mesh_size,
-    state_parts=_state_parts(state, axes, partitioner.mesh.shape),
-  )
+  step = functools.partial(Step, kind, batch=batch, parts=partitioner.data_mesh_size)
   if kind == 'decode':
     function = inference.partition_step(model.predict_batch_with_aux, partitioner, axes)
     key_shape = jax.ShapeDtypeStruct(key.shape, key.dtype)
@@ -262,19 +250,7 @@ def make_step(
   )
 
 
-def _state_parts(state, axes, mesh_shape):
-  # The optimizer's arrays have the shapes of their parameters.
-  found = {}
-
-  def add(spec, leaf):
-    names = jax.tree.leaves(tuple(spec or ()))
-    found[leaf.shape] = math.prod(mesh_shape[name] for name in names)
-
-  jax.tree.map(add, axes.params, state.params, is_leaf=partitioning.is_spec)
-  return found
-
-
-# ---- the trace: operations and live arrays -------------------------------------
+# ---- the trace: operations -----------------------------------------------------
 
 
 def _bodies(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
@@ -315,140 +291,6 @@ def matmul_flops(jaxpr: core.Jaxpr, loops_once: bool = False) -> float:
         times = math.prod(params['mesh'].shape[axis] for axis in axes)
       total += times * sum(matmul_flops(b, loops_once) for b in _bodies(params))
   return total
-
-
-# Calls whose bodies are analysed as part of the caller.
-_INLINED = frozenset({
-  'jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call', 'custom_vjp_call',
-})  # fmt: skip
-
-# Operations without a body that read and write whole arrays.
-_STORED = frozenset({
-  'dot_general', 'conv_general_dilated', 'pallas_call', 'gather', 'scatter',
-  'scatter-add', 'dynamic_update_slice', 'sort', 'top_k', 'concatenate', 'cumsum',
-  'random_bits', 'threefry2x32', 'psum', 'all_gather', 'reduce_scatter', 'all_to_all',
-})  # fmt: skip
-
-
-@dataclasses.dataclass(eq=False)
-class _Array:
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  where: str  # Name stack and operation; '' for arguments.
-  bytes: float  # Per device.
-
-
-@dataclasses.dataclass(frozen=True)
-class LargeArray:
-  """Arrays of one shape that are live at the same time."""
-
-  shape: tuple[int, ...]  # Over all devices.
-  dtype: str
-  count: int
-  where: str  # The operation that makes the first; '' for arguments.
-  bytes: float  # Of all, per device.
-
-
-def peak_arrays(
-  jaxpr: core.Jaxpr, size_of: Callable[[tuple[int, ...], Any], float]
-) -> list[LargeArray]:
-  """Returns the arrays that are live at a function's memory peak, largest first.
-
-  Results of products, gathers, kernels and loops are stored. Results of elementwise
-  operations are stored if such an operation reads them, and otherwise recomputed where
-  they are used, as by a fusing compiler. `size_of` gives an array's bytes per device.
-  """
-  arrays = {v: _array(v, '', size_of) for v in (*jaxpr.constvars, *jaxpr.invars)}
-  arguments = [x for x in arrays.values() if x is not None]
-  groups = collections.defaultdict(list)
-  for array in (*arguments, *_peak(jaxpr, arrays, '', size_of)):
-    groups[array.shape, str(array.dtype), bool(array.where)].append(array)
-  found = [
-    LargeArray(shape, dtype, len(group), group[0].where, _total(group))
-    for (shape, dtype, _), group in groups.items()
-  ]
-  return sorted(found, key=lambda array: -array.bytes)
-
-
-def _array(variable, where, size_of):
-  # Random keys and gradients of integers take no memory.
-  shape, dtype = getattr(variable.aval, 'shape', ()), variable.aval.dtype
-  if not isinstance(dtype, np.dtype) or dtype == jax.dtypes.float0:
-    return None
-  return _Array(shape, dtype, where, size_of(shape, dtype))
-
-
-def _operations(jaxpr, arrays, path, size_of):
-  """Yields (name, inputs, outputs, bodies, where) in order; fills `arrays`."""
-
-  def of(variables, known):
-    return [None if isinstance(v, core.Literal) else known.get(v) for v in variables]
-
-  for equation in jaxpr.eqns:
-    name, bodies = equation.primitive.name, list(_bodies(equation.params))
-    place = '/'.join(p for p in (path, str(equation.source_info.name_stack)) if p)
-    inputs = of(equation.invars, arrays)
-    if name in _INLINED and len(bodies) == 1:
-      (body,) = bodies
-      inner = dict(zip(body.invars, inputs, strict=True))
-      yield from _operations(body, inner, place, size_of)
-      arrays.update(zip(equation.outvars, of(body.outvars, inner), strict=True))
-      continue
-    where = f'{place}/{name}'.lstrip('/')
-    outputs = [_array(variable, where, size_of) for variable in equation.outvars]
-    arrays.update(zip(equation.outvars, outputs, strict=True))
-    yield name, [x for x in inputs if x], [x for x in outputs if x], bodies, where
-
-
-def _peak(jaxpr, arrays, path, size_of) -> list[_Array]:
-  """Returns the arrays, arguments excluded, that are live at the peak."""
-  operations = list(_operations(jaxpr, arrays, path, size_of))
-  known = [arrays.get(v) for v in jaxpr.outvars if not isinstance(v, core.Literal)]
-  results = [x for x in known if x]
-  # The last operation that needs each array, and the arrays that are stored.
-  ends, stored = {}, set(results)
-  for index, (name, inputs, outputs, bodies, _) in enumerate(operations):
-    ends.update(dict.fromkeys(inputs, index))
-    reads_whole = bool(bodies) or name in _STORED
-    if reads_whole:
-      stored.update(inputs)
-    if reads_whole or name.startswith(('reduce', 'arg')):
-      stored.update(outputs)
-  ends.update(dict.fromkeys(results, len(operations)))
-  for _, inputs, outputs, _, _ in reversed(operations):
-    # Recomputed arrays keep their sources alive.
-    needed = [ends[x] for x in outputs if x not in stored and x in ends]
-    for array in inputs if needed else ():
-      ends[array] = max(ends[array], *needed)
-
-  live: dict[_Array, None] = {}
-  leaving = collections.defaultdict(list)
-  total, best, held = 0.0, -1.0, []
-  for index, (name, _, outputs, bodies, where) in enumerate(operations):
-    for array in outputs:
-      if array in stored:
-        live[array] = None
-        total += array.bytes
-        leaving[ends.get(array, index)].append(array)
-    # Shapes within shard_map are those of one device's part.
-    size = _whole_bytes if name == 'shard_map' else size_of
-    inner = max(
-      (_peak(body, {}, where, size) for body in bodies), key=_total, default=[]
-    )
-    if total + _total(inner) > best:
-      best, held = total + _total(inner), [*live, *inner]
-    for array in leaving.pop(index, ()):
-      del live[array]
-      total -= array.bytes
-  return held
-
-
-def _whole_bytes(shape, dtype):
-  return float(math.prod(shape) * jax.numpy.dtype(dtype).itemsize)
-
-
-def _total(arrays):
-  return sum(array.bytes for array in arrays)
 
 
 # ---- the compiled program ------------------------------------------------------
@@ -552,7 +394,8 @@ def _bytes(shapes):
 
 # ---- why a step does not fit ---------------------------------------------------
 
-_MOST_LINES = 8  # Arrays that are listed.
+_ALLOCATIONS = 'Largest program allocations'  # Heading in libtpu's message.
+_MOST_LINES = 40  # Lines of it that are shown.
 
 _REMEDIES = """What to change:
   - fewer rows per batch (--find_batch finds how many fit), or for training the same
@@ -568,41 +411,20 @@ _REMEDIES = """What to change:
 class DoesNotFitError(ValueError):
   """A program needs more memory than a device has.
 
-  The message says by how much, lists `held`, the arrays at the memory peak of the
-  trace, and what to change. `needed` is infinite if the compiler does not report it.
+  The message says by how much, lists the compiler's largest allocations if it reports
+  them, and what to change. `needed` is infinite if the compiler does not report it.
   """
 
-  def __init__(self, needed: float, available: float, held: Sequence[LargeArray] = ()):
-    made = [array for array in held if array.where]
-    arguments = [array for array in held if not array.where]
-    rows = [
-      (array.bytes, f'{array.count} x {array.dtype}[{",".join(map(str, array.shape))}],'
-       f' the first in {_place(array.where)}')
-      for array in made[:_MOST_LINES]
-    ]  # fmt: skip
-    rows.append((_total(arguments), 'parameters, optimizer state and the batch'))
-    rows.append((_total(made[_MOST_LINES:]), 'smaller ones'))
+  def __init__(self, needed: float, available: float, allocations: str = ''):
     gib = needed / GIB, available / GIB, (needed - available) / GIB
-    super().__init__('\n'.join([
-      'The step needs {:.2f} GiB per device or more, and {:.2f} GiB are available: '
-      '{:.2f} GiB too much.'.format(*gib)
-      if math.isfinite(needed)
-      else f'The step needs more than the {gib[1]:.2f} GiB per device.',
-      f'In the trace, before operations are fused, {_size(_total(held))} per device '
-      'are live at the peak (shapes over all devices):',
-      *(f'  {_size(size):>10}  {what}' for size, what in rows if size),
-      _REMEDIES,
-    ]))  # fmt: skip
-    self.needed, self.available, self.held = needed, available, held
-
-
-def _place(where):
-  # Without passes ('jvp(Transformer.hidden)') and methods ('Decoder.start'), but with
-  # equations ('d,vd->v'); each module once.
-  parts = [
-    p for p in where.split('/') if '->' in p or not re.search(r'[().]|^remat', p)
-  ]
-  return '/'.join(dict.fromkeys(parts))
+    text = f'The step needs more than the {gib[1]:.2f} GiB per device.'
+    if math.isfinite(needed):
+      text = (
+        'The step needs {:.2f} GiB per device or more, and {:.2f} GiB are available: '
+        '{:.2f} GiB too much.'
+      ).format(*gib)
+    super().__init__('\n'.join(filter(None, [text, allocations, _REMEDIES])))
+    self.needed, self.available = needed, available
 
 
 # ---- the plan ------------------------------------------------------------------
@@ -711,7 +533,7 @@ def plan(
     'Compiling the %s step of %d rows for %s.', kind, step.rows, topology.name
   )
   traced = step.function.trace(*step.arguments)
-  compiled, memory = _compile(traced, step, topology.chip.hbm_bytes)
+  compiled, memory = _compile(traced, topology.chip.hbm_bytes)
   useful = 0.0
   if step.forward:
     function, shapes = step.forward
@@ -729,8 +551,9 @@ def plan(
   )
 
 
-def _compile(traced, step, available):
+def _compile(traced, available):
   """Returns the compiled step and its memory by kind, or raises DoesNotFitError."""
+  allocations = ''
   try:
     compiled = traced.lower().compile()
     found = compiled.memory_analysis()
@@ -750,6 +573,8 @@ def _compile(traced, step, available):
     found = re.search(rf'Used {size} of {size} hbm', str(error)) or re.search(
       rf'\({size}\) exceeds available HBM \({size}\)', str(error)
     )
+    _, header, listed = str(error).partition(_ALLOCATIONS)
+    allocations = '\n'.join([header, *listed.splitlines()[:_MOST_LINES]]).strip()
     needed = math.inf
     if found:
       needed, available = (
@@ -758,8 +583,7 @@ def _compile(traced, step, available):
       )
   if needed <= available:
     return compiled, memory
-  held = peak_arrays(traced.jaxpr.jaxpr, step.bytes_on_device)
-  raise DoesNotFitError(needed, available, held)
+  raise DoesNotFitError(needed, available, allocations)
 
 
 def _costs(compiled, jaxpr, chip, longest_loop):
