@@ -1,5 +1,6 @@
 """Gin files and bindings: resolution, errors and the recorded configuration."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import gin
 import pytest
 from gin import config as gin_config
 
+import t5x
 from t5x import gin_utils
 
 LIBRARY = """
@@ -230,3 +232,29 @@ def test_basic_modules_do_not_import_tensorflow():
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
   )
   assert done.stdout.strip() == '[]'
+
+
+def test_a_clone_of_t5x_supplies_examples(tmp_path, monkeypatch):
+  folder = tmp_path / 't5x/examples/mine'
+  folder.mkdir(parents=True)
+  for package in (folder, folder.parent, folder.parent.parent):
+    (package / '__init__.py').touch()
+  (folder.parent.parent / 'gin_utils.py').write_text('raise AssertionError')
+  (folder / 'network.py').write_text('def size(n): return n')
+  uses = 'from t5x.examples.mine import network\n'
+  (folder / 'base.gin').write_text(f'{HEAD}{uses}network.size.n = 3')
+  include = "include 't5x/examples/mine/base.gin'\n"
+  for text in (include, uses):
+    with pytest.raises((OSError, ImportError), match='clone .*google-research/t5x'):
+      parse(tmp_path, text)
+  gin.clear_config()
+
+  monkeypatch.setattr(t5x, '__path__', list(t5x.__path__))
+  monkeypatch.setattr(sys, 'path', [*sys.path, str(tmp_path)])
+  importlib.reload(t5x)
+  try:
+    parse(tmp_path, include)
+    assert gin.get_configurable(sys.modules['t5x.examples.mine.network'].size)() == 3
+  finally:
+    for name in [name for name in sys.modules if name.startswith('t5x.examples')]:
+      del sys.modules[name]

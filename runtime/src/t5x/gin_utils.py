@@ -39,6 +39,8 @@ _DYNAMIC_REGISTRATION = config_parser.ImportStatement(
 )
 # Importing one of these would load the running script a second time.
 _SCRIPTS = ('train', 'eval', 'infer', 'precompile', 'main')
+# A clone of T5X supplies them.
+_OF_CLONE = ('t5x.examples', 't5x.contrib')
 
 
 def _imports_of(root: str) -> list[config_parser.ImportStatement]:
@@ -240,6 +242,17 @@ def _check_command_line_acts(
 # ---- Files and flags ----
 
 
+def _hint_at_clone(text: str) -> str:
+  absent = [name for name in _OF_CLONE if importlib.util.find_spec(name) is None]
+  if not any(name in text.replace('/', '.') for name in absent):
+    return ''
+  own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  return (
+    f' {" and ".join(absent)} are not in bart-t5x-runtime: clone '
+    f'https://github.com/google-research/t5x and set PYTHONPATH={own}:<the clone>.'
+  )
+
+
 def parse_gin_flags(
   gin_search_paths: Sequence[str],
   gin_files: Sequence[str],
@@ -270,6 +283,11 @@ def parse_gin_flags(
   for path in gin_files or ():
     try:
       gin.parse_config_file(path, skip_unknown)
+    except (OSError, ModuleNotFoundError) as error:
+      if not (hint := _hint_at_clone(str(error))):
+        raise
+      kind = OSError if isinstance(error, OSError) else ImportError
+      raise kind(f'{error}{hint}') from error
     except tokenize.TokenError as error:
       raise ValueError(f'{path} cannot be parsed: {error}.') from None
   applied = _apply_command_line(gin_bindings or (), skip_unknown)

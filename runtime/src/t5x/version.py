@@ -1,0 +1,3 @@
+"""The version of the runtime, which pyproject.toml reads."""
+
+__version__ = '0.2.0'
