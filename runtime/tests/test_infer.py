@@ -87,7 +87,8 @@ def test_predictions_are_in_order_with_their_inputs(run, tmp_path):
   name = 'tiny_copy-predict.jsonl-00000-of-00001'
   assert texts(tmp_path / name) == expected_texts()
   assert all(isinstance(row['prediction'], str) for row in rows(tmp_path / name))
-  assert sorted(os.listdir(tmp_path)) == ['model-info.txt', name, f'{name}.COMPLETED']
+  names = [f'.{name}.lock', 'model-info.txt', name, f'{name}.COMPLETED']
+  assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_scores_are_those_of_the_model(run, tmp_path, tiny_run):

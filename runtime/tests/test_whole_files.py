@@ -1,3 +1,8 @@
+import inspect
+import os
+import subprocess
+import sys
+
 import pytest
 
 from t5x import whole_files
@@ -46,3 +51,39 @@ def test_unwritable_folder_is_reported_with_the_reason(tmp_path):
   with pytest.raises(OSError, match='notes.txt/run .*: Not a directory$'):
     whole_files.open_folder('model_dir', str(file / 'run'))
   assert file.read_text() == 'mine'
+
+
+@whole_files.only_writer('model_dir')
+def write(*, model_dir, body=lambda: None):
+  body()
+
+
+def test_one_writer_at_a_time(tmp_path):
+  folder = str(tmp_path / 'run')
+
+  def write_again():
+    with pytest.raises(BlockingIOError, match=f'model_dir .* {os.getpid()} on '):
+      write(model_dir=folder)
+    write(model_dir=str(tmp_path / 'other'))
+    raise KeyError
+
+  for _ in range(2):  # An error releases the lock.
+    with pytest.raises(KeyError):
+      write(model_dir=folder, body=write_again)
+  assert list(inspect.signature(write).parameters) == ['model_dir', 'body']
+
+
+def test_killed_process_holds_no_lock(tmp_path):
+  code = 'import fcntl, sys; f = open(sys.argv[1], "a"); fcntl.flock(f, fcntl.LOCK_EX)'
+  code += '; print("locked", flush=True); input()'
+  process = subprocess.Popen(
+    [sys.executable, '-c', code, tmp_path / '.lock'],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
+  process.stdout.readline()
+  with pytest.raises(BlockingIOError, match='another run'):
+    write(model_dir=str(tmp_path))
+  process.kill()
+  process.wait()
+  write(model_dir=str(tmp_path))

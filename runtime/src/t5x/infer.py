@@ -325,6 +325,7 @@ def infer(
   Raises:
     ValueError: an argument is invalid, the checkpoint does not exist, or the output
       folder has results of other settings.
+    OSError: `output_dir` cannot be written to, or another run writes to it.
   """
   # ---- Arguments ----
   steps = {
@@ -424,12 +425,12 @@ def infer(
   first = jax.process_index() == 0
   chunk_size = batch_size * checkpoint_period
   share = f'{shard_id:05}-of-{num_shards:05}'
-  for task in seqio.get_subtasks(provider):
-    name = f'{task.name}-{mode}.{file_extension}-{share}'
+
+  def infer_task(task: seqio.Task, name: str) -> None:
     mark = os.path.join(output_dir, name + DONE_MARK)
     if multihost.broadcast(_check_settings(mark, settings)):
       logging.info('%s is complete, nothing to do.', name)
-      continue
+      return
 
     # Modes share this folder; the names of all files in it start with the result's.
     tmp_dir = os.path.join(output_dir, f'tmp-{task.name}-{share}')
@@ -460,7 +461,7 @@ def infer(
 
     vocabulary = task.output_features[output_vocab_feature_name].vocabulary
 
-    def write(chunk, inferences, examples, stem=stem, vocabulary=vocabulary):
+    def write(chunk, inferences, examples):
       path = f'{stem}-chunk{chunk:05}'
       write_fn(path, inferences, examples, mode, vocabulary)
       with whole_files.whole_file(path + DONE_MARK):
@@ -507,6 +508,11 @@ def infer(
         if not gfile.listdir(tmp_dir):
           gfile.rmtree(tmp_dir)
     multihost.sync(f'{name}:complete')
+
+  for task in seqio.get_subtasks(provider):
+    name = f'{task.name}-{mode}.{file_extension}-{share}'
+    with whole_files.lock('output_dir', output_dir, f'.{name}.lock'):
+      infer_task(task, name)
   logging.info('Done.')
 
 

@@ -194,6 +194,7 @@ def _until_stopped(
     yield batch
 
 
+@whole_files.only_writer('model_dir')
 def train(
   *,
   model: models.BaseModel,
@@ -257,10 +258,9 @@ def train(
 
   Raises:
     ValueError: an argument is out of range or does not fit another.
-    OSError: `model_dir` cannot be written to.
+    OSError: `model_dir` cannot be written to, or another run writes to it.
   """
   # ---- Arguments ----
-  whole_files.open_folder('model_dir', model_dir)
   save_cfg = checkpoint_cfg.save
   by_mode = {}
   for name, chosen in (actions or {}).items():
@@ -367,9 +367,12 @@ def train(
       f'{first_step}. Raise TRAIN_STEPS, or set TRAIN_STEPS_RELATIVE.'
     )
   restore_seconds = time.monotonic() - start
+  origin = paths[0] if paths else ''
+  if origin and restore_cfg.mode == 'latest':  # An earlier one if that is damaged.
+    origin = checkpoints.get_checkpoint_dir(os.path.dirname(origin), first_step)
   logging.info(
     '%s step %d of %d.',
-    f'Resuming from {paths[0]} at' if paths else 'Starting at',
+    f'Resuming from {origin} at' if origin else 'Starting at',
     first_step,
     total_steps,
   )
