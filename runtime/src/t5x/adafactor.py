@@ -187,7 +187,7 @@ def _rule_of_axes(
 
 
 @flax.struct.dataclass
-class _HyperParams:
+class _AdafactorHyperParams:
   learning_rate: float | None
   factored: bool
   multiply_by_parameter_scale: bool | HParamMap
@@ -208,7 +208,7 @@ class _HyperParams:
 
 
 @flax.struct.dataclass
-class _ParamState:
+class _AdafactorParamState:
   """Second moments and momentum; unused ones are zeros of shape (1,)."""
 
   v_row: Float[Array, '...']  # Means over the column axes.
@@ -284,7 +284,7 @@ class Adafactor(OptimizerDef):
       if not isinstance(value, types):
         raise ValueError(f'{name} must be one of {types}. Got: {value!r}.')
     super().__init__(
-      _HyperParams(
+      _AdafactorHyperParams(
         learning_rate=learning_rate,
         factored=factored,
         multiply_by_parameter_scale=multiply_by_parameter_scale,
@@ -326,7 +326,9 @@ class Adafactor(OptimizerDef):
       rule = hyper.factor_map[path] if hyper.factor_map else HEURISTIC_RULE
     return _layout(rule, shape, path, hyper.min_dim_size_to_factor)
 
-  def init_param_state(self, param: Float[Array, '...'], path: str) -> _ParamState:
+  def init_param_state(
+    self, param: Float[Array, '...'], path: str
+  ) -> _AdafactorParamState:
     shape, factors = param.shape, self._layout_of(path, param.shape).factors
     shapes = dict.fromkeys(('v_row', 'v_col', 'v', 'm'), (1,))
     if factors is None:
@@ -337,7 +339,7 @@ class Adafactor(OptimizerDef):
     moments = {name: jnp.zeros(s, jnp.float32) for name, s in shapes.items()}
     if self.hyper_params.beta1 is not None:
       moments['m'] = jnp.zeros(shape, self.dtype_momentum)
-    return _ParamState(**moments)
+    return _AdafactorParamState(**moments)
 
   def init_state(self, params: Params) -> OptimizerState:
     states = {p: self.init_param_state(x, p) for p, x in _flatten(params).items()}
@@ -348,12 +350,12 @@ class Adafactor(OptimizerDef):
   def apply_param_gradient(
     self,
     step: Int[Array, ''],
-    hyper_params: _HyperParams,
+    hyper_params: _AdafactorHyperParams,
     param: Float[Array, '*d'],
-    state: _ParamState,
+    state: _AdafactorParamState,
     grad: Float[Array, '*d'],
     path: str,
-  ) -> tuple[Float[Array, '*d'], _ParamState]:
+  ) -> tuple[Float[Array, '*d'], _AdafactorParamState]:
     """Updates one parameter (algorithms 4 and 5, and the scale of section 8).
 
     Args:
@@ -407,7 +409,7 @@ class Adafactor(OptimizerDef):
 
   def apply_gradient(
     self,
-    hyper_params: _HyperParams,
+    hyper_params: _AdafactorHyperParams,
     params: Params,
     state: OptimizerState,
     grads: Params,
@@ -452,7 +454,7 @@ class Adafactor(OptimizerDef):
     axes = match_axes(optimizer_state.target, param_logical_axes)
     flat_axes = _flatten(axes)
     derived = {
-      path: _ParamState(
+      path: _AdafactorParamState(
         v_row=None,
         v_col=None,
         v=flat_axes[path] if entry.v.shape != (1,) else None,
@@ -476,11 +478,11 @@ def _root_mean_square(
 
 def _normalize(
   grad: Float[Array, '*d'],
-  state: _ParamState,
+  state: _AdafactorParamState,
   layout: _Layout,
   kept: Float[Array, ''],
   epsilon: float,
-) -> tuple[Float[Array, '*d'], _ParamState]:
+) -> tuple[Float[Array, '*d'], _AdafactorParamState]:
   """Updates the second moments and divides the gradient by their root."""
   squared = grad * grad + epsilon
 

@@ -382,8 +382,8 @@ StateCallbackFn = Callable[[SamplingLoopState], SamplingLoopState]
 LogitCallbackFn = Callable[[jax.Array, SamplingLoopState], jax.Array]
 
 
-def _is_static(value: Any) -> bool:
-  return not isinstance(value, jax.core.Tracer)
+def _is_tracer(value: Any) -> bool:
+  return isinstance(value, jax.core.Tracer)
 
 
 def _largest_that_suffice(
@@ -488,7 +488,7 @@ def temperature_sample(
     ValueError: topk and topp are both set, or max_decode_steps exceeds the inputs.
   """
   batch, length = inputs.shape
-  if _is_static(topk) and _is_static(topp) and topk and topp:
+  if not _is_tracer(topk) and not _is_tracer(topp) and topk and topp:
     raise ValueError(
       f'topk and topp cannot be used together: set one to 0. Got: topk {topk}, topp '
       f'{topp}.'
@@ -496,7 +496,7 @@ def temperature_sample(
   steps = max_decode_steps
   if steps is not None and (max_decode_steps_hard_limit or 0) > 0:
     steps = jnp.minimum(steps, max_decode_steps_hard_limit)
-  elif steps is not None and _is_static(steps) and steps > length:
+  elif steps is not None and not _is_tracer(steps) and steps > length:
     raise ValueError(
       'max_decode_steps must not exceed the length of the inputs. Got: '
       f'{steps} / {length}.'
@@ -524,9 +524,9 @@ def temperature_sample(
 
     def sample(logits):
       shaped = logits / jnp.maximum(heat, MIN_TEMPERATURE)[:, None]
-      if not _is_static(topk) or topk:
+      if _is_tracer(topk) or topk:
         shaped = keep_top_k(shaped, topk)
-      if not _is_static(topp) or topp:
+      if _is_tracer(topp) or topp:
         shaped = keep_top_p(shaped, topp)
       drawn = jax.random.categorical(key, shaped).astype(jnp.int32)
       token = jnp.where(heated, drawn, greedy)
