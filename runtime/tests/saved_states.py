@@ -3,13 +3,12 @@
 import functools
 
 import flax.linen as nn
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import partitioning as flax_partitioning
 
-from t5x import optimizers, partitioning, restore, state_utils
+from t5x import checkpoints, optimizers, partitioning, restore, state_utils
 
 SHAPES = {'x': (8, 16)}
 
@@ -145,10 +144,14 @@ def write(folder, *steps, **changes):
   return states
 
 
-def write_previous_layout(folder, state):
-  """Writes an index of the layout before Orbax with all arrays in it."""
-  folder.mkdir(parents=True)
-  tree = jax.tree.map(np.asarray, state.state_dict())
-  (folder / 'checkpoint').write_bytes(
-    flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+def write_previous_layout(folder, *steps, cls=checkpoints.Checkpointer, **settings):
+  """Saves states at some steps in the layout before Orbax and returns them."""
+  start = initializer()
+  writer = cls(
+    start.global_train_state_shape, start._partitioner, str(folder), **settings
   )
+  states = {step: state_at(step) for step in steps}
+  for step, state in states.items():
+    assert writer.save(state, metrics={'loss': -step})
+  writer.close()
+  return states

@@ -64,6 +64,32 @@ def assert_equal(got, want):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_writes_what_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint_importer, '_CHUNK_BYTES', 100)
+  mesh = jax.make_mesh((2, 4), ('data', 'model'))
+  sharding = NamedSharding(mesh, PartitionSpec('data'))
+  kernel = np.arange(240, dtype=np.float32).reshape(12, 20)
+  state = {
+    'state': {'step': jnp.int32(7), 'param_states': {'a': None, 'b': {}}},
+    'target': {
+      'kernel': jax.device_put(kernel, sharding),
+      'half': jnp.arange(8, dtype=jnp.bfloat16),
+      'empty': np.zeros((0, 4), np.float32),
+    },
+  }
+  dtypes = {f'target/{name}': x.dtype for name, x in state['target'].items()}
+  dtypes |= {'state/step': np.dtype(np.int32), 'target/kernel': np.dtype('float16')}
+  tree = checkpoint_importer.write_arrays(tmp_path, state, dtypes)
+  checkpoint_importer.write_index(tmp_path, tree)
+  moved = tmp_path.rename(tmp_path.parent / 'moved')
+  files = [p.name for p in (moved / 'target.kernel').iterdir() if p.name[0] != '.']
+  assert len(files) == 8  # 6 rows of 20 per shard, in pieces of up to 100 bytes.
+  got = checkpoints.load_t5x_checkpoint(str(moved))
+  assert_equal(got, state)
+  assert got['target']['kernel'].dtype == np.float16
+  assert got['target']['half'].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize('driver', ['file', 'gfile', 'gcs'])
 def test_reads_checkpoints_of_any_driver(tmp_path, driver):
   write(tmp_path / 'checkpoint_7', driver=driver, old_paths=driver == 'gfile')

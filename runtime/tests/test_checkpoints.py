@@ -8,6 +8,7 @@ import threading
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -36,6 +37,9 @@ def test_layout_on_disk(tmp_path):
   assert {p.name for p in folder.iterdir() if p.is_dir()} == {'state', 'dataset'}
   assert (folder / 'state/_METADATA').exists()
   assert (folder / 'dataset/train_ds-000-of-001').read_text() == '3'
+  subprocess.run(
+    ['sha256sum', '--check', '--quiet', 'SHA256SUMS'], cwd=folder, check=True
+  )
   assert [p.name for p in tmp_path.iterdir()] == ['checkpoint_7']
 
 
@@ -68,6 +72,38 @@ def test_saves_in_the_background(tmp_path, monkeypatch):
   made.close()
   assert_restores(tmp_path, 1)
   assert (tmp_path / 'checkpoint_1/dataset/train_ds-000-of-001').read_text() == '5'
+
+
+def test_checkpointer_writes_the_layout_before_orbax(tmp_path):
+  def checkpointer(counter):
+    return checkpoints.Checkpointer(
+      state_at(0),
+      partitioner(),
+      str(tmp_path),
+      counter.as_clu(),
+      keep_dataset_checkpoints=1,
+      save_dtype='bfloat16',
+    )
+
+  (tmp_path / 'checkpoint_1.unfinished').mkdir()
+  writer = checkpointer(Counter(5))
+  for step in (3, 4):
+    assert writer.save(state_at(step))
+  assert not writer.save(state_at(4))
+  assert {p.name for p in tmp_path.iterdir()} == {'checkpoint_3', 'checkpoint_4'}
+  names = {p.name for p in (tmp_path / 'checkpoint_4').iterdir()}
+  assert names == {'checkpoint', 'target.w', 'train_ds-000-of-001', 'SHA256SUMS'}
+  assert not (tmp_path / 'checkpoint_3/train_ds-000-of-001').exists()
+  counter = Counter()
+  restored = checkpointer(counter).restore(4)
+  assert counter.position == 5
+  expected = state_at(4).tree['target']['w'].astype(jnp.bfloat16)
+  np.testing.assert_array_equal(restored.tree['target']['w'], expected)
+  save_all(tmp_path / 'orbax', [4], save_dtype='bfloat16')
+  for path in (str(tmp_path), str(tmp_path / 'orbax')):
+    loaded = checkpoints.load_t5x_checkpoint(path)
+    np.testing.assert_array_equal(loaded['target']['w'], expected)
+    assert loaded['state']['step'] == 4
 
 
 def test_existing_step_is_not_saved_again(tmp_path):

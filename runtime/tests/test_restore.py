@@ -246,8 +246,7 @@ def test_state_transformations_on_save_and_restore(tmp_path):
 
 
 def test_layout_before_orbax_is_restored(tmp_path):
-  saved = state_at(10)
-  write_previous_layout(tmp_path / 'checkpoint_10', saved)
+  saved = write_previous_layout(tmp_path, 10)[10]
   assert_equal(resume(tmp_path)[0], saved)
   for path in ('checkpoint_10', 'checkpoint_10/checkpoint'):
     cfg = restore_cfg(tmp_path / path, mode='specific')
@@ -266,22 +265,21 @@ def test_layout_before_orbax_is_restored(tmp_path):
 def damage(folder, how='manifest.ocdbt'):
   """Deletes a file or folder of the state, or truncates or flips its data."""
   state = folder / 'state'
+  largest = max(state.rglob('d/*'), key=lambda f: f.stat().st_size)
+  content = bytearray(largest.read_bytes())
   if how == '.':
     shutil.rmtree(state)
   elif how == 'truncated':
-    largest = max((f for f in state.rglob('d/*')), key=lambda f: f.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-  elif how == 'flipped bits':
-    for file in state.rglob('d/*'):
-      content = bytearray(file.read_bytes())
-      content[len(content) // 2] ^= 255
-      file.write_bytes(bytes(content))
+    largest.write_bytes(content[: len(content) // 2])
+  elif how == 'flipped bit':
+    content[len(content) // 4] ^= 1
+    largest.write_bytes(content)
   else:
     (state / how).unlink()
 
 
 @pytest.mark.parametrize(
-  'how', ['.', '_METADATA', 'manifest.ocdbt', 'truncated', 'flipped bits']
+  'how', ['.', '_METADATA', 'manifest.ocdbt', 'truncated', 'flipped bit']
 )
 def test_damaged_newest_checkpoint_is_set_aside(tmp_path, how, caplog):
   saved = write(tmp_path, 10, 20, 30)
@@ -295,6 +293,12 @@ def test_damaged_newest_checkpoint_is_set_aside(tmp_path, how, caplog):
   manager.save(saved[30])
   manager.close()
   assert_equal(resume(tmp_path)[0], saved[30])
+
+
+def test_checkpoints_without_digests_are_read(tmp_path):
+  saved = write(tmp_path, 10)
+  (tmp_path / 'checkpoint_10' / checkpoints.DIGESTS).unlink()
+  assert_equal(resume(tmp_path)[0], saved[10])
 
 
 def test_readers_do_not_rename_damaged_checkpoints(tmp_path):
@@ -328,8 +332,7 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path):
 
 
 def test_damaged_checkpoint_of_the_layout_before_orbax(tmp_path):
-  write_previous_layout(tmp_path / 'checkpoint_10', state_at(10))
-  write_previous_layout(tmp_path / 'checkpoint_20', state_at(20))
+  write_previous_layout(tmp_path, 10, 20)
   index = tmp_path / 'checkpoint_20' / 'checkpoint'
   index.write_bytes(index.read_bytes()[:100])
   assert_equal(resume(tmp_path)[0], state_at(10))
@@ -376,6 +379,18 @@ def test_configured_retention(tmp_path):
   cls = functools.partial(checkpoints.SaveBestCheckpointer, force_keep_period=40)
   kept = saved_steps(tmp_path / 'b', checkpointer_cls=cls, keep=2)
   assert kept == [0, 10, 30, 40, 50]
+
+
+def test_retention_in_the_layout_before_orbax(tmp_path):
+  steps = (0, 10, 20, 30)
+  write_previous_layout(tmp_path / 'a', *steps, keep=2)
+  assert checkpoints.all_steps(tmp_path / 'a') == [20, 30]
+  best = functools.partial(
+    checkpoints.SaveBestCheckpointer, metric_name_to_monitor='loss'
+  )
+  write_previous_layout(tmp_path / 'b', *steps, cls=best, keep=2)
+  assert checkpoints.all_steps(tmp_path / 'b') == [0, 10, 30]
+  assert len(list((tmp_path / 'b').iterdir())) == 3
 
 
 @pytest.mark.parametrize(

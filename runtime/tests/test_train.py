@@ -118,8 +118,11 @@ def test_numbers_of_steps_must_be_whole():
       train._whole_steps('eval_period', wrong)
 
 
-def test_interrupted_run_is_identical_to_an_uninterrupted_one(whole_run, tmp_path):
-  resume = functools.partial(run, tmp_path, task='tiny_noised')
+@pytest.mark.parametrize('use_orbax', [True, False])
+def test_interrupted_run_is_identical_to_an_uninterrupted_one(
+  whole_run, tmp_path, use_orbax
+):
+  resume = functools.partial(run, tmp_path, task='tiny_noised', use_orbax=use_orbax)
   step, _ = resume(total_steps=4)
   assert step == 4
   step, _ = resume(total_steps=7)
@@ -127,6 +130,7 @@ def test_interrupted_run_is_identical_to_an_uninterrupted_one(whole_run, tmp_pat
   step, state = resume()
   assert step == 10
   assert_equal_states(state, whole_run[1])
+  assert (tmp_path / 'checkpoint_7/checkpoint').exists() != use_orbax
 
 
 def test_resuming_with_another_task_is_an_error(tmp_path):

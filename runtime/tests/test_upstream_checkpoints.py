@@ -31,8 +31,9 @@ def test_checkpoints_are_exchanged(tmp_path, upstream_writes):
   assert_same(run('read', folder, not upstream_writes), written)
 
 
-def test_layout_before_orbax_is_read(tmp_path):
+@pytest.mark.parametrize('upstream_writes', [True, False])
+def test_layout_before_orbax_is_exchanged(tmp_path, upstream_writes):
   folder = tmp_path / 'model'
   folder.mkdir()
-  written = run('write_previous', folder, on_upstream=True)
-  assert_same(run('read', folder, on_upstream=False), written)
+  written = run('write_previous', folder, upstream_writes)
+  assert_same(run('read_previous', folder, not upstream_writes), written)

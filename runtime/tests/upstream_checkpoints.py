@@ -1,6 +1,6 @@
 """Writes or reads a checkpoint with the T5X on the path, upstream's or ours.
 
-  python upstream_checkpoints.py {write,write_previous,read} MODEL_DIR OUT.npz
+  python upstream_checkpoints.py {write,read}[_previous] MODEL_DIR OUT.npz
 
 OUT gets the arrays of the state and the next batch.
 """
@@ -71,8 +71,15 @@ def main(mode, folder, out):
   manager = checkpoints.OrbaxCheckpointManagerInterface(
     folder, shapes, partitioner, batches, save_dtype='float32'
   )
+  previous = checkpoints.Checkpointer(shapes, partitioner, folder, batches)
   if mode == 'read':
     state = manager.restore(path=f'{folder}/checkpoint_{STEP}')
+  elif mode == 'read_previous':
+    state = previous.restore(STEP)
+    loaded = checkpoints.load_t5x_checkpoint(folder)
+    jax.tree.map(
+      np.testing.assert_array_equal, loaded['target'], state.state_dict()['target']
+    )
   else:
     state = initializer.from_scratch(jax.random.PRNGKey(0))
     for _ in range(STEP):
@@ -80,7 +87,7 @@ def main(mode, folder, out):
       grads = jax.tree.map(jnp.cos, state.params)
       state = state.apply_gradient(grads, learning_rate=0.1)
     if mode == 'write_previous':
-      checkpoints.Checkpointer(shapes, partitioner, folder, batches).save(state)
+      previous.save(state)
     else:
       manager.save(state)
     manager.close()

@@ -4,9 +4,11 @@ Most published T5X checkpoints have this layout: a folder `checkpoint_<step>` wi
 file `checkpoint`, a msgpack map of `version` and `optimizer`, the state dict. Its
 leaves are small arrays, stored in place, or TensorStore specifications of zarr arrays,
 one folder each (`target.encoder.layers_0...`), with paths relative to the checkpoint.
+This module reads the layout and writes it; a complete checkpoint has its index.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -26,7 +28,9 @@ from t5x import state_utils
 INDEX_FILE = 'checkpoint'
 # Version 2 kept bfloat16 as uint16; version 1 and plain Flax files (0) had other trees.
 _OLDEST_VERSION = 2
+_VERSION = 3
 _THREADS = 16
+_CHUNK_BYTES = 64 * 2**20  # Larger shards are written in several files.
 
 
 class DamagedCheckpointError(OSError):
@@ -116,6 +120,14 @@ class StoredArray(LazyArray):
     return jax.make_array_from_callback(self.shape, sharding, at)
 
 
+def _kvstore(folder: str, path: str) -> dict[str, str]:
+  if folder.startswith('gs://'):
+    bucket, _, inner = folder.removeprefix('gs://').partition('/')
+    path = os.path.join(inner, path, '')
+    return {'driver': 'gcs', 'bucket': bucket, 'path': path}
+  return {'driver': 'file', 'path': os.path.join(folder, path, '')}
+
+
 def _stored(name: str, spec: Mapping[str, Any], folder: str) -> StoredArray:
   dtype = jnp.dtype(spec.get('dtype', spec['metadata'].get('dtype')))
   if spec['driver'] != 'zarr' or dtype == np.uint16:
@@ -125,13 +137,7 @@ def _stored(name: str, spec: Mapping[str, Any], folder: str) -> StoredArray:
     )
   # TensorStore 0.1.13 kept the path outside `kvstore`.
   path = spec['kvstore'].get('path', spec.get('path'))
-  if folder.startswith('gs://'):
-    bucket, _, inner = folder.removeprefix('gs://').partition('/')
-    path = os.path.join(inner, path, '')
-    kvstore = {'driver': 'gcs', 'bucket': bucket, 'path': path}
-  else:
-    kvstore = {'driver': 'file', 'path': os.path.join(folder, path, '')}
-  return StoredArray(name, spec['metadata']['shape'], dtype, kvstore)
+  return StoredArray(name, spec['metadata']['shape'], dtype, _kvstore(folder, path))
 
 
 def saved_tree(folder: epath.Path) -> dict[str, Any]:
@@ -172,3 +178,71 @@ def read_all(
       if isinstance(leaf, StoredArray)
     }
     return {**leaves, **{name: future.result() for name, future in pending.items()}}
+
+
+# -- Writing -------------------------------------------------------------------
+
+
+def _write_array(folder: str, name: str, value: Any, dtype: np.dtype) -> dict[str, Any]:
+  """Writes this host's shards of an array; returns its specification."""
+  shards = [(..., value)] if jax.process_index() == 0 else []
+  chunks = list(value.shape)
+  if isinstance(value, jax.Array):
+    shards = [(s.index, s.data) for s in value.addressable_shards if s.replica_id == 0]
+    chunks = list(value.sharding.shard_shape(value.shape))
+  while math.prod(chunks) * dtype.itemsize > _CHUNK_BYTES:
+    axis = int(np.argmax(chunks))
+    # By its least divisor: two hosts must not write to the same chunk.
+    chunks[axis] //= next(d for d in range(2, chunks[axis] + 1) if not chunks[axis] % d)
+  path = name.replace('/', '.')
+  spec = {
+    'driver': 'zarr',
+    'dtype': dtype.name,
+    'metadata': {
+      'shape': list(value.shape),
+      'chunks': [max(1, size) for size in chunks],
+      'compressor': {'id': 'gzip', 'level': 1},
+    },
+  }
+  store = tensorstore.open(
+    {**spec, 'kvstore': _kvstore(folder, path)}, create=True, open=True
+  ).result()
+  for index, data in shards:
+    store[index].write(np.asarray(data).astype(dtype, copy=False)).result()
+  # Relative, so that the checkpoint can be moved, also between disks and buckets.
+  return {**spec, 'kvstore': {'driver': 'file', 'path': f'{path}/'}}
+
+
+def write_arrays(
+  folder: epath.Path, state_dict: Mapping[str, Any], dtypes: Mapping[str, np.dtype]
+) -> dict[str, Any]:
+  """Writes this host's parts of all arrays, in parallel.
+
+  Args:
+    folder: the checkpoint, an existing folder.
+    state_dict: nested; scalars and None stay for the index.
+    dtypes: '/'-joined name of each array -> dtype on disk.
+
+  Returns:
+    The tree for `write_index`.
+  """
+  leaves = state_utils.flatten_state_dict(state_dict, keep_empty_nodes=True)
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    for name, value in leaves.items():
+      if name in dtypes and not np.ndim(value):
+        leaves[name] = np.asarray(value).astype(dtypes[name])
+      elif name in dtypes:
+        leaves[name] = pool.submit(
+          _write_array, os.fspath(folder), name, value, dtypes[name]
+        )
+  written = {
+    name: leaf.result() if isinstance(leaf, futures.Future) else leaf
+    for name, leaf in leaves.items()
+  }
+  return traverse_util.unflatten_dict(written, sep='/')
+
+
+def write_index(folder: epath.Path, tree: Mapping[str, Any]) -> None:
+  """Writes the index of a checkpoint whose arrays all hosts have written."""
+  contents = {'version': _VERSION, 'optimizer': tree}
+  (folder / INDEX_FILE).write_bytes(flax.serialization.msgpack_serialize(contents))

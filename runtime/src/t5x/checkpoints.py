@@ -1,20 +1,24 @@
 """Saves, keeps and restores checkpoints with Orbax.
 
 A checkpoint is `MODEL_DIR/checkpoint_<step>` with an item `state`, the train state
-`{state: {param_states, step}, target: params}`, and an item `dataset`, the state of the
-training iterator. It is written in the background under a temporary name and renamed
-when complete; a checkpoint to be deleted is renamed first. So a process killed at any
-time leaves only complete checkpoints under their names. The layout that T5X wrote
-before Orbax is read too (`checkpoint_importer`).
+`{state: {param_states, step}, target: params}`, an item `dataset`, the state of the
+training iterator, and digests of its files, which are compared before it is restored.
+It is written in the background under a temporary name and renamed when complete; a
+checkpoint to be deleted is renamed first. So a process killed at any time leaves only
+complete checkpoints under their names. `Checkpointer` writes the
+layout that T5X wrote before Orbax (`checkpoint_importer`); both are read.
 """
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -30,15 +34,20 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
-from t5x import checkpoint_importer, multihost, state_utils
+from t5x import checkpoint_importer, multihost, state_utils, whole_files
 from t5x.checkpoint_importer import DamagedCheckpointError, LazyArray
 
 PyTreeDef = jax.tree_util.PyTreeDef
 
 _STATE = 'state'
 _DATASET = 'dataset'
+_TRAIN_DS = 'train_ds'  # Prefix of the files of dataset states.
+_METRICS = 'metrics'
 _TRASH = 'deleting'  # Folder in the model's folder, emptied after each save.
+_UNFINISHED = '.unfinished'  # Suffix of a checkpoint that `Checkpointer` is writing.
 _SAVE_TIMEOUT = 600  # Seconds that a host waits for the others to finish a save.
+DIGESTS = 'SHA256SUMS'  # File in a checkpoint, written last.
+_THREADS = 16
 _SHOWN = 8  # Names listed in an error message.
 
 _RESTART_DATA = (
@@ -127,6 +136,53 @@ def latest_step(checkpoints_dir: epath.PathLike) -> int | None:
   return max(all_steps(checkpoints_dir), default=None)
 
 
+# -- Digests -------------------------------------------------------------------
+
+
+def _each(function: Callable[..., Any], *iterables: Any) -> list[Any]:
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return list(pool.map(function, *iterables))
+
+
+def _digest(file: pathlib.Path) -> str:
+  with file.open('rb') as opened:
+    return hashlib.file_digest(opened, 'sha256').hexdigest()
+
+
+def _write_digests(folder: epath.Path):
+  """Writes the digests of a checkpoint's files in the format of `sha256sum`."""
+  if '://' in os.fspath(folder):
+    return  # Buckets have their own.
+  files = sorted(file for file in pathlib.Path(folder).rglob('*') if file.is_file())
+  lines = [
+    f'{digest}  {file.relative_to(folder)}\n'
+    for digest, file in zip(_each(_digest, files), files, strict=True)
+  ]
+  with whole_files.whole_file(folder / DIGESTS) as file:
+    file.write(''.join(lines))
+
+
+def _verify(folder: epath.Path):
+  """Compares files with their digests, each process its share.
+
+  Raises:
+    DamagedCheckpointError: a file differs. Missing files are left to the readers.
+  """
+  if '://' in os.fspath(folder) or not (note := folder / DIGESTS).exists():
+    return
+  text = note.read_bytes().decode('utf-8', 'replace')
+  saved = {n: digest for digest, n in re.findall(r'(?m)^(\w{64})  (.+)$', text)}
+  names = sorted(saved)[jax.process_index() :: jax.process_count()]
+  names = [name for name in names if (folder / name).is_file()]
+  found = _each(lambda name: _digest(pathlib.Path(folder) / name), names)
+  damaged = [n for n, digest in zip(names, found, strict=True) if digest != saved[n]]
+  if not multihost.everywhere(not damaged):
+    raise DamagedCheckpointError(
+      f"'{folder}' has files that do not match {DIGESTS}: "
+      f'{_listed(damaged) or "see another process"}.'
+    )
+
+
 # -- Restoring arrays ----------------------------------------------------------
 
 
@@ -180,40 +236,23 @@ class Destination:
     return jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
 
 
-@dataclasses.dataclass(frozen=True)
-class _SavedArray:
+_AS_NUMPY = ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+class _OrbaxArray(LazyArray):
   """An array of an Orbax checkpoint, not yet read."""
 
-  path: tuple[str, ...]
-  shape: tuple[int, ...]
-  dtype: Any
+  def __init__(self, folder: epath.Path, name: str, leaf: Any):
+    super().__init__(getattr(leaf, 'shape', ()) or (), leaf.dtype, self._read)
+    self._folder = folder
+    self.path = tuple(name.split('/'))
+
+  def _read(self) -> np.ndarray:
+    return _restore_orbax(self._folder, {self.path: _AS_NUMPY})[self.path]
 
 
-def _saved_tree(folder: epath.Path) -> dict[str, Any]:
-  try:
-    tree = ocp.PyTreeCheckpointHandler(use_ocdbt=True).metadata(folder).tree
-  except Exception as error:
-    raise DamagedCheckpointError(f"'{folder}' is unreadable: {error}") from error
-  return _map_named(
-    lambda name, leaf: _SavedArray(
-      tuple(name.split('/')), tuple(getattr(leaf, 'shape', ()) or ()), leaf.dtype
-    ),
-    tree,
-  )
-
-
-def _read_orbax(
-  folder: epath.Path, sources: Mapping[str, _SavedArray], destination: Destination
-) -> dict[str, jax.Array]:
-  """Reads arrays by name. Several names may share a source."""
-  restore_args: dict[tuple[str, ...], Any] = {}
-  for name, source in sources.items():
-    dtype = destination.cast(name, source.dtype)
-    if source.path in restore_args:
-      dtype = source.dtype  # Cast for each name after reading.
-    restore_args[source.path] = ocp.ArrayRestoreArgs(
-      sharding=destination.sharding(name), dtype=dtype
-    )
+def _restore_orbax(folder: epath.Path, restore_args: Mapping[Any, Any]) -> Any:
+  """Reads the arrays with these paths; returns {path: array}."""
   try:
     tree = ocp.PyTreeCheckpointHandler(use_ocdbt=True).restore(
       folder,
@@ -227,7 +266,41 @@ def _read_orbax(
     raise
   except Exception as error:
     raise DamagedCheckpointError(f"'{folder}' is unreadable: {error}") from error
-  read = traverse_util.flatten_dict(tree)
+  return traverse_util.flatten_dict(tree)
+
+
+def _saved_tree(folder: epath.Path) -> dict[str, Any]:
+  """Reads the names, shapes and dtypes of a checkpoint in either layout."""
+  if (folder / checkpoint_importer.INDEX_FILE).exists():
+    return checkpoint_importer.saved_tree(folder)
+  if not (folder / _STATE).is_dir():
+    if steps := all_steps(folder):
+      raise ValueError(
+        f"'{folder}' is a folder of checkpoints with steps {steps}. Give the path of "
+        f'one, for instance {get_checkpoint_dir(folder, steps[-1])}.'
+      )
+    raise DamagedCheckpointError(f"'{folder}' is not a T5X checkpoint, or damaged.")
+  folder = folder / _STATE
+  try:
+    tree = ocp.PyTreeCheckpointHandler(use_ocdbt=True).metadata(folder).tree
+  except Exception as error:
+    raise DamagedCheckpointError(f"'{folder}' is unreadable: {error}") from error
+  return _map_named(lambda name, leaf: _OrbaxArray(folder, name, leaf), tree)
+
+
+def _read_orbax(
+  folder: epath.Path, sources: Mapping[str, _OrbaxArray], destination: Destination
+) -> dict[str, jax.Array]:
+  """Reads arrays by name. Several names may share a source."""
+  restore_args: dict[tuple[str, ...], Any] = {}
+  for name, source in sources.items():
+    dtype = destination.cast(name, source.dtype)
+    if source.path in restore_args:
+      dtype = source.dtype  # Cast for each name after reading.
+    restore_args[source.path] = ocp.ArrayRestoreArgs(
+      sharding=destination.sharding(name), dtype=dtype
+    )
+  read = _restore_orbax(folder, restore_args)
   return {
     name: destination.place(name, read[source.path]) for name, source in sources.items()
   }
@@ -286,23 +359,13 @@ def read_state(
     ValueError: the checkpoint is of another model.
     DamagedCheckpointError: the checkpoint cannot be read.
   """
-  if (folder / _STATE).is_dir():
-    tree = _saved_tree(folder / _STATE)
-  elif (folder / checkpoint_importer.INDEX_FILE).exists():
-    tree = checkpoint_importer.saved_tree(folder)
-  elif steps := all_steps(folder):
-    raise ValueError(
-      f"'{folder}' is a folder of checkpoints with steps {steps}. Give the path of "
-      f'one, for instance {get_checkpoint_dir(folder, steps[-1])}.'
-    )
-  else:
-    raise DamagedCheckpointError(f"'{folder}' is not a T5X checkpoint, or damaged.")
+  tree = _saved_tree(folder)
   for transform in transformations:
     tree = transform(tree, destination.state_dict)
   wanted = _leaves(destination.state_dict)
   fallback = state_utils.flatten_state_dict(fallback_state or {})
   chosen = _choose(folder, _leaves(tree), wanted, fallback)
-  in_orbax = {n: leaf for n, leaf in chosen.items() if isinstance(leaf, _SavedArray)}
+  in_orbax = {n: leaf for n, leaf in chosen.items() if isinstance(leaf, _OrbaxArray)}
   values = _read_orbax(folder / _STATE, in_orbax, destination) if in_orbax else {}
   others = checkpoint_importer.read_all(
     {name: leaf for name, leaf in chosen.items() if name not in in_orbax},
@@ -324,7 +387,7 @@ def load_t5x_checkpoint(
   restore_dtype: Any = None,
   lazy_parameters: bool = False,
 ) -> dict[str, Any]:
-  """Reads a checkpoint in the layout before Orbax, of any model.
+  """Reads a checkpoint of any model, in either layout.
 
   Args:
     path: a folder of checkpoints, a checkpoint, or its file `checkpoint`.
@@ -343,12 +406,9 @@ def load_t5x_checkpoint(
   if step is not None or all_steps(folder):
     step = latest_step(folder) if step is None else step
     folder = epath.Path(get_checkpoint_dir(folder, step))
-  if not (folder / checkpoint_importer.INDEX_FILE).is_file():
-    raise ValueError(
-      f"'{folder}' is not a T5X checkpoint from before Orbax. Newer ones are read by "
-      'OrbaxCheckpointManagerInterface.'
-    )
-  tree = checkpoint_importer.saved_tree(folder)
+  if not folder.is_dir():
+    raise ValueError(f"Checkpoint '{folder}' does not exist.")
+  tree = _saved_tree(folder)
   for transform in state_transformation_fns if remap else ():
     tree = transform(tree, {})
 
@@ -359,6 +419,10 @@ def load_t5x_checkpoint(
   flat = state_utils.flatten_state_dict(tree, keep_empty_nodes=True)
   if not lazy_parameters:
     flat = checkpoint_importer.read_all(flat, lambda _, leaf: leaf.get())
+    orbax = {name: leaf for name, leaf in flat.items() if isinstance(leaf, _OrbaxArray)}
+    args = {leaf.path: _AS_NUMPY for leaf in orbax.values()}
+    read = _restore_orbax(folder / _STATE, args) if orbax else {}
+    flat |= {name: read[leaf.path] for name, leaf in orbax.items()}
   for name, leaf in flat.items():
     if hasattr(leaf, 'shape'):
       flat[name] = lazy(name, leaf) if lazy_parameters else lazy(name, leaf).get()
@@ -437,13 +501,17 @@ class DatasetCheckpointHandler(ocp.CheckpointHandler):
     self._writes = should_write_dataset_ckpt
 
   def save(self, directory: epath.Path, args: 'DatasetArgs'):
-    if not self._writes:
-      return
-    if jax.process_count() > 1:
+    if self._writes and jax.process_count() > 1:
       directory = directory / f'process_{jax.process_index()}-of-{jax.process_count()}'
       directory.mkdir()
-    _with_save(args.item).save(os.fspath(directory / self._filename))
-    if source := getattr(args.item, 'source', None):
+    self.write(directory, args.item)
+
+  def write(self, directory: epath.Path, iterator: Any):
+    """Writes this host's files, if any, directly to a folder."""
+    if not self._writes:
+      return
+    _with_save(iterator).save(os.fspath(directory / self._filename))
+    if source := getattr(iterator, 'source', None):
       (directory / f'{self._filename}.source.json').write_text(json.dumps(source))
 
   def _find(self, folder: epath.Path) -> epath.Path:
@@ -510,6 +578,9 @@ class ParameterInfo:
 
   name: str  # '/'-joined name in the train state.
   mesh_axes: PartitionSpec
+
+
+_ParameterInfo = ParameterInfo  # T5X's name.
 
 
 def _savable(leaf: Any) -> Any:
@@ -607,7 +678,7 @@ class OrbaxCheckpointManagerInterface:
     self._preservation = policies.AnyPreservationPolicy(kept)
     layout = partitioner.get_data_layout()
     self._dataset_handler = DatasetCheckpointHandler(
-      f'train_ds-{layout.shard_id:03}-of-{layout.num_shards:03}',
+      f'{_TRAIN_DS}-{layout.shard_id:03}-of-{layout.num_shards:03}',
       layout.is_first_host_in_replica_set,
     )
     self._manager: ocp.CheckpointManager | None = None
@@ -640,30 +711,34 @@ class OrbaxCheckpointManagerInterface:
     """Opens the folder for saving and removes what a killed run left behind."""
     try:
       if multihost.is_host_0():
-        for leftover in self.directory.glob(f'{_TRASH}*'):
-          leftover.rmtree()
-      self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-          step_prefix='checkpoint',
-          cleanup_tmp_directories=True,
-          todelete_subdir=_TRASH,
-          preservation_policy=self._preservation,
-          best_fn=self._rank if self.metric_name_to_monitor else None,
-          best_mode=self._metric_mode,
-          async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
-        ),
-        item_handlers={
-          _STATE: ocp.PyTreeCheckpointHandler(use_ocdbt=True),
-          _DATASET: self._dataset_handler,
-        },
-      )
+        for pattern in (f'{_TRASH}*', f'checkpoint_*{_UNFINISHED}'):
+          for leftover in self.directory.glob(pattern):
+            leftover.rmtree()
+      self._manager = self._make_manager()
     except OSError as error:
       raise CheckpointSaveError(
         f"Checkpoints cannot be written to '{self.directory}': {error}. Make the "
         'folder writable, or choose another MODEL_DIR.'
       ) from error
     self._finisher = concurrent.futures.ThreadPoolExecutor(1, 't5x_checkpoint')
+
+  def _make_manager(self) -> Any:
+    return ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        step_prefix='checkpoint',
+        cleanup_tmp_directories=True,
+        todelete_subdir=_TRASH,
+        preservation_policy=self._preservation,
+        best_fn=self._rank if self.metric_name_to_monitor else None,
+        best_mode=self._metric_mode,
+        async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
+      ),
+      item_handlers={
+        _STATE: ocp.PyTreeCheckpointHandler(use_ocdbt=True),
+        _DATASET: self._dataset_handler,
+      },
+    )
 
   def save(
     self,
@@ -708,20 +783,20 @@ class OrbaxCheckpointManagerInterface:
 
     save_args = _map_named(save_arg, state_dict)
     self._check_space(state_dict, save_args)
-    items = {_STATE: ocp.args.PyTreeSave(state_dict, save_args=save_args)}
-    if self._dataset_iterator is not None:
-      items[_DATASET] = DatasetArgs(self._dataset_iterator)
     try:
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(**items),
-        metrics=self._monitored(metrics),
-        force=True,
-      )
+      self._write(step, state_dict, save_args, self._monitored(metrics))
     except Exception as error:
       raise self._failure(step, error) from error
     self._finishing = self._finisher.submit(self._finish, step)
     return True
+
+  def _write(self, step: int, state_dict: Any, save_args: Any, metrics: Any):
+    items = {_STATE: ocp.args.PyTreeSave(state_dict, save_args=save_args)}
+    if self._dataset_iterator is not None:
+      items[_DATASET] = DatasetArgs(self._dataset_iterator)
+    self._manager.save(
+      step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+    )
 
   def _monitored(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
     """The monitored metric of process 0, or None if it has none."""
@@ -765,19 +840,25 @@ class OrbaxCheckpointManagerInterface:
       raise self._failure(step, error) from error
     if not multihost.is_host_0():
       return
-    trash = self.directory / _TRASH
     try:
+      _write_digests(self._folder(step))
       if self._keep_dataset:
-        states = [self._folder(s) / _DATASET for s in all_steps(self.directory)]
-        states = [state for state in states if state.exists()]
+        folders = [self._folder(s) for s in all_steps(self.directory)]
+        states = [[*f.glob(_DATASET), *f.glob(f'{_TRAIN_DS}*')] for f in folders]
+        states = [state for state in states if state]
         for state in states[: -self._keep_dataset]:
-          trash.mkdir(exist_ok=True)
-          state.rename(trash / f'{_DATASET}_{step_in_name(state.parent)}')
-      if trash.exists():
+          self._discard(*state)
+      if (trash := self.directory / _TRASH).exists():
         trash.rmtree()
     except OSError as error:
       # The new checkpoint is complete, and the next save will try again.
-      logging.warning('Old checkpoints could not be removed: %s', error)
+      logging.warning('Cleaning up after a save failed: %s', error)
+
+  def _discard(self, *paths: epath.Path):
+    trash = self.directory / _TRASH
+    trash.mkdir(exist_ok=True)
+    for path in paths:
+      path.rename(trash / f'{path.parent.name}_{path.name}')
 
   def wait_until_finished(self):
     """Waits for the checkpoint being written.
@@ -859,6 +940,7 @@ class OrbaxCheckpointManagerInterface:
       raise FileNotFoundError(
         f"Checkpoint '{folder.name}' was not found in '{parent}'. {found}."
       )
+    _verify(folder)
     state_dict = read_state(
       folder, self._destination(), state_transformation_fns, fallback_state
     )
@@ -871,11 +953,10 @@ class OrbaxCheckpointManagerInterface:
 
 
 class Checkpointer(OrbaxCheckpointManagerInterface):
-  """Manages the checkpoints of one folder and waits for each write.
+  """Writes the layout before Orbax to one folder and waits for each write.
 
-  Has the interface of T5X before Orbax, but writes Orbax's layout. `retention` takes
-  `keep`, `keep_dataset_checkpoints` and the like of `OrbaxCheckpointManagerInterface`.
-  Nothing is written before the first save.
+  `retention` takes `keep`, `keep_dataset_checkpoints` and the like of
+  `OrbaxCheckpointManagerInterface`. Nothing is written before the first save.
   """
 
   def __init__(
@@ -909,11 +990,56 @@ class Checkpointer(OrbaxCheckpointManagerInterface):
     *,
     concurrent_gb: int = 128,
   ) -> bool:
-    """Saves a checkpoint and waits for it. Orbax does not need `concurrent_gb`."""
+    """Saves a checkpoint and waits for it; `concurrent_gb` is ignored."""
     del concurrent_gb
     saved = super().save(train_state, state_transformation_fns, metrics)
     self.wait_until_finished()
     return saved
+
+  def _make_manager(self) -> Any:
+    # Stands in for Orbax's, which cannot write this layout.
+    self.directory.mkdir(parents=True, exist_ok=True)
+    return types.SimpleNamespace(
+      all_steps=lambda: all_steps(self.directory),
+      wait_until_finished=lambda: None,
+      close=lambda: None,
+    )
+
+  def _write(self, step: int, state_dict: Any, save_args: Any, metrics: Any):
+    folder = unfinished = self._folder(step)
+    if not os.fspath(folder).startswith('gs://'):  # There, the index marks the end.
+      unfinished = folder.parent / f'{folder.name}{_UNFINISHED}'
+    first = multihost.is_host_0()
+    if first:
+      unfinished.mkdir(parents=True)
+    multihost.sync(f't5x_created_{step}')
+    dtypes = {name: args.dtype for name, args in _leaves(save_args).items()}
+    tree = checkpoint_importer.write_arrays(unfinished, state_dict, dtypes)
+    if self._dataset_iterator is not None:
+      self._dataset_handler.write(unfinished, self._dataset_iterator)
+    multihost.sync(f't5x_written_{step}')
+    if first:
+      if metrics:  # Where Orbax has them.
+        (unfinished / _METRICS).mkdir()
+        (unfinished / _METRICS / _METRICS).write_text(json.dumps(metrics))
+      checkpoint_importer.write_index(unfinished, tree)
+      if unfinished != folder:
+        unfinished.rename(folder)
+      self._remove_old()
+    multihost.sync(f't5x_saved_{step}')
+
+  def _remove_old(self):
+    saved = []
+    for step in all_steps(self.directory):
+      file = self._folder(step) / _METRICS / _METRICS
+      metrics = json.loads(file.read_text()) if file.exists() else None
+      saved.append(types.SimpleNamespace(step=step, metrics=metrics))
+    kept = self._preservation.should_preserve(
+      saved, context=policies.PreservationContext()
+    )
+    for checkpoint, keep in zip(saved, kept, strict=True):
+      if not keep:
+        self._discard(self._folder(checkpoint.step))
 
 
 @gin.configurable(module='t5x.checkpoints')

@@ -35,6 +35,13 @@ def broadcast_int(value: int) -> int:
   return int(broadcast(np.int32(value)))
 
 
+def everywhere(condition: bool) -> bool:
+  """Returns whether a condition holds in every process."""
+  if jax.process_count() == 1:
+    return condition
+  return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
+
+
 def assert_same(tree: PyTree, what: str) -> None:
   """Checks that all processes passed equal values.
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import flax.core
 import jax
-import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
-from jax.experimental import multihost_utils
 
 from t5x import checkpoints, multihost, state_utils, train_state
 
@@ -342,12 +340,6 @@ def _folder_of(checkpoint: str) -> epath.Path:
   return checkpoints.absolute(checkpoint).parent
 
 
-def _on_all_hosts(succeeded: bool) -> bool:
-  if jax.process_count() == 1:
-    return succeeded
-  return bool(multihost_utils.process_allgather(np.asarray(succeeded)).all())
-
-
 def _restore_newest_readable(
   manager: Any,
   path: str,
@@ -378,7 +370,7 @@ def _restore_newest_readable(
         raise
       problem = error
       logging.error("Checkpoint '%s' is damaged: %s", candidate, error)
-    if _on_all_hosts(state is not None):
+    if multihost.everywhere(state is not None):
       if damaged:
         logging.error("Restored '%s' instead.", candidate)
       return state, candidate, damaged
@@ -387,6 +379,12 @@ def _restore_newest_readable(
     f"All checkpoints in '{folder}' are damaged (steps {steps}). Restore the folder "
     'from a backup, or move the checkpoints away to start from scratch.'
   ) from problem
+
+
+def _set_options(save_cfg: SaveCheckpointConfig, *names: str) -> dict[str, Any]:
+  """The fields that are set: gin may bind the others to the manager's class."""
+  options = {name: getattr(save_cfg, name) for name in names}
+  return {name: value for name, value in options.items() if value is not None}
 
 
 def create_orbax_checkpoint_manager(
@@ -409,10 +407,9 @@ def create_orbax_checkpoint_manager(
     # Built, not inspected, because gin and `functools.partial` may wrap the class.
     options = save_cfg.checkpointer_cls(train_state, partitioner, model_dir).retention
     options |= dict(period=save_cfg.period, save_dtype=save_cfg.dtype)
-    # Unset values are omitted: gin may bind them to the manager's class.
-    for name in ('keep', 'checkpoint_steps', 'keep_dataset_checkpoints'):
-      if getattr(save_cfg, name) is not None:
-        options[name] = getattr(save_cfg, name)
+    options |= _set_options(
+      save_cfg, 'keep', 'checkpoint_steps', 'keep_dataset_checkpoints'
+    )
     with_dataset |= save_cfg.save_dataset
   if restore_cfg is not None:
     options['restore_dtype'] = restore_cfg.dtype
@@ -450,12 +447,12 @@ def create_checkpoint_manager_and_restore(
     save_checkpoint_cfg: how to save; None for a manager that only reads.
     model_dir: the run's folder; None for that of the checkpoint.
     ds_iter: the training iterator.
-    use_orbax: ignored (T5X compatibility); Orbax's layout is always written.
+    use_orbax: False saves with `save_checkpoint_cfg.checkpointer_cls`, in the layout
+      before Orbax. Both layouts are read in any case.
 
   Returns:
     (the train state or None, the manager).
   """
-  del use_orbax
   if model_dir is None:
     path = _folder_of(restore_path) if restore_path else restore_checkpoint_cfg.path
     model_dir = os.fspath(path)
@@ -482,6 +479,16 @@ def create_checkpoint_manager_and_restore(
   if damaged and _folder_of(restore_path) == checkpoints.absolute(model_dir):
     for step in damaged:
       reader.set_aside(step)
+  if not use_orbax:
+    save_cfg = save_checkpoint_cfg
+    return state, save_cfg.checkpointer_cls(
+      common['train_state'],
+      partitioner,
+      model_dir,
+      ds_iter if save_cfg.save_dataset else None,
+      save_dtype=save_cfg.dtype,
+      **_set_options(save_cfg, 'keep', 'keep_dataset_checkpoints'),
+    )
   return state, create_orbax_checkpoint_manager(save_cfg=save_checkpoint_cfg, **common)
 
 
@@ -513,6 +520,8 @@ def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any
       if x is not None
     }
     if part == 'target':
+      for name, x in leaves.items():
+        logging.info('Variable %s: %s, %s.', name, x.shape, x.sharding.spec)
       total = sum(math.prod(x.shape) for x in leaves.values())
       logging.info('The model has %s parameters.', f'{total:,}')
     tables.append(
