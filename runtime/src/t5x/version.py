@@ -1,3 +1,8 @@
-"""The version of the runtime, which pyproject.toml reads."""
+"""The version of this package."""
 
-__version__ = '0.2.0'
+from importlib import metadata
+
+try:
+  __version__ = metadata.version('bart-t5x-runtime')
+except metadata.PackageNotFoundError:  # Run from a clone without installing.
+  __version__ = '0.0.0'
