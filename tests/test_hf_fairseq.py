@@ -46,11 +46,14 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def run(make_run, tmp_path):
+@pytest.fixture(scope='module')
+def run(make_run, tmp_path_factory):
   """A model with the shape of SETTINGS and zero logits bias."""
   run = make_run(
-    tmp_path / 'ours', num_encoder_layers=1, num_decoder_layers=1, max_positions=32
+    tmp_path_factory.mktemp('ours') / 'a',
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    max_positions=32,
   )
   run.params['final_logits_bias'][:] = 0
   return run

@@ -150,7 +150,7 @@ def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
   assert run.export(folder) == 0
   greedy, (beams, distance) = greedy_search(run), beam_search(run)
   (*found, short), warnings = by_peer(
-    ask_peer, framework, folder, GREEDY, {}, {'max_new_tokens': 5}
+    ask_peer, framework, folder, GREEDY, {}, {**GREEDY, 'max_new_tokens': 5}
   )
   assert found == [greedy, beams] and max(map(len, short)) == 5 and not warnings
   # The comparison is not trivial.
