@@ -117,6 +117,30 @@ def default_num_shards(num_bytes: int) -> int:
 _HEADER = struct.Struct('<QI')  # digest and size of a document
 
 
+class DigestSet:
+  """A set of digests at 8 bytes each; Python's `set` takes about 100."""
+
+  def __init__(self, buffer_size: int = 1 << 20):
+    self._buffer_size = buffer_size
+    self._recent: set[int] = set()
+    self._sorted = np.empty(0, np.uint64)
+
+  def add(self, value: int) -> bool:
+    """Adds a digest; returns whether it is new."""
+    if value in self._recent:
+      return False
+    place = np.searchsorted(self._sorted, np.uint64(value))
+    if place < len(self._sorted) and self._sorted[place] == value:
+      return False
+    self._recent.add(value)
+    # Growing by at least an eighth keeps the total cost of sorting linear.
+    if len(self._recent) >= max(self._buffer_size, len(self._sorted) // 8):
+      recent = np.fromiter(self._recent, np.uint64, len(self._recent))
+      self._sorted = np.sort(np.concatenate([self._sorted, recent]))
+      self._recent.clear()
+    return True
+
+
 @dataclasses.dataclass
 class Spool:
   """A compressed file of documents, and their counts."""
@@ -151,7 +175,7 @@ def spool(documents: Iterable[str], path: str, share: float, at_least: int) -> S
   import zstandard
 
   kept = Spool(path)
-  seen: set[int] = set()
+  seen = DigestSet()
   smallest: list[int] = []  # a heap of the negated `at_least` smallest digests
   total = hashlib.sha256()
   with open(path, 'wb') as f, zstandard.ZstdCompressor(1).stream_writer(f) as out:
@@ -161,10 +185,9 @@ def spool(documents: Iterable[str], path: str, share: float, at_least: int) -> S
         continue
       text = document.encode('utf-8')
       digest = corpus_format.digest(text)
-      if digest in seen:
+      if not seen.add(digest):
         kept.duplicates += 1
         continue
-      seen.add(digest)
       kept.documents += 1
       kept.bytes += len(text)
       heapq.heappush(smallest, -digest)

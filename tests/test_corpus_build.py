@@ -174,3 +174,12 @@ def test_hash_of_the_text(tmp_path):
   assert collect(tmp_path, ['a', 'b', 'a', ''], name='2').text_sha256 == one
   assert collect(tmp_path, ['b', 'a'], name='3').text_sha256 != one
   assert collect(tmp_path, ['ab'], name='4').text_sha256 != one
+
+
+def test_digest_set_equals_a_set():
+  rng = random.Random(0)
+  ours, plain = corpus_build.DigestSet(buffer_size=16), set()
+  for _ in range(5000):
+    value = rng.choice([rng.randrange(3000), 2**63 - 1 - rng.randrange(50)])
+    assert ours.add(value) == (value not in plain)
+    plain.add(value)

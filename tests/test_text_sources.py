@@ -142,6 +142,8 @@ def archived(content):
     (archived(b'bla'), 'tar'),
     (b'7z\xbc\xaf\x27\x1c\0\4', 'not text'),
   ],
+  # Compressed contents have the time in them.
+  ids=['utf16', 'utf16-no-mark', 'utf16-gzip', 'zip', 'tar', '7z'],
 )
 def test_other_files_are_named(tmp_path, content, kind, unit):
   path = write(tmp_path / 'a.txt', content)
