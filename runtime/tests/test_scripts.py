@@ -74,6 +74,8 @@ def start(args, devices=1):
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    # A shell that runs the tests in the background ignores it.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 
