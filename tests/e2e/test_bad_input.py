@@ -62,7 +62,8 @@ def train(call_script, helpers, in_process_task, tmp_path):
 
 
 def left_behind(folder):
-  return [name for _, _, files in os.walk(folder) for name in files]
+  names = [name for _, _, files in os.walk(folder) for name in files]
+  return [name for name in names if name != '.lock']
 
 
 @pytest.mark.parametrize(
