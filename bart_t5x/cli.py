@@ -18,9 +18,13 @@ def fail(reason: object) -> int:
   return 1
 
 
-def quiet_libraries() -> None:
-  """Silences TensorFlow's C++ logs unless the user set their level; call it first."""
+def set_up_libraries() -> None:
+  """Keeps libraries quiet and off accelerators, which a run may hold; call it first.
+
+  Variables that the user has set stay.
+  """
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 
 def import_tensorflow() -> None:

@@ -364,7 +364,7 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
-  cli.quiet_libraries()
+  cli.set_up_libraries()
   args, rest = _parser().parse_known_args(argv)
   bindings = [a.removeprefix('--gin.') for a in rest if a.startswith('--gin.')]
   try:

@@ -318,7 +318,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command and returns its exit code."""
-  cli.quiet_libraries()
+  cli.set_up_libraries()
   parser = _parser()
   args = parser.parse_args(argv)
   try:

@@ -82,7 +82,7 @@ def restack(
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
-  cli.quiet_libraries()
+  cli.set_up_libraries()
   parser = argparse.ArgumentParser(
     prog='python -m bart_t5x.restack', description=__doc__.split('\n')[0]
   )

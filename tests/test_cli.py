@@ -15,7 +15,7 @@ from bart_t5x import cli
 def test_tensorflow_import_prints_nothing():
   code = (
     'import sys; from bart_t5x import cli\n'
-    'cli.quiet_libraries(); cli.import_tensorflow()\n'
+    'cli.set_up_libraries(); cli.import_tensorflow()\n'
     'assert "tensorflow" in sys.modules\n'
     'sys.stderr.write("after")'
   )

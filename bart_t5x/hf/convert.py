@@ -102,7 +102,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns its exit status."""
-  cli.quiet_libraries()
+  cli.set_up_libraries()
   argv = list(sys.argv[1:] if argv is None else argv)
   args = _parser().parse_args(argv)
   try:
