@@ -69,7 +69,8 @@ def restack(
     shutil.copytree(
       checkpoint,
       folder,
-      ignore=shutil.ignore_patterns(checkpoints.STATE),
+      # The digests are those of the other form.
+      ignore=shutil.ignore_patterns(checkpoints.STATE, 'SHA256SUMS'),
       dirs_exist_ok=True,
     )
     checkpoints.write_state(folder, convert(state))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import partitioning
+from jax.extend import core as jax_core
 from jax.interpreters import partial_eval
 
 from bart_t5x import attention, flash, network
@@ -116,7 +117,7 @@ def _kernels(jaxpr):
     if equation.primitive.name == 'pallas_call':
       counts[equation.params['name']] += 1
     else:
-      for inner in jax.core.jaxprs_in_params(equation.params):
+      for inner in jax_core.jaxprs_in_params(equation.params):
         counts += _kernels(inner)
   return counts
 

@@ -258,3 +258,29 @@ def test_a_clone_of_t5x_supplies_examples(tmp_path, monkeypatch):
   finally:
     for name in [name for name in sys.modules if name.startswith('t5x.examples')]:
       del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+  'script, file',
+  [
+    ('train', 'pretrain'),
+    ('train', 'finetune'),
+    ('eval', 'eval'),
+    ('infer', 'infer'),
+    ('infer', 'infer_from_tfexample_file'),
+  ],
+)
+def test_run_files_need_only_their_required_macros(monkeypatch, script, file):
+  module = importlib.import_module(f't5x.{script}')
+  monkeypatch.setitem(sys.modules, '__main__', module)
+  root = os.path.dirname(t5x.__file__)
+  with open(f'{root}/configs/runs/{file}.gin', encoding='utf-8') as opened:
+    names = re.findall(r'(?m)^(\w+) = %gin.REQUIRED', opened.read())
+  values = {
+    'TRAIN_STEPS': 8,
+    'TASK_FEATURE_LENGTHS': {'inputs': 8},
+    'FEATURE_LENGTHS': {'inputs': 8},
+    'TF_EXAMPLE_FILE_PATHS': ['x'],
+  }
+  bindings = [f'{name} = {values.get(name, "x")!r}' for name in ['MODEL', *names]]
+  gin_utils.parse_gin_flags([root], [f'configs/runs/{file}.gin'], bindings)

@@ -191,9 +191,13 @@ def _write_array(folder: str, name: str, value: Any, dtype: np.dtype) -> dict[st
     shards = [(s.index, s.data) for s in value.addressable_shards if s.replica_id == 0]
     chunks = list(value.sharding.shard_shape(value.shape))
   while math.prod(chunks) * dtype.itemsize > _CHUNK_BYTES:
-    axis = int(np.argmax(chunks))
-    # By its least divisor: two hosts must not write to the same chunk.
-    chunks[axis] //= next(d for d in range(2, chunks[axis] + 1) if not chunks[axis] % d)
+    # By the least divisor of all axes: two hosts must not write to the same chunk.
+    divisor, axis = min(
+      (next(d for d in range(2, size + 1) if not size % d), axis)
+      for axis, size in enumerate(chunks)
+      if size > 1
+    )
+    chunks[axis] //= divisor
   path = name.replace('/', '.')
   spec = {
     'driver': 'zarr',

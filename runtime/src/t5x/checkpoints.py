@@ -174,7 +174,16 @@ def _verify(folder: epath.Path):
   saved = {n: digest for digest, n in re.findall(r'(?m)^(\w{64})  (.+)$', text)}
   names = sorted(saved)[jax.process_index() :: jax.process_count()]
   names = [name for name in names if (folder / name).is_file()]
-  found = _each(lambda name: _digest(pathlib.Path(folder) / name), names)
+
+  def digest(name):
+    try:
+      return _digest(pathlib.Path(folder) / name)
+    except PermissionError:
+      raise
+    except OSError as error:  # The disk is damaged.
+      return error
+
+  found = _each(digest, names)
   damaged = [n for n, digest in zip(names, found, strict=True) if digest != saved[n]]
   if not multihost.everywhere(not damaged):
     raise DamagedCheckpointError(
@@ -841,7 +850,6 @@ class OrbaxCheckpointManagerInterface:
     if not multihost.is_host_0():
       return
     try:
-      _write_digests(self._folder(step))
       if self._keep_dataset:
         folders = [self._folder(s) for s in all_steps(self.directory)]
         states = [[*f.glob(_DATASET), *f.glob(f'{_TRAIN_DS}*')] for f in folders]
@@ -853,6 +861,10 @@ class OrbaxCheckpointManagerInterface:
     except OSError as error:
       # The new checkpoint is complete, and the next save will try again.
       logging.warning('Cleaning up after a save failed: %s', error)
+    try:
+      _write_digests(self._folder(step))
+    except OSError as error:
+      logging.warning('Checkpoint %d has no digests: %s', step, error)
 
   def _discard(self, *paths: epath.Path):
     trash = self.directory / _TRASH
@@ -1011,6 +1023,8 @@ class Checkpointer(OrbaxCheckpointManagerInterface):
       unfinished = folder.parent / f'{folder.name}{_UNFINISHED}'
     first = multihost.is_host_0()
     if first:
+      if unfinished.exists():  # Of a killed run, on gs://.
+        unfinished.rmtree()
       unfinished.mkdir(parents=True)
     multihost.sync(f't5x_created_{step}')
     dtypes = {name: args.dtype for name, args in _leaves(save_args).items()}

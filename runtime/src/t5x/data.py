@@ -35,7 +35,8 @@ class DatasetConfig:
   """Selects a task and how to batch it."""
 
   mixture_or_task_name: str | TaskOrMixture
-  task_feature_lengths: Mapping[str, int]  # in tokens
+  # In tokens; None, in evaluation only: those of the longest example.
+  task_feature_lengths: Mapping[str, int] | None
   split: str  # a TFDS source also takes slices such as 'train[:1%]'
   batch_size: int  # over all hosts, in rows
   shuffle: bool

@@ -347,7 +347,7 @@ def reported_errors() -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    write_to_stderr('ERROR: interrupted. The same command resumes from what it saved.')
+    write_to_stderr('ERROR: interrupted.')
     leave(130)
   except Exception as error:  # Everything: the program ends here.
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -397,10 +397,11 @@ def leave(code: int) -> NoReturn:
   A normal exit takes seconds: Python waits for idle threads of TensorFlow, Orbax and
   XLA and destroys millions of objects.
   """
-  with contextlib.suppress(OSError):
-    logging.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+  for flush in (logging.flush, sys.stdout.flush, sys.stderr.flush):
+    try:
+      flush()
+    except OSError:  # A full disk, or the terminal is gone.
+      code = code or 1
   os._exit(code)
 
 

@@ -174,9 +174,9 @@ class MetricsLog:
     if self._tracker:
       self._tracker.log(step, source, found)
 
-  def close(self) -> None:
+  def close(self, failed: bool = False) -> None:
     if self._tracker:
-      self._tracker.close()
+      self._tracker.close(failed)
 
   def at(self, step: int) -> dict[str, float]:
     """Returns {`<source>/<metric>`: value} if `step` is the latest step, else {}."""

@@ -521,7 +521,7 @@ def log_model_info(log_file: str | None, full_train_state: Any, partitioner: Any
     }
     if part == 'target':
       for name, x in leaves.items():
-        logging.info('Variable %s: %s, %s.', name, x.shape, x.sharding.spec)
+        logging.debug('Variable %s: %s, %s.', name, x.shape, x.sharding.spec)
       total = sum(math.prod(x.shape) for x in leaves.values())
       logging.info('The model has %s parameters.', f'{total:,}')
     tables.append(

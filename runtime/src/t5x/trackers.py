@@ -74,6 +74,9 @@ class Tracker:
     else:
       self.run.log(named, step=step)
 
-  def close(self) -> None:
-    """Waits until all is sent."""
-    self.run.finish()
+  def close(self, failed: bool = False) -> None:
+    """Waits until all is sent; W&B shows whether the run failed."""
+    if self._service == 'wandb':
+      self.run.finish(exit_code=int(failed))
+    else:
+      self.run.finish()

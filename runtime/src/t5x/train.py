@@ -151,8 +151,11 @@ def _stop_signals(model_dir: str) -> Iterator[tuple[Callable[[int], bool], list[
     del frame
     if number == signal.SIGINT and number in received:
       latest = checkpoints.latest_step(model_dir)
-      kept = 'Nothing is saved' if latest is None else f'Steps after {latest} are lost'
-      launch.write_to_stderr(f'{kept}. The same command resumes the run.')
+      launch.write_to_stderr(
+        'Nothing was saved; the same command starts again.'
+        if latest is None
+        else f'Steps after {latest} are lost. The same command resumes the run.'
+      )
       os._exit(128 + number)
     received.append(number)
     launch.write_to_stderr(
@@ -487,8 +490,10 @@ def train(
   periods = (stats_period, save_period, evaluates and eval_period, gc_period)
   step = first_step
   with contextlib.ExitStack() as stack:
+    # Left last: a second SIGTERM must not interrupt a save.
+    stops_before, signals = stack.enter_context(_stop_signals(model_dir))
     # Pending checkpoints and metrics are completed even after an error.
-    stack.callback(metrics_log.close)
+    stack.push(lambda kind, *_: metrics_log.close(failed=kind is not None))
     if manager is not None:
       stack.callback(manager.close)
     if evaluator is not None:
@@ -512,7 +517,6 @@ def train(
       if gc_period and gc.isenabled():
         gc.disable()
         stack.callback(gc.enable)
-      stops_before, signals = stack.enter_context(_stop_signals(model_dir))
       batches = _until_stopped(train_iter, step, stops_before)
     while step < total_steps and not trainer.stop_training:
       stop = _next_stop(step, total_steps, periods, save_steps)
