@@ -17,7 +17,7 @@ _MODULES = {
 
 
 def _versions() -> str:
-  found = [d for d in metadata.distributions() if d.name.startswith('bart-t5x')]
+  found = [d for d in metadata.distributions() if (d.name or '').startswith('bart-t5x')]
   return ', '.join(sorted({f'{d.name} {d.version}' for d in found}))
 
 

@@ -98,7 +98,10 @@ def read_predictions(path: pathlib.Path) -> list[tuple[str, str]]:
   # Not splitlines(), which also splits at a U+2028 inside a text.
   with path.open(encoding='utf-8') as lines:
     rows = [json.loads(line) for line in lines]
-  return [(row['inputs']['inputs_pretokenized'], row['prediction']) for row in rows]
+  try:
+    return [(row['inputs']['inputs_pretokenized'], row['prediction']) for row in rows]
+  except KeyError as e:
+    raise ValueError(f'{path} has no {e}: it must be what t5x.infer wrote') from e
 
 
 def fill_in_parts(masked: str, filled: str) -> list[str]:
@@ -106,8 +109,12 @@ def fill_in_parts(masked: str, filled: str) -> list[str]:
 
   One part if the model has not kept all that is outside of the masks.
   """
-  pieces = (re.escape(piece) for piece in masked.split('<mask>'))
-  match = re.fullmatch('(.*?)'.join(f'({piece})' for piece in pieces), filled, re.S)
+  first, *others = (f'({re.escape(p)})' for p in masked.strip().split('<mask>'))
+  if not others:
+    return [filled]
+  # Atomic groups: without them the time grows with the power of the masks.
+  middle = ''.join(f'(?>(.*?){piece})' for piece in others[:-1])
+  match = re.fullmatch(f'{first}{middle}(.*){others[-1]}', filled, re.S)
   return list(match.groups()) if match else [filled]
 
 

@@ -153,7 +153,7 @@ def _decode(content: bytes, path: str, line: int) -> str:
     return content.decode('utf-8')
   except UnicodeDecodeError as e:
     # Text in another encoding has no such characters.
-    binary = re.search(rb'[\0-\x08\x0e-\x1a]', next(_chunks(path)))
+    binary = re.search(rb'[\0-\x08\x0e-\x19]', next(_chunks(path)))
     raise SourceError(
       f'{path}, line {line + content.count(bytes([10]), 0, e.start)}: byte '
       f'0x{content[e.start]:02x} is not valid UTF-8. '

@@ -159,7 +159,8 @@ class ByteLevelTokenizer(Tokenizer):
         f'For a SentencePiece tokenizer, use its original model ({SENTENCEPIECE_FILE}).'
       )
     self.mask_id = _check_specials(self.backend.token_to_id, (BOS, PAD, EOS, UNK), name)
-    self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
+    # Ids may have gaps.
+    self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
     # Special tokens in text are text.
     self.backend.encode_special_tokens = True
     self.backend.no_padding()

@@ -22,7 +22,7 @@ SMALLEST_VOCABULARY = 256 + len(tokenization.HF_SPECIALS)
 _BATCH = 512
 # Characters of a word that counts: time is quadratic in the longest.
 _LONGEST_WORD = 10_000
-_WORD = re.compile(r'\w++|[^\w\s]++')
+_WORD = re.compile(r'\w++|\s++|[^\w\s]++')
 _SCORE_UNIT = 2.0**-8  # see `_rounded`
 _SENTENCEPIECE_THREADS = 16  # fixed, because the result depends on it
 _LONGEST_SENTENCE = 1 << 16  # bytes; SentencePiece drops longer ones
@@ -87,7 +87,7 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _without_endless_words(text: str) -> str:
-  if len(text) <= _LONGEST_WORD or max(map(len, text.split())) <= _LONGEST_WORD:
+  if len(text) <= _LONGEST_WORD:
     return text
   return _WORD.sub(lambda m: m[0] if len(m[0]) <= _LONGEST_WORD else '', text)
 

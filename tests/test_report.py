@@ -66,6 +66,7 @@ def test_sparkline_spans_lowest_to_highest():
     ('Han (?) <mask>.', 'Han (?) to\nlinjer.', ['Han (?) ', 'to\nlinjer', '.']),
     ('Han <mask> nå.', 'Hun går nå.', ['Hun går nå.']),
     ('Han <mask> nå.', 'Han går nå. Ja.', ['Han går nå. Ja.']),
+    ('<mask> ' * 9 + 'nå.', 'ja ' * 99, ['ja ' * 99]),
   ],
 )
 def test_fill_ins_are_what_the_masks_became(masked, filled, parts):

@@ -218,6 +218,13 @@ def test_min_frequency_acts():
 def test_endless_words_do_not_count():
   plain = train('bytelevel', 345)
   endless = 'ab' * 5000 + 'a'
-  texts = [*TEXTS, endless, f'{endless}!', '«' * 10_001, ('x' * 9999 + ',') * 9]
+  texts = [
+    *TEXTS,
+    endless,
+    f'{endless}!',
+    '«' * 10_001,
+    ' ' * 10_001,
+    ('x' * 9999 + ',') * 9,
+  ]
   assert train('bytelevel', 345, texts=texts[:-1]) == plain
   assert train('bytelevel', 345, texts=texts) != plain

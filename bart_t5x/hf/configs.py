@@ -108,12 +108,13 @@ def generation_to_hf(
   search: BeamSearch | None = None,
 ) -> dict[str, Any]:
   """Returns the content of `generation_config.json`; without `search`, for greedy."""
+  longest = config.max_positions - 1
   content = {
     **_SPECIAL_IDS,
     **_forced(forced_bos_id),
     'forced_eos_token_id': EOS_ID,
     # Not max_length, which transformers 5 warns of if a call has max_new_tokens.
-    'max_new_tokens': config.max_positions - 1,
+    'max_new_tokens': min(search.longest, longest) if search else longest,
   }
   if search:
     content |= {

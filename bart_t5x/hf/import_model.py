@@ -127,7 +127,9 @@ def _fit_tokenizer(source: Source, vocab_size: int, mask_id: int) -> Source:
     for name, tensor in tensors.items():
       mean = tensor.astype(np.float32).mean(axis=0, keepdims=True)
       tensors[name] = np.concatenate([tensor, mean])
-  elif vocab_size <= rows < vocab_size + 128:  # padded to a multiple of up to 128
+  elif rows == vocab_size or (rows % 8 == 0 and vocab_size < rows < vocab_size + 128):
+    if rows > vocab_size:  # padded to a multiple of up to 128
+      logging.warning('Rows beyond the tokenizer are dropped: %d.', rows - vocab_size)
     tensors = {name: tensor[:vocab_size] for name, tensor in tensors.items()}
   else:
     raise ValueError(

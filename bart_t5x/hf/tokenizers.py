@@ -2,7 +2,7 @@
 
 Byte-level BPE is a `tokenizer.json` on both sides. A SentencePiece model is exported
 with an equivalent `tokenizer.json`, and imported with its pieces reordered to the ids
-of the model, which a `dict.txt` determines if the folder has one (fairseq, BARTpho).
+of the model, which a `dict.txt` determines if the folder has one (fairseq).
 """
 
 import json
