@@ -268,7 +268,7 @@ def test_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
              for (s, n, v), _ in tracker.log.call_args_list]  # fmt: skip
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert tracked == [json.loads(line) for line in lines]
-  tracker.close.assert_called_once_with()
+  tracker.close.assert_called_once_with(False)
 
 
 def test_non_finite_loss_ends_the_run_without_a_checkpoint(tmp_path):
