@@ -28,7 +28,7 @@ VALIDATION = 'validation'
 _REMEDY = 'Copy the corpus again, or rerun prepare with --overwrite.'
 
 
-def parse(text: str, path: str) -> dict[str, Any]:
+def parse(text: str | bytes, path: str) -> dict[str, Any]:
   """Parses corpus.json.
 
   Raises:
@@ -47,6 +47,19 @@ def parse(text: str, path: str) -> dict[str, Any]:
       f'{FORMAT_VERSION}. {_REMEDY}'
     )
   return corpus
+
+
+def read(folder: str | os.PathLike[str], gfile: Any = None) -> dict[str, Any]:
+  """Returns the content of a folder's corpus.json, empty if there is none.
+
+  `gfile` is `tf.io.gfile` where the folder may be in a bucket.
+  """
+  exists, opened = (gfile.exists, gfile.GFile) if gfile else (os.path.exists, open)
+  path = os.path.join(folder, CORPUS_FILE)
+  if not exists(path):
+    return {}
+  with opened(path, 'rb') as f:
+    return parse(f.read(), path)
 
 
 def check_shards(

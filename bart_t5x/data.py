@@ -11,7 +11,6 @@ import difflib
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import gin
 import seqio
@@ -93,15 +92,6 @@ def find_task(
   return seqio.get_mixture_or_task(mixture_or_task_name)
 
 
-def read_corpus_json(folder: str) -> dict[str, Any] | None:
-  """Returns the content of a folder's corpus.json, None if there is none."""
-  path = os.path.join(folder, corpus_format.CORPUS_FILE)
-  if not tf.io.gfile.exists(path):
-    return None
-  with tf.io.gfile.GFile(path) as f:
-    return corpus_format.parse(f.read(), path)
-
-
 class CorpusSource(seqio.DataSource):
   """Documents of a prepared corpus, whose folder need not exist yet.
 
@@ -121,8 +111,7 @@ class CorpusSource(seqio.DataSource):
 
   def description(self) -> dict:
     """Returns the content of corpus.json, the last file that `prepare` writes."""
-    corpus = read_corpus_json(self.corpus_dir)
-    if corpus is not None:
+    if corpus := corpus_format.read(self.corpus_dir, tf.io.gfile):
       return corpus
     begun = tf.io.gfile.exists(self.corpus_dir) and tf.io.gfile.listdir(self.corpus_dir)
     state = 'is not complete (no corpus.json)' if begun else 'does not exist'

@@ -356,7 +356,7 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     print('\n'.join(row_lines(row, vocabulary, number)) + '\n')
   for task, recipe, examples in views:
     if len(views) > 1:
-      print(f'task {task.name}')
+      print(f'task {task.name} (padding: of the mixture)')
     if recipe:
       print(f'noise: {recipe}\n')
     print('\n'.join(summary_lines(examples, rows, recipe, vocabulary)))

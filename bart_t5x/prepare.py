@@ -221,11 +221,9 @@ def _is_made(args: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
   Raises:
     ValueError: it has another one, or a damaged one.
   """
-  path = os.path.join(args.output_dir, corpus_format.CORPUS_FILE)
-  if not os.path.exists(path):
+  corpus = corpus_format.read(args.output_dir)
+  if not corpus:
     return False
-  with open(path, encoding='utf-8') as f:
-    corpus = corpus_format.parse(f.read(), path)
   there, wanted = corpus.get('settings', {}), json.loads(json.dumps(settings))
   different = [
     f'--{n}'  # its setting is a hash

@@ -270,8 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
   try:
-    path = args.corpus_dir / corpus_format.CORPUS_FILE
-    corpus = corpus_format.parse(path.read_text(encoding='utf-8'), str(path))
+    corpus = corpus_format.read(args.corpus_dir)
+    if not corpus:
+      raise FileNotFoundError(f'{args.corpus_dir} has no {corpus_format.CORPUS_FILE}')
     baselines = corpus['baselines']
     curves = read_curves(args.model_dir)
     if not evaluations(curves):

@@ -65,7 +65,7 @@ class BartVocabulary(seqio.Vocabulary):
         )
       with tf.io.gfile.GFile(path, 'rb') as f:
         content = f.read()
-      corpus = data.read_corpus_json(os.path.dirname(path)) or {}
+      corpus = corpus_format.read(os.path.dirname(path), tf.io.gfile)
       corpus_format.check_tokenizer(corpus, content, path)
       self._content = content
     return self._content

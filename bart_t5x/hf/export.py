@@ -68,7 +68,7 @@ def export(
       config_file=config_file,
       num_parameters=num_parameters,
       step=int(match[1]),
-      corpus=_corpus(corpus_dir),
+      corpus=corpus_format.read(corpus_dir),
       metrics=_metrics(checkpoint.parent, int(match[1])),
       command=command,
     )
@@ -106,7 +106,7 @@ def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:
       f'no tokenizer in {corpus_dir}. Name its folder with --corpus_dir.'
     )
   tokenizer = tokenization.read_tokenizer(path)
-  corpus_format.check_tokenizer(_corpus(corpus_dir), tokenizer.content, path)
+  corpus_format.check_tokenizer(corpus_format.read(corpus_dir), tokenizer.content, path)
   if tokenizer.vocab_size != vocab_size:
     raise ValueError(
       f'the tokenizer {path} has {tokenizer.vocab_size} ids, the model {vocab_size}. '
@@ -314,13 +314,6 @@ def _corpus_rows(corpus: dict[str, Any]) -> dict[str, str]:
     for unit in ('documents', 'tokens', 'bytes'):
       rows[f'{split}, {unit}'] = f'{numbers[unit]:,}'
   return rows
-
-
-def _corpus(corpus_dir: pathlib.Path) -> dict[str, Any]:
-  path = corpus_dir / corpus_format.CORPUS_FILE
-  if not path.exists():
-    return {}
-  return corpus_format.parse(path.read_text(encoding='utf-8'), str(path))
 
 
 def _metrics(model_dir: pathlib.Path, step: int) -> dict[str, dict[str, float]]:

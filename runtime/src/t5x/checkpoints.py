@@ -5,8 +5,8 @@ A checkpoint is `MODEL_DIR/checkpoint_<step>` with an item `state`, the train st
 training iterator, and digests of its files, which are compared before it is restored.
 It is written in the background under a temporary name and renamed when complete; a
 checkpoint to be deleted is renamed first. So a process killed at any time leaves only
-complete checkpoints under their names. `Checkpointer` writes the
-layout that T5X wrote before Orbax (`checkpoint_importer`); both are read.
+complete checkpoints under their names. `Checkpointer` writes the layout that T5X wrote
+before Orbax (`checkpoint_importer`); both are read.
 """
 
 import concurrent.futures

@@ -166,11 +166,11 @@ def _stop_signals(model_dir: str) -> Iterator[tuple[Callable[[int], bool], list[
       os.kill(os.getpid(), signal.SIGTERM)
 
   # In several processes, that service handles SIGTERM.
-  numbers = (signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if alone else []))
+  handled = (signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if alone else []))
   before = {}
   # Only the main thread can set handlers. nohup and `&` have some signals ignored.
   if threading.current_thread() is threading.main_thread():
-    for number in numbers:
+    for number in handled:
       if signal.getsignal(number) != signal.SIG_IGN:
         before[number] = signal.signal(number, note)
   try:
