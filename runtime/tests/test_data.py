@@ -451,7 +451,7 @@ def take(it, count):
   return [jax.tree.map(np.asarray, next(it)) for _ in range(count)]
 
 
-@pytest.mark.parametrize('taken', [0, 1, 7, 30])  # 30 batches are many epochs.
+@pytest.mark.parametrize('taken', [0, 30])  # 30 batches are many epochs.
 def test_resumes_at_the_next_batch(tmp_path, taken):
   through = iterator()
   take(through, taken)

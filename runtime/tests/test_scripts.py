@@ -138,19 +138,6 @@ def test_train(whole):
   assert 'TRAIN_STEPS = 40' in recorded.decode()
 
 
-def test_the_program_exits_within_a_second_of_its_last_line(tmp_path):
-  took = []
-  for steps in (2, 3, 4):  # The best of three: the machine may be busy.
-    process = start(train_command(tmp_path, steps=steps))
-    read_until(process, f'Finished at step {steps}')
-    finished = time.monotonic()
-    assert process.wait(timeout=60) == 0
-    took.append(time.monotonic() - finished)
-    if took[-1] < 1:
-      break
-  assert min(took) < 1, took
-
-
 def test_infer(whole, tmp_path):
   settings = {
     'CHECKPOINT_PATH': repr(str(whole[0] / 'checkpoint_40')),
@@ -206,7 +193,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
   # Saves at every step, so that most kills interrupt a save.
   often = {'utils.SaveCheckpointConfig.period': 1, 'utils.SaveCheckpointConfig.keep': 3}
   delays = random.Random(0)
-  for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGINT):
+  for number in (signal.SIGKILL, signal.SIGINT):
     process = start(train_command(tmp_path, steps=40, **often))
     read_until(process, 'Starting at step|Resuming from')
     time.sleep(delays.uniform(0, 6))

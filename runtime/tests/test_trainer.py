@@ -574,12 +574,11 @@ def run_two_processes(num_partitions, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('num_partitions', 'shards'), [(2, 2), (8, 1)])
-def test_two_processes_train_like_one(tmp_path, num_partitions, shards):
-  want = two_process_training.train(num_partitions, str(tmp_path / 'one'))
-  both = run_two_processes(num_partitions, tmp_path / 'two')
+def test_two_processes_train_like_one(tmp_path):
+  want = two_process_training.train(2, str(tmp_path / 'one'))
+  both = run_two_processes(2, tmp_path / 'two')
   for got in both:
-    assert got['shards'] == shards
+    assert got['shards'] == 2
     np.testing.assert_allclose(got['losses'], want['losses'], rtol=1e-5)
     np.testing.assert_allclose(got['evaluated'], want['evaluated'], rtol=1e-5)
     assert "batches of 'task': 1 of 2" in got['uneven']

@@ -26,8 +26,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 VOCAB_SIZE = 512
 LENGTH = 64
 BATCH_SIZE = 8
-STEPS = 400
-PERIOD = 100
+STEPS = 240
+PERIOD = 60
 
 
 def made_up_norwegian(documents=400, seed=3):
@@ -169,32 +169,22 @@ class Process:
     return Outcome(code, ''.join(self.lines))
 
 
-def stop_twice(train, run, period, steps):
-  """Kills a run after its first checkpoint, stops it between two, then finishes it.
+def interrupt(train, run, number, reached):
+  """Ends a run by a signal once `reached(its output)` holds, then finishes it.
 
-  `train` starts `steps` steps in folder `run` as a `Process`; `period` is that of its
-  checkpoints.
+  `train` starts a run in folder `run` as a `Process`.
   """
-  killed = train(run)
-  killed.wait_for(lambda _: (run / f'checkpoint_{period}').exists())
-  killed.send(signal.SIGKILL)
-  assert killed.end().code == -signal.SIGKILL
-  first = max(int(p.name.partition('_')[2]) for p in run.glob('checkpoint_*[0-9]'))
-  assert first % period == 0 and first < steps
-
-  stopped = train(run)
-  stopped.wait_for(lambda text: f'step {first + 20} of {steps}' in text)
-  stopped.send(signal.SIGTERM)
-  outcome = stopped.end()
-  assert outcome.code == 128 + signal.SIGTERM, outcome.text
-  assert re.search(rf'Resuming from \S*checkpoint_{first} ', outcome.text)
-  second = int(re.search(r'saving at step (\d+)', outcome.text)[1])
-  assert first + 20 <= second < steps
-  assert (run / f'checkpoint_{second}').exists()
-
+  process = train(run)
+  process.wait_for(reached)
+  process.send(number)
+  outcome = process.end()
+  ended = -number if number == signal.SIGKILL else 128 + number
+  assert outcome.code == ended, outcome.text
+  saved = max(int(p.name.partition('_')[2]) for p in run.glob('checkpoint_*[0-9]'))
   outcome = train(run).end()
   assert outcome.code == 0, outcome.text
-  assert re.search(rf'Resuming from \S*checkpoint_{second} ', outcome.text)
+  assert re.search(rf'Resuming from \S*checkpoint_{saved} ', outcome.text)
+  return saved
 
 
 @pytest.fixture(scope='session')
@@ -281,6 +271,6 @@ def helpers():
     tiny_training=tiny_training,
     scalars=scalars,
     saved_state=saved_state,
-    stop_twice=stop_twice,
+    interrupt=interrupt,
     made_up_norwegian=made_up_norwegian,
   )

@@ -26,16 +26,7 @@ CUT = {
 }
 
 
-@pytest.fixture(scope='module')
-def seen():
-  """Losses of the runs by number of partitions."""
-  return {}
-
-
-@pytest.mark.parametrize('partitions', [1, 2])
-def test_trains_on_eight_devices(
-  call_script, helpers, in_process_task, tmp_path, partitions, seen
-):
+def test_trains_on_eight_devices(call_script, helpers, in_process_task, tmp_path):
   from t5x import train as script
 
   assert jax.device_count() == 8
@@ -43,9 +34,8 @@ def test_trains_on_eight_devices(
     **CUT,
     'MIXTURE_OR_TASK_NAME': in_process_task,
     'MODEL_DIR': str(tmp_path / 'run'),
+    'partitioning.PjitPartitioner.num_partitions': 2,
   }
-  if partitions > 1:
-    changes['partitioning.PjitPartitioner.num_partitions'] = partitions
   outcome = call_script(script.train, ['gin/bart_base_no.gin'], changes)
   assert outcome.code == 0, outcome.text
   step, state = outcome.result
@@ -54,9 +44,9 @@ def test_trains_on_eight_devices(
   mlp = state.params['encoder']['layers_0']['mlp']['wi']['kernel']
   assert (mlp.shape, mlp.dtype) == ((768, 3072), np.float32)
   assert len(mlp.sharding.device_set) == 8
-  assert mlp.sharding.shard_shape(mlp.shape) == (768, 3072 // partitions)
+  assert mlp.sharding.shard_shape(mlp.shape) == (768, 3072 // 2)
   table = state.params['token_embedder']['embedding']
-  assert table.sharding.shard_shape(table.shape) == (512 // partitions, 768)
+  assert table.sharding.shard_shape(table.shape) == (512 // 2, 768)
 
   found = helpers.scalars(tmp_path / 'run' / 'train')
   assert sorted(found) == [1, 2, 3, 4]
@@ -64,8 +54,3 @@ def test_trains_on_eight_devices(
   # Worse than chance at first, as tied embeddings of width 768 repeat the input token.
   assert values[0] > np.log(512)
   assert np.isfinite(values).all()
-  seen[partitions] = values
-  if len(seen) == 2:
-    # The same batch, parameters and dropout in another layout. Sums are in another
-    # order, and activations are in bfloat16, which has 8 bits.
-    np.testing.assert_allclose(seen[1][0], seen[2][0], rtol=2**-8)

@@ -78,8 +78,8 @@ class _Records(logging.Handler):
 
 def generate(given):
   """Ids by `generate`, for each dictionary of arguments in `calls`, and warnings."""
-  model, weights = _load(str(given['folder']))
-  inputs = _tensors(given, _ENCODER) | weights
+  model, _ = _load(str(given['folder']))
+  inputs = _tensors(given, _ENCODER)
   answer, records = {}, _Records()
   transformers.logging.set_verbosity_warning()
   logging.getLogger('transformers').addHandler(records)

@@ -17,19 +17,11 @@ from flax.traverse_util import flatten_dict
 from bart_t5x import checkpoints, model, network, tokenization, vocabularies
 from t5x import decoding
 
-FRAMEWORKS = [
-  # FlaxBart's searches take long to compile.
-  pytest.param('flax', marks=[pytest.mark.flax_peer, pytest.mark.slow]),
-  pytest.param('torch', marks=pytest.mark.torch_peer),
-]
+pytestmark = pytest.mark.torch_peer
+
 LENGTH = 39  # most tokens, the start not counted
 ROWS = 16
 SHAPE = {'num_encoder_layers': 1, 'num_decoder_layers': 2}
-
-
-@pytest.fixture(params=FRAMEWORKS)
-def framework(request):
-  return request.param
 
 
 def make_peaked(run):
@@ -125,10 +117,10 @@ def batch():
 GREEDY = {'num_beams': 1, 'length_penalty': 1.0, 'early_stopping': False}
 
 
-def by_peer(ask_peer, framework, folder, *calls):
+def by_peer(ask_peer, folder, *calls):
   """Ids for each dictionary of arguments to `generate`, and warnings."""
   answer = ask_peer(
-    framework, 'generate', folder=str(folder), calls=json.dumps(calls), **batch()
+    'torch', 'generate', folder=str(folder), calls=json.dumps(calls), **batch()
   )
   # Theirs begin with </s>.
   found = [
@@ -138,7 +130,7 @@ def by_peer(ask_peer, framework, folder, *calls):
   return found, json.loads(str(answer['warnings']))
 
 
-def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
+def test_same_ids_as_generate(ask_peer, make_run, tmp_path):
   run = make_run(tmp_path / 'a', seed=10, **SHAPE)
   make_peaked(run)
   with open(run.model_dir / 'config.gin', 'a') as file:
@@ -150,7 +142,7 @@ def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
   assert run.export(folder) == 0
   greedy, (beams, distance) = greedy_search(run), beam_search(run)
   (*found, short), warnings = by_peer(
-    ask_peer, framework, folder, GREEDY, {}, {**GREEDY, 'max_new_tokens': 5}
+    ask_peer, folder, GREEDY, {}, {**GREEDY, 'max_new_tokens': 5}
   )
   assert found == [greedy, beams] and max(map(len, short)) == 5 and not warnings
   # The comparison is not trivial.
@@ -158,20 +150,19 @@ def test_same_ids_as_generate(ask_peer, framework, make_run, tmp_path):
   assert greedy != beams
   lengths = {len(row) for row in beams}
   assert len(lengths) > 4 and max(lengths) < LENGTH - 1
-  if framework == 'torch':
-    answer = ask_peer(
-      'torch', 'ctranslate2', folder=str(folder), length=LENGTH, **batch()
-    )
-    rows = [
-      tokenization.from_hf_ids(row).tolist() for row in json.loads(str(answer['ids']))
-    ]
-    assert [row[: LENGTH - 1] for row in rows] == greedy
+  answer = ask_peer(
+    'torch', 'ctranslate2', folder=str(folder), length=LENGTH, **batch()
+  )
+  rows = [
+    tokenization.from_hf_ids(row).tolist() for row in json.loads(str(answer['ids']))
+  ]
+  assert [row[: LENGTH - 1] for row in rows] == greedy
   # With a forced first token, which a run without one does not export.
   for name in ('config.json', 'generation_config.json'):
     content = json.loads((folder / name).read_text())
     assert 'forced_bos_token_id' not in content
     (folder / name).write_text(json.dumps(content | {'forced_bos_token_id': 0}))
   forced, _ = beam_search(run, tokenization.BOS_ID)
-  (found,), _ = by_peer(ask_peer, framework, folder, {})
+  (found,), _ = by_peer(ask_peer, folder, {})
   assert found == forced != beams
   assert all(row[0] == tokenization.BOS_ID for row in forced)
