@@ -99,10 +99,11 @@ def run_two_processes(code, devices):
     import jax
     import numpy as np
   """
+  flag = f'--xla_force_host_platform_device_count={devices}'
   environment = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flag}',
   }
   processes = [
     subprocess.Popen(

@@ -60,10 +60,11 @@ def train_command(model_dir, steps=40, run_file='pretrain', **macros):
 
 
 def environment(devices=1):
+  flag = f'--xla_force_host_platform_device_count={devices}'
   return {
     **os.environ,
     'PYTHONPATH': str(HERE),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flag}',  # The last one counts.
   }
 
 

@@ -548,7 +548,7 @@ def run_two_processes(num_partitions, folder):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  flags = '--xla_force_host_platform_device_count=4'
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=4'
   running = [
     subprocess.Popen(
       [

@@ -18,7 +18,7 @@ def run(folder, mode):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  flags = '--xla_force_host_platform_device_count=4'
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=4'
   outs = [folder.parent / f'{mode}-{i}.npz' for i in range(2)]
   processes = [
     subprocess.Popen(

@@ -120,6 +120,9 @@ def tiny_training(model_dir, **changes):
   }
 
 
+_ONE_DEVICE = '--xla_force_host_platform_device_count=1'
+
+
 class Process:
   """A script in a process of its own."""
 
@@ -127,7 +130,7 @@ class Process:
     environment = {
       **os.environ,
       'BART_T5X_DATA': str(data_root),
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+      'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {_ONE_DEVICE}',  # The last one counts.
       **variables,
     }
     self.lines = []

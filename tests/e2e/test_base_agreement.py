@@ -64,7 +64,7 @@ def loss_and_gradients(call_script, bindings):
       out_axis_resources=None,
     )
     (loss, _), gradients = step(
-      variables['params'], packed_batch(spec), jax.random.PRNGKey(1)
+      variables['params'], packed_batch(spec), jax.random.key(1, impl='unsafe_rbg')
     )
     return float(loss), jax.tree.map(np.asarray, gradients)
 
