@@ -66,7 +66,7 @@ FOR_A_MODEL = (
 # Name: (vocabulary, width, heads, layers on each side, MLP width, positions).
 SIZES = {
   'tiny': (512, 32, 2, 1, 64, 64),
-  'mini': (4000, 128, 4, 2, 512, 128),
+  'mini': (2000, 128, 4, 2, 512, 128),
   'base': (50265, 768, 12, 6, 3072, 1024),
   'large': (50265, 1024, 16, 12, 4096, 1024),
 }

@@ -11,6 +11,7 @@ from unittest import mock
 import gin
 import pytest
 from gin import config as gin_config
+from gin import selector_map
 
 import t5x
 from t5x import gin_utils
@@ -45,16 +46,17 @@ def fake_modules(monkeypatch):
     exec(source, vars(module))
     monkeypatch.setitem(sys.modules, name, module)
   gin.clear_config()
-  registry, inverse = gin_config._REGISTRY, gin_config._INVERSE_REGISTRY
-  selectors, objects = {name for name, _ in registry.items()}, dict(inverse)
+  # Without the scripts that other tests made configurable.
+  registry, inverse = selector_map.SelectorMap(), {}
+  for name, configurable in gin_config._REGISTRY.items():
+    if not name.startswith('__main__.'):
+      registry[name] = inverse[configurable.wrapped] = configurable
+  monkeypatch.setattr(gin_config, '_REGISTRY', registry)
+  monkeypatch.setattr(gin_config, '_INVERSE_REGISTRY', inverse)
   # As a script does with its own function.
   gin.configurable(sys.modules['fakescript'].train, module='__main__')
   yield
   gin.clear_config()
-  for selector in [name for name, _ in registry.items() if name not in selectors]:
-    registry.pop(selector)
-  inverse.clear()
-  inverse.update(objects)
   gin_config._RENAMED_SELECTORS.clear()
 
 

@@ -114,7 +114,7 @@ def test_missing_files_of_a_corpus(train, data_root, tmp_path, missing, parts):
       {'TASK_FEATURE_LENGTHS': {'inputs': 16, 'targets': 64}},
       ("TASK_FEATURE_LENGTHS['inputs']",),
     ),
-    ({'WARMUP_STEPS': 400}, ('warmup_steps < total_steps', '400 / 400')),
+    ({'WARMUP_STEPS': 240}, ('warmup_steps < total_steps', '240 / 240')),
     ({'LEARNING_RATE': -1.0}, ('negative', '-1.0')),
     ({'RANDOM_SEED': 'x'}, ('RANDOM_SEED', "'x'")),
     ({'TRAIN_STEPS': None}, ('TRAIN_STEPS', 'None')),
