@@ -11,14 +11,20 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 
+# Environments are made side by side.
+make_venv .venv-flax-peer requirements-flax-peer.txt &
+environments=($!)
+if [ -n "${FULL:-}" ]; then
+  make_venv .venv-torch-peer requirements-torch-peer.txt &
+  environments+=($!)
+fi
 make_venv .venv requirements-test.txt . runtime
-make_venv .venv-flax-peer requirements-flax-peer.txt
+for environment in "${environments[@]}"; do wait "$environment"; done
 export FLAX_PEER_PYTHON=$PWD/.venv-flax-peer/bin/python
 select=(-m 'not slow and not torch_peer')
 if [ -n "${FULL:-}" ]; then
   # The TPU compiler: 140 MB, for plans of runs on TPUs; it needs none.
   make_venv .venv requirements-tpu.txt
-  make_venv .venv-torch-peer requirements-torch-peer.txt
   export TORCH_PEER_PYTHON=$PWD/.venv-torch-peer/bin/python
   select=()
   if [ -n "${UPSTREAM_T5X:-}" ]; then
