@@ -28,16 +28,23 @@ VALIDATION = 'validation'
 _REMEDY = 'Copy the corpus again, or rerun prepare with --overwrite.'
 
 
-def parse(text: str | bytes, path: str) -> dict[str, Any]:
-  """Parses corpus.json.
+def read(folder: str | os.PathLike[str], gfile: Any = None) -> dict[str, Any]:
+  """Returns the content of a folder's corpus.json, empty if there is none.
+
+  `gfile` is `tf.io.gfile` where the folder may be in a bucket.
 
   Raises:
     ValueError: the file is damaged, or of a later version of this package.
   """
-  try:
-    corpus = json.loads(text)
-  except ValueError:
-    corpus = None
+  exists, opened = (gfile.exists, gfile.GFile) if gfile else (os.path.exists, open)
+  path = os.path.join(folder, CORPUS_FILE)
+  if not exists(path):
+    return {}
+  with opened(path, 'rb') as f:
+    try:
+      corpus = json.loads(f.read())
+    except ValueError:
+      corpus = None
   if not isinstance(corpus, dict) or not isinstance(corpus.get('splits'), dict):
     raise ValueError(f'{path!r} is damaged. {_REMEDY}')
   version = corpus.get('format_version', FORMAT_VERSION)
@@ -47,19 +54,6 @@ def parse(text: str | bytes, path: str) -> dict[str, Any]:
       f'{FORMAT_VERSION}. {_REMEDY}'
     )
   return corpus
-
-
-def read(folder: str | os.PathLike[str], gfile: Any = None) -> dict[str, Any]:
-  """Returns the content of a folder's corpus.json, empty if there is none.
-
-  `gfile` is `tf.io.gfile` where the folder may be in a bucket.
-  """
-  exists, opened = (gfile.exists, gfile.GFile) if gfile else (os.path.exists, open)
-  path = os.path.join(folder, CORPUS_FILE)
-  if not exists(path):
-    return {}
-  with opened(path, 'rb') as f:
-    return parse(f.read(), path)
 
 
 def check_shards(

@@ -86,8 +86,7 @@ def generate(given):
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always', UserWarning)
     for i, settings in enumerate(json.loads(str(given['calls']))):
-      found = model.generate(**inputs, **settings)
-      answer[str(i)] = np.asarray(getattr(found, 'sequences', found))
+      answer[str(i)] = np.asarray(model.generate(**inputs, **settings))
   logging.getLogger('transformers').removeHandler(records)
   messages = [*records.messages, *(str(warning.message) for warning in caught)]
   return {**answer, 'warnings': json.dumps(messages)}
