@@ -1,8 +1,12 @@
 """Passes of `prepare`: read the text, train the tokenizer, write the shards.
 
-The source, which may be a download, is read once into a compressed file in the corpus
-folder; the other passes read that file. A document's digest identifies duplicates and
-determines its split and id, so the split does not depend on the order of the source.
+Nothing depends on the order of the source. A document's digest identifies duplicates,
+determines its split, its shard and its id, and documents are ordered by their digests:
+in the tokenizer's training text and in each shard. So `corpus_beam`, which takes the
+same passes on many machines, writes the same bytes.
+
+The source, which may be a download, is read once into compressed files in the corpus
+folder; the other passes read those.
 """
 
 import collections
@@ -12,16 +16,18 @@ import dataclasses
 import errno
 import hashlib
 import heapq
-import itertools
+import json
 import math
 import multiprocessing
+import operator
 import os
+import shutil
 import signal
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
@@ -42,8 +48,8 @@ def build(
   settings: Mapping[str, Any],
   num_workers: int | None = None,
   tokenizer: tokenization.Tokenizer | None = None,
-) -> dict[str, Any]:
-  """Writes a corpus into an empty folder and returns the content of its corpus.json.
+) -> None:
+  """Writes a corpus into an empty folder, corpus.json last.
 
   Args:
     source: the text.
@@ -52,55 +58,193 @@ def build(
     num_workers: processes that tokenize; None for one per core.
     tokenizer: None to train one.
   """
-  path = os.path.join(folder, 'documents.zst')
+  documents = os.path.join(folder, 'documents')
+  os.mkdir(documents)
+  spool = Spool(documents)
+  empty = 0
   with _step('Reading the source'):
-    kept = spool(
-      _progress(source.documents()),
-      path,
-      settings['validation_share'],
-      settings['min_validation_documents'],
-    )
-  held_out = settings['min_validation_documents']
-  if kept.documents < 2 * held_out:
-    raise ValueError(
-      f'The source holds {kept.documents} different documents with text, but '
-      f'{2 * held_out} are needed: {held_out} for validation and as many for training. '
-      'Check --input, --field and --unit, or reduce --min_validation_documents.'
-    )
+    for text in _progress(source.documents()):
+      if is_empty(text):
+        empty += 1
+      else:
+        spool.add(text.encode('utf-8'))
+  with _step('Sorting'):
+    sizes = ((digest, len(text)) for digest, text in spool.read())
+    kept = count(sizes, spool.documents, empty, settings)
   if tokenizer is None:
     with _step('Training the tokenizer'):
-      content = _train_tokenizer(kept, settings)
-    tokenizer = tokenization.read_tokenizer('the trained tokenizer', content)
-  with open(os.path.join(folder, tokenizer.file_name), 'wb') as f:
-    f.write(tokenizer.content)
-  num_shards = settings['num_shards'] or default_num_shards(kept.bytes)
+      sample = (t for digest, t in spool.read() if kept.in_sample(digest))
+      tokenizer = train_tokenizer(sample, kept, settings)
   with _step('Tokenizing'):
-    totals = _write_shards(kept, tokenizer, folder, num_shards, num_workers)
-  os.remove(path)
-  return {
-    'format_version': corpus_format.FORMAT_VERSION,
-    'source': settings['source'],
-    'license': settings['license'] or source.license or 'unknown',
-    'settings': dict(settings),
-    'source_files': {p: os.path.getsize(p) for p in source.files},
-    'vocab_size': tokenizer.vocab_size,
-    'tokenizer': tokenizer.kind,
-    'vocabulary_sha256': hashlib.sha256(tokenizer.content).hexdigest(),
-    'text_sha256': kept.text_sha256,
-    'splits': {
-      split: {
-        'documents': total.documents,
-        'tokens': total.tokens,
-        'bytes': total.bytes,
-        'sentences': total.sentences,
-        'shards': len(total.paths),
-        'shard_bytes': [os.path.getsize(path) for path in total.paths],
-      }
-      for split, total in totals.items()
-    },
-    'dropped': {'empty': kept.empty, 'duplicates': kept.duplicates},
-    'baselines': baselines(totals[TRAIN], totals[VALIDATION], tokenizer),
+    totals = _write_shards(spool, kept, tokenizer, folder, num_workers)
+  shutil.rmtree(documents)
+  shard_bytes = {
+    split: [os.path.getsize(p) for p in corpus_format.shard_paths(folder, split, n)]
+    for split, n in kept.shards.items()
   }
+  corpus = describe(source, settings, kept, tokenizer, totals, shard_bytes)
+  for name, content in (
+    (tokenizer.file_name, tokenizer.content),
+    (corpus_format.CORPUS_FILE, corpus),
+  ):
+    with open(os.path.join(folder, name), 'wb') as f:
+      f.write(content)
+
+
+# ---- reading the source -------------------------------------------------------
+
+
+def is_empty(text: str) -> bool:
+  return not text or text.isspace()
+
+
+class Spool:
+  """Texts in compressed files, each sorted by digest, so that reading can merge them.
+
+  Memory does not grow with the number of texts.
+
+  Attributes:
+    documents: number of texts added.
+  """
+
+  # Bytes of a file's texts, before compression, and files to merge at a time.
+  FILE_BYTES = 64 * _MEGABYTE
+  MOST_FILES = 256
+
+  _HEADER = struct.Struct('<QI')  # digest and size of a text
+  _OBJECT_BYTES = 150  # of Python's objects for one text
+
+  def __init__(self, folder: str):
+    self.documents = 0
+    self._folder = folder
+    self._files: list[str] = []
+    self._recent: list[tuple[int, bytes]] = []
+    self._recent_bytes = 0
+
+  def add(self, text: bytes) -> None:
+    """Adds a text."""
+    self.documents += 1
+    self._recent.append((corpus_format.digest(text), text))
+    self._recent_bytes += len(text) + self._OBJECT_BYTES
+    if self._recent_bytes >= self.FILE_BYTES:
+      self._write_recent()
+
+  def read(self) -> Iterator[tuple[int, bytes]]:
+    """Yields digest and text (UTF-8) of each different text, by increasing digest."""
+    self._write_recent()
+    last = None
+    for digest, text in heapq.merge(*map(self._read, self._files), key=_first):
+      if digest != last:
+        yield digest, text
+      last = digest
+
+  def _write_recent(self) -> None:
+    if self._recent:
+      self._recent.sort(key=_first)
+      self._write(self._recent)
+      self._recent, self._recent_bytes = [], 0
+    if len(self._files) >= self.MOST_FILES:
+      files, self._files = self._files, []
+      self._write(heapq.merge(*map(self._read, files), key=_first))
+      for path in files:
+        os.remove(path)
+
+  def _write(self, documents: Iterable[tuple[int, bytes]]) -> None:
+    import zstandard
+
+    path = os.path.join(self._folder, f'{self.documents}-{len(self._files)}.zst')
+    with open(path, 'wb') as f, zstandard.ZstdCompressor(1).stream_writer(f) as out:
+      for digest, text in documents:
+        out.write(self._HEADER.pack(digest, len(text)) + text)
+    self._files.append(path)
+
+  def _read(self, path: str) -> Iterator[tuple[int, bytes]]:
+    import zstandard
+
+    with zstandard.open(path, 'rb') as f:
+      while header := f.read(self._HEADER.size):
+        digest, size = self._HEADER.unpack(header)
+        yield digest, f.read(size)
+
+
+_first = operator.itemgetter(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """What is known of the source once it is read; determines where a document goes."""
+
+  documents: int  # different ones with text
+  bytes: int  # of text in UTF-8
+  empty: int  # dropped: at most white space
+  duplicates: int  # dropped
+  limit: int  # documents with a smaller digest are for validation
+  sample_share: float  # of the training documents, for training the tokenizer
+  shards: Mapping[str, int]  # number of files of each split
+  text_sha256: str  # of the digests in order
+
+  def shard_of(self, digest: int) -> tuple[str, int]:
+    """Returns a document's split and the number of its file."""
+    split = VALIDATION if digest < self.limit else TRAIN
+    return split, digest % self.shards[split]
+
+  def in_sample(self, digest: int) -> bool:
+    """Whether the tokenizer is trained on a document."""
+    # Reversed bits for an independent draw: small digests are held out.
+    draw = int(f'{digest:0{_DIGEST_BITS}b}'[::-1], 2)
+    return digest >= self.limit and draw < self.sample_share * 2**_DIGEST_BITS
+
+
+def count(
+  sizes: Iterable[tuple[int, int]], read: int, empty: int, settings: Mapping[str, Any]
+) -> Kept:
+  """Counts documents and decides which are held out for validation.
+
+  Those are the documents with the smallest digests: a `validation_share` of all, but at
+  least `min_validation_documents`.
+
+  Args:
+    sizes: digest and bytes of each different document, by increasing digest.
+    read: number of documents with text, duplicates included.
+    empty: number of documents without text.
+    settings: arguments of `prepare`.
+
+  Raises:
+    ValueError: there are too few documents.
+  """
+  held_out = settings['min_validation_documents']
+  limit = int(settings['validation_share'] * 2**_DIGEST_BITS)
+  documents = num_bytes = 0
+  sha256 = hashlib.sha256()
+  for digest, size in sizes:
+    documents += 1
+    num_bytes += size
+    sha256.update(digest.to_bytes(8, 'little'))
+    if documents == held_out:
+      limit = max(limit, digest + 1)
+  if documents < 2 * held_out:
+    raise ValueError(
+      f'The source holds {documents} different documents with text, but {2 * held_out} '
+      f'are needed: {held_out} for validation and as many for training. Check --input, '
+      '--field and --unit, or reduce --min_validation_documents.'
+    )
+  sample = settings.get('tokenizer_bytes')
+  if sample is None:
+    byte_level = settings.get('tokenizer') == tokenizer_training.BYTE_LEVEL
+    sample = num_bytes if byte_level else _SENTENCEPIECE_BYTES
+  return Kept(
+    documents=documents,
+    bytes=num_bytes,
+    empty=empty,
+    duplicates=read - documents,
+    limit=limit,
+    sample_share=min(1.0, sample / num_bytes),
+    shards={
+      TRAIN: settings['num_shards'] or default_num_shards(num_bytes),
+      VALIDATION: 1,
+    },
+    text_sha256=sha256.hexdigest(),
+  )
 
 
 def default_num_shards(num_bytes: int) -> int:
@@ -112,120 +256,18 @@ def default_num_shards(num_bytes: int) -> int:
   return 2 ** math.ceil(math.log2(wanted))
 
 
-# ---- reading the source -------------------------------------------------------
-
-_HEADER = struct.Struct('<QI')  # digest and size of a document
-
-
-class DigestSet:
-  """A set of digests at some 20 bytes each; Python's `set` takes about 100."""
-
-  def __init__(self, buffer_size: int = 1 << 20):
-    self._buffer_size = buffer_size
-    self._recent: set[int] = set()
-    self._sorted = np.empty(0, np.uint64)
-
-  def add(self, value: int) -> bool:
-    """Adds a digest; returns whether it is new."""
-    if value in self._recent:
-      return False
-    place = np.searchsorted(self._sorted, np.uint64(value))
-    if place < len(self._sorted) and self._sorted[place] == value:
-      return False
-    self._recent.add(value)
-    # Growing by at least an eighth keeps the total cost of sorting linear.
-    if len(self._recent) >= max(self._buffer_size, len(self._sorted) // 8):
-      recent = np.fromiter(self._recent, np.uint64, len(self._recent))
-      self._sorted = np.concatenate([self._sorted, recent])
-      self._sorted.sort()
-      self._recent.clear()
-    return True
-
-
-@dataclasses.dataclass
-class Spool:
-  """A compressed file of documents, and their counts."""
-
-  path: str
-  documents: int = 0
-  bytes: int = 0  # of text in UTF-8
-  empty: int = 0  # dropped: at most white space
-  duplicates: int = 0  # dropped
-  limit: int = 0  # documents with a smaller digest are for validation
-  text_sha256: str = ''  # of the documents in order
-
-  def split_of(self, digest: int) -> str:
-    return VALIDATION if digest < self.limit else TRAIN
-
-  def read(self) -> Iterator[tuple[int, bytes]]:
-    """Yields digest and text (UTF-8) of each document, in the order of the source."""
-    import zstandard
-
-    with zstandard.open(self.path, 'rb') as f:
-      for _ in range(self.documents):
-        digest, size = _HEADER.unpack(f.read(_HEADER.size))
-        yield digest, f.read(size)
-
-
-def spool(documents: Iterable[str], path: str, share: float, at_least: int) -> Spool:
-  """Writes the distinct documents of a source to a file.
-
-  The documents with the smallest digests are held out for validation: a `share` of all,
-  but at least `at_least` (or all, if there are fewer).
-  """
-  import zstandard
-
-  kept = Spool(path)
-  seen = DigestSet()
-  smallest: list[int] = []  # a heap of the negated `at_least` smallest digests
-  total = hashlib.sha256()
-  with open(path, 'wb') as f, zstandard.ZstdCompressor(1).stream_writer(f) as out:
-    for document in documents:
-      if not document or document.isspace():
-        kept.empty += 1
-        continue
-      text = document.encode('utf-8')
-      digest = corpus_format.digest(text)
-      if not seen.add(digest):
-        kept.duplicates += 1
-        continue
-      kept.documents += 1
-      kept.bytes += len(text)
-      heapq.heappush(smallest, -digest)
-      if len(smallest) > at_least:
-        heapq.heappop(smallest)
-      record = _HEADER.pack(digest, len(text)) + text
-      total.update(record)
-      out.write(record)
-  kept.limit = max(int(share * 2**_DIGEST_BITS), 1 - smallest[0] if smallest else 0)
-  kept.text_sha256 = total.hexdigest()
-  return kept
-
-
-# ---- the tokenizer ------------------------------------------------------------
-
-
-def _train_tokenizer(kept: Spool, settings: Mapping[str, Any]) -> bytes:
-  kind = settings['tokenizer']
-  most = settings['tokenizer_bytes']
-  if most is None and kind != tokenizer_training.BYTE_LEVEL:
-    most = _SENTENCEPIECE_BYTES
-  share = 1.0 if most is None else min(1.0, most / kept.bytes)
-
-  def training_texts() -> Iterator[str]:
-    for digest, text in kept.read():
-      # Reversed bits for an independent draw: small digests are held out.
-      draw = int(f'{digest:0{_DIGEST_BITS}b}'[::-1], 2)
-      if kept.split_of(digest) == TRAIN and draw < share * 2**_DIGEST_BITS:
-        yield text.decode('utf-8')
-
-  return tokenizer_training.train(
-    kind,
-    training_texts(),
-    kept.documents,
+def train_tokenizer(
+  sample: Iterable[bytes], kept: Kept, settings: Mapping[str, Any]
+) -> tokenization.Tokenizer:
+  """Trains a tokenizer on the documents of the sample, by increasing digest."""
+  content = tokenizer_training.train(
+    settings['tokenizer'],
+    (text.decode('utf-8') for text in sample),
+    round(kept.documents * kept.sample_share),
     settings['vocab_size'],
     settings['min_frequency'],
   )
+  return tokenization.read_tokenizer('the trained tokenizer', content)
 
 
 # ---- the shards ---------------------------------------------------------------
@@ -234,65 +276,94 @@ def _train_tokenizer(kept: Spool, settings: Mapping[str, Any]) -> bytes:
 class Totals:
   """Counts over the documents of a split."""
 
-  def __init__(self, vocab_size: int, paths: list[str]):
-    self.paths = paths
-    self.documents = self.tokens = self.bytes = self.sentences = 0
-    self.histogram = np.zeros(vocab_size, np.int64)
+  def __init__(self, vocab_size: int):
+    self.documents = self.tokens = self.bytes = self.words = self.sentences = 0
+    self.lengths: collections.Counter[int] = collections.Counter()  # in tokens
+    self.histogram = np.zeros(vocab_size, np.int64)  # of token ids
+
+  def add(self, document: 'Document') -> None:
+    """Counts a document."""
+    self.documents += 1
+    self.tokens += document.ids.size
+    self.bytes += document.bytes
+    self.words += document.words
+    self.sentences += document.sentence_starts.size
+    self.lengths[document.ids.size] += 1
+    np.add.at(self.histogram, document.ids, 1)
+
+  def merge(self, other: 'Totals') -> None:
+    """Adds the counts of other documents."""
+    for name, value in vars(other).items():
+      setattr(self, name, getattr(self, name) + value)
+
+
+class Document(NamedTuple):
+  """An encoded document."""
+
+  digest: int
+  bytes: int
+  words: int  # separated by white space
+  ids: np.ndarray
+  sentence_starts: np.ndarray
+
+  def record(self) -> bytes:
+    """Returns the document as written to a shard."""
+    return corpus_format.serialize(self.ids, self.sentence_starts, self.digest)
+
+
+def encode(
+  tokenizer: tokenization.Tokenizer, batch: Sequence[tuple[int, bytes]]
+) -> list[Document]:
+  """Encodes documents, given as digest and text."""
+  texts = [text.decode('utf-8') for _, text in batch]
+  return [
+    Document(digest, len(content), len(text.split()), ids, sentence_starts)
+    for (digest, content), text, (ids, sentence_starts) in zip(
+      batch, texts, corpus_format.encode(tokenizer, texts), strict=True
+    )
+  ]
 
 
 def _write_shards(
-  kept: Spool,
+  spool: Spool,
+  kept: Kept,
   tokenizer: tokenization.Tokenizer,
   folder: str,
-  num_shards: int,
   num_workers: int | None,
 ) -> dict[str, Totals]:
   cli.import_tensorflow()
   import tensorflow as tf
 
-  totals = {
-    split: Totals(tokenizer.vocab_size, corpus_format.shard_paths(folder, split, count))
-    for split, count in ((TRAIN, num_shards), (VALIDATION, 1))
-  }
+  totals = {split: Totals(tokenizer.vocab_size) for split in kept.shards}
   # For little text, a pool costs more than it saves.
   cores = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
   workers = min(num_workers or cores or 1, math.ceil(kept.bytes / _BATCH_BYTES))
   try:
     with contextlib.ExitStack() as stack:
-      # Documents are dealt to the files of their split in turn.
       writers = {
-        split: itertools.cycle(
-          [stack.enter_context(tf.io.TFRecordWriter(path)) for path in total.paths]
-        )
-        for split, total in totals.items()
+        (split, i): stack.enter_context(tf.io.TFRecordWriter(path))
+        for split, shards in kept.shards.items()
+        for i, path in enumerate(corpus_format.shard_paths(folder, split, shards))
       }
-      documents = _progress(_tokenized(kept, tokenizer, workers), kept.documents)
-      for digest, num_bytes, ids, sentence_starts in documents:
-        split = kept.split_of(digest)
-        total = totals[split]
-        total.documents += 1
-        total.tokens += ids.size
-        total.bytes += num_bytes
-        total.sentences += sentence_starts.size
-        np.add.at(total.histogram, ids, 1)
-        record = corpus_format.serialize(ids, sentence_starts, digest)
-        next(writers[split]).write(record)
+      encoded = _encoded(spool.read(), tokenizer, workers)
+      for document in _progress(encoded, kept.documents):
+        shard = kept.shard_of(document.digest)
+        totals[shard[0]].add(document)
+        writers[shard].write(document.record())
   except tf.errors.OpError as e:
     raise OSError(errno.EIO, e.message) from e
   return totals
 
 
-# Digest, bytes of text, token ids and sentence starts.
-_Document = tuple[int, int, np.ndarray, np.ndarray]
-
-
-def _tokenized(
-  kept: Spool, tokenizer: tokenization.Tokenizer, workers: int
-) -> Iterator[_Document]:
-  batches = _batches(kept.read())
+def _encoded(
+  documents: Iterable[tuple[int, bytes]],
+  tokenizer: tokenization.Tokenizer,
+  workers: int,
+) -> Iterator[Document]:
+  batches = _batches(documents)
   if workers <= 1:
     for batch in batches:
-      yield from _encode(tokenizer, batch)
+      yield from encode(tokenizer, batch)
     return
   pool = concurrent.futures.ProcessPoolExecutor(
     workers,
@@ -333,16 +404,6 @@ def _batches(
     yield batch
 
 
-def _encode(
-  tokenizer: tokenization.Tokenizer, batch: list[tuple[int, bytes]]
-) -> list[_Document]:
-  encoded = corpus_format.encode(tokenizer, [text.decode('utf-8') for _, text in batch])
-  return [
-    (digest, len(text), ids, sentence_starts)
-    for (digest, text), (ids, sentence_starts) in zip(batch, encoded, strict=True)
-  ]
-
-
 _worker_tokenizer: tokenization.Tokenizer | None = None
 
 
@@ -355,11 +416,59 @@ def _start_worker(name: str, content: bytes) -> None:
   _worker_tokenizer = tokenization.read_tokenizer(name, content)
 
 
-def _encode_in_worker(batch: list[tuple[int, bytes]]) -> list[_Document]:
-  return _encode(_worker_tokenizer, batch)
+def _encode_in_worker(batch: list[tuple[int, bytes]]) -> list[Document]:
+  return encode(_worker_tokenizer, batch)
 
 
-# ---- baselines ----------------------------------------------------------------
+# ---- corpus.json --------------------------------------------------------------
+
+
+def describe(
+  source: text_sources.Source,
+  settings: Mapping[str, Any],
+  kept: Kept,
+  tokenizer: tokenization.Tokenizer,
+  totals: Mapping[str, Totals],
+  shard_bytes: Mapping[str, Sequence[int]],
+) -> bytes:
+  """Returns the content of corpus.json; `shard_bytes` has the size of each file."""
+  corpus = {
+    'format_version': corpus_format.FORMAT_VERSION,
+    'source': settings['source'],
+    'license': settings['license'] or source.license or 'unknown',
+    'settings': dict(settings),
+    'source_files': dict(source.files),
+    'vocab_size': tokenizer.vocab_size,
+    'tokenizer': tokenizer.kind,
+    'vocabulary_sha256': hashlib.sha256(tokenizer.content).hexdigest(),
+    'text_sha256': kept.text_sha256,
+    'splits': {
+      split: {
+        'documents': totals[split].documents,
+        'tokens': totals[split].tokens,
+        'words': totals[split].words,
+        'bytes': totals[split].bytes,
+        'sentences': totals[split].sentences,
+        'length_quantiles': _quantiles(totals[split].lengths),
+        'shards': shards,
+        'shard_bytes': list(shard_bytes[split]),
+      }
+      for split, shards in kept.shards.items()
+    },
+    'dropped': {'empty': kept.empty, 'duplicates': kept.duplicates},
+    'baselines': baselines(totals[TRAIN], totals[VALIDATION], tokenizer),
+  }
+  return (json.dumps(corpus, ensure_ascii=False, indent=2) + '\n').encode('utf-8')
+
+
+def _quantiles(lengths: Mapping[int, int]) -> dict[str, int]:
+  """Returns quantiles of the documents' lengths in tokens."""
+  values = np.array(sorted(lengths))
+  shares = np.cumsum([lengths[value] for value in values]) / sum(lengths.values())
+  return {
+    f'{share:.0%}': int(values[np.searchsorted(shares, share)])
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+  }
 
 
 def baselines(

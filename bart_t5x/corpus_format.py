@@ -3,8 +3,9 @@
 A corpus folder holds a tokenizer (see `tokenization`), corpus.json (sources, settings,
 sizes) and shards train-*.tfrecord and validation-*.tfrecord. Each record is a document:
 a `tf.train.Example` of its token ids (`tokens`), the indices of the tokens that begin a
-sentence (`sentence_starts`) and an id (`example_id`). All three depend on the
-document's text alone.
+sentence (`sentence_starts`) and an id (`example_id`, its digest). All three depend on
+the document's text alone. A file has the documents whose digest, modulo the number of
+files, is its number, by increasing digest.
 """
 
 import concurrent.futures
@@ -20,7 +21,9 @@ from jaxtyping import Int32
 from bart_t5x import sentences, tokenization
 
 CORPUS_FILE = 'corpus.json'
-FORMAT_VERSION = 1
+# In version 1, documents were in the order of the source.
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 
 TRAIN = 'train'
 VALIDATION = 'validation'
@@ -28,15 +31,18 @@ VALIDATION = 'validation'
 _REMEDY = 'Copy the corpus again, or rerun prepare with --overwrite.'
 
 
-def read(folder: str | os.PathLike[str], gfile: Any = None) -> dict[str, Any]:
+def read(
+  folder: str | os.PathLike[str],
+  exists: Callable[[str], bool] = os.path.exists,
+  opened: Callable[[str, str], Any] = open,
+) -> dict[str, Any]:
   """Returns the content of a folder's corpus.json, empty if there is none.
 
-  `gfile` is `tf.io.gfile` where the folder may be in a bucket.
+  `exists` and `opened` find and open files, which may be in a bucket.
 
   Raises:
     ValueError: the file is damaged, or of a later version of this package.
   """
-  exists, opened = (gfile.exists, gfile.GFile) if gfile else (os.path.exists, open)
   path = os.path.join(folder, CORPUS_FILE)
   if not exists(path):
     return {}
@@ -48,10 +54,10 @@ def read(folder: str | os.PathLike[str], gfile: Any = None) -> dict[str, Any]:
   if not isinstance(corpus, dict) or not isinstance(corpus.get('splits'), dict):
     raise ValueError(f'{path!r} is damaged. {_REMEDY}')
   version = corpus.get('format_version', FORMAT_VERSION)
-  if version != FORMAT_VERSION:
+  if version not in _READABLE_VERSIONS:
     raise ValueError(
       f'{path!r} has format_version {version}, but this package reads only '
-      f'{FORMAT_VERSION}. {_REMEDY}'
+      f'{", ".join(map(str, _READABLE_VERSIONS))}. {_REMEDY}'
     )
   return corpus
 

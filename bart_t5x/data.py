@@ -111,7 +111,8 @@ class CorpusSource(seqio.DataSource):
 
   def description(self) -> dict:
     """Returns the content of corpus.json, the last file that `prepare` writes."""
-    if corpus := corpus_format.read(self.corpus_dir, tf.io.gfile):
+    files = tf.io.gfile
+    if corpus := corpus_format.read(self.corpus_dir, files.exists, files.GFile):
       return corpus
     begun = tf.io.gfile.exists(self.corpus_dir) and tf.io.gfile.listdir(self.corpus_dir)
     state = 'is not complete (no corpus.json)' if begun else 'does not exist'

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import posixpath
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -60,6 +61,39 @@ def whole_folder(
     except BaseException:
       shutil.rmtree(unfinished, ignore_errors=True)
       raise
+
+
+@contextlib.contextmanager
+def whole_url(
+  url: str, last: str, replaceable: Callable[[str], bool]
+) -> Iterator[None]:
+  """Lets the body write files to the URL of a folder, in a bucket for example.
+
+  The folder is whole once it has the file named `last`, which must be written last.
+
+  Args:
+    url: of any file system that `fsspec` knows.
+    last: name of the file without which the folder is a leftover.
+    replaceable: whether a leftover's file, given by name, may be removed.
+
+  Raises:
+    FileExistsError: the folder is not empty, nor a leftover.
+  """
+  import fsspec
+
+  fs, path = fsspec.url_to_fs(url)
+  there = fs.find(path) if fs.exists(path) else []
+  names = [posixpath.relpath(found, path) for found in there]
+  if last in names or not all(map(replaceable, names)):
+    raise FileExistsError(f'{url} is not empty. Name another folder, or remove it.')
+  try:
+    if there:
+      fs.rm(there)
+    yield
+  except BaseException:
+    if fs.exists(path):
+      fs.rm(path, recursive=True)
+    raise
 
 
 @contextlib.contextmanager

@@ -1,18 +1,21 @@
 """Command that makes a corpus: tokenizer, TFRecord shards and corpus.json.
 
 The output folder appears once it is complete. Its bytes depend on the text and the
-arguments, not on the number of workers.
+arguments, not on the order of the text or the workers.
 """
 
 import argparse
-import dataclasses
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Light imports only, so that --help is quick.
@@ -29,7 +32,7 @@ TRAINING_DEFAULTS = {
 }
 
 # Arguments with no effect on the content of the corpus.
-_NOT_SETTINGS = ('output_dir', 'num_workers', 'overwrite')
+_NOT_SETTINGS = ('output_dir', 'num_workers', 'overwrite', 'beam', 'pipeline_options')
 
 _EPILOG = """\
 examples:
@@ -40,6 +43,9 @@ examples:
       --config=nob_Latn --license='ODC-By 1.0' --output_dir=data/no
   python -m bart_t5x.prepare --source=text --input nynorsk.txt \\
       --output_dir=data/nn --tokenizer_file=data/no
+  python -m bart_t5x.prepare --source=jsonl --input 'gs://mine/texts/*.jsonl' \\
+      --output_dir=gs://mine/no --tokenizer_bytes=1000000000 --beam \\
+      --pipeline_options=--runner=FlinkRunner,--flink_master=HOST:8081
 
 Writes train-*.tfrecord, validation-*.tfrecord, the tokenizer and corpus.json, which
 describes them. A corpus made with the same arguments is reused. The tasks
@@ -65,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add('--output_dir', required=True, help='the folder to make')
+  add('--output_dir', required=True, help='the folder to make, also as gs:// or s3://')
   # The source.
   add(
     '--source',
@@ -80,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     nargs='+',
     default=[],
     metavar='PATH',
-    help='files, quoted patterns, or folders (text, jsonl, parquet)',
+    help='files, quoted patterns, or folders, also as gs://, s3:// or hf:// (text, '
+    'jsonl, parquet)',
   )
   add(
     '--unit',
@@ -160,6 +167,17 @@ def _parser() -> argparse.ArgumentParser:
     help='processes (default: one per core)',
   )
   add(
+    '--beam',
+    action='store_true',
+    help='work through Apache Beam, on many machines; the corpus is the same',
+  )
+  add(
+    '--pipeline_options',
+    metavar='OPTIONS',
+    help='options of the Beam pipeline, separated by commas (default: run it in this '
+    'process)',
+  )
+  add(
     '--overwrite',
     action='store_true',
     help='replace the corpus in the output folder once the new one is complete',
@@ -184,12 +202,15 @@ def _open_source(args: argparse.Namespace) -> text_sources.Source:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
   """Rejects values that are out of range and arguments that would be ignored."""
-  for path in filter(None, (args.output_dir, args.tokenizer_file, *args.input)):
-    if '://' in path:
-      raise cli.UsageError(
-        f'{path!r} is not on a local disk. Prepare the corpus there, then copy it to '
-        'the bucket: gcloud storage cp -r FOLDER gs://…'
-      )
+  if args.tokenizer_file and '://' in args.tokenizer_file:
+    raise cli.UsageError(
+      f'--tokenizer_file={args.tokenizer_file} is not on a local disk. Copy it first.'
+    )
+  if args.overwrite and '://' in args.output_dir:
+    raise cli.UsageError(
+      f'--overwrite replaces only folders on a local disk. Remove {args.output_dir} '
+      'yourself, or name another --output_dir.'
+    )
   _, reads = _SOURCES[args.source]
   if reads and not getattr(args, reads[0]):
     raise cli.UsageError(f'--source={args.source} needs --{reads[0]}.')
@@ -208,6 +229,10 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     ignored.add('min_frequency')
   if args.tokenizer_file:
     ignored.update(TRAINING_DEFAULTS)
+  # Only one process can count the first documents.
+  ignored.update(
+    ('num_workers', 'max_documents') if args.beam else ('pipeline_options',)
+  )
   for name in sorted(ignored):
     if getattr(args, name) != parser.get_default(name):
       raise cli.UsageError(
@@ -221,7 +246,11 @@ def _is_made(args: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
   Raises:
     ValueError: it has another one, or a damaged one.
   """
-  corpus = corpus_format.read(args.output_dir)
+  import fsspec
+
+  folder = args.output_dir
+  fs = fsspec.url_to_fs(folder)[0]
+  corpus = corpus_format.read(folder, fs.exists, fs.open)
   if not corpus:
     return False
   there, wanted = corpus.get('settings', {}), json.loads(json.dumps(settings))
@@ -238,33 +267,63 @@ def _is_made(args: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
       f'({", ".join(different)}). Use another --output_dir, or --overwrite.'
     )
   try:
-    sources = _open_source(args).files if args.input else ()
+    sources = _open_source(args).files if args.input else {}
   except text_sources.SourceError:  # the corpus may outlive its source
-    sources = ()
-  if sources and {p: os.path.getsize(p) for p in sources} != corpus.get('source_files'):
+    sources = {}
+  if sources and sources != corpus.get('source_files'):
     raise cli.UsageError(
       f'{args.output_dir!r} holds a corpus whose source files have changed since. Use '
       'another --output_dir, or --overwrite.'
     )
 
   def size_of(path):
-    return os.path.getsize(path) if os.path.exists(path) else None
+    return fs.size(path) if fs.exists(path) else None
 
   for split in corpus['splits']:
-    corpus_format.check_shards(corpus, args.output_dir, split, size_of)
-  tokenizer = tokenization.read_tokenizer(args.output_dir)
-  corpus_format.check_tokenizer(corpus, tokenizer.content, args.output_dir)
+    corpus_format.check_shards(corpus, folder, split, size_of)
+  path = tokenization.find_tokenizer_file(folder, fs.exists)
+  content = fs.cat(path) if path else b''
+  corpus_format.check_tokenizer(corpus, content, path or folder)
   return True
 
 
-def _only_a_corpus(folder: pathlib.Path) -> bool:
-  """Whether a folder holds only files that this command writes."""
-  ours = (
+def _is_of_a_corpus(name: str) -> bool:
+  """Whether this command writes files of this name."""
+  return name.endswith('.tfrecord') or name in (
     corpus_format.CORPUS_FILE,
     tokenization.BYTE_LEVEL_FILE,
     tokenization.SENTENCEPIECE_FILE,
   )
-  return all(p.name in ours or p.suffix == '.tfrecord' for p in folder.iterdir())
+
+
+@contextlib.contextmanager
+def _new_folder(args: argparse.Namespace) -> Iterator[str]:
+  """Yields a path or URL to write the corpus to."""
+  url = args.output_dir
+  if '://' not in url:
+
+    def replaceable(folder: pathlib.Path) -> bool:
+      return all(_is_of_a_corpus(path.name) for path in folder.iterdir())
+
+    with files.whole_folder(url, args.overwrite, replaceable) as folder:
+      yield str(folder)
+    return
+  import fsspec
+
+  with files.whole_url(url, corpus_format.CORPUS_FILE, _is_of_a_corpus):
+    if args.beam:  # workers write directly
+      yield url
+      return
+    with tempfile.TemporaryDirectory() as folder:
+      yield folder
+      fs = fsspec.url_to_fs(url)[0]
+      names = os.listdir(folder)
+      for name in sorted(names, key=lambda name: name == corpus_format.CORPUS_FILE):
+        fs.put_file(os.path.join(folder, name), f'{url}/{name}')
+
+
+def _first_documents(source: text_sources.Source, number: int) -> Iterator[str]:
+  return itertools.islice(source.documents(), number)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -275,6 +334,8 @@ def prepare(args: argparse.Namespace) -> None:
     OSError: the corpus cannot be written.
     RuntimeError: a worker died.
   """
+  import fsspec
+
   settings = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
   tokenizer = None
   if args.tokenizer_file:
@@ -293,16 +354,16 @@ def prepare(args: argparse.Namespace) -> None:
     return
   source = _open_source(args)
   if args.max_documents:
-    every = source.documents
-    source = dataclasses.replace(
-      source, documents=lambda: itertools.islice(every(), args.max_documents)
-    )
-  with files.whole_folder(args.output_dir, args.overwrite, _only_a_corpus) as folder:
-    corpus = corpus_build.build(
-      source, str(folder), settings, args.num_workers, tokenizer
-    )
-    text = json.dumps(corpus, ensure_ascii=False, indent=2) + '\n'
-    (folder / corpus_format.CORPUS_FILE).write_text(text, encoding='utf-8')
+    first = functools.partial(_first_documents, source, args.max_documents)
+    source = text_sources.Source([first], source.license, source.files)
+  with _new_folder(args) as folder:
+    if args.beam:
+      options = (args.pipeline_options or '').split(',')
+      _corpus_beam().build(source, folder, settings, filter(None, options), tokenizer)
+    else:
+      corpus_build.build(source, folder, settings, args.num_workers, tokenizer)
+  fs = fsspec.url_to_fs(args.output_dir)[0]
+  corpus = corpus_format.read(args.output_dir, fs.exists, fs.open)
   made = ', '.join(
     f'{split["documents"]:,} documents and {split["tokens"]:,} tokens for {name}'
     for name, split in corpus['splits'].items()
@@ -312,6 +373,16 @@ def prepare(args: argparse.Namespace) -> None:
     f'{corpus["dropped"]["duplicates"]:,} duplicates, '
     f'{corpus["dropped"]["empty"]:,} empty documents.'
   )
+
+
+def _corpus_beam():
+  logging.disable(logging.WARNING)  # Beam warns of missing packages of Google Cloud
+  try:
+    from bart_t5x import corpus_beam
+  except ImportError as e:
+    raise cli.UsageError(f"--beam needs Apache Beam: pip install '.[beam]' ({e}).") from e
+  logging.disable(logging.NOTSET)
+  return corpus_beam
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if e.strerror and not e.filename:  # from a write, such as to a full disk
       return cli.fail(f'Cannot write to {args.output_dir!r}: {e.strerror}.')
     return cli.fail(e)
-  except (ValueError, RuntimeError) as e:
+  except (ValueError, RuntimeError, ImportError) as e:
     return cli.fail(e)
   except KeyboardInterrupt:
     cli.fail('interrupted; no files were left')

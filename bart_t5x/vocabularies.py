@@ -65,7 +65,9 @@ class BartVocabulary(seqio.Vocabulary):
         )
       with tf.io.gfile.GFile(path, 'rb') as f:
         content = f.read()
-      corpus = corpus_format.read(os.path.dirname(path), tf.io.gfile)
+      corpus = corpus_format.read(
+        os.path.dirname(path), tf.io.gfile.exists, tf.io.gfile.GFile
+      )
       corpus_format.check_tokenizer(corpus, content, path)
       self._content = content
     return self._content

@@ -57,10 +57,10 @@ def _texts(path: str) -> Iterator[str]:
   if not path.endswith('.jsonl'):
     yield from text_sources.read_lines(path)
     return
-  for number, record in text_sources.read_json_lines(path):
+  for place, record in text_sources.read_json_lines(path):
     if not isinstance(record.get('inputs'), str):
       raise ValueError(
-        f'{path}, line {number} must have its text as "inputs", such as '
+        f'{place} must have its text as "inputs", such as '
         f'{{"inputs": "…"}}. Got: {sorted(record)}'
       )
     yield record['inputs']

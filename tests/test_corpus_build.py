@@ -1,7 +1,6 @@
 """The passes of `prepare`: duplicates, splits, shards, baselines."""
 
 import math
-import os
 import random
 
 import numpy as np
@@ -35,22 +34,21 @@ SETTINGS = {
 }
 
 
-def build(folder, number=600, workers=1, **settings):
+def build(folder, documents=texts(600), workers=1, **settings):
   folder.mkdir()
-  source = text_sources.Source(lambda: iter(texts(number)))
-  return corpus_build.build(source, str(folder), SETTINGS | settings, workers)
+  source = text_sources.Source([lambda: iter(documents)])
+  corpus_build.build(source, str(folder), SETTINGS | settings, workers)
+  return corpus_format.read(folder)
 
 
-def read(folder, split):
-  """Returns (tokens, sentence_starts, example_id) of each document."""
+def read(path):
+  """Returns (tokens, sentence_starts, example_id) of each document of a shard."""
   rows = []
-  for name in sorted(os.listdir(folder)):
-    if name.startswith(split):
-      for row in tf.data.TFRecordDataset(str(folder / name)).as_numpy_iterator():
-        feature = tf.train.Example.FromString(row).features.feature
-        values = {k: list(v.int64_list.value) for k, v in feature.items()}
-        (example_id,) = values['example_id']
-        rows.append((values['tokens'], values['sentence_starts'], example_id))
+  for row in tf.data.TFRecordDataset(path).as_numpy_iterator():
+    feature = tf.train.Example.FromString(row).features.feature
+    values = {k: list(v.int64_list.value) for k, v in feature.items()}
+    (example_id,) = values['example_id']
+    rows.append((values['tokens'], values['sentence_starts'], example_id))
   return rows
 
 
@@ -61,12 +59,19 @@ def test_shards_hold_every_document(tmp_path, kind):
   tokenizer = tokenization.read_tokenizer(path)
   assert corpus['vocab_size'] == tokenizer.vocab_size == 320
   found = {}
-  for split in ('train', 'validation'):
-    rows = read(tmp_path / 'out', split)
-    counts = corpus['splits'][split]
+  for split, counts in corpus['splits'].items():
+    shards = corpus_format.shard_paths(tmp_path / 'out', split, counts['shards'])
+    rows = []
+    for number, path in enumerate(shards):
+      rows += (shard := read(path))
+      ids = [example_id for *_, example_id in shard]
+      assert ids == sorted(ids) and {i % len(shards) for i in ids} == {number}
     assert counts['documents'] == len(rows)
     assert counts['tokens'] == sum(len(tokens) for tokens, _, _ in rows)
     assert counts['sentences'] == sum(len(starts) for _, starts, _ in rows)
+    lengths = sorted(len(tokens) for tokens, _, _ in rows)
+    assert counts['length_quantiles']['100%'] == lengths[-1]
+    assert counts['length_quantiles']['50%'] == lengths[(len(lengths) - 1) // 2]
     for tokens, starts, example_id in rows:
       text = tokenizer.decode(tokens)
       found[text] = split
@@ -75,8 +80,9 @@ def test_shards_hold_every_document(tmp_path, kind):
       assert pieces == sentences.split_sentences(text)
   assert sorted(found) == sorted(texts(600))
   assert list(found.values()).count('validation') == 20
-  total = sum(corpus['splits'][split]['bytes'] for split in corpus['splits'])
-  assert total == sum(len(text.encode()) for text in texts(600))
+  for name, count in (('bytes', str.encode), ('words', str.split)):
+    total = sum(split[name] for split in corpus['splits'].values())
+    assert total == sum(len(count(text)) for text in texts(600))
   assert 1 < corpus['baselines']['unigram_loss'] < math.log(320)
 
 
@@ -84,12 +90,16 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_same_bytes_for_any_number_of_workers(tmp_path, monkeypatch):
-  # Batches small enough for every worker to get some.
+@pytest.mark.parametrize('kind', ['bytelevel', 'unigram'])
+def test_same_bytes_for_any_order_and_number_of_workers(tmp_path, monkeypatch, kind):
+  build(tmp_path / 'a', tokenizer=kind, vocab_size=320)
+  # Batches small enough for every worker to get some, and many files to merge.
   monkeypatch.setattr(corpus_build, '_BATCH_BYTES', 5000)
-  assert build(tmp_path / '1') == build(tmp_path / '3', workers=3)
-  first = contents(tmp_path / '1')
-  assert len(first) == 5 and contents(tmp_path / '3') == first
+  monkeypatch.setattr(corpus_build.Spool, 'FILE_BYTES', 5000)
+  shuffled = random.Random(1).sample(texts(600), 600)
+  build(tmp_path / 'b', shuffled, workers=3, tokenizer=kind, vocab_size=320)
+  first = contents(tmp_path / 'a')
+  assert len(first) == 6 and contents(tmp_path / 'b') == first
 
 
 def test_baselines_by_hand():
@@ -97,10 +107,10 @@ def test_baselines_by_hand():
     def decode(self, ids):
       return f'token {ids}'
 
-  train = corpus_build.Totals(8, [])
+  train = corpus_build.Totals(8)
   train.documents, train.tokens = 2, 6
   train.histogram[:] = [0, 0, 0, 0, 0, 3, 2, 1]
-  validation = corpus_build.Totals(8, [])
+  validation = corpus_build.Totals(8)
   validation.documents, validation.tokens = 1, 4
   validation.histogram[:] = [0, 0, 0, 0, 0, 1, 0, 3]
   baselines = corpus_build.baselines(train, validation, Speller())
@@ -135,51 +145,59 @@ def test_tokenizer_never_sees_held_out_text(tmp_path, monkeypatch):
 
 def test_too_few_documents(tmp_path):
   with pytest.raises(ValueError, match='39 different.* 40 '):
-    build(tmp_path / 'out', number=39)
+    build(tmp_path / 'out', texts(39))
 
 
-def collect(tmp_path, texts, share=0.1, at_least=5, name='spool'):
-  return corpus_build.spool(texts, str(tmp_path / name), share, at_least)
+def digests(texts):
+  return sorted(corpus_format.digest(text.encode()) for text in texts)
 
 
-def test_duplicates_and_empty_documents_are_dropped(tmp_path):
-  texts = ['a', 'b', '', 'a', ' \n', 'c', 'a ', 'b']
-  kept = collect(tmp_path, texts)
-  assert [text.decode() for _, text in kept.read()] == ['a', 'b', 'c', 'a ']
-  assert (kept.documents, kept.duplicates, kept.empty, kept.bytes) == (4, 2, 2, 5)
+@pytest.mark.parametrize('most_files', [2, 3, 256])
+@pytest.mark.parametrize('file_bytes', [1, 1000, 1 << 20])
+def test_spool_sorts_and_drops_duplicates(
+  tmp_path, monkeypatch, file_bytes, most_files
+):
+  monkeypatch.setattr(corpus_build.Spool, 'FILE_BYTES', file_bytes)
+  monkeypatch.setattr(corpus_build.Spool, 'MOST_FILES', most_files)
+  spool = corpus_build.Spool(str(tmp_path))
+  texts = [f'dokument {i * i % 61}' for i in range(100)] + ['', 'å' * 3000]
+  for text in texts:
+    spool.add(text.encode())
+  assert spool.documents == 102
+  for _ in range(2):  # it can be read again
+    rows = list(spool.read())
+    assert [digest for digest, _ in rows] == digests(set(texts))
+    assert {text.decode() for _, text in rows} == set(texts)
+  assert len(list(tmp_path.iterdir())) <= most_files
 
 
-def test_split_depends_on_the_text_alone(tmp_path):
-  texts = [f'dokument {i}' for i in range(2000)]
-  shuffled = random.Random(1).sample(texts, len(texts))
-  splits = []
-  for name, order in (('a', texts), ('b', shuffled)):
-    kept = collect(tmp_path, order, share=0.05, at_least=10, name=name)
-    splits.append({t: kept.split_of(d) for d, t in kept.read()})
-  assert splits[0] == splits[1]
-  held_out = sum(split == 'validation' for split in splits[0].values())
-  assert 60 < held_out < 140  # 100 by the share
+def count(sizes, share=0.0, at_least=1, **settings):
+  settings = {
+    'validation_share': share,
+    'min_validation_documents': at_least,
+  } | settings
+  return corpus_build.count(sizes, 9000, 3, {'num_shards': None} | settings)
+
+
+def held_out(kept, values):
+  return sum(kept.shard_of(value)[0] == 'validation' for value in values)
 
 
 @pytest.mark.parametrize('at_least', [1, 100])
-def test_minimum_held_out(tmp_path, at_least):
-  texts = [f'dokument {i}' for i in range(500)]
-  kept = collect(tmp_path, texts, share=0.0, at_least=at_least)
-  splits = [kept.split_of(value) for value, _ in kept.read()]
-  assert splits.count('validation') == at_least
+def test_minimum_held_out(at_least):
+  values = digests(f'dokument {i}' for i in range(500))
+  kept = count([(value, 10) for value in values], at_least=at_least)
+  assert held_out(kept, values) == at_least
+  assert (kept.documents, kept.bytes) == (500, 5000)
+  assert (kept.duplicates, kept.empty) == (8500, 3)
 
 
-def test_hash_of_the_text(tmp_path):
-  one = collect(tmp_path, ['a', 'b'], name='1').text_sha256
-  assert collect(tmp_path, ['a', 'b', 'a', ''], name='2').text_sha256 == one
-  assert collect(tmp_path, ['b', 'a'], name='3').text_sha256 != one
-  assert collect(tmp_path, ['ab'], name='4').text_sha256 != one
+def test_share_held_out():
+  values = digests(f'dokument {i}' for i in range(2000))
+  kept = count([(value, 10) for value in values], share=0.05)
+  assert 60 < held_out(kept, values) < 140  # 100 by the share
 
 
-def test_digest_set_equals_a_set():
-  rng = random.Random(0)
-  ours, plain = corpus_build.DigestSet(buffer_size=16), set()
-  for _ in range(5000):
-    value = rng.choice([rng.randrange(3000), 2**63 - 1 - rng.randrange(50)])
-    assert ours.add(value) == (value not in plain)
-    plain.add(value)
+def test_hash_of_the_text():
+  assert count([(1, 1), (2, 1)]).text_sha256 == count([(1, 9), (2, 9)]).text_sha256
+  assert count([(1, 1), (3, 1)]).text_sha256 != count([(1, 1), (2, 1)]).text_sha256

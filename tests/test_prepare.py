@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import pytest
 
 from bart_t5x import corpus_build, prepare, vocabularies
@@ -43,7 +44,7 @@ def test_makes_a_corpus_and_then_reuses_it(text_file, tmp_path, capsys):
   assert prepare.main(arguments(text_file, out, '--license=CC0')) == 0
   assert '300 documents' in capsys.readouterr().out
   corpus = json.loads((out / 'corpus.json').read_text())
-  assert corpus['format_version'] == 1
+  assert corpus['format_version'] == 2
   assert (corpus['source'], corpus['license']) == ('text', 'CC0')
   assert corpus['vocab_size'] == 300
   assert corpus['splits']['validation']['documents'] == 100
@@ -106,7 +107,10 @@ def test_changed_sources_need_another_corpus(text_file, tmp_path, capsys):
     (['--vocab_size=261'], '--vocab_size.*262'),
     (['--input=nothing.txt'], 'nothing.txt'),
     (['--field=x'], '--field'),
-    (['--output_dir=gs://a/b'], 'gs://a/b.*local disk'),
+    (['--output_dir=memory:///a/b', '--overwrite'], 'memory:///a/b'),
+    (['--pipeline_options=--runner=FlinkRunner'], '--pipeline_options'),
+    (['--beam', '--max_documents=3'], '--max_documents'),
+    (['--beam', '--pipeline_options=--runner=DaskRunner'], 'DaskRunner'),
     (['--validation_share=0.6'], '--validation_share'),
     (['--unit=file'], 'holds 1 different'),
     (['--tokenizer=bpe', '--min_frequency=3'], '--min_frequency'),
@@ -115,6 +119,8 @@ def test_changed_sources_need_another_corpus(text_file, tmp_path, capsys):
 def test_bad_arguments(text_file, tmp_path, capsys, more, message):
   out = tmp_path / 'out'
   args = arguments(text_file, out, *more)
+  if '--beam' in more:
+    args.remove('--num_workers=1')
   if more[0].startswith('--input'):
     args = [a for a in args if a == more[0] or not a.startswith('--input')]
   assert prepare.main(args) == 1
@@ -199,6 +205,36 @@ def test_damaged_corpus_is_not_reused_but_replaced(text_file, tmp_path, capsys):
     assert files(out) == before
 
 
+def test_urls(text_file, tmp_path, capsys):
+  fs = fsspec.filesystem('memory')
+  url = f'memory:///{tmp_path.name}'
+  fs.pipe(f'{url}/text.txt', text_file.read_bytes())
+  there, here = f'{url}/out', tmp_path / 'here'
+  args = arguments(f'{url}/*.txt', there)
+  assert prepare.main(args) == 0
+  assert prepare.main(arguments(f'{url}/*.txt', here)) == 0
+  assert {os.path.basename(p): fs.cat(p) for p in fs.find(there)} == files(here)
+  capsys.readouterr()
+  assert prepare.main(args) == 0
+  assert 'Reusing' in capsys.readouterr().out
+  assert prepare.main([*args, '--vocab_size=310']) == 1
+  assert 'other arguments' in one_line(capsys)
+  # What an interrupted command has left is no corpus, and is replaced.
+  fs.rm(f'{there}/corpus.json')
+  fs.pipe(f'{there}/train-00007-of-00009.tfrecord', b'old')
+  assert prepare.main(args) == 0
+  assert {os.path.basename(p): fs.cat(p) for p in fs.find(there)} == files(here)
+  fs.rm(f'{there}/corpus.json')
+  fs.pipe(f'{there}/notes.txt', b'mine')
+  assert prepare.main(args) == 1
+  assert 'not empty' in one_line(capsys)
+  assert fs.cat(f'{there}/notes.txt') == b'mine'
+  assert (
+    prepare.main([*arguments(f'{url}/*.txt', f'{url}/bad'), '--vocab_size=9999']) == 1
+  )
+  assert not fs.exists(f'{url}/bad')
+
+
 def command(*args):
   return [sys.executable, '-m', 'bart_t5x.prepare', *args]
 
@@ -229,7 +265,7 @@ def kill_a_worker(*args):
 
 def test_worker_that_dies(text_file, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(corpus_build, '_BATCH_BYTES', 2000)
-  monkeypatch.setattr(corpus_build.corpus_format, 'serialize', kill_a_worker)
+  monkeypatch.setattr(corpus_build.Document, 'record', kill_a_worker)
   args = arguments(text_file, tmp_path / 'out', '--num_workers=2')
   assert prepare.main(args) == 1
   assert '--num_workers' in one_line(capsys)

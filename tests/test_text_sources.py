@@ -6,11 +6,13 @@ import importlib.util
 import io
 import json
 import lzma
+import pickle
 import re
 import sqlite3
 import tarfile
 import zipfile
 
+import fsspec
 import pytest
 import zstandard
 
@@ -68,6 +70,73 @@ def test_paragraphs_and_whole_files(tmp_path):
   assert documents(source) == ['en\nto', 'tre', 'fire']
   source = text_sources.text_source([str(tmp_path)], unit='file')
   assert documents(source) == ['\n \nen\nto\n\n\t\ntre\n\n', 'fire']
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 50])
+@pytest.mark.parametrize('text', ['\ufeffen\nto\n\n\ntre æøå\r\nfire', '\n', 'en', ''])
+def test_parts_of_any_size_have_each_line_once(tmp_path, monkeypatch, text, size):
+  monkeypatch.setattr(text_sources, '_PART_BYTES', size)
+  path = write(tmp_path / 'a.txt', text)
+  lines = text.removeprefix('\ufeff').replace('\r', '').split('\n')
+  if not lines[-1]:
+    lines.pop()
+  assert documents(text_sources.text_source([path])) == lines
+  rows = ''.join(json.dumps({'text': line}) + '\n' for line in lines)
+  path = write(tmp_path / 'a.jsonl', rows)
+  assert documents(text_sources.jsonl_source([path])) == lines
+
+
+@in_each_compression
+def test_a_compressed_file_is_one_part(tmp_path, monkeypatch, ending):
+  monkeypatch.setattr(text_sources, '_PART_BYTES', 5)
+  path = write(tmp_path / f'a.txt{ending}', '\n'.join(TEXTS))
+  source = text_sources.text_source([path])
+  assert len(source.parts) > 1 and documents(source) == TEXTS
+
+
+def test_errors_in_later_parts_have_the_line_of_the_file(tmp_path, monkeypatch):
+  monkeypatch.setattr(text_sources, '_PART_BYTES', 10)
+  content = b'en linje\n' * 9 + b'bl\xe5\n'
+  (tmp_path / 'a.txt').write_bytes(content)
+  source = text_sources.text_source([str(tmp_path / 'a.txt')])
+  with pytest.raises(text_sources.SourceError, match='line 10: byte 0xe5'):
+    list(source.parts[8]())
+
+
+def test_parts_can_be_sent_to_other_processes(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  table = pyarrow.table({'text': TEXTS})
+  parquet.write_table(table, tmp_path / 'a.parquet', row_group_size=2)
+  rows = ''.join(json.dumps({'text': text}) + '\n' for text in TEXTS)
+  write(tmp_path / 'a.jsonl', rows)
+  write(tmp_path / 'a.txt', '\n'.join(TEXTS))
+  folder = [str(tmp_path)]
+  for source in (
+    text_sources.text_source(folder),
+    text_sources.text_source(folder, 'paragraph'),
+    text_sources.jsonl_source(folder),
+    text_sources.parquet_source(folder),
+  ):
+    sent = pickle.loads(pickle.dumps(source))
+    assert documents(sent) == documents(source) != []
+
+
+def test_files_by_url(tmp_path):
+  fs = fsspec.filesystem('memory')
+  for name in ('a.txt', 'under/b.txt.gz', 'c.md'):
+    content = name.encode()
+    fs.pipe(
+      f'/{tmp_path.name}/{name}', gzip.compress(content) if 'gz' in name else content
+    )
+  url = f'memory:///{tmp_path.name}'
+  source = text_sources.text_source([url])
+  assert list(source.files) == [f'{url}/a.txt', f'{url}/under/b.txt.gz']
+  assert source.files[f'{url}/a.txt'] == 5
+  assert documents(source) == ['a.txt', 'under/b.txt.gz']
+  assert documents(text_sources.text_source([f'{url}/*.txt'])) == ['a.txt']
+  with pytest.raises(text_sources.SourceError, match='none'):
+    text_sources.text_source([f'{url}/none/*.txt'])
 
 
 def test_lines_longer_than_a_chunk(tmp_path):
@@ -160,6 +229,7 @@ def test_other_files_are_named(tmp_path, content, kind, unit):
     ('{"text": 3}', 'line 2: .*int'),
     ('{"text": "x"', 'line 2: '),
     ('["x"]', 'line 2: .*list'),
+    ('[' * 100_000, 'line 2: '),
     (r'{"text": "x\ud800"}', 'line 2: .*surrogate'),
   ],
 )
@@ -174,10 +244,11 @@ def test_files_by_folder_and_pattern(tmp_path):
   a = write(tmp_path / 'a.txt', 'a')
   b = write(tmp_path / 'under' / 'b.txt.gz', 'b')
   write(tmp_path / 'c.md', 'c')
-  assert text_sources.text_source([str(tmp_path)]).files == (a, b)
+  assert text_sources.text_source([str(tmp_path)]).files == {a: 1, b: 21}
   # A file that matches twice is read once.
   pattern = str(tmp_path / '*.txt')
-  assert text_sources.text_source([pattern, a, str(tmp_path)]).files == (a, b)
+  found = text_sources.text_source([pattern, a, str(tmp_path)]).files
+  assert list(found) == [a, b]
   odd = write(tmp_path / 'd[1].txt', 'd')
   assert documents(text_sources.text_source([odd])) == ['d']
 
@@ -211,7 +282,8 @@ def test_hub_data_set_from_a_folder(tmp_path):
   (tmp_path / 'sett').mkdir()
   write(tmp_path / 'sett' / 'train.jsonl', rows)
   folder = str(tmp_path / 'sett')
-  assert documents(text_sources.hf_source(folder)) == TEXTS
+  source = text_sources.hf_source(folder)
+  assert documents(source) == documents(pickle.loads(pickle.dumps(source))) == TEXTS
   with pytest.raises(text_sources.SourceError, match="no field 'x'"):
     documents(text_sources.hf_source(folder, field='x'))
   with pytest.raises(text_sources.SourceError, match="split 'test'"):
