@@ -52,6 +52,7 @@ setuptools.setup(
     'absl-py',
     'clu>=0.0.12',
     'flax>=0.12.8',
+    'fsspec>=2025.3',
     'gin-config>=0.5.0,<0.6',
     'huggingface_hub>=1.0',
     'jax>=0.10.2',

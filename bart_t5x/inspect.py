@@ -1,10 +1,12 @@
-"""Shows what a task makes of its data: examples, packed rows, and statistics.
+"""Shows what a task makes of its data, or what a corpus is like.
 
     python -m bart_t5x.inspect --task=norwegian_denoising_mini --num_examples=5
+    python -m bart_t5x.inspect --corpus=data/mini
 
 For denoising tasks it shows what each mask replaces and which sentences moved; for
 other tasks the texts and their ids. A table has lengths, padding, tokens cut off, and
-the noise. Of a mixture it shows each task, and the rows that they share.
+the noise. Of a mixture it shows each task, and the rows that they share. Of a corpus,
+the counts that `prepare` took.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bart_t5x import cli
+from bart_t5x import cli, corpus_format
 from bart_t5x.cli import UsageError
 
 _CODES = {'mask': '33', 'new': '31', 'moved': '36', 'infilled': '32', 'faint': '2'}
@@ -33,7 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     'set, other outputs if FORCE_COLOR is.',
   )
   add = parser.add_argument
-  add('--task', required=True, help='a seqio task or mixture')
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument('--task', help='a seqio task or mixture')
+  what.add_argument(
+    '--corpus', help='the folder of a corpus; other arguments are ignored'
+  )
   add('--split', default='train', help='default: train')
   add('--num_examples', type=int, default=5, help='examples to show (default: 5)')
   add('--num_rows', type=int, default=3, help='packed rows to show (default: 3)')
@@ -270,6 +276,42 @@ def _noise_lines(examples: Sequence[Mapping], recipe, mask_id: int) -> list[str]
   ]
 
 
+# A corpus.
+
+
+def corpus_lines(corpus: Mapping[str, Any]) -> list[str]:
+  """Formats the content of a corpus.json."""
+  dropped, baselines = corpus['dropped'], corpus['baselines']
+  lines = [
+    _table_row('source', corpus['source'], corpus['license']),
+    _table_row('vocabulary', f'{corpus["vocab_size"]:,}', corpus['tokenizer']),
+    _table_row('empty documents dropped', f'{dropped["empty"]:,}'),
+    _table_row('duplicates dropped', f'{dropped["duplicates"]:,}'),
+    _table_row('unigram loss', f'{baselines["unigram_loss"]:.3f}', 'nats per token'),
+    _table_row(
+      'commonest token',
+      repr(baselines['commonest_token']),
+      f'{baselines["commonest_token_share"]:.2%} of the tokens',
+    ),
+  ]
+  for name, split in corpus['splits'].items():
+    lines += [
+      f'\n{name}',
+      _table_row('documents', f'{split["documents"]:,}', f'{split["shards"]:,} files'),
+      _table_row('tokens', f'{split["tokens"]:,}'),
+      _table_row('bytes per token', f'{split["bytes"] / split["tokens"]:.2f}'),
+    ]
+    if 'words' in split:  # since format 2
+      quantiles = [f'{n:,} ({share})' for share, n in split['length_quantiles'].items()]
+      lines += [
+        _table_row('tokens per word', f'{split["tokens"] / split["words"]:.2f}'),
+        f'tokens per document at most    {", ".join(quantiles)}',
+      ]
+    per_document = split['sentences'] / split['documents']
+    lines.append(_table_row('sentences per document', f'{per_document:.1f}'))
+  return lines
+
+
 # Data.
 
 
@@ -325,7 +367,13 @@ def _traced(task) -> tuple[Any, Any]:
 
 
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-  """Prints the examples, the rows and the table."""
+  """Prints the examples, the rows and the table; or the table of a corpus."""
+  if args.corpus:
+    corpus = corpus_format.read(args.corpus)
+    if not corpus:
+      raise FileNotFoundError(f'{args.corpus} has no {corpus_format.CORPUS_FILE}.')
+    print('\n'.join(corpus_lines(corpus)))
+    return
   cli.import_tensorflow()
   import tensorflow as tf
 

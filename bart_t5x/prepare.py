@@ -380,7 +380,9 @@ def _corpus_beam():
   try:
     from bart_t5x import corpus_beam
   except ImportError as e:
-    raise cli.UsageError(f"--beam needs Apache Beam: pip install '.[beam]' ({e}).") from e
+    raise cli.UsageError(
+      f"--beam needs Apache Beam: pip install '.[beam]' ({e})."
+    ) from e
   logging.disable(logging.NOTSET)
   return corpus_beam
 

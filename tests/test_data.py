@@ -49,7 +49,8 @@ def test_p16_hosts_split_the_corpus(corpus_dir, hosts, shuffle):
   shares = documents(corpus_dir, hosts, shuffle=shuffle, seed=5)
   assert sorted(sum(shares, [])) == sorted(everything)
   sizes = [len(share) for share in shares]
-  assert max(sizes) - min(sizes) <= max(4, max(sizes) // 16)
+  # A document's file is drawn by its digest, so sizes vary by their square root.
+  assert max(sizes) - min(sizes) <= 4 * (280 / hosts) ** 0.5
 
 
 def test_seed_orders_the_files(corpus_dir):

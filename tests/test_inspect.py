@@ -9,7 +9,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from bart_t5x import inspect, noise, preprocessors, vocabularies
+from bart_t5x import corpus_format, inspect, noise, preprocessors, vocabularies
 from tasks import pretrain
 
 
@@ -189,3 +189,15 @@ def _traced(dataset, sequence_length, output_features):
   return preprocessors.denoise(
     dataset, sequence_length, output_features, noise.Recipe(), trace=True
   )
+
+
+def test_a_corpus(capsys, corpus_dir, tmp_path):
+  assert inspect.main([f'--corpus={corpus_dir}']) == 0
+  corpus = corpus_format.read(corpus_dir)
+  shown = capsys.readouterr().out
+  for split in corpus['splits'].values():
+    assert f'{split["documents"]:,}' in shown
+    assert f'{split["bytes"] / split["tokens"]:.2f}' in shown
+    assert f'{split["tokens"] / split["words"]:.2f}' in shown
+  assert inspect.main([f'--corpus={tmp_path}']) == 1
+  assert str(tmp_path) in capsys.readouterr().err
