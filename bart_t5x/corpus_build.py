@@ -95,6 +95,7 @@ def build(
 
 
 def is_empty(text: str) -> bool:
+  """Whether a document is dropped because it has at most white space."""
   return not text or text.isspace()
 
 

@@ -58,8 +58,8 @@ exit codes: 0 made or reused, 1 error (see its message), 2 bad command line,
 
 
 def positive_integer(text: str) -> int:
-  if int(text) < 1:
-    raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'must be an integer of at least 1, got {text!r}')
   return int(text)
 
 
