@@ -165,6 +165,34 @@ def test_objects_are_kept_until_a_script_exits(ended, monkeypatch):
   assert [ref() is None for ref in alive] == [True, False]
 
 
+def test_temporary_files_do_not_outlive_the_scripts(tmp_path):
+  code = (
+    'import tempfile\nfrom t5x import launch\nlaunch._make_temporary_folder()\n'
+    'print(tempfile.mkdtemp(), flush=True)\ninput()\nlaunch.leave(0)'
+  )
+
+  def start():
+    process = subprocess.Popen(
+      [sys.executable, '-c', code],
+      env={**os.environ, 'TMPDIR': str(tmp_path)},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    return process, process.stdout.readline().strip()
+
+  (first, kept), (killed, left) = start(), start()
+  killed.kill()
+  killed.communicate()
+  assert os.path.isdir(kept) and os.path.isdir(left)
+  third, _ = start()
+  assert os.path.isdir(kept) and not os.path.isdir(left)
+  for process in (first, third):
+    process.communicate('\n')
+    assert process.returncode == 0
+  assert not list(tmp_path.iterdir())
+
+
 # ---- Logs ----
 
 SITE = os.path.join(os.sep, 'x', 'lib', 'python3.11', 'site-packages')
