@@ -100,7 +100,6 @@ def test_bindings_of_a_run():
   assert run.bindings_of('Transformer') == {'config': '@network.BartConfig()'}
   assert run.macro('LENGTHS') == {'inputs': 32, 'targets': [32, 1]}
   assert run.macro('NONE_SUCH') is None
-  assert 'tasks' in run.imports
 
 
 BEAMS = """

@@ -211,12 +211,9 @@ class RunConfig:
   """
 
   def __init__(self, text: str):
-    self.imports: list[str] = []
     self._bindings: dict[tuple[str, str], Any] = {}
     for statement in config_parser.ConfigParser(text, _Unresolved()):
-      if isinstance(statement, config_parser.ImportStatement):
-        self.imports.append(statement.module)
-      elif isinstance(statement, config_parser.BindingStatement):
+      if isinstance(statement, config_parser.BindingStatement):
         selector = '/'.join(filter(None, (statement.scope, statement.selector)))
         self._bindings[selector, statement.arg_name or ''] = statement.value
 
