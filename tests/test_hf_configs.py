@@ -134,7 +134,10 @@ def test_greedy_search_has_no_beams():
     assert configs.RunConfig(text).beam_search() is None
 
 
-def test_invalid_gin_file(tmp_path):
-  (tmp_path / 'config.gin').write_text('network.BartConfig: = (')
+@pytest.mark.parametrize(
+  'text', [b'network.BartConfig: = (', b'A = (1,', b'A = "\xe5"']
+)
+def test_invalid_gin_file(tmp_path, text):
+  (tmp_path / 'config.gin').write_bytes(text)
   with pytest.raises(ValueError, match='config.gin is not a valid'):
     configs.read_gin(tmp_path / 'config.gin')

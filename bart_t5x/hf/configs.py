@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import tokenize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -282,5 +283,5 @@ def read_gin(path: pathlib.Path) -> RunConfig:
     raise FileNotFoundError(
       f'{path} not found. It describes the model; name it with --config=FILE.'
     ) from e
-  except SyntaxError as e:
+  except (SyntaxError, tokenize.TokenError, UnicodeDecodeError) as e:
     raise ValueError(f'{path} is not a valid Gin file: {e}') from e

@@ -93,6 +93,7 @@ def test_wrong_input_is_one_message(ended, capsys):
     (KeyError('inputs'), 'KeyError: inputs'),
     (FileNotFoundError(2, 'No such file', 'a/b'), "No such file: 'a/b'"),
     (ValueError(), 'ValueError'),
+    (SyntaxError('bad', ('a/b.gin', 5, 0, 'x')), 'bad (a/b.gin, line 5)'),
   ],
 )
 def test_the_message_is_that_of_the_exception(ended, capsys, error, text):

@@ -386,6 +386,8 @@ def _message(error: BaseException) -> str:
   keyed = isinstance(error, KeyError) and len(error.args) == 1
   text = str(error.args[0] if keyed else error)
   text = text.partition('\n  In call to configurable')[0].strip()  # Gin's call stack.
+  if isinstance(error, SyntaxError) and error.filename:  # Its text omits the folder.
+    text = text.replace(f'({os.path.basename(error.filename)},', f'({error.filename},')
   if isinstance(error, ValueError | OSError) and text:
     return text
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
