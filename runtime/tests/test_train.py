@@ -271,6 +271,22 @@ def test_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
   tracker.close.assert_called_once_with(False)
 
 
+def test_tracker_shows_a_failure_before_the_first_step(tmp_path):
+  class Unable(_Stopper):
+    def recall(self, values):
+      raise KeyError('loss')
+
+  tracker = mock.Mock()
+  with pytest.raises(KeyError):
+    run(
+      tmp_path,
+      tracker=tracker,
+      concurrent_metrics=False,
+      actions={'TRAIN': [Unable(4)]},
+    )
+  tracker.close.assert_called_once_with(True)
+
+
 def test_non_finite_loss_ends_the_run_without_a_checkpoint(tmp_path):
   class Overflowing(tiny.models.EncoderDecoderModel):
     def loss_fn(self, params, batch, dropout_rng):

@@ -420,14 +420,6 @@ def train(
   metrics_log = progress_lib.MetricsLog(
     model_dir, first_step, run_eval_before_training, tracker
   )
-  if jax.process_index() == 0:
-    for mode, chosen in by_mode.items():
-      for action in chosen:
-        action.recall(
-          lambda task, metric, source=_SOURCES[mode]: metrics_log.recall(
-            source.format(task), metric
-          )
-        )
 
   def report(step, values):
     progress.report(step, values)
@@ -500,6 +492,14 @@ def train(
       stack.callback(evaluator.close)
     stack.callback(progress.close)
     stack.callback(trainer.close)
+    if jax.process_index() == 0:
+      for mode, chosen in by_mode.items():
+        for action in chosen:
+          action.recall(
+            lambda task, metric, source=_SOURCES[mode]: metrics_log.recall(
+              source.format(task), metric
+            )
+          )
     if run_eval_before_training:
       evaluate(step)
     if save_period or step in save_steps:
