@@ -19,13 +19,10 @@ import sys
 import tempfile
 import time
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+import jax
+import tensorflow as tf
 
-import jax  # noqa: E402 - after the variables that it reads.
-import tensorflow as tf  # noqa: E402
-
-from bart_t5x import checkpoints  # noqa: E402
+from bart_t5x import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -49,63 +46,41 @@ train_script.train:
   eval_steps = 2
   stats_period = 3
   run_eval_before_training = False  # It would evaluate again at each restart.
-  infer_eval_dataset_cfg = @infer_eval/utils.DatasetConfig()
+  infer_eval_dataset_cfg = @train_eval/utils.DatasetConfig()
   inference_evaluator_cls = @seqio.Evaluator
 utils.SaveCheckpointConfig.period = 4
-seqio.Evaluator.num_examples = 8
-infer_eval/utils.DatasetConfig:
-  mixture_or_task_name = %MIXTURE_OR_TASK_NAME
-  task_feature_lengths = %TASK_FEATURE_LENGTHS
-  split = 'validation'
-  batch_size = 8
-  shuffle = False
-  seed = 42
+seqio.Evaluator:
+  num_examples = 8
+  logger_cls = [@seqio.TensorBoardLogger, @seqio.JSONLogger]
 """
 
 
-def start(folder: pathlib.Path, module: str, *args: str) -> subprocess.Popen:
-  """Starts a script on the corpus in `folder`; its output goes to log.txt."""
-  environment = {
-    **os.environ,
-    'BART_T5X_DATA': str(folder),
-    'TMPDIR': str(folder / 'tmp'),
-  }
+def start(folder: pathlib.Path, *command: str) -> subprocess.Popen:
+  """Starts a module on the corpus in `folder`; its output goes to log.txt."""
+  paths = {'BART_T5X_DATA': str(folder), 'TMPDIR': str(folder / 'tmp')}
+  environment = {**os.environ, **paths, 'JAX_PLATFORMS': 'cpu'}
+  command = [sys.executable, '-m', *command]
   with open(folder / 'log.txt', 'a') as log:
-    return subprocess.Popen(
-      [sys.executable, '-m', module, *args],
-      cwd=ROOT,
-      env=environment,
-      stdout=log,
-      stderr=log,
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def train(folder: pathlib.Path, run: pathlib.Path) -> subprocess.Popen:
-  """Starts or resumes a run."""
-  flags = (f'--gin_file={folder / "run.gin"}', f'--gin.MODEL_DIR={str(run)!r}')
-  return start(folder, 't5x.train', *flags)
-
-
-def check_finished(folder: pathlib.Path, code: int) -> None:
-  """Ends the campaign if a script failed."""
-  if code != 0:
-    raise SystemExit(f'A script ended with code {code}. See {folder / "log.txt"}.')
+def finish(process: subprocess.Popen, timeout: float | None = None) -> None:
+  """Waits for a process; ends the campaign if it failed."""
+  if process.wait(timeout) != 0:
+    raise SystemExit(f'A script ended with code {process.returncode}. See log.txt.')
 
 
 def make_corpus(folder: pathlib.Path, draw: random.Random) -> None:
   """Makes the corpus `mini` of 400 documents."""
   words = [''.join(draw.choices('abdefghiklmnoprstuvyæøå', k=6)) for _ in range(400)]
-  texts = [
-    ' '.join(' '.join(draw.choices(words, k=7)).capitalize() + '.' for _ in range(5))
-    for _ in range(400)
-  ]
+  sentences = [' '.join(draw.choices(words, k=7)).capitalize() for _ in range(2000)]
+  texts = ['. '.join(sentences[i : i + 5]) for i in range(0, len(sentences), 5)]
   (folder / 'texts.txt').write_text('\n'.join(texts), encoding='utf-8')
-  process = start(
+  finish(start(
       folder, 'bart_t5x.prepare', '--source=text', f'--input={folder / "texts.txt"}',
       f'--output_dir={folder / "mini"}', '--vocab_size=512', '--num_workers=1',
       '--min_validation_documents=40',
-  )  # fmt: skip
-  check_finished(folder, process.wait())
+  ))  # fmt: skip
 
 
 def contents(run: pathlib.Path) -> dict[str, object]:
@@ -113,71 +88,72 @@ def contents(run: pathlib.Path) -> dict[str, object]:
   found = {}
   for path in run.rglob('*'):
     name = path.relative_to(run).as_posix()
-    if 'events.out.tfevents' in name:
+    if 'events.out.tfevents' in name:  # A point may be in several files.
       for event in tf.compat.v1.train.summary_iterator(str(path)):
         for value in event.summary.value:
-          found[f'{name.rpartition("/")[0]}: {value.tag}, step {event.step}'] = (
-            value.tensor.SerializeToString()
-          )
-      continue
-    if '/d/' not in name:  # Orbax gives its files random names.
-      found[name] = 'exists'
-    if name.endswith('-metrics.jsonl') or name == 'metrics.jsonl':
+          key = f'{path.parent.relative_to(run)}: {value.tag}, step {event.step}'
+          found[key] = value.tensor.SerializeToString()
+    elif '/d/' not in name:  # Orbax's random names.
+      found[name] = 'a file or folder'
+    if name.endswith('metrics.jsonl'):
       for line in map(json.loads, path.read_text().splitlines()):
-        for metric, value in line.get('values', line).items():
-          found[f'{name}: {metric}, step {line["step"]}, {line.get("source")}'] = value
-    if name.startswith('checkpoint_') and '/' not in name:
-      for leaf, array in jax.tree_util.tree_leaves_with_path(
-        checkpoints.read_state(path)
-      ):
-        found[f'{name}: {jax.tree_util.keystr(leaf)}'] = (array.dtype, array.tobytes())
-  timings = ('timing/', 'per_second', 'config')
-  return {k: v for k, v in found.items() if not any(t in k for t in timings)}
+        for metric, value in line.pop('values', line).items():
+          key = f'{name}: {metric}, {line}'
+          # seqio's file has an evaluation twice if it was repeated.
+          found[key + ' again' * (key in found and name == 'metrics.jsonl')] = value
+    if path.parent == run and name.startswith('checkpoint_'):
+      state = checkpoints.read_state(path)
+      for leaf, array in jax.tree_util.tree_leaves_with_path(state):
+        key = f'{name}: {jax.tree_util.keystr(leaf)}'
+        found[key] = array.dtype, array.tobytes()
+  changing = ('timing/', 'per_second', ': config')
+  return {k: v for k, v in found.items() if not any(part in k for part in changing)}
 
 
 def main():
   """Runs the campaign."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--kills', type=int, default=50)
   parser.add_argument('--seed', type=int, default=0, help='of the times of the kills')
   arguments = parser.parse_args()
   draw = random.Random(arguments.seed)
   folder = pathlib.Path(tempfile.mkdtemp(prefix='kill_campaign_'))
-  print(f'Runs are in {folder}.')
+  print(f'Runs and log.txt are in {folder}.', flush=True)
   (folder / 'tmp').mkdir()
   (folder / 'run.gin').write_text(GIN)
   make_corpus(folder, draw)
+
+  def train(run):
+    flags = f'--gin_file={folder / "run.gin"}', f'--gin.MODEL_DIR={str(run)!r}'
+    return start(folder, 't5x.train', *flags)
+
   begun = time.monotonic()
-  check_finished(folder, train(folder, folder / 'whole').wait())
+  finish(train(folder / 'whole'))
   seconds = time.monotonic() - begun
   expected = contents(folder / 'whole')
-  print(f'Uninterrupted: {seconds:.0f} s, {len(expected)} values to compare.')
-
+  print(f'Uninterrupted: {seconds:.0f} s, {len(expected)} values.', flush=True)
   kills, runs, different = 0, 0, 0
   while kills < arguments.kills:
     run = folder / f'run_{runs}'
     runs += 1
     while True:
-      process = train(folder, run)
+      process = train(run)
       try:
-        delay = draw.uniform(0, seconds) if kills < arguments.kills else None
-        check_finished(folder, process.wait(delay))
+        finish(process, draw.uniform(0, seconds) if kills < arguments.kills else None)
         break
-      except subprocess.TimeoutExpired:
+      except subprocess.TimeoutExpired as timeout:
         process.kill()
         process.wait()
         kills += 1
-        saved = sorted(path.name for path in run.glob('checkpoint_*'))
-        print(f'Kill {kills} in {run.name} after {delay:.1f} s: {saved}', flush=True)
+        print(f'Kill {kills} after {timeout.timeout:.1f} s, {run.name}', flush=True)
     found = contents(run)
     for name in sorted(expected.keys() | found.keys()):
       if expected.get(name) != found.get(name):
         different += 1
-        problem = 'lost' if name not in found else 'not as expected'
-        print(f'{run.name}, {problem}: {name}')
+        print(f'{run.name}, {"not equal" if name in found else "lost"}: {name}')
   left = os.listdir(folder / 'tmp')
   print(f'{kills} kills in {runs} runs: {different} differences. In TMPDIR: {left}')
-  raise SystemExit(1 if different or left else 0)
+  raise SystemExit(bool(different or left))
 
 
 if __name__ == '__main__':

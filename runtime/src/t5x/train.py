@@ -248,7 +248,7 @@ def train(
     stats_period: steps between reports of the training metrics, which are also reported
       at evaluations and checkpoints.
     concurrent_metrics: whether training continues while the CPU computes infer-eval
-      metrics.
+      metrics, until the next checkpoint or evaluation.
     actions: {name of a `trainer.ActionMode`: actions on its metrics}.
     gc_period: steps between runs of Python's garbage collector, whose automatic runs
       are then disabled; 0 leaves them enabled.
@@ -468,8 +468,7 @@ def train(
       return
     begun = time.monotonic()
     train_state = trainer.train_state
-    if (getattr(manager, 'metric_name_to_monitor', None) or '').startswith('inference'):
-      take_inferred()
+    take_inferred()  # A run that resumes from the checkpoint cannot report them.
     if manager.save(
       train_state, save_cfg.state_transformation_fns, metrics=metrics_log.at(step)
     ):
