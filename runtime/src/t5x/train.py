@@ -468,7 +468,8 @@ def train(
       return
     begun = time.monotonic()
     train_state = trainer.train_state
-    take_inferred()  # A run that resumes from the checkpoint cannot report them.
+    if (getattr(manager, 'metric_name_to_monitor', None) or '').startswith('inference'):
+      take_inferred()
     if manager.save(
       train_state, save_cfg.state_transformation_fns, metrics=metrics_log.at(step)
     ):
@@ -543,6 +544,7 @@ def train(
         logging.info('Stopped by an action at step %d.', step)
       on_schedule = save_period and step % save_period == 0 or step in save_steps
       if on_schedule or trainer.stop_training or (last and saves):
+        take_inferred()  # A run that resumes from the checkpoint cannot report them.
         save(step)
     take_inferred()
   multihost.sync('training complete')
