@@ -131,6 +131,7 @@ def test_errors_of_gin_are_messages_and_bugs_in_configurables_are_not(ended, cap
   'error',
   [
     tf.errors.NotFoundError(None, None, 'a/b is gone'),
+    tf.errors.ResourceExhaustedError(None, None, 'a/b; No space left on device'),
     checkpoints.DamagedCheckpointError('a/b is unreadable'),
     checkpoints.CheckpointSaveError('a/b is full'),
     trainer.NonFiniteLossError(3, None),

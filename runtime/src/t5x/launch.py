@@ -42,8 +42,10 @@ TRACEBACK_VARIABLE = 'T5X_TRACEBACK'
 _USER_ERRORS = (
   ValueError, LookupError, OSError, ImportError, SyntaxError, FloatingPointError
 )  # fmt: skip
-# TensorFlow's file errors, which are not OSErrors.
-_FILE_ERRORS = ('NotFoundError', 'PermissionDeniedError', 'DataLossError')
+# TensorFlow's file errors, which are not OSErrors; the last one is that of a full disk.
+_FILE_ERRORS = (
+  'NotFoundError', 'PermissionDeniedError', 'DataLossError', 'ResourceExhaustedError'
+)  # fmt: skip
 
 # Libraries of which only errors are shown.
 _CHATTY = (
