@@ -10,6 +10,7 @@ import gin
 import pytest
 import tensorflow as tf
 from absl import flags
+from clu import asynclib
 
 from t5x import checkpoints, launch, trainer
 
@@ -132,6 +133,7 @@ def test_errors_of_gin_are_messages_and_bugs_in_configurables_are_not(ended, cap
   [
     tf.errors.NotFoundError(None, None, 'a/b is gone'),
     tf.errors.ResourceExhaustedError(None, None, 'a/b; No space left on device'),
+    asynclib.AsyncError('a/b cannot be written'),
     checkpoints.DamagedCheckpointError('a/b is unreadable'),
     checkpoints.CheckpointSaveError('a/b is full'),
     trainer.NonFiniteLossError(3, None),

@@ -410,6 +410,8 @@ def reported_errors() -> Iterator[None]:
     place = traceback.extract_tb(error.__traceback__)[-1]
     tensorflow = sys.modules.get('tensorflow')
     of_files = tuple(getattr(tensorflow.errors, e) for e in _FILE_ERRORS if tensorflow)
+    if clu := sys.modules.get('clu.asynclib'):  # Writes event files in a thread.
+      of_files += (clu.AsyncError,)
     # Gin raises TypeError for missing arguments, AttributeError for unknown names.
     by_gin = place.filename.endswith(os.path.join('gin', 'config.py'))
     expected = by_gin or isinstance(error, (*_USER_ERRORS, *of_files))
