@@ -544,8 +544,10 @@ def train(
         logging.info('Stopped by an action at step %d.', step)
       on_schedule = save_period and step % save_period == 0 or step in save_steps
       if on_schedule or trainer.stop_training or (last and saves):
-        take_inferred()  # A run that resumes from the checkpoint cannot report them.
-        save(step)
+        try:  # A run that resumes from the checkpoint cannot report them.
+          take_inferred()
+        finally:
+          save(step)
     take_inferred()
   multihost.sync('training complete')
   for action in itertools.chain(*by_mode.values()):
