@@ -29,7 +29,7 @@ def read_state(checkpoint: str | pathlib.Path) -> dict[str, Any]:
 def _read(checkpoint, names=None):
   folder = pathlib.Path(checkpoint).absolute()
   if not (folder / STATE).is_dir():
-    siblings = sorted(p.name for p in folder.parent.glob('checkpoint_*'))
+    siblings = sorted(p.name for p in folder.parent.glob('checkpoint_*[0-9]'))
     raise FileNotFoundError(
       f'no checkpoint in {checkpoint}. '
       + (f'There are: {", ".join(siblings)}' if siblings else 'Train one first.')
@@ -45,10 +45,10 @@ def _read(checkpoint, names=None):
       ),
     )
   except Exception as e:  # Orbax and tensorstore errors share no base class.
-    reason = (str(e) or type(e).__name__).splitlines()[0]
+    reason = (str(e) or type(e).__name__).splitlines()[0][:200]
     raise ValueError(
-      f'the checkpoint {checkpoint} cannot be read ({reason}). It is damaged or not a '
-      'T5X checkpoint; try the one before it.'
+      f'the checkpoint {checkpoint} cannot be read ({reason}). It is damaged, not of '
+      'T5X, or its run removed it in the meantime; try another one.'
     ) from e
 
 

@@ -16,9 +16,10 @@ root>/mini`. Gin chooses between files and the Hub, see `readers`.
 Mixtures: scala and norne (both written standards, in equal parts), and sammendrag
 (trains on no_sammendrag, evaluates on NorSumm).
 
-The descriptions follow the publishers' READMEs, data set cards and benchmark code. The
-data sets themselves have not been read: should a column have another name, the error
-message lists the columns. Scores of other models are from NorBench's leaderboard of
+The descriptions follow the publishers' READMEs, data set cards and benchmark code. What
+was run on the publishers' files is in docs/finetuning.md; the data sets on the Hub have
+not been read: should a column have another name, the error message lists the columns.
+Scores of other models are from NorBench's leaderboard of
 encoder-decoder models (t5_leaderboard.md in https://github.com/ltgoslo/norbench; means
 of five runs).
 """

@@ -1,6 +1,7 @@
 """Checkpoints exported as model folders, with their cards."""
 
 import json
+import sys
 
 import jax
 import ml_dtypes
@@ -10,7 +11,7 @@ import yaml
 from flax.traverse_util import flatten_dict
 
 from bart_t5x import checkpoints
-from bart_t5x.hf import export, mapping, weights
+from bart_t5x.hf import convert, export, mapping, weights
 
 FILES = {
     'README.md', 'config.json', 'flax_model.msgpack', 'generation_config.json',
@@ -203,6 +204,18 @@ def test_failed_export_keeps_the_earlier_folder(run, tmp_path, monkeypatch, caps
   assert run.export(parent / 'out', '--overwrite') == 1
   assert capsys.readouterr().err == 'error: No space left on device\n'
   assert names(parent) == {'out'} and names(parent / 'out') == {'config.json'}
+
+
+def test_modules_that_a_run_names_are_not_imported(run, tmp_path, monkeypatch, capsys):
+  (tmp_path / 'a_module.py').write_text('raise SystemExit(7)')
+  monkeypatch.syspath_prepend(tmp_path)
+  with open(run.model_dir / 'config.gin', 'a') as file:
+    file.write("import a_module\nMIXTURE_OR_TASK_MODULE = 'a_module'\n")
+  flags = [f'--checkpoint={run.checkpoint}', f'--output_dir={tmp_path / "out"}']
+  assert convert.main(['export', *flags]) == 1
+  assert '--corpus_dir' in capsys.readouterr().err
+  assert 'a_module' not in sys.modules
+  assert convert.main(['export', *flags, f'--corpus_dir={run.corpus}']) == 0
 
 
 def other_vocabulary(run):

@@ -54,7 +54,7 @@ def test_private_push_leaves_a_public_repository_alone(server, folder):
 
 
 @pytest.mark.parametrize('step', ['create', 'preupload', 'batch', 'upload', 'commit'])
-@pytest.mark.parametrize('status', [403, 500])
+@pytest.mark.parametrize('status', [403, 413, 500])
 def test_failed_push_uploads_no_commit_and_hides_the_token(
   server, folder, step, status
 ):

@@ -103,3 +103,10 @@ def test_pytorch_files_without_pytorch(tmp_path, monkeypatch):
   (tmp_path / weights.TORCH).touch()
   with pytest.raises(ValueError, match='pip install torch'):
     weights.read_weights(tmp_path)
+
+
+@pytest.mark.parametrize('kind', weights.KINDS)
+def test_a_folder_is_not_a_weight_file(tmp_path, kind):
+  (tmp_path / kind).mkdir()
+  with pytest.raises(FileNotFoundError, match='no weights'):
+    weights.read_weights(tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import tokenize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,12 +212,9 @@ class RunConfig:
   """
 
   def __init__(self, text: str):
-    self.imports: list[str] = []
     self._bindings: dict[tuple[str, str], Any] = {}
     for statement in config_parser.ConfigParser(text, _Unresolved()):
-      if isinstance(statement, config_parser.ImportStatement):
-        self.imports.append(statement.module)
-      elif isinstance(statement, config_parser.BindingStatement):
+      if isinstance(statement, config_parser.BindingStatement):
         selector = '/'.join(filter(None, (statement.scope, statement.selector)))
         self._bindings[selector, statement.arg_name or ''] = statement.value
 
@@ -285,5 +283,5 @@ def read_gin(path: pathlib.Path) -> RunConfig:
     raise FileNotFoundError(
       f'{path} not found. It describes the model; name it with --config=FILE.'
     ) from e
-  except SyntaxError as e:
+  except (SyntaxError, tokenize.TokenError, UnicodeDecodeError) as e:
     raise ValueError(f'{path} is not a valid Gin file: {e}') from e

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--corpus_dir',
     type=pathlib.Path,
-    help="the folder with the tokenizer; by default that of the run's task",
+    help='the folder with the tokenizer; needed for tasks other than those of `tasks`',
   )
   add('--dtype', choices=['float32', 'bfloat16'], default='float32')
   add(

@@ -33,7 +33,8 @@ def export(
     output_dir: the folder to make; it appears whole or not at all.
     command: the command line, for the card.
     config_file: the run's config.gin; by default MODEL_DIR/config.gin.
-    corpus_dir: the tokenizer's folder; by default that of the run's task.
+    corpus_dir: the tokenizer's folder; by default that of the run's task, if the
+      package `tasks` registers it.
     dtype: of the PyTorch weights, 'float32' or 'bfloat16'.
     overwrite: replace an earlier model in output_dir.
     model_name: for the card; by default the name of output_dir.
@@ -89,14 +90,13 @@ def _task_corpus_dir(run: configs.RunConfig) -> pathlib.Path:
   if task is None:
     raise ValueError('config.gin has no MIXTURE_OR_TASK_NAME: give --corpus_dir')
   cli.import_tensorflow()
-  from bart_t5x import vocabularies
+  from bart_t5x import data
 
-  # Only the modules that register tasks.
-  for module in run.imports:
-    if module.partition('.')[0] not in ('__gin__', '__main__', 'bart_t5x', 't5x'):
-      importlib.import_module(module)
-  module = run.macro('MIXTURE_OR_TASK_MODULE')
-  return pathlib.Path(vocabularies.task_vocabulary(task, module=module).path)
+  # Imports nothing that config.gin names: it may be another person's.
+  importlib.import_module('tasks')
+  hint = 'Export knows the tasks of this project. For others, give --corpus_dir.'
+  features = data.find_task(task, hint=hint).output_features
+  return pathlib.Path(features['targets'].vocabulary.path)
 
 
 def _tokenizer_file(corpus_dir: pathlib.Path, vocab_size: int) -> pathlib.Path:

@@ -62,7 +62,7 @@ class PushToHub(trainer.BaseAction):
       model_dir: the run's folder, on a local disk.
       private: whether the repository must be private.
       revision: branch to push to; by default main.
-      corpus_dir: the tokenizer's folder; by default that of the run's task.
+      corpus_dir: the tokenizer's folder; needed for tasks other than those of `tasks`.
       last_push_seconds: how long the end of the run waits for the last push; less
         than 300, after which other hosts give up on the first.
 

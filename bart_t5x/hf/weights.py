@@ -45,7 +45,7 @@ def read_weights(folder: pathlib.Path) -> tuple[Weights, str]:
   """
   for kind in KINDS:
     index = folder / f'{kind}.index.json'
-    if (folder / kind).exists():
+    if (folder / kind).is_file():
       return _read(folder / kind, kind), kind
     if index.exists():
       weights = {}

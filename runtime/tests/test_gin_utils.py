@@ -165,6 +165,13 @@ def test_syntax_error_reports_file_and_line(tmp_path):
   assert caught.value.filename.endswith('run.gin') and caught.value.lineno == 5
 
 
+@pytest.mark.parametrize('content', [b'A = (1,', b'A = "\xe5"'])
+def test_unreadable_file_is_named(tmp_path, content):
+  (tmp_path / 'part.gin').write_bytes(content)
+  with pytest.raises(ValueError, match='part.gin'):
+    gin_utils.parse_gin_flags([], [str(tmp_path / 'part.gin')], [])
+
+
 @pytest.mark.parametrize(
   'binding', ['fakelib.Model.size = 3', 'fakelib.Model.predict.num_decodes = 4']
 )

@@ -10,6 +10,7 @@ import gin
 import pytest
 import tensorflow as tf
 from absl import flags
+from clu import asynclib
 
 from t5x import checkpoints, launch, trainer
 
@@ -93,6 +94,7 @@ def test_wrong_input_is_one_message(ended, capsys):
     (KeyError('inputs'), 'KeyError: inputs'),
     (FileNotFoundError(2, 'No such file', 'a/b'), "No such file: 'a/b'"),
     (ValueError(), 'ValueError'),
+    (SyntaxError('bad', ('a/b.gin', 5, 0, 'x')), 'bad (a/b.gin, line 5)'),
   ],
 )
 def test_the_message_is_that_of_the_exception(ended, capsys, error, text):
@@ -130,6 +132,8 @@ def test_errors_of_gin_are_messages_and_bugs_in_configurables_are_not(ended, cap
   'error',
   [
     tf.errors.NotFoundError(None, None, 'a/b is gone'),
+    tf.errors.ResourceExhaustedError(None, None, 'a/b; No space left on device'),
+    asynclib.AsyncError('a/b cannot be written'),
     checkpoints.DamagedCheckpointError('a/b is unreadable'),
     checkpoints.CheckpointSaveError('a/b is full'),
     trainer.NonFiniteLossError(3, None),
@@ -163,6 +167,34 @@ def test_objects_are_kept_until_a_script_exits(ended, monkeypatch):
   launch.run_main(main)
   assert ended == [0]
   assert [ref() is None for ref in alive] == [True, False]
+
+
+def test_temporary_files_do_not_outlive_the_scripts(tmp_path):
+  code = (
+    'import tempfile\nfrom t5x import launch\nlaunch._make_temporary_folder()\n'
+    'print(tempfile.mkdtemp(), flush=True)\ninput()\nlaunch.leave(0)'
+  )
+
+  def start():
+    process = subprocess.Popen(
+      [sys.executable, '-c', code],
+      env={**os.environ, 'TMPDIR': str(tmp_path)},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    return process, process.stdout.readline().strip()
+
+  (first, kept), (killed, left) = start(), start()
+  killed.kill()
+  killed.communicate()
+  assert os.path.isdir(kept) and os.path.isdir(left)
+  third, _ = start()
+  assert os.path.isdir(kept) and not os.path.isdir(left)
+  for process in (first, third):
+    process.communicate('\n')
+    assert process.returncode == 0
+  assert not list(tmp_path.iterdir())
 
 
 # ---- Logs ----

@@ -271,6 +271,40 @@ def test_checkpoint_is_saved_with_the_metrics_of_its_step(tmp_path):
   tracker.close.assert_called_once_with(False)
 
 
+def test_all_reports_are_written_before_a_checkpoint(tmp_path):
+  written = {}
+
+  class Manager(checkpoints.OrbaxCheckpointManagerInterface):
+    def save(self, train_state, *args, **kwargs):
+      if (tmp_path / 'metrics.jsonl').exists():
+        written[int(train_state.step)] = (tmp_path / 'metrics.jsonl').read_text()
+      return super().save(train_state, *args, **kwargs)
+
+  run(
+    tmp_path,
+    infer_eval_dataset_cfg=tiny.dataset_config('validation', pack=False, batch_size=8),
+    checkpoint_cfg=tiny.checkpoint_config(period=4, checkpoint_manager_cls=Manager),
+  )
+  assert '"step": 5, "source": "inference_eval/' in written[8]
+  assert '"step": 10, "source": "inference_eval/' in written[10]
+
+
+def test_tracker_shows_a_failure_before_the_first_step(tmp_path):
+  class Unable(_Stopper):
+    def recall(self, values):
+      raise KeyError('loss')
+
+  tracker = mock.Mock()
+  with pytest.raises(KeyError):
+    run(
+      tmp_path,
+      tracker=tracker,
+      concurrent_metrics=False,
+      actions={'TRAIN': [Unable(4)]},
+    )
+  tracker.close.assert_called_once_with(True)
+
+
 def test_non_finite_loss_ends_the_run_without_a_checkpoint(tmp_path):
   class Overflowing(tiny.models.EncoderDecoderModel):
     def loss_fn(self, params, batch, dropout_rng):

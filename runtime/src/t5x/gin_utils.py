@@ -288,8 +288,8 @@ def parse_gin_flags(
         raise
       kind = OSError if isinstance(error, OSError) else ImportError
       raise kind(f'{error}{hint}') from error
-    except tokenize.TokenError as error:
-      raise ValueError(f'{path} cannot be parsed: {error}.') from None
+    except (tokenize.TokenError, UnicodeDecodeError) as error:
+      raise ValueError(f'{path} or a file that it includes: {error}.') from None
   applied = _apply_command_line(gin_bindings or (), skip_unknown)
   if finalize_config:
     _check_command_line_acts(applied, _check_macros())

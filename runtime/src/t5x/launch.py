@@ -6,11 +6,13 @@ a missing gin file gets an immediate answer, then `run` with the function to con
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import logging as py_logging
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import tempfile
@@ -40,8 +42,10 @@ TRACEBACK_VARIABLE = 'T5X_TRACEBACK'
 _USER_ERRORS = (
   ValueError, LookupError, OSError, ImportError, SyntaxError, FloatingPointError
 )  # fmt: skip
-# TensorFlow's file errors, which are not OSErrors.
-_FILE_ERRORS = ('NotFoundError', 'PermissionDeniedError', 'DataLossError')
+# TensorFlow's file errors, which are not OSErrors; the last one is that of a full disk.
+_FILE_ERRORS = (
+  'NotFoundError', 'PermissionDeniedError', 'DataLossError', 'ResourceExhaustedError'
+)  # fmt: skip
 
 # Libraries of which only errors are shown.
 _CHATTY = (
@@ -49,6 +53,8 @@ _CHATTY = (
   'tensorflow_datasets', 'tensorstore', 'tf_keras',
 )  # fmt: skip
 
+# See `_make_temporary_folder`; None where no script runs.
+_temporary_folder: str | None = None
 # See `keep_to_the_end`; None where no script runs.
 _kept: list[Any] | None = None
 # See `exit_with`.
@@ -200,6 +206,7 @@ def prepare(
   # `import t5x.train` finds the running script instead of loading it again.
   sys.modules.setdefault(name, main)
   _keep_freed_memory()
+  _make_temporary_folder()
   with _hidden_stderr():
     _import_tensorflow_and_seqio()
 
@@ -218,6 +225,36 @@ def _keep_freed_memory() -> None:
   libc.mallopt(m_mmap_max, 0)
   # Other arenas would return it all the same.
   libc.mallopt(m_arena_max, 1)
+
+
+def _lock(folder: str | os.PathLike) -> None:
+  """Locks a folder until this process ends; OSError if another one has locked it."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    os.close(handle)
+    raise
+
+
+def _make_temporary_folder() -> None:
+  """Puts Python's temporary files in a folder that `leave` removes.
+
+  TensorFlow writes a module for each function that it traces. If a process is killed,
+  the next one removes its folder, which is no longer locked.
+  """
+  root = pathlib.Path(tempfile.gettempdir())
+  for folder in root.glob('t5x_run_*'):
+    with contextlib.suppress(OSError):  # In use, or another user's.
+      _lock(folder)
+      shutil.rmtree(folder)
+  # Has its name once it is locked.
+  unlocked = tempfile.mkdtemp(prefix='t5x_new_')
+  with contextlib.suppress(OSError):  # Some file systems have no locks.
+    _lock(unlocked)
+  global _temporary_folder
+  _temporary_folder = tempfile.tempdir = unlocked.replace('t5x_new_', 't5x_run_')
+  os.rename(unlocked, _temporary_folder)
 
 
 # ---- Logs ----
@@ -351,6 +388,8 @@ def _message(error: BaseException) -> str:
   keyed = isinstance(error, KeyError) and len(error.args) == 1
   text = str(error.args[0] if keyed else error)
   text = text.partition('\n  In call to configurable')[0].strip()  # Gin's call stack.
+  if isinstance(error, SyntaxError) and error.filename:  # Its text omits the folder.
+    text = text.replace(f'({os.path.basename(error.filename)},', f'({error.filename},')
   if isinstance(error, ValueError | OSError) and text:
     return text
   return f'{type(error).__name__}: {text}' if text else type(error).__name__
@@ -371,6 +410,8 @@ def reported_errors() -> Iterator[None]:
     place = traceback.extract_tb(error.__traceback__)[-1]
     tensorflow = sys.modules.get('tensorflow')
     of_files = tuple(getattr(tensorflow.errors, e) for e in _FILE_ERRORS if tensorflow)
+    if clu := sys.modules.get('clu.asynclib'):  # Writes event files in a thread.
+      of_files += (clu.AsyncError,)
     # Gin raises TypeError for missing arguments, AttributeError for unknown names.
     by_gin = place.filename.endswith(os.path.join('gin', 'config.py'))
     expected = by_gin or isinstance(error, (*_USER_ERRORS, *of_files))
@@ -420,6 +461,8 @@ def leave(code: int) -> NoReturn:
       flush()
     except OSError:  # A full disk, or the terminal is gone.
       code = code or 1
+  if _temporary_folder is not None:
+    shutil.rmtree(_temporary_folder, ignore_errors=True)
   os._exit(code)
 
 

@@ -144,13 +144,15 @@ class MetricsLog:
       tracker: also gets the reports, on process 0.
     """
     self._tracker = tracker if jax.process_index() == 0 else None
-    if self._tracker:
-      self._tracker.open(model_dir)
     self._path = epath.Path(model_dir) / 'metrics.jsonl'
     self._latest: tuple[int, dict[str, float]] = (step, {})
     self._before = []
-    if jax.process_index() != 0 or not self._path.exists():
-      return
+    if jax.process_index() == 0 and self._path.exists():
+      self._drop_reports(step, evaluates_first)
+    if self._tracker:
+      self._tracker.open(model_dir)
+
+  def _drop_reports(self, step: int, evaluates_first: bool) -> None:
     for line in self._path.read_text().splitlines():
       try:
         report = json.loads(line)

@@ -248,7 +248,7 @@ def train(
     stats_period: steps between reports of the training metrics, which are also reported
       at evaluations and checkpoints.
     concurrent_metrics: whether training continues while the CPU computes infer-eval
-      metrics.
+      metrics, until the next checkpoint or evaluation.
     actions: {name of a `trainer.ActionMode`: actions on its metrics}.
     gc_period: steps between runs of Python's garbage collector, whose automatic runs
       are then disabled; 0 leaves them enabled.
@@ -420,14 +420,6 @@ def train(
   metrics_log = progress_lib.MetricsLog(
     model_dir, first_step, run_eval_before_training, tracker
   )
-  if jax.process_index() == 0:
-    for mode, chosen in by_mode.items():
-      for action in chosen:
-        action.recall(
-          lambda task, metric, source=_SOURCES[mode]: metrics_log.recall(
-            source.format(task), metric
-          )
-        )
 
   def report(step, values):
     progress.report(step, values)
@@ -500,6 +492,14 @@ def train(
       stack.callback(evaluator.close)
     stack.callback(progress.close)
     stack.callback(trainer.close)
+    if jax.process_index() == 0:
+      for mode, chosen in by_mode.items():
+        for action in chosen:
+          action.recall(
+            lambda task, metric, source=_SOURCES[mode]: metrics_log.recall(
+              source.format(task), metric
+            )
+          )
     if run_eval_before_training:
       evaluate(step)
     if save_period or step in save_steps:
@@ -544,7 +544,10 @@ def train(
         logging.info('Stopped by an action at step %d.', step)
       on_schedule = save_period and step % save_period == 0 or step in save_steps
       if on_schedule or trainer.stop_training or (last and saves):
-        save(step)
+        try:  # A run that resumes from the checkpoint cannot report them.
+          take_inferred()
+        finally:
+          save(step)
     take_inferred()
   multihost.sync('training complete')
   for action in itertools.chain(*by_mode.values()):
