@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 
@@ -27,11 +28,15 @@ def set_up_libraries() -> None:
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 
+_importing = threading.Lock()
+
+
 def import_tensorflow() -> None:
   """Imports TensorFlow, hiding messages that ignore TF_CPP_MIN_LOG_LEVEL."""
-  if 'tensorflow' not in sys.modules:
-    with _hidden_stderr():
-      import tensorflow  # noqa: F401
+  with _importing:
+    if 'tensorflow' not in sys.modules:
+      with _hidden_stderr():
+        import tensorflow  # noqa: F401
 
 
 def quiet_warnings() -> None:

@@ -1,4 +1,4 @@
-"""The passes of `prepare` by Apache Beam, on as many machines as its runner has.
+"""The passes of `prepare` in Apache Beam, on as many machines as its runner has.
 
 The functions are those of `corpus_build`, and so are the bytes of the corpus.
 """
@@ -21,9 +21,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.window import GlobalWindows
 
 from bart_t5x import cli, corpus_build, corpus_format, text_sources, tokenization
-from bart_t5x.corpus_build import Kept, Totals
-
-_ERROR_FILE = 'error.txt'  # the message of an error in a worker
+from bart_t5x.corpus_build import Plan, Totals
 
 
 def build(
@@ -50,21 +48,35 @@ def build(
   """
   parsed = PipelineOptions(list(options))
   runner = parsed.view_as(StandardOptions).runner
+  known = parsed.get_all_options()
+  unknown = parsed.get_all_options(retain_unknown_options=True).keys() - known.keys()
+  if unknown and not runner:  # other runners have options that only they know
+    raise cli.UsageError(
+      f'--pipeline_options: the local runner has no {", ".join(sorted(unknown))}.'
+    )
   if runner and 'dask' in runner.lower():
     raise cli.UsageError(
       "Beam's DaskRunner reports success without running this pipeline. Use another "
       'runner.'
     )
   fs = fsspec.url_to_fs(folder)[0]
-  error = posixpath.join(folder, _ERROR_FILE)
+  error = posixpath.join(folder, corpus_format.ERROR_FILE)
   pipeline = beam.Pipeline(runner or FnApiRunner(), options=parsed)
   _add_passes(pipeline, source, folder, settings, tokenizer)
+  result = None
   try:
-    pipeline.run().wait_until_finish()
+    result = pipeline.run()
+    result.wait_until_finish()
+  except KeyboardInterrupt:
+    if result:
+      result.cancel()
+    raise
   except Exception as e:  # runners raise many types
+    fs.invalidate_cache()
     if fs.exists(error):
       raise ValueError(fs.cat(error).decode('utf-8')) from e
     raise RuntimeError(f'The Beam pipeline failed: {type(e).__name__}: {e}') from e
+  fs.invalidate_cache()
   if fs.exists(error):  # of an attempt that was repeated
     fs.rm(error)
   if not fs.exists(posixpath.join(folder, corpus_format.CORPUS_FILE)):
@@ -97,30 +109,30 @@ def _add_passes(
   num_read = AsSingleton(read | 'Documents' >> beam.combiners.Count.Globally())
   num_empty = AsSingleton(empty | 'Empty' >> beam.combiners.Count.Globally())
   count = beam.Map(_count, folder, settings, sizes, num_read, num_empty)
-  kept = AsSingleton(once('Count', count))
+  plan = AsSingleton(once('Count', count))
 
   # The tokenizer.
   if tokenizer is None:
-    sample = AsIter(documents | 'Sample' >> beam.Filter(_in_sample, kept))
-    trained = once('Train', beam.Map(_train, folder, settings, sample, kept))
+    sample = AsIter(documents | 'Sample' >> beam.Filter(_in_sample, plan))
+    trained = once('Train', beam.Map(_train, folder, settings, sample, plan))
   else:
     trained = pipeline | 'Tokenizer' >> beam.Create([tokenizer.content])
   content = AsSingleton(trained)
 
   # The shards.
-  encode = beam.ParDo(_Encode(folder), content, kept)
+  encode = beam.ParDo(_Encode(folder), content, plan)
   records, totals = documents | 'Encode' >> encode.with_outputs(
     'totals', main='records'
   )
   shard_bytes = (
-    (records, once('Shards', beam.FlatMap(_empty_shards, kept)))
+    (records, once('Shards', beam.FlatMap(_empty_shards, plan)))
     | beam.Flatten()
     | beam.GroupByKey()
-    | 'Write' >> beam.Map(_write_shard, folder, kept)
+    | 'Write' >> beam.Map(_write_shard, folder, plan)
   )
   totals = AsDict(totals | 'Totals' >> beam.CombinePerKey(_merged))
   source = dataclasses.replace(source, parts=())
-  describe = (folder, source, settings, content, kept, totals, AsDict(shard_bytes))
+  describe = (folder, source, settings, content, plan, totals, AsDict(shard_bytes))
   once('Describe', beam.Map(_describe, *describe))
 
 
@@ -136,8 +148,9 @@ def _reported(folder: str) -> Iterator[None]:
   try:
     yield
   except Exception as e:
-    with fsspec.open(posixpath.join(folder, _ERROR_FILE), 'wb') as f:
-      f.write((str(e) or repr(e)).encode('utf-8'))
+    message = str(e) if isinstance(e, ValueError | OSError) else repr(e)
+    with fsspec.open(posixpath.join(folder, corpus_format.ERROR_FILE), 'wb') as f:
+      f.write(message.encode('utf-8'))
     raise
 
 
@@ -160,21 +173,21 @@ def _size(digest: int, text: bytes) -> tuple[int, int]:
   return digest, len(text)
 
 
-def _count(_, folder, settings, sizes, read: int, empty: int) -> Kept:
+def _count(_, folder, settings, sizes, read: int, empty: int) -> Plan:
   with _reported(folder):
     table = np.fromiter(sizes, [('digest', np.uint64), ('bytes', np.uint64)])
-    table.sort(order='digest')
+    table = table[np.argsort(table['digest'])]
     return corpus_build.count(map(np.void.item, table), read, empty, settings)
 
 
-def _in_sample(document: tuple[int, bytes], kept: Kept) -> bool:
-  return kept.in_sample(document[0])
+def _in_sample(document: tuple[int, bytes], plan: Plan) -> bool:
+  return plan.in_sample(document[0])
 
 
-def _train(_, folder, settings, sample, kept: Kept) -> bytes:
+def _train(_, folder, settings, sample, plan: Plan) -> bytes:
   with _reported(folder):
     texts = (text for _, text in sorted(sample))
-    return corpus_build.train_tokenizer(texts, kept, settings).content
+    return corpus_build.train_tokenizer(texts, plan, settings).content
 
 
 @functools.lru_cache(maxsize=1)
@@ -191,12 +204,12 @@ class _Encode(beam.DoFn):
   def start_bundle(self):
     self._totals = {}
 
-  def process(self, document, content: bytes, kept: Kept):
+  def process(self, document, content: bytes, plan: Plan):
     with _reported(self._folder):
       tokenizer = _tokenizer(content)
       cli.import_tensorflow()
       (encoded,) = corpus_build.encode(tokenizer, [document])
-      split, shard = kept.shard_of(encoded.digest)
+      split, shard = plan.shard_of(encoded.digest)
       if split not in self._totals:
         self._totals[split] = Totals(tokenizer.vocab_size)
       self._totals[split].add(encoded)
@@ -215,8 +228,8 @@ def _merged(totals: Iterable[Totals]) -> Totals:
   return result
 
 
-def _empty_shards(_, kept: Kept) -> Iterator[tuple[tuple[str, int], None]]:
-  for split, shards in kept.shards.items():
+def _empty_shards(_, plan: Plan) -> Iterator[tuple[tuple[str, int], None]]:
+  for split, shards in plan.shards.items():
     for shard in range(shards):
       yield (split, shard), None
 
@@ -224,14 +237,14 @@ def _empty_shards(_, kept: Kept) -> Iterator[tuple[tuple[str, int], None]]:
 def _write_shard(
   shard_and_records: tuple[tuple[str, int], Iterable[tuple[int, bytes] | None]],
   folder: str,
-  kept: Kept,
+  plan: Plan,
 ) -> tuple[tuple[str, int], int]:
   """Writes a file and returns its size in bytes."""
   cli.import_tensorflow()
   import tensorflow as tf
 
   (split, number), records = shard_and_records
-  path = corpus_format.shard_paths(folder, split, kept.shards[split])[number]
+  path = corpus_format.shard_paths(folder, split, plan.shards[split])[number]
   with _reported(folder), tempfile.NamedTemporaryFile() as f:
     with tf.io.TFRecordWriter(f.name) as writer:
       for _, record in sorted(filter(None, records)):
@@ -246,7 +259,7 @@ def _describe(
   source: text_sources.Source,
   settings: Mapping[str, Any],
   content: bytes,
-  kept: Kept,
+  plan: Plan,
   totals: Mapping[str, Totals],
   shard_bytes: Mapping[tuple[str, int], int],
 ) -> None:
@@ -254,9 +267,9 @@ def _describe(
     tokenizer = _tokenizer(content)
     sizes = {
       split: [shard_bytes[split, shard] for shard in range(shards)]
-      for split, shards in kept.shards.items()
+      for split, shards in plan.shards.items()
     }
-    corpus = corpus_build.describe(source, settings, kept, tokenizer, totals, sizes)
+    corpus = corpus_build.describe(source, settings, plan, tokenizer, totals, sizes)
     for name, written in (
       (tokenizer.file_name, content),
       (corpus_format.CORPUS_FILE, corpus),

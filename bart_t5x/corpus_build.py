@@ -1,9 +1,9 @@
 """Passes of `prepare`: read the text, train the tokenizer, write the shards.
 
-Nothing depends on the order of the source. A document's digest identifies duplicates,
-determines its split, its shard and its id, and documents are ordered by their digests:
-in the tokenizer's training text and in each shard. So `corpus_beam`, which takes the
-same passes on many machines, writes the same bytes.
+Nothing depends on the order of the source. A document's digest identifies duplicates
+and determines its split, its shard and its id, and documents are in the order of their
+digests in the tokenizer's training text and in each shard. So `corpus_beam`, which runs
+the same passes on many machines, writes the same bytes.
 
 The source, which may be a download, is read once into compressed files in the corpus
 folder; the other passes read those.
@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import multiprocessing
@@ -70,19 +71,19 @@ def build(
         spool.add(text.encode('utf-8'))
   with _step('Sorting'):
     sizes = ((digest, len(text)) for digest, text in spool.read())
-    kept = count(sizes, spool.documents, empty, settings)
+    plan = count(sizes, spool.documents, empty, settings)
   if tokenizer is None:
     with _step('Training the tokenizer'):
-      sample = (t for digest, t in spool.read() if kept.in_sample(digest))
-      tokenizer = train_tokenizer(sample, kept, settings)
+      sample = (t for digest, t in spool.read() if plan.in_sample(digest))
+      tokenizer = train_tokenizer(sample, plan, settings)
   with _step('Tokenizing'):
-    totals = _write_shards(spool, kept, tokenizer, folder, num_workers)
+    totals = _write_shards(spool, plan, tokenizer, folder, num_workers)
   shutil.rmtree(documents)
   shard_bytes = {
     split: [os.path.getsize(p) for p in corpus_format.shard_paths(folder, split, n)]
-    for split, n in kept.shards.items()
+    for split, n in plan.shards.items()
   }
-  corpus = describe(source, settings, kept, tokenizer, totals, shard_bytes)
+  corpus = describe(source, settings, plan, tokenizer, totals, shard_bytes)
   for name, content in (
     (tokenizer.file_name, tokenizer.content),
     (corpus_format.CORPUS_FILE, corpus),
@@ -95,7 +96,7 @@ def build(
 
 
 def is_empty(text: str) -> bool:
-  """Whether a document is dropped because it has at most white space."""
+  """Whether a document is dropped because it has nothing but white space."""
   return not text or text.isspace()
 
 
@@ -108,17 +109,18 @@ class Spool:
     documents: number of texts added.
   """
 
-  # Bytes of a file's texts, before compression, and files to merge at a time.
+  # Bytes of a file's texts, before compression, and files that are merged into one.
   FILE_BYTES = 64 * _MEGABYTE
   MOST_FILES = 256
 
-  _HEADER = struct.Struct('<QI')  # digest and size of a text
+  _HEADER = struct.Struct('<QQ')  # digest and size of a text
   _OBJECT_BYTES = 150  # of Python's objects for one text
 
   def __init__(self, folder: str):
     self.documents = 0
     self._folder = folder
     self._files: list[str] = []
+    self._merged_files: list[str] = []
     self._recent: list[tuple[int, bytes]] = []
     self._recent_bytes = 0
 
@@ -131,10 +133,10 @@ class Spool:
       self._write_recent()
 
   def read(self) -> Iterator[tuple[int, bytes]]:
-    """Yields digest and text (UTF-8) of each different text, by increasing digest."""
+    """Yields digest and text (UTF-8) of each distinct text, in order of digest."""
     self._write_recent()
     last = None
-    for digest, text in heapq.merge(*map(self._read, self._files), key=_first):
+    for digest, text in self._merge([*self._merged_files, *self._files]):
       if digest != last:
         yield digest, text
       last = digest
@@ -142,22 +144,26 @@ class Spool:
   def _write_recent(self) -> None:
     if self._recent:
       self._recent.sort(key=_first)
-      self._write(self._recent)
+      self._files.append(self._write(f'{self.documents}.zst', self._recent))
       self._recent, self._recent_bytes = [], 0
     if len(self._files) >= self.MOST_FILES:
-      files, self._files = self._files, []
-      self._write(heapq.merge(*map(self._read, files), key=_first))
-      for path in files:
+      name = f'merged-{self.documents}.zst'
+      self._merged_files.append(self._write(name, self._merge(self._files)))
+      for path in self._files:
         os.remove(path)
+      self._files = []
 
-  def _write(self, documents: Iterable[tuple[int, bytes]]) -> None:
+  def _merge(self, files: list[str]) -> Iterator[tuple[int, bytes]]:
+    return heapq.merge(*map(self._read, files), key=_first)
+
+  def _write(self, name: str, documents: Iterable[tuple[int, bytes]]) -> str:
     import zstandard
 
-    path = os.path.join(self._folder, f'{self.documents}-{len(self._files)}.zst')
+    path = os.path.join(self._folder, name)
     with open(path, 'wb') as f, zstandard.ZstdCompressor(1).stream_writer(f) as out:
       for digest, text in documents:
         out.write(self._HEADER.pack(digest, len(text)) + text)
-    self._files.append(path)
+    return path
 
   def _read(self, path: str) -> Iterator[tuple[int, bytes]]:
     import zstandard
@@ -172,12 +178,12 @@ _first = operator.itemgetter(0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-  """What is known of the source once it is read; determines where a document goes."""
+class Plan:
+  """Counts of the source once it is read, and where each document goes."""
 
-  documents: int  # different ones with text
+  documents: int  # distinct ones with text
   bytes: int  # of text in UTF-8
-  empty: int  # dropped: at most white space
+  empty: int  # dropped: nothing but white space
   duplicates: int  # dropped
   limit: int  # documents with a smaller digest are for validation
   sample_share: float  # of the training documents, for training the tokenizer
@@ -185,27 +191,29 @@ class Kept:
   text_sha256: str  # of the digests in order
 
   def shard_of(self, digest: int) -> tuple[str, int]:
-    """Returns a document's split and the number of its file."""
-    split = VALIDATION if digest < self.limit else TRAIN
-    return split, digest % self.shards[split]
+    """Returns a document's split and the number of its file, ascending with digests."""
+    split, begin, end = TRAIN, self.limit, 2**_DIGEST_BITS
+    if digest < self.limit:
+      split, begin, end = VALIDATION, 0, self.limit
+    return split, (digest - begin) * self.shards[split] // (end - begin)
 
   def in_sample(self, digest: int) -> bool:
     """Whether the tokenizer is trained on a document."""
-    # Reversed bits for an independent draw: small digests are held out.
+    # Reversed bits for an independent draw: the first ones determine split and shard.
     draw = int(f'{digest:0{_DIGEST_BITS}b}'[::-1], 2)
     return digest >= self.limit and draw < self.sample_share * 2**_DIGEST_BITS
 
 
 def count(
   sizes: Iterable[tuple[int, int]], read: int, empty: int, settings: Mapping[str, Any]
-) -> Kept:
+) -> Plan:
   """Counts documents and decides which are held out for validation.
 
   Those are the documents with the smallest digests: a `validation_share` of all, but at
   least `min_validation_documents`.
 
   Args:
-    sizes: digest and bytes of each different document, by increasing digest.
+    sizes: digest and bytes of each distinct document, in order of digest.
     read: number of documents with text, duplicates included.
     empty: number of documents without text.
     settings: arguments of `prepare`.
@@ -215,7 +223,7 @@ def count(
   """
   held_out = settings['min_validation_documents']
   limit = int(settings['validation_share'] * 2**_DIGEST_BITS)
-  documents = num_bytes = 0
+  documents = num_bytes = digest = 0
   sha256 = hashlib.sha256()
   for digest, size in sizes:
     documents += 1
@@ -223,17 +231,17 @@ def count(
     sha256.update(digest.to_bytes(8, 'little'))
     if documents == held_out:
       limit = max(limit, digest + 1)
-  if documents < 2 * held_out:
+  if documents < 2 * held_out or digest < limit:  # none is left for training
     raise ValueError(
-      f'The source holds {documents} different documents with text, but {2 * held_out} '
-      f'are needed: {held_out} for validation and as many for training. Check --input, '
-      '--field and --unit, or reduce --min_validation_documents.'
+      f'The source holds {documents} distinct documents with text, too few for '
+      f'validation ({held_out}) and training (as many). Check --input, --field and '
+      '--unit, or reduce --min_validation_documents or --validation_share.'
     )
   sample = settings.get('tokenizer_bytes')
   if sample is None:
     byte_level = settings.get('tokenizer') == tokenizer_training.BYTE_LEVEL
     sample = num_bytes if byte_level else _SENTENCEPIECE_BYTES
-  return Kept(
+  return Plan(
     documents=documents,
     bytes=num_bytes,
     empty=empty,
@@ -258,13 +266,13 @@ def default_num_shards(num_bytes: int) -> int:
 
 
 def train_tokenizer(
-  sample: Iterable[bytes], kept: Kept, settings: Mapping[str, Any]
+  sample: Iterable[bytes], plan: Plan, settings: Mapping[str, Any]
 ) -> tokenization.Tokenizer:
-  """Trains a tokenizer on the documents of the sample, by increasing digest."""
+  """Trains a tokenizer on the documents of the sample, in order of digest."""
   content = tokenizer_training.train(
     settings['tokenizer'],
     (text.decode('utf-8') for text in sample),
-    round(kept.documents * kept.sample_share),
+    round(plan.documents * plan.sample_share),
     settings['vocab_size'],
     settings['min_frequency'],
   )
@@ -327,7 +335,7 @@ def encode(
 
 def _write_shards(
   spool: Spool,
-  kept: Kept,
+  plan: Plan,
   tokenizer: tokenization.Tokenizer,
   folder: str,
   num_workers: int | None,
@@ -335,22 +343,26 @@ def _write_shards(
   cli.import_tensorflow()
   import tensorflow as tf
 
-  totals = {split: Totals(tokenizer.vocab_size) for split in kept.shards}
+  totals = {split: Totals(tokenizer.vocab_size) for split in plan.shards}
   # For little text, a pool costs more than it saves.
   cores = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
-  workers = min(num_workers or cores or 1, math.ceil(kept.bytes / _BATCH_BYTES))
+  workers = min(num_workers or cores or 1, math.ceil(plan.bytes / _BATCH_BYTES))
+  paths = {
+    split: corpus_format.shard_paths(folder, split, shards)
+    for split, shards in plan.shards.items()
+  }
+  for path in itertools.chain(*paths.values()):
+    open(path, 'wb').close()  # a file may get no document
+  encoded = _progress(_encoded(spool.read(), tokenizer, workers), plan.documents)
   try:
-    with contextlib.ExitStack() as stack:
-      writers = {
-        (split, i): stack.enter_context(tf.io.TFRecordWriter(path))
-        for split, shards in kept.shards.items()
-        for i, path in enumerate(corpus_format.shard_paths(folder, split, shards))
-      }
-      encoded = _encoded(spool.read(), tokenizer, workers)
-      for document in _progress(encoded, kept.documents):
-        shard = kept.shard_of(document.digest)
-        totals[shard[0]].add(document)
-        writers[shard].write(document.record())
+    # In order of digest, so one file after another.
+    for (split, shard), documents in itertools.groupby(
+      encoded, lambda document: plan.shard_of(document.digest)
+    ):
+      with tf.io.TFRecordWriter(paths[split][shard]) as writer:
+        for document in documents:
+          totals[split].add(document)
+          writer.write(document.record())
   except tf.errors.OpError as e:
     raise OSError(errno.EIO, e.message) from e
   return totals
@@ -427,7 +439,7 @@ def _encode_in_worker(batch: list[tuple[int, bytes]]) -> list[Document]:
 def describe(
   source: text_sources.Source,
   settings: Mapping[str, Any],
-  kept: Kept,
+  plan: Plan,
   tokenizer: tokenization.Tokenizer,
   totals: Mapping[str, Totals],
   shard_bytes: Mapping[str, Sequence[int]],
@@ -442,7 +454,7 @@ def describe(
     'vocab_size': tokenizer.vocab_size,
     'tokenizer': tokenizer.kind,
     'vocabulary_sha256': hashlib.sha256(tokenizer.content).hexdigest(),
-    'text_sha256': kept.text_sha256,
+    'text_sha256': plan.text_sha256,
     'splits': {
       split: {
         'documents': totals[split].documents,
@@ -454,9 +466,9 @@ def describe(
         'shards': shards,
         'shard_bytes': list(shard_bytes[split]),
       }
-      for split, shards in kept.shards.items()
+      for split, shards in plan.shards.items()
     },
-    'dropped': {'empty': kept.empty, 'duplicates': kept.duplicates},
+    'dropped': {'empty': plan.empty, 'duplicates': plan.duplicates},
     'baselines': baselines(totals[TRAIN], totals[VALIDATION], tokenizer),
   }
   return (json.dumps(corpus, ensure_ascii=False, indent=2) + '\n').encode('utf-8')

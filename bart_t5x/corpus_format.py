@@ -3,9 +3,8 @@
 A corpus folder holds a tokenizer (see `tokenization`), corpus.json (sources, settings,
 sizes) and shards train-*.tfrecord and validation-*.tfrecord. Each record is a document:
 a `tf.train.Example` of its token ids (`tokens`), the indices of the tokens that begin a
-sentence (`sentence_starts`) and an id (`example_id`, its digest). All three depend on
-the document's text alone. A file has the documents whose digest, modulo the number of
-files, is its number, by increasing digest.
+sentence (`sentence_starts`) and an id (`example_id`, its digest). They depend only on
+the document's text and the tokenizer. Documents are in the order of their digests.
 """
 
 import concurrent.futures
@@ -21,6 +20,7 @@ from jaxtyping import Int32
 from bart_t5x import sentences, tokenization
 
 CORPUS_FILE = 'corpus.json'
+ERROR_FILE = 'error.txt'  # message of a worker of `corpus_beam`
 # In version 1, documents were in the order of the source.
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)

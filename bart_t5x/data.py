@@ -30,8 +30,8 @@ EVALUATION_SEED = 0
 # Files read at a time, and records read from one before the next.
 _OPEN_FILES = 16
 _RECORDS_PER_TURN = 16
-# Shards are in the order of the corpus, so shuffling examples alone would mix only
-# neighbours. Documents are therefore shuffled first, in a buffer of this size.
+# Shards have the same order in each epoch (in corpora of format 1 that of the source),
+# so documents are shuffled, in a buffer of this size, before they become examples.
 _SHUFFLED_DOCUMENTS = 8192
 # With this many files per host, hosts read whole files: shares differ by at most 1/16.
 _FILES_PER_HOST = 16

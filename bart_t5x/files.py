@@ -69,7 +69,8 @@ def whole_url(
 ) -> Iterator[None]:
   """Lets the body write files to the URL of a folder, in a bucket for example.
 
-  The folder is whole once it has the file named `last`, which must be written last.
+  The folder is whole once it has the file named `last`, which must be written last. No
+  lock keeps two processes from writing to one folder.
 
   Args:
     url: of any file system that `fsspec` knows.
@@ -82,17 +83,25 @@ def whole_url(
   import fsspec
 
   fs, path = fsspec.url_to_fs(url)
-  there = fs.find(path) if fs.exists(path) else []
-  names = [posixpath.relpath(found, path) for found in there]
-  if last in names or not all(map(replaceable, names)):
+
+  def files() -> dict[str, str]:
+    fs.invalidate_cache()
+    found = fs.find(path) if fs.exists(path) else []
+    return {posixpath.relpath(name, path): name for name in found}
+
+  def remove(found: dict[str, str]) -> None:
+    if leftovers := [full for name, full in found.items() if replaceable(name)]:
+      fs.rm(leftovers)
+
+  there = files()
+  if last in there or not all(map(replaceable, there)):
     raise FileExistsError(f'{url} is not empty. Name another folder, or remove it.')
+  remove(there)
   try:
-    if there:
-      fs.rm(there)
     yield
   except BaseException:
-    if fs.exists(path):
-      fs.rm(path, recursive=True)
+    if last not in (there := files()):  # else another process was faster
+      remove(there)
     raise
 
 

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add('--output_dir', required=True, help='the folder to make, also as gs:// or s3://')
+  add('--output_dir', required=True, help='the folder to make, or its URL')
   # The source.
   add(
     '--source',
@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     nargs='+',
     default=[],
     metavar='PATH',
-    help='files, quoted patterns, or folders, also as gs://, s3:// or hf:// (text, '
-    'jsonl, parquet)',
+    help='files, quoted patterns, or folders, also as URLs: gs://, s3://, hf:// '
+    '(text, jsonl, parquet)',
   )
   add(
     '--unit',
@@ -291,6 +291,7 @@ def _is_of_a_corpus(name: str) -> bool:
   """Whether this command writes files of this name."""
   return name.endswith('.tfrecord') or name in (
     corpus_format.CORPUS_FILE,
+    corpus_format.ERROR_FILE,
     tokenization.BYTE_LEVEL_FILE,
     tokenization.SENTENCEPIECE_FILE,
   )
@@ -358,8 +359,8 @@ def prepare(args: argparse.Namespace) -> None:
     source = text_sources.Source([first], source.license, source.files)
   with _new_folder(args) as folder:
     if args.beam:
-      options = (args.pipeline_options or '').split(',')
-      _corpus_beam().build(source, folder, settings, filter(None, options), tokenizer)
+      options = [o.strip() for o in (args.pipeline_options or '').split(',') if o]
+      _corpus_beam().build(source, folder, settings, options, tokenizer)
     else:
       corpus_build.build(source, folder, settings, args.num_workers, tokenizer)
   fs = fsspec.url_to_fs(args.output_dir)[0]
@@ -383,7 +384,8 @@ def _corpus_beam():
     raise cli.UsageError(
       f"--beam needs Apache Beam: pip install '.[beam]' ({e})."
     ) from e
-  logging.disable(logging.NOTSET)
+  finally:
+    logging.disable(logging.NOTSET)
   return corpus_beam
 
 
@@ -392,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   cli.set_up_libraries()
   parser = _parser()
   args = parser.parse_args(argv)
+  args.output_dir = os.path.expanduser(args.output_dir).rstrip('/') or '/'
   try:
     _check(args, parser)
     prepare(args)
@@ -404,6 +407,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     cli.fail('interrupted; no files were left')
     return 130
+  except Exception as e:  # file systems behind URLs raise types of their own
+    if '://' not in ' '.join([args.output_dir, *args.input]):
+      raise
+    return cli.fail(f'{type(e).__name__}: {e}')
   return 0
 
 

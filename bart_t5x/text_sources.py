@@ -10,6 +10,7 @@ line in errors.
 """
 
 import bz2
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -100,12 +101,17 @@ def _find_by_url(pattern: str, suffixes: tuple[str, ...]) -> dict[str, int]:
   import fsspec
 
   fs, path = fsspec.url_to_fs(pattern)
-  folder = fs.isdir(path)
-  entries = fs.find(path, detail=True) if folder else fs.glob(path, detail=True)
+  if fs.isfile(path):
+    entries = {path: fs.info(path)}
+  elif fs.isdir(path):
+    inside = fs.find(path, detail=True).items()
+    entries = {name: entry for name, entry in inside if name.endswith(suffixes)}
+  else:
+    entries = fs.glob(path, detail=True)
   return {
     fs.unstrip_protocol(name): entry['size']
     for name, entry in entries.items()
-    if entry['type'] == 'file' and (not folder or name.endswith(suffixes))
+    if entry['type'] == 'file'
   }
 
 
@@ -247,17 +253,26 @@ def _placed_lines(
 
   The range that begins at 0 has all lines of a compressed file, other ranges none.
   """
-  if end is not None:
+  if begin or end is not None:
     with _open(path) as f:
       if _decompressor(f):
         if begin:
           return
         end = None
-  lines = _raw_lines(_text_chunks(path, max(begin - 1, 0)))
-  if begin:  # that line starts in the range before, unless its end is at `begin` - 1
-    begin += len(next(lines, b''))
+  chunks = _text_chunks(path, max(begin - 1, 0))
+  if begin:
+    # Skips the rest of a line that starts in the range before.
+    begin -= 1
+    for chunk in chunks:
+      skipped, newline, rest = chunk.partition(b'\n')
+      begin += len(skipped) + len(newline)
+      if newline:
+        chunks = itertools.chain([rest], chunks)
+        break
+      if end is not None and begin >= end:
+        return
   at = begin
-  for number, line in enumerate(lines, 1):
+  for number, line in enumerate(_raw_lines(chunks), 1):
     if end is not None and at >= end:
       return
     at += len(line) + 1
@@ -336,11 +351,12 @@ _PART_BYTES = 1 << 26
 
 
 def _parts_of_files(read: Callable, files: Mapping[str, int], *args: Any) -> list:
-  return [
-    functools.partial(read, path, begin, begin + _PART_BYTES, *args)
-    for path, size in files.items()
-    for begin in range(0, size, _PART_BYTES)
-  ]
+  parts = []
+  for path, size in files.items():
+    begins = range(0, max(size, 1), _PART_BYTES)
+    for begin, end in zip(begins, [*begins[1:], None], strict=True):
+      parts.append(functools.partial(read, path, begin, end, *args))
+  return parts
 
 
 def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
@@ -355,7 +371,7 @@ def text_source(patterns: Sequence[str], unit: str = 'line') -> Source:
   return Source([functools.partial(read, path) for path in files], files=files)
 
 
-def _lines(path: str, begin: int, end: int) -> Iterator[str]:
+def _lines(path: str, begin: int, end: int | None) -> Iterator[str]:
   return (line for _, line in _placed_lines(path, begin, end))
 
 
@@ -374,17 +390,19 @@ def jsonl_source(patterns: Sequence[str], field: str = 'text') -> Source:
   return Source(_parts_of_files(_json_texts, files, field), files=files)
 
 
-def _json_texts(path: str, begin: int, end: int, field: str) -> Iterator[str]:
+def _json_texts(path: str, begin: int, end: int | None, field: str) -> Iterator[str]:
   return (_text_of(r, field, p) for p, r in read_json_lines(path, begin, end))
 
 
 def parquet_source(patterns: Sequence[str], field: str = 'text') -> Source:
   """Reads a column of Parquet files; null is an empty text."""
   files = find_files(patterns, ['.parquet'])
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # files may be in a bucket
+    groups = dict(zip(files, pool.map(_row_groups, files), strict=True))
   parts = [
     functools.partial(_parquet_texts, path, field, group)
     for path in files
-    for group in range(_row_groups(path))
+    for group in range(groups[path])
   ]
   return Source(parts, files=files)
 
@@ -399,7 +417,7 @@ def _row_groups(path: str) -> int:
 
 def _parquet_texts(path: str, field: str, group: int) -> Iterator[str]:
   for number, row in enumerate(read_parquet(path, field, group), 1):
-    yield _text_of(row, field, f'{path}, row group {group}, row {number}')
+    yield _text_of(row, field, f'{path}, row group {group + 1}, row {number}')
 
 
 def hf_source(

@@ -62,10 +62,11 @@ def test_shards_hold_every_document(tmp_path, kind):
   for split, counts in corpus['splits'].items():
     shards = corpus_format.shard_paths(tmp_path / 'out', split, counts['shards'])
     rows = []
-    for number, path in enumerate(shards):
+    for path in shards:
       rows += (shard := read(path))
-      ids = [example_id for *_, example_id in shard]
-      assert ids == sorted(ids) and {i % len(shards) for i in ids} == {number}
+      assert shard
+    ids = [example_id for *_, example_id in rows]
+    assert ids == sorted(ids)
     assert counts['documents'] == len(rows)
     assert counts['tokens'] == sum(len(tokens) for tokens, _, _ in rows)
     assert counts['sentences'] == sum(len(starts) for _, starts, _ in rows)
@@ -133,7 +134,8 @@ def test_tokenizer_never_sees_held_out_text(tmp_path, monkeypatch):
   monkeypatch.setattr(corpus_build.tokenizer_training, 'train', train)
   with pytest.raises(KeyError):
     build(tmp_path / 'out')
-  assert len(seen) == 580
+  by_digest = sorted(texts(600), key=lambda text: corpus_format.digest(text.encode()))
+  assert seen == by_digest[20:]
   all_bytes = sum(len(text.encode()) for text in texts(600))
   whole = list(seen)
   seen.clear()
@@ -144,7 +146,7 @@ def test_tokenizer_never_sees_held_out_text(tmp_path, monkeypatch):
 
 
 def test_too_few_documents(tmp_path):
-  with pytest.raises(ValueError, match='39 different.* 40 '):
+  with pytest.raises(ValueError, match='39 distinct.*20'):
     build(tmp_path / 'out', texts(39))
 
 
@@ -168,7 +170,7 @@ def test_spool_sorts_and_drops_duplicates(
     rows = list(spool.read())
     assert [digest for digest, _ in rows] == digests(set(texts))
     assert {text.decode() for _, text in rows} == set(texts)
-  assert len(list(tmp_path.iterdir())) <= most_files
+  assert len(list(tmp_path.iterdir())) <= most_files + 102 // most_files
 
 
 def count(sizes, share=0.0, at_least=1, **settings):
@@ -196,6 +198,11 @@ def test_share_held_out():
   values = digests(f'dokument {i}' for i in range(2000))
   kept = count([(value, 10) for value in values], share=0.05)
   assert 60 < held_out(kept, values) < 140  # 100 by the share
+
+
+def test_some_document_is_left_for_training():
+  with pytest.raises(ValueError, match='too few'):
+    count([(1, 10), (2, 10)], share=0.5)
 
 
 def test_hash_of_the_text():

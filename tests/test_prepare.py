@@ -111,8 +111,10 @@ def test_changed_sources_need_another_corpus(text_file, tmp_path, capsys):
     (['--pipeline_options=--runner=FlinkRunner'], '--pipeline_options'),
     (['--beam', '--max_documents=3'], '--max_documents'),
     (['--beam', '--pipeline_options=--runner=DaskRunner'], 'DaskRunner'),
+    (['--beam', '--pipeline_options=--runer=FlinkRunner'], 'runer'),
+    (['--validation_share=0.5', '--min_validation_documents=400'], 'too few'),
     (['--validation_share=0.6'], '--validation_share'),
-    (['--unit=file'], 'holds 1 different'),
+    (['--unit=file'], 'holds 1 distinct'),
     (['--tokenizer=bpe', '--min_frequency=3'], '--min_frequency'),
   ],
 )
@@ -210,7 +212,7 @@ def test_urls(text_file, tmp_path, capsys):
   url = f'memory:///{tmp_path.name}'
   fs.pipe(f'{url}/text.txt', text_file.read_bytes())
   there, here = f'{url}/out', tmp_path / 'here'
-  args = arguments(f'{url}/*.txt', there)
+  args = arguments(f'{url}/*.txt', f'{there}/')
   assert prepare.main(args) == 0
   assert prepare.main(arguments(f'{url}/*.txt', here)) == 0
   assert {os.path.basename(p): fs.cat(p) for p in fs.find(there)} == files(here)

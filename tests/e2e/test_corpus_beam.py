@@ -1,6 +1,7 @@
 """A corpus made through Apache Beam equals the one made without, on each runner."""
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -8,8 +9,11 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import psutil
 import pytest
+
+import bart_t5x.prepare
 
 pytest.importorskip('apache_beam')
 pytestmark = pytest.mark.slow
@@ -104,6 +108,20 @@ def test_same_bytes_on_each_runner(text_file, without_beam, tmp_path):
       code, error = prepare(text_file, tmp_path / name, '--beam', *options)
       assert code == 0, error
       assert contents(tmp_path / name) == without_beam, name
+
+
+def test_unigram_from_jsonl_in_a_bucket(text_file, tmp_path):
+  fs = fsspec.filesystem('memory')
+  url = f'memory:///{tmp_path.name}'
+  rows = [json.dumps({'text': line}) for line in text_file.read_text().splitlines()]
+  fs.pipe(f'{url}/a.jsonl', '\n'.join(rows[:900]).encode())
+  fs.pipe(f'{url}/b.jsonl', '\n'.join(rows[900:]).encode())
+  args = ['--source=jsonl', f'--input={url}/*.jsonl', '--vocab_size=330']
+  args += ['--tokenizer=unigram', '--tokenizer_bytes=20000']
+  assert bart_t5x.prepare.main([*args, f'--output_dir={tmp_path}/out']) == 0
+  assert bart_t5x.prepare.main([*args, f'--output_dir={url}/out', '--beam']) == 0
+  there = {os.path.basename(path): fs.cat(path) for path in fs.find(f'{url}/out')}
+  assert there == contents(tmp_path / 'out')
 
 
 def test_an_error_in_a_worker_names_file_and_line(text_file, tmp_path):
