@@ -3,7 +3,7 @@
 Imports no TensorFlow, so that workers of `prepare` start quickly.
 
 seqio and T5X pad with id 0; BART tokenizers have `<s>` 0 and `<pad>` 1. So ids 0 and 1
-are exchanged on import and export (`to_hf_ids`, `from_hf_ids`); "inside" ids are those
+are exchanged on import and export (`to_hf_ids`, `from_hf_ids`); internal ids are those
 after the exchange.
 
 `<s>` or `<mask>` in text is tokenized like any other characters. Only `encode_template`
@@ -37,13 +37,13 @@ SENTENCEPIECE_FILE = 'tokenizer.model'
 
 
 def to_hf_ids(ids: Int[np.ndarray, '...']) -> Int[np.ndarray, '...']:
-  """Converts inside ids to Hugging Face ids: exchanges 0 and 1."""
+  """Converts internal ids to Hugging Face ids: exchanges 0 and 1."""
   ids = np.asarray(ids)
   return np.where((ids == 0) | (ids == 1), 1 - ids, ids).astype(ids.dtype)
 
 
 def from_hf_ids(ids: Int[np.ndarray, '...']) -> Int[np.ndarray, '...']:
-  """Converts Hugging Face ids to inside ids: exchanges 0 and 1."""
+  """Converts Hugging Face ids to internal ids: exchanges 0 and 1."""
   return to_hf_ids(ids)
 
 
@@ -203,7 +203,7 @@ class ByteLevelTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """SentencePiece model, with inside ids.
+  """SentencePiece model, with internal ids.
 
   Models trained by `prepare` are lossless: no normalization, and a piece for each byte.
   U+2581, SentencePiece's own symbol for a space, is encoded as bytes (`space_bytes`,
