@@ -318,23 +318,25 @@ class Attention(nn.Module):
     query = query * jnp.asarray(config.head_dim**-0.5, config.dtype)
     key = heads(key_input, 'key')
     value = heads(key_input, 'value')
+    caches = self.mode.decode or self.mode.prefill
+    stored = map(attention.heads_first, (key, value)) if caches else ()
+    seen = key_segments
     if causal and self.mode.prefill:
-      self._fill_cache(key, value, prefill_lengths)
+      self._fill_cache(*stored, prefill_lengths)
     elif causal and self.mode.decode:
-      stepping = self.has_variable('cache', 'cached_key')
-      key, value, seen = self._step_cache(key, value)
-      if stepping:
-        causal = False
-        query_segments, key_segments = jnp.ones(query.shape[:2], jnp.int32), seen
+      *stored, seen = self._step_cache(*stored)
     dropout_key = None
     if not self.mode.deterministic and config.attention_dropout_rate > 0:
       dropout_key = self.make_rng('dropout')
-    attended = attention.attend(
-        config.attention_impl, query, key, value, query_segments, key_segments,
-        causal=causal, dropout_rate=config.attention_dropout_rate,
-        dropout_key=dropout_key, chunk_length=config.attention_chunk_length,
-        recompute=config.remat_policy == 'attention',
-    )  # fmt: skip
+    if self.mode.decode and query.shape[1] == 1 and seen is not None:
+      attended = attention.step_attention(query, *stored, seen > 0)
+    else:
+      attended = attention.attend(
+          config.attention_impl, query, key, value, query_segments, key_segments,
+          causal=causal, dropout_rate=config.attention_dropout_rate,
+          dropout_key=dropout_key, chunk_length=config.attention_chunk_length,
+          recompute=config.remat_policy == 'attention',
+      )  # fmt: skip
     attended = checkpoint_name(constrain(attended), ATTENDED)
     return Linear(config.emb_dim, ('joined_kv', 'embed'), config, name='out')(
       attended.reshape(*query.shape[:2], config.emb_dim)
@@ -358,31 +360,34 @@ class Attention(nn.Module):
     if cached_key.value.shape != key.shape:
       raise ValueError(
         'A prompt must have the batch size and length of the cache. '
-        f'Got: {key.shape} / {cached_key.value.shape}'
+        f'Got: {key.shape[::2]} / {cached_key.value.shape[::2]}'
       )
     cached_key.value, cached_value.value = key, value
     index.value = lengths
 
   def _step_cache(self, key, value):
-    """Adds one position; returns keys, values and which are filled (1 or 0)."""
+    """Adds one position; returns keys, values and which are filled (None: none yet)."""
     stepping = self.has_variable('cache', 'cached_key')
     cached_key, cached_value, index = self._cache(key, value)
     if not stepping:
       return key, value, None
-    batch, length = cached_key.value.shape[:2]
-    if key.shape[:2] != (batch, 1):
+    batch, _, length, _ = cached_key.value.shape
+    if key.shape[::2] != (batch, 1):
       raise ValueError(
         'Cached decoding takes one position per row at a time, '
-        f'[{batch}, 1]. Got: {list(key.shape[:2])}'
+        f'[{batch}, 1]. Got: {list(key.shape[::2])}'
       )
     here = per_row(index.value, batch)[:, None]
     slot = jnp.arange(length)[None]
-    write = (slot == here)[:, :, None, None]
-    cached_key.value = jnp.where(write, key, cached_key.value)
-    cached_value.value = jnp.where(write, value, cached_value.value)
+    for cached, new in ((cached_key, key), (cached_value, value)):
+      if index.value.ndim:
+        write = (slot == here)[:, None, :, None]
+        cached.value = jnp.where(write, new, cached.value)
+      else:  # Written in place.
+        start = (0, 0, index.value, 0)
+        cached.value = jax.lax.dynamic_update_slice(cached.value, new, start)
     index.value = index.value + 1
-    seen = (slot <= here).astype(jnp.int32)
-    return cached_key.value, cached_value.value, seen
+    return cached_key.value, cached_value.value, slot <= here
 
 
 class FeedForward(nn.Module):

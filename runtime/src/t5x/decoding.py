@@ -509,6 +509,8 @@ def temperature_sample(
   prompt_ends = jnp.sum(prompts == eos_id, axis=1, keepdims=True)
   heat = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (batch,))
   heat = expand(heat)
+  # Known while tracing, this leaves out the sampler, which takes long to compile.
+  always_greedy = not _is_tracer(temperature) and np.all(temperature <= MIN_TEMPERATURE)
   # Position of each row's last token.
   last = jnp.full((batch * num_decodes,), length, jnp.int32)
   if steps is not None:
@@ -540,6 +542,8 @@ def temperature_sample(
         return greedy, jnp.zeros(greedy.shape, jnp.float32)
       return greedy, _log_prob_of(greedy, logits)
 
+    if always_greedy:
+      return take_greedy(logits)
     return lax.cond(jnp.any(heated), sample, take_greedy, logits)
 
   def step(state: SamplingLoopState) -> SamplingLoopState:

@@ -551,7 +551,7 @@ class EncoderDecoderModel(BaseTransformerModel):
       encoded_inputs=encoded,
       encoder_input_tokens=encoder_tokens,
       decoder_input_tokens=prompt,
-      prefill_decoder_prompt=self._can_prefill(),
+      prefill_decoder_prompt=prompt_with_targets and self._can_prefill(),
     )
     if initial_index is not None:
       options['initial_index'] = initial_index
