@@ -290,13 +290,14 @@ class Attention(nn.Module):
   def __call__(
     self,
     query_input: Float[Array, 'b q d'],
-    key_input: Float[Array, 'b k d'],
+    key_input: Float[Array, 'n k d'],
     query_segments: Int[Array, 'b q'] | None = None,
-    key_segments: Int[Array, 'b k'] | None = None,
+    key_segments: Int[Array, 'n k'] | None = None,
     prefill_lengths: Int[Array, ' b'] | None = None,
   ) -> Float[Array, 'b q d']:
     """Attends; see `attention.visible` for segments.
 
+    In a step, adjacent rows of queries, b / n each, may share a row of keys.
     `prefill_lengths` are the tokens in each row's prompt, start token included.
     """
     config, causal = self.config, self.causal
@@ -329,7 +330,8 @@ class Attention(nn.Module):
     if not self.mode.deterministic and config.attention_dropout_rate > 0:
       dropout_key = self.make_rng('dropout')
     if self.mode.decode and query.shape[1] == 1 and seen is not None:
-      attended = attention.step_attention(query, *stored, seen > 0)
+      grouped = query.reshape(len(seen), -1, *query.shape[2:])  # [n, b / n, h, d / h]
+      attended = attention.step_attention(grouped, *stored, seen > 0)
     else:
       attended = attention.attend(
           config.attention_impl, query, key, value, query_segments, key_segments,
@@ -452,9 +454,9 @@ class DecoderLayer(_Layer):
   def __call__(
     self,
     x: Float[Array, 'b l d'],
-    encoded: Float[Array, 'b k d'],
+    encoded: Float[Array, 'n k d'],
     segments: Int[Array, 'b l'] | None,
-    key_segments: Int[Array, 'b k'],
+    key_segments: Int[Array, 'n k'],
     prefill_lengths: Int[Array, ' b'] | None,
   ) -> tuple[Float[Array, 'b l d'], None]:
     """Returns hidden states, and None as the output of a scan.
@@ -561,6 +563,8 @@ class Transformer(nn.Module):
   """
 
   config: BartConfig
+  # Not a field: T5X repeats `encoded` for the beams of models without it.
+  shares_encoded = True
 
   @property
   def scan_layers(self) -> bool:
@@ -626,11 +630,11 @@ class Transformer(nn.Module):
 
   def decode(
     self,
-    encoded: Float[Array, 'b k d'],
-    encoder_input_tokens: Num[Array, 'b k'],
+    encoded: Float[Array, 'n k d'],
+    encoder_input_tokens: Num[Array, 'n k'],
     decoder_input_tokens: Num[Array, 'b l'],
     decoder_target_tokens: Num[Array, 'b l'],
-    encoder_segment_ids: Int[Array, 'b k'] | None = None,
+    encoder_segment_ids: Int[Array, 'n k'] | None = None,
     decoder_segment_ids: Int[Array, 'b l'] | None = None,
     decoder_positions: Int[Array, 'b l'] | None = None,
     enable_dropout: bool = True,
@@ -643,7 +647,8 @@ class Transformer(nn.Module):
 
     `encoder_input_tokens` shows where `encoded` is padding; 0 in `decoder_input_tokens`
     is read as `</s>`; targets are ignored. With `decode` the call takes one position
-    per row and updates the cache, which must be mutable; with `prefill` it stores
+    per row and updates the cache, which must be mutable; adjacent rows may share a row
+    of `encoded`. With `prefill` it stores
     prompts, whose `prefill_lengths` include the start token.
     """
     del decoder_target_tokens
