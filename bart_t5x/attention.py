@@ -91,7 +91,7 @@ def step_attention(
   scores = jnp.einsum('bqhd,bhkd->bhqk', query, key, preferred_element_type=wide)
   scores = jnp.where(seen[:, None, None], scores, flash.HIDDEN_SCORE)
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum('bhqk,bhkd->bqhd', weights, value)
+  return jnp.einsum('bhqk,bhkd->bhqd', weights, value).swapaxes(1, 2)
 
 
 def chunked_attention(

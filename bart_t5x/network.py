@@ -648,8 +648,8 @@ class Transformer(nn.Module):
     `encoder_input_tokens` shows where `encoded` is padding; 0 in `decoder_input_tokens`
     is read as `</s>`; targets are ignored. With `decode` the call takes one position
     per row and updates the cache, which must be mutable; adjacent rows may share a row
-    of `encoded`. With `prefill` it stores
-    prompts, whose `prefill_lengths` include the start token.
+    of `encoded`. With `prefill` it stores prompts, whose `prefill_lengths` include the
+    start token.
     """
     del decoder_target_tokens
     limit = self.config.max_positions

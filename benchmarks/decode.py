@@ -1,12 +1,13 @@
-"""Seconds per decoded batch, of this model and of transformers' BART in Flax and PyTorch.
+"""Seconds per decoded batch, of this model and of BART in Flax and PyTorch.
 
     FLAX_PEER_PYTHON=.venv-flax-peer/bin/python \\
     TORCH_PEER_PYTHON=.venv-torch-peer/bin/python python benchmarks/decode.py
 
-All have random weights of the size of `train_step.py` and decode 8 rows of 128 tokens
-to 64 tokens, with no end token, greedily and with 4 beams. They run in separate
-processes that take turns. Prints medians, also of the first call, which compiles, and
-of CPU seconds, on which other processes have less effect.
+The others are those of transformers. All have random weights of the size of
+`train_step.py` and decode 8 rows of 128 tokens to 64 tokens, with no end token,
+greedily and with 4 beams. They run in separate processes that take turns. Prints
+medians, also of the first call, which compiles, and of CPU seconds, on which other
+processes have less effect.
 """
 
 import argparse
@@ -174,7 +175,7 @@ def main():
   for name in ('flax', 'torch'):
     if python := os.environ.get(f'{name.upper()}_PEER_PYTHON'):
       pythons[name] = python
-  print('| beams | | s per batch | CPU s per batch | first call, s | ours is faster by |')
+  print('| beams | | s per batch | CPU s per batch | first call, s | s / ours |')
   print('|---|---|---|---|---|---|')
   for beams in [args.beams] if args.beams else [1, 4]:
     found = _in_turns(pythons, beams, args.calls, args.rounds)

@@ -334,8 +334,8 @@ class EncoderDecoderModel(BaseTransformerModel):
     decoder_target_tokens, enable_dropout, decode, max_decode_length)`; if it also has
     `prefill` and `prefill_lengths`, prompts are fed in one call;
   - optionally `scan_layers`, true if the cache has a leading layer axis;
-  - optionally `shares_encoded`, true if `decode` with a cache takes one row of `encoded`
-    and `encoder_input_tokens` for several adjacent rows of the decoder.
+  - optionally `shares_encoded`, true if `decode` with a cache takes one row of
+    `encoded` and `encoder_input_tokens` for several adjacent rows of the decoder.
   """
 
   FEATURE_CONVERTER_CLS = _SeqioConverter('EncDecFeatureConverter')
