@@ -71,6 +71,29 @@ def plain_attention(
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
 
 
+def heads_first(x: Float[Array, 'b k h d']) -> Float[Array, 'b h k d']:
+  """Transposes keys or values to the layout of `step_attention`."""
+  # In a loop XLA moves a transposition of constants out of it only behind a barrier.
+  return jax.lax.optimization_barrier(x.swapaxes(1, 2))
+
+
+def step_attention(
+  query: Float[Array, 'b q h d'],
+  key: Float[Array, 'b h k d'],
+  value: Float[Array, 'b h k d'],
+  seen: Bool[Array, 'b k'],
+) -> Float[Array, 'b q h d']:
+  """`plain_attention` for steps of decoding: its products read keys as they are stored.
+
+  All queries of a row see the same keys.
+  """
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  scores = jnp.einsum('bqhd,bhkd->bhqk', query, key, preferred_element_type=wide)
+  scores = jnp.where(seen[:, None, None], scores, flash.HIDDEN_SCORE)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.einsum('bhqk,bhkd->bhqd', weights, value).swapaxes(1, 2)
+
+
 def chunked_attention(
   query: Float[Array, 'b q h d'],
   key: Float[Array, 'b k h d'],

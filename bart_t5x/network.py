@@ -191,7 +191,13 @@ class Linear(nn.Module):
     shape, dtype = (x.shape[-1], self.features), self.config.dtype
     kernel = _parameter('kernel', self.config.kernel_init, shape, self.axes)
     bias = _parameter('bias', nn.initializers.zeros_init(), shape[1:], self.axes[1:])
-    return jnp.dot(x, kernel.astype(dtype)) + bias.astype(dtype)
+    kernel, bias = kernel.astype(dtype), bias.astype(dtype)
+    if x.shape[1] == 1 and flash.device().platform == 'cpu':
+      # XLA's product of a large and a small matrix is faster in this order, and the
+      # barrier makes it transpose the kernel before the loop of decoding.
+      kernel = jax.lax.optimization_barrier(kernel.T)
+      return jnp.dot(kernel, x[:, 0].T).T[:, None] + bias
+    return jnp.dot(x, kernel) + bias
 
 
 class LayerNorm(nn.Module):
@@ -290,13 +296,14 @@ class Attention(nn.Module):
   def __call__(
     self,
     query_input: Float[Array, 'b q d'],
-    key_input: Float[Array, 'b k d'],
+    key_input: Float[Array, 'n k d'],
     query_segments: Int[Array, 'b q'] | None = None,
-    key_segments: Int[Array, 'b k'] | None = None,
+    key_segments: Int[Array, 'n k'] | None = None,
     prefill_lengths: Int[Array, ' b'] | None = None,
   ) -> Float[Array, 'b q d']:
     """Attends; see `attention.visible` for segments.
 
+    In a step, adjacent rows of queries, b / n each, may share a row of keys.
     `prefill_lengths` are the tokens in each row's prompt, start token included.
     """
     config, causal = self.config, self.causal
@@ -318,23 +325,26 @@ class Attention(nn.Module):
     query = query * jnp.asarray(config.head_dim**-0.5, config.dtype)
     key = heads(key_input, 'key')
     value = heads(key_input, 'value')
+    caches = self.mode.decode or self.mode.prefill
+    stored = map(attention.heads_first, (key, value)) if caches else ()
+    seen = key_segments
     if causal and self.mode.prefill:
-      self._fill_cache(key, value, prefill_lengths)
+      self._fill_cache(*stored, prefill_lengths)
     elif causal and self.mode.decode:
-      stepping = self.has_variable('cache', 'cached_key')
-      key, value, seen = self._step_cache(key, value)
-      if stepping:
-        causal = False
-        query_segments, key_segments = jnp.ones(query.shape[:2], jnp.int32), seen
+      *stored, seen = self._step_cache(*stored)
     dropout_key = None
     if not self.mode.deterministic and config.attention_dropout_rate > 0:
       dropout_key = self.make_rng('dropout')
-    attended = attention.attend(
-        config.attention_impl, query, key, value, query_segments, key_segments,
-        causal=causal, dropout_rate=config.attention_dropout_rate,
-        dropout_key=dropout_key, chunk_length=config.attention_chunk_length,
-        recompute=config.remat_policy == 'attention',
-    )  # fmt: skip
+    if self.mode.decode and query.shape[1] == 1 and seen is not None:
+      grouped = query.reshape(len(seen), -1, *query.shape[2:])  # [n, b / n, h, d / h]
+      attended = attention.step_attention(grouped, *stored, seen > 0)
+    else:
+      attended = attention.attend(
+          config.attention_impl, query, key, value, query_segments, key_segments,
+          causal=causal, dropout_rate=config.attention_dropout_rate,
+          dropout_key=dropout_key, chunk_length=config.attention_chunk_length,
+          recompute=config.remat_policy == 'attention',
+      )  # fmt: skip
     attended = checkpoint_name(constrain(attended), ATTENDED)
     return Linear(config.emb_dim, ('joined_kv', 'embed'), config, name='out')(
       attended.reshape(*query.shape[:2], config.emb_dim)
@@ -358,31 +368,34 @@ class Attention(nn.Module):
     if cached_key.value.shape != key.shape:
       raise ValueError(
         'A prompt must have the batch size and length of the cache. '
-        f'Got: {key.shape} / {cached_key.value.shape}'
+        f'Got: {key.shape[::2]} / {cached_key.value.shape[::2]}'
       )
     cached_key.value, cached_value.value = key, value
     index.value = lengths
 
   def _step_cache(self, key, value):
-    """Adds one position; returns keys, values and which are filled (1 or 0)."""
+    """Adds one position; returns keys, values and which are filled (None: none yet)."""
     stepping = self.has_variable('cache', 'cached_key')
     cached_key, cached_value, index = self._cache(key, value)
     if not stepping:
       return key, value, None
-    batch, length = cached_key.value.shape[:2]
-    if key.shape[:2] != (batch, 1):
+    batch, _, length, _ = cached_key.value.shape
+    if key.shape[::2] != (batch, 1):
       raise ValueError(
         'Cached decoding takes one position per row at a time, '
-        f'[{batch}, 1]. Got: {list(key.shape[:2])}'
+        f'[{batch}, 1]. Got: {list(key.shape[::2])}'
       )
     here = per_row(index.value, batch)[:, None]
     slot = jnp.arange(length)[None]
-    write = (slot == here)[:, :, None, None]
-    cached_key.value = jnp.where(write, key, cached_key.value)
-    cached_value.value = jnp.where(write, value, cached_value.value)
+    for cached, new in ((cached_key, key), (cached_value, value)):
+      if index.value.ndim:
+        write = (slot == here)[:, None, :, None]
+        cached.value = jnp.where(write, new, cached.value)
+      else:  # Written in place.
+        start = (0, 0, index.value, 0)
+        cached.value = jax.lax.dynamic_update_slice(cached.value, new, start)
     index.value = index.value + 1
-    seen = (slot <= here).astype(jnp.int32)
-    return cached_key.value, cached_value.value, seen
+    return cached_key.value, cached_value.value, slot <= here
 
 
 class FeedForward(nn.Module):
@@ -447,9 +460,9 @@ class DecoderLayer(_Layer):
   def __call__(
     self,
     x: Float[Array, 'b l d'],
-    encoded: Float[Array, 'b k d'],
+    encoded: Float[Array, 'n k d'],
     segments: Int[Array, 'b l'] | None,
-    key_segments: Int[Array, 'b k'],
+    key_segments: Int[Array, 'n k'],
     prefill_lengths: Int[Array, ' b'] | None,
   ) -> tuple[Float[Array, 'b l d'], None]:
     """Returns hidden states, and None as the output of a scan.
@@ -556,6 +569,8 @@ class Transformer(nn.Module):
   """
 
   config: BartConfig
+  # Not a field: T5X repeats `encoded` for the beams of models without it.
+  shares_encoded = True
 
   @property
   def scan_layers(self) -> bool:
@@ -621,11 +636,11 @@ class Transformer(nn.Module):
 
   def decode(
     self,
-    encoded: Float[Array, 'b k d'],
-    encoder_input_tokens: Num[Array, 'b k'],
+    encoded: Float[Array, 'n k d'],
+    encoder_input_tokens: Num[Array, 'n k'],
     decoder_input_tokens: Num[Array, 'b l'],
     decoder_target_tokens: Num[Array, 'b l'],
-    encoder_segment_ids: Int[Array, 'b k'] | None = None,
+    encoder_segment_ids: Int[Array, 'n k'] | None = None,
     decoder_segment_ids: Int[Array, 'b l'] | None = None,
     decoder_positions: Int[Array, 'b l'] | None = None,
     enable_dropout: bool = True,
@@ -638,8 +653,9 @@ class Transformer(nn.Module):
 
     `encoder_input_tokens` shows where `encoded` is padding; 0 in `decoder_input_tokens`
     is read as `</s>`; targets are ignored. With `decode` the call takes one position
-    per row and updates the cache, which must be mutable; with `prefill` it stores
-    prompts, whose `prefill_lengths` include the start token.
+    per row and updates the cache, which must be mutable; adjacent rows may share a row
+    of `encoded`. With `prefill` it stores prompts, whose `prefill_lengths` include the
+    start token.
     """
     del decoder_target_tokens
     limit = self.config.max_positions

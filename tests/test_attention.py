@@ -125,6 +125,21 @@ def test_implementations_equal_plain(impl, recompute):
   )
 
 
+def test_step_attention_equals_plain():
+  """Two queries of a row see the same keys, as two beams of an example do."""
+  rng = np.random.default_rng(0)
+  query = rng.normal(size=(3, 2, 2, 4)).astype(np.float32)
+  keys, values = (rng.normal(size=(3, 7, 2, 4)).astype(np.float32) for _ in range(2))
+  seen = rng.integers(0, 2, (3, 7))
+  stored = attention.heads_first(keys), attention.heads_first(values)
+  np.testing.assert_allclose(
+    attention.step_attention(query, *stored, seen > 0),
+    attention.plain_attention(query, keys, values, np.ones((3, 2), int), seen),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
 def test_decoding_steps_are_always_plain():
   x, keys = jnp.ones((2, 1, 2, 4)), jnp.ones((2, 8, 2, 4))
   got = attention.attend('flash', x, keys, keys, chunk_length=4)

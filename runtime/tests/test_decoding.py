@@ -446,6 +446,17 @@ def test_decodes_of_one_example_are_independent():
   assert_drawn_from(pairs, table)
 
 
+@pytest.mark.parametrize('temperature', [0.0, np.zeros(2, np.float32)])
+def test_greedy_search_leaves_out_the_sampler(temperature):
+  def program(temperature):
+    run = functools.partial(
+      decoding.temperature_sample, np.zeros((2, 3), np.int32), {}, BigramModel(), EOS
+    )
+    return str(jax.make_jaxpr(lambda: run(temperature=temperature))())
+
+  assert 'random_bits' in program(1.0) and 'random_bits' not in program(temperature)
+
+
 def test_temperature_per_example():
   model = BigramModel(vocabulary=5)
   temperatures = np.repeat([0.0, 0.5, 3.0], 8000)

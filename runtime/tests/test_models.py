@@ -327,6 +327,33 @@ def test_arguments_of_the_decoding_function(params):
     decode_with(params, make_batch(), rng=4, decoder_params={'decode_rng': 3})
 
 
+@pytest.mark.parametrize('prompted', [False, True])
+def test_only_a_prompt_is_prefilled(params, prompted):
+  found = []
+
+  def decode_fn(initial_index=None, **options):
+    found.append(initial_index)
+    return decoding.beam_search(initial_index=initial_index, **options)
+
+  make_model(decode_fn=decode_fn).predict_batch_with_aux(
+    params, make_batch(), prompt_with_targets=prompted
+  )
+  assert (found[0] is not None) == prompted
+
+
+def test_encoder_rows_are_not_repeated_for_a_module_that_shares_them(
+  params, monkeypatch
+):
+  def encoder_rows():
+    options = decode_with(params, make_batch(), num_decodes=2)
+    given = options['tokens_to_logits'].keywords
+    return len(given['encoded_inputs']), len(given['raw_inputs'])
+
+  assert encoder_rows() == (6, 6)
+  monkeypatch.setattr(Transformer, 'shares_encoded', True, raising=False)
+  assert encoder_rows() == (3, 3)
+
+
 def test_scores_and_intermediates(params):
   batch = make_batch()
   weights = batch['decoder_loss_weights']

@@ -32,7 +32,7 @@ _EMPTY = NEG_INF_VALUE / 2
 # Lower temperatures are greedy: 1 / temperature would overflow.
 MIN_TEMPERATURE = np.array(1e-4)
 
-# Width of a TPU vector register, the unit in which top-k is split.
+# Width of a TPU vector register, the unit into which top-k splits rows.
 _LANES = 128
 
 
@@ -142,20 +142,20 @@ def _best_beams(
 def top_k_two_stage(
   x: Float[Array, 'batch samples'], k: int
 ) -> tuple[Float[Array, 'batch k'], Int[Array, 'batch k']]:
-  """Computes `lax.top_k` faster on TPUs for few long rows.
+  """Computes `lax.top_k` faster for long rows.
 
-  It finds the top k of 128 pieces of a row in parallel, and then the top k of those.
+  The k largest values are in the k pieces of a row with the largest maxima.
   """
   batch, samples = x.shape
-  if batch > 8 or samples <= 8 * _LANES * k:
+  if samples <= 2 * _LANES * k:
     return tuple(lax.top_k(x, k))
-  piece = -(-samples // _LANES)
-  padding = ((0, 0), (0, piece * _LANES - samples))
-  pieces = jnp.pad(x, padding, constant_values=-np.inf).reshape(batch, _LANES, piece)
-  values, where = lax.top_k(pieces, k)  # [batch, lanes, k]
-  where = where + piece * jnp.arange(_LANES, dtype=where.dtype)[:, None]
-  values, winner = lax.top_k(values.reshape(batch, -1), k)
-  return values, jnp.take_along_axis(where.reshape(batch, -1), winner, axis=1)
+  x = jnp.pad(x, ((0, 0), (0, -samples % _LANES)), constant_values=-np.inf)
+  pieces = x.reshape(batch, -1, _LANES)
+  best = jnp.sort(lax.top_k(pieces.max(2), k)[1])  # Of equal values the first counts.
+  chosen = jnp.take_along_axis(pieces, best[:, :, None], axis=1)
+  values, where = lax.top_k(chosen.reshape(batch, -1), k)
+  piece = jnp.take_along_axis(best, where // _LANES, axis=1)
+  return values, piece * _LANES + where % _LANES
 
 
 # ---- Beam search ----
@@ -507,8 +507,9 @@ def temperature_sample(
 
   prompts = expand(jnp.asarray(inputs, jnp.int32))
   prompt_ends = jnp.sum(prompts == eos_id, axis=1, keepdims=True)
-  heat = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (batch,))
-  heat = expand(heat)
+  heat = expand(jnp.full(batch, temperature, jnp.float32))
+  # Without heat, the sampler, which takes long to compile, is left out.
+  heats = _is_tracer(temperature) or np.any(np.array(temperature) > MIN_TEMPERATURE)
   # Position of each row's last token.
   last = jnp.full((batch * num_decodes,), length, jnp.int32)
   if steps is not None:
@@ -540,7 +541,9 @@ def temperature_sample(
         return greedy, jnp.zeros(greedy.shape, jnp.float32)
       return greedy, _log_prob_of(greedy, logits)
 
-    return lax.cond(jnp.any(heated), sample, take_greedy, logits)
+    if heats:
+      return lax.cond(jnp.any(heated), sample, take_greedy, logits)
+    return take_greedy(logits)
 
   def step(state: SamplingLoopState) -> SamplingLoopState:
     """Feeds the current token and writes the next one."""

@@ -333,7 +333,9 @@ class EncoderDecoderModel(BaseTransformerModel):
   - `decode(encoded, encoder_input_tokens, decoder_input_tokens,
     decoder_target_tokens, enable_dropout, decode, max_decode_length)`; if it also has
     `prefill` and `prefill_lengths`, prompts are fed in one call;
-  - optionally `scan_layers`, true if the cache has a leading layer axis.
+  - optionally `scan_layers`, true if the cache has a leading layer axis;
+  - optionally `shares_encoded`, true if `decode` with a cache takes one row of
+    `encoded` and `encoder_input_tokens` for several adjacent rows of the decoder.
   """
 
   FEATURE_CONVERTER_CLS = _SeqioConverter('EncDecFeatureConverter')
@@ -428,13 +430,14 @@ class EncoderDecoderModel(BaseTransformerModel):
     self,
     decoding_state: decoding.DecodingState,
     params: PyTree,
-    encoded_inputs: Float[Array, 'rows input_length width'],
-    raw_inputs: Int[Array, 'rows input_length'],
+    encoded_inputs: Float[Array, 'inputs input_length width'],
+    raw_inputs: Int[Array, 'inputs input_length'],
     max_decode_length: int,
   ) -> tuple[Float[Array, 'rows vocabulary'], Mapping[str, Any]]:
     """Feeds one token; returns the next token's logits and the new cache.
 
-    Rows are batch * beams; the encoder's output and input tokens are repeated for them.
+    Rows are batch * beams; the encoder's output and input tokens are repeated for them
+    unless the module `shares_encoded`.
     """
     token = decoding_state.cur_token
     logits, changed = self.module.apply(
@@ -551,11 +554,12 @@ class EncoderDecoderModel(BaseTransformerModel):
       encoded_inputs=encoded,
       encoder_input_tokens=encoder_tokens,
       decoder_input_tokens=prompt,
-      prefill_decoder_prompt=self._can_prefill(),
+      prefill_decoder_prompt=prompt_with_targets and self._can_prefill(),
     )
     if initial_index is not None:
       options['initial_index'] = initial_index
-    expand = functools.partial(decoding.flat_batch_beam_expand, beam_size=num_decodes)
+    repeats = 1 if getattr(self.module, 'shares_encoded', False) else num_decodes
+    expand = functools.partial(decoding.flat_batch_beam_expand, beam_size=repeats)
     decodes, scores = self._decode_fn(
       inputs=prompt,
       cache=cache,
