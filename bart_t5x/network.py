@@ -191,7 +191,13 @@ class Linear(nn.Module):
     shape, dtype = (x.shape[-1], self.features), self.config.dtype
     kernel = _parameter('kernel', self.config.kernel_init, shape, self.axes)
     bias = _parameter('bias', nn.initializers.zeros_init(), shape[1:], self.axes[1:])
-    return jnp.dot(x, kernel.astype(dtype)) + bias.astype(dtype)
+    kernel, bias = kernel.astype(dtype), bias.astype(dtype)
+    if x.shape[1] == 1 and flash.device().platform == 'cpu':
+      # XLA's product of a large and a small matrix is faster in this order, and the
+      # barrier makes it transpose the kernel before the loop of decoding.
+      kernel = jax.lax.optimization_barrier(kernel.T)
+      return jnp.dot(kernel, x[:, 0].T).T[:, None] + bias
+    return jnp.dot(x, kernel) + bias
 
 
 class LayerNorm(nn.Module):

@@ -149,10 +149,9 @@ def top_k_two_stage(
   batch, samples = x.shape
   if samples <= 2 * _LANES * k:
     return tuple(lax.top_k(x, k))
-  pieces = jnp.pad(x, ((0, 0), (0, -samples % _LANES)), constant_values=-np.inf)
-  pieces = pieces.reshape(batch, -1, _LANES)
-  _, best = lax.top_k(pieces.max(axis=2), k)
-  best = jnp.sort(best)  # Of equal values the first counts.
+  x = jnp.pad(x, ((0, 0), (0, -samples % _LANES)), constant_values=-np.inf)
+  pieces = x.reshape(batch, -1, _LANES)
+  best = jnp.sort(lax.top_k(pieces.max(2), k)[1])  # Of equal values the first counts.
   chosen = jnp.take_along_axis(pieces, best[:, :, None], axis=1)
   values, where = lax.top_k(chosen.reshape(batch, -1), k)
   piece = jnp.take_along_axis(best, where // _LANES, axis=1)
@@ -508,12 +507,9 @@ def temperature_sample(
 
   prompts = expand(jnp.asarray(inputs, jnp.int32))
   prompt_ends = jnp.sum(prompts == eos_id, axis=1, keepdims=True)
-  heat = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (batch,))
-  heat = expand(heat)
-  # Known while tracing, this leaves out the sampler, which takes long to compile.
-  always_greedy = not _is_tracer(temperature) and np.all(
-    np.asarray(temperature) <= MIN_TEMPERATURE
-  )
+  heat = expand(jnp.full(batch, temperature, jnp.float32))
+  # Without heat, the sampler, which takes long to compile, is left out.
+  heats = _is_tracer(temperature) or np.any(np.array(temperature) > MIN_TEMPERATURE)
   # Position of each row's last token.
   last = jnp.full((batch * num_decodes,), length, jnp.int32)
   if steps is not None:
@@ -545,9 +541,9 @@ def temperature_sample(
         return greedy, jnp.zeros(greedy.shape, jnp.float32)
       return greedy, _log_prob_of(greedy, logits)
 
-    if always_greedy:
-      return take_greedy(logits)
-    return lax.cond(jnp.any(heated), sample, take_greedy, logits)
+    if heats:
+      return lax.cond(jnp.any(heated), sample, take_greedy, logits)
+    return take_greedy(logits)
 
   def step(state: SamplingLoopState) -> SamplingLoopState:
     """Feeds the current token and writes the next one."""
