@@ -1,7 +1,8 @@
 """Seconds per decoded batch, of this model and of BART in Flax and PyTorch.
 
-    FLAX_PEER_PYTHON=.venv-flax-peer/bin/python \\
-    TORCH_PEER_PYTHON=.venv-torch-peer/bin/python python benchmarks/decode.py
+    export FLAX_PEER_PYTHON=.venv-flax-peer/bin/python
+    export TORCH_PEER_PYTHON=.venv-torch-peer/bin/python
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py
 
 The others are those of transformers. All have random weights of the size of
 `train_step.py` and decode 8 rows of 128 tokens to 64 tokens, with no end token,
