@@ -25,8 +25,8 @@ def prepare_from(tmp_path, content, *more):
 @pytest.mark.parametrize(
   ('content', 'parts'),
   [
-    (b'\n \n\t\n', ('0 different documents', '--input')),
-    (b'Ett eneste dokument om fjorden.\n', ('1 different document',)),
+    (b'\n \n\t\n', ('holds 0 ', '--input')),
+    (b'Ett eneste dokument om fjorden.\n', ('holds 1 ',)),
     (b'Hei.\nP\xe5 fjellet.\n', ('UTF-8', 'texts.txt', 'line 2')),
   ],
   ids=['blank', 'one document', 'invalid UTF-8'],
