@@ -157,12 +157,7 @@ def _reported(folder: str) -> Iterator[None]:
 def _read(part, folder: str) -> Iterator[tuple[int, bytes] | None]:
   """Yields digest and text of each document, None for one without text."""
   with _reported(folder):
-    for document in part():
-      if corpus_build.is_empty(document):
-        yield None
-      else:
-        text = document.encode('utf-8')
-        yield corpus_format.digest(text), text
+    yield from corpus_build.keyed(part())
 
 
 def _any_of(texts: Iterable[bytes]) -> bytes:
@@ -201,13 +196,15 @@ class _Encode(beam.DoFn):
   def __init__(self, folder: str):
     self._folder = folder
 
+  def setup(self):
+    cli.import_tensorflow()
+
   def start_bundle(self):
     self._totals = {}
 
   def process(self, document, content: bytes, plan: Plan):
     with _reported(self._folder):
       tokenizer = _tokenizer(content)
-      cli.import_tensorflow()
       (encoded,) = corpus_build.encode(tokenizer, [document])
       split, shard = plan.shard_of(encoded.digest)
       if split not in self._totals:
@@ -269,10 +266,7 @@ def _describe(
       split: [shard_bytes[split, shard] for shard in range(shards)]
       for split, shards in plan.shards.items()
     }
-    corpus = corpus_build.describe(source, settings, plan, tokenizer, totals, sizes)
-    for name, written in (
-      (tokenizer.file_name, content),
-      (corpus_format.CORPUS_FILE, corpus),
-    ):
+    last = corpus_build.last_files(source, settings, plan, tokenizer, totals, sizes)
+    for name, written in last.items():
       with fsspec.open(posixpath.join(folder, name), 'wb') as f:
         f.write(written)

@@ -64,11 +64,11 @@ def build(
   spool = Spool(documents)
   empty = 0
   with _step('Reading the source'):
-    for text in _progress(source.documents()):
-      if is_empty(text):
-        empty += 1
+    for document in keyed(_progress(source.documents())):
+      if document:
+        spool.add(*document)
       else:
-        spool.add(text.encode('utf-8'))
+        empty += 1
   with _step('Sorting'):
     sizes = ((digest, len(text)) for digest, text in spool.read())
     plan = count(sizes, spool.documents, empty, settings)
@@ -83,11 +83,8 @@ def build(
     split: [os.path.getsize(p) for p in corpus_format.shard_paths(folder, split, n)]
     for split, n in plan.shards.items()
   }
-  corpus = describe(source, settings, plan, tokenizer, totals, shard_bytes)
-  for name, content in (
-    (tokenizer.file_name, tokenizer.content),
-    (corpus_format.CORPUS_FILE, corpus),
-  ):
+  last = last_files(source, settings, plan, tokenizer, totals, shard_bytes)
+  for name, content in last.items():
     with open(os.path.join(folder, name), 'wb') as f:
       f.write(content)
 
@@ -95,9 +92,14 @@ def build(
 # ---- reading the source -------------------------------------------------------
 
 
-def is_empty(text: str) -> bool:
-  """Whether a document is dropped because it has nothing but white space."""
-  return not text or text.isspace()
+def keyed(documents: Iterable[str]) -> Iterator[tuple[int, bytes] | None]:
+  """Yields digest and text (UTF-8) of each document, None if it is only white space."""
+  for document in documents:
+    if not document or document.isspace():
+      yield None
+    else:
+      text = document.encode('utf-8')
+      yield corpus_format.digest(text), text
 
 
 class Spool:
@@ -124,10 +126,10 @@ class Spool:
     self._recent: list[tuple[int, bytes]] = []
     self._recent_bytes = 0
 
-  def add(self, text: bytes) -> None:
+  def add(self, digest: int, text: bytes) -> None:
     """Adds a text."""
     self.documents += 1
-    self._recent.append((corpus_format.digest(text), text))
+    self._recent.append((digest, text))
     self._recent_bytes += len(text) + self._OBJECT_BYTES
     if self._recent_bytes >= self.FILE_BYTES:
       self._write_recent()
@@ -436,15 +438,18 @@ def _encode_in_worker(batch: list[tuple[int, bytes]]) -> list[Document]:
 # ---- corpus.json --------------------------------------------------------------
 
 
-def describe(
+def last_files(
   source: text_sources.Source,
   settings: Mapping[str, Any],
   plan: Plan,
   tokenizer: tokenization.Tokenizer,
   totals: Mapping[str, Totals],
   shard_bytes: Mapping[str, Sequence[int]],
-) -> bytes:
-  """Returns the content of corpus.json; `shard_bytes` has the size of each file."""
+) -> dict[str, bytes]:
+  """Returns the tokenizer's file and corpus.json, in the order to write them.
+
+  `shard_bytes` has the sizes of a split's files.
+  """
   corpus = {
     'format_version': corpus_format.FORMAT_VERSION,
     'source': settings['source'],
@@ -471,7 +476,11 @@ def describe(
     'dropped': {'empty': plan.empty, 'duplicates': plan.duplicates},
     'baselines': baselines(totals[TRAIN], totals[VALIDATION], tokenizer),
   }
-  return (json.dumps(corpus, ensure_ascii=False, indent=2) + '\n').encode('utf-8')
+  text = json.dumps(corpus, ensure_ascii=False, indent=2) + '\n'
+  return {
+    tokenizer.file_name: tokenizer.content,
+    corpus_format.CORPUS_FILE: text.encode('utf-8'),
+  }
 
 
 def _quantiles(lengths: Mapping[int, int]) -> dict[str, int]:

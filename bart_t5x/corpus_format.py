@@ -62,6 +62,13 @@ def read(
   return corpus
 
 
+def read_existing(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns a local folder's corpus.json; FileNotFoundError if there is none."""
+  if corpus := read(folder):
+    return corpus
+  raise FileNotFoundError(f'{folder} has no {CORPUS_FILE}')
+
+
 def check_shards(
   corpus: Mapping[str, Any],
   folder: str,

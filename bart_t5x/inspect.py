@@ -369,10 +369,7 @@ def _traced(task) -> tuple[Any, Any]:
 def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints the examples, the rows and the table; or the table of a corpus."""
   if args.corpus:
-    corpus = corpus_format.read(args.corpus)
-    if not corpus:
-      raise FileNotFoundError(f'{args.corpus} has no {corpus_format.CORPUS_FILE}.')
-    print('\n'.join(corpus_lines(corpus)))
+    print('\n'.join(corpus_lines(corpus_format.read_existing(args.corpus))))
     return
   cli.import_tensorflow()
   import tensorflow as tf

@@ -270,10 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
   try:
-    corpus = corpus_format.read(args.corpus_dir)
-    if not corpus:
-      raise FileNotFoundError(f'{args.corpus_dir} has no {corpus_format.CORPUS_FILE}')
-    baselines = corpus['baselines']
+    baselines = corpus_format.read_existing(args.corpus_dir)['baselines']
     curves = read_curves(args.model_dir)
     if not evaluations(curves):
       raise ValueError(f'no evaluation in {args.model_dir}/metrics.jsonl')

@@ -19,7 +19,8 @@ import sys
 import time
 
 import numpy as np
-from train_step import HEADS, INSIDE, LAYERS, ROWS, VOCABULARY, WIDTH
+import train_step
+from train_step import ROWS, VOCABULARY
 
 INPUTS, OUTPUTS = 128, 64
 
@@ -29,27 +30,12 @@ def _ours(beams):
   import functools
 
   import jax
-  import seqio
 
-  from bart_t5x import model, network
   from t5x import decoding
 
-  config = network.BartConfig(
-    vocab_size=VOCABULARY,
-    emb_dim=WIDTH,
-    num_heads=HEADS,
-    num_encoder_layers=LAYERS,
-    num_decoder_layers=LAYERS,
-    mlp_dim=INSIDE,
-    max_positions=INPUTS,
-  )
-  vocabulary = seqio.PassThroughVocabulary(VOCABULARY, eos_id=2)
   greedy = functools.partial(decoding.temperature_sample, temperature=0.0)
-  bart = model.BartModel(
-    network.Transformer(config),
-    vocabulary,
-    vocabulary,
-    None,
+  bart = train_step.our_bart(
+    {'max_positions': INPUTS},
     decode_fn=greedy if beams == 1 else decoding.beam_search,
   )
   shapes = {
@@ -74,20 +60,8 @@ def _ours(beams):
 
 
 def _peer_config():
-  import transformers
-
-  return transformers.BartConfig(
-    vocab_size=VOCABULARY,
-    d_model=WIDTH,
-    encoder_layers=LAYERS,
-    decoder_layers=LAYERS,
-    encoder_attention_heads=HEADS,
-    decoder_attention_heads=HEADS,
-    encoder_ffn_dim=INSIDE,
-    decoder_ffn_dim=INSIDE,
-    max_position_embeddings=INPUTS,
-    forced_eos_token_id=None,
-    eos_token_id=VOCABULARY,
+  return train_step.peer_config(
+    max_position_embeddings=INPUTS, forced_eos_token_id=None, eos_token_id=VOCABULARY
   )
 
 

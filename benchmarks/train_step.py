@@ -29,10 +29,8 @@ def _batch():
   return inputs, moved, targets
 
 
-def _ours(dtype, attention_impl):
-  """Returns the parameters, and the loss as a function of parameters and a key."""
-  import jax
-  import jax.numpy as jnp
+def our_bart(config, **arguments):
+  """Returns our model of this size; `config` has further fields of BartConfig."""
   import seqio
 
   from bart_t5x import model, network
@@ -44,18 +42,41 @@ def _ours(dtype, attention_impl):
     num_encoder_layers=LAYERS,
     num_decoder_layers=LAYERS,
     mlp_dim=INSIDE,
-    max_positions=LENGTH,
-    dtype=dtype,
-    attention_impl=attention_impl,
+    **config,
   )
   vocabulary = seqio.PassThroughVocabulary(VOCABULARY, eos_id=2)
-  bart = model.BartModel(
-    network.Transformer(config),
-    vocabulary,
-    vocabulary,
-    None,
-    loss_normalizing_factor=ROWS * LENGTH,
+  transformer = network.Transformer(config)
+  return model.BartModel(transformer, vocabulary, vocabulary, None, **arguments)
+
+
+def peer_config(**fields):
+  """Returns transformers' configuration of this size with further fields."""
+  import transformers
+
+  return transformers.BartConfig(
+    vocab_size=VOCABULARY,
+    d_model=WIDTH,
+    encoder_layers=LAYERS,
+    decoder_layers=LAYERS,
+    encoder_attention_heads=HEADS,
+    decoder_attention_heads=HEADS,
+    encoder_ffn_dim=INSIDE,
+    decoder_ffn_dim=INSIDE,
+    **fields,
   )
+
+
+def _ours(dtype, attention_impl):
+  """Returns the parameters, and the loss as a function of parameters and a key."""
+  import jax
+  import jax.numpy as jnp
+
+  config = {
+    'max_positions': LENGTH,
+    'dtype': dtype,
+    'attention_impl': attention_impl,
+  }
+  bart = our_bart(config, loss_normalizing_factor=ROWS * LENGTH)
   inputs, moved, targets = _batch()
   batch = {
     'encoder_input_tokens': inputs,
@@ -76,15 +97,7 @@ def _flax_bart(dtype, _):
   import optax
   import transformers
 
-  config = transformers.BartConfig(
-    vocab_size=VOCABULARY,
-    d_model=WIDTH,
-    encoder_layers=LAYERS,
-    decoder_layers=LAYERS,
-    encoder_attention_heads=HEADS,
-    decoder_attention_heads=HEADS,
-    encoder_ffn_dim=INSIDE,
-    decoder_ffn_dim=INSIDE,
+  config = peer_config(
     max_position_embeddings=LENGTH,
     dropout=RATE,
     attention_dropout=RATE,

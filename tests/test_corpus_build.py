@@ -164,7 +164,7 @@ def test_spool_sorts_and_drops_duplicates(
   spool = corpus_build.Spool(str(tmp_path))
   texts = [f'dokument {i * i % 61}' for i in range(100)] + ['', 'å' * 3000]
   for text in texts:
-    spool.add(text.encode())
+    spool.add(corpus_format.digest(text.encode()), text.encode())
   assert spool.documents == 102
   for _ in range(2):  # it can be read again
     rows = list(spool.read())

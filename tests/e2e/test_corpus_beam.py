@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import bart_t5x.prepare
 pytest.importorskip('apache_beam')
 pytestmark = pytest.mark.slow
 
-WORDS = 'fjell fjord skog sjø bjørn ulv elg rev gård kirke skole båt vei bro'.split()
 TWO_PROCESSES = '--direct_running_mode=multi_processing,--direct_num_workers=2'
 # Workers are started as `python`.
 ENVIRONMENT = {
@@ -28,12 +26,8 @@ ENVIRONMENT = {
 
 
 @pytest.fixture(scope='module')
-def text_file(tmp_path_factory):
-  draw = random.Random(1)
-  lines = [
-    f'Tekst {i}. ' + ' '.join(draw.choices(WORDS, k=6)).capitalize() + '.'
-    for i in range(1400)
-  ]
+def text_file(tmp_path_factory, helpers):
+  lines = helpers.made_up_norwegian(1400)
   lines += lines[:100]
   path = tmp_path_factory.mktemp('text') / 'text.txt'
   path.write_text('\n'.join([*lines, '', ' ', '']))
