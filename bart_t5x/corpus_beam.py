@@ -6,9 +6,7 @@ The functions are those of `corpus_build`, and so are the bytes of the corpus.
 import contextlib
 import dataclasses
 import functools
-import os
 import posixpath
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -196,9 +194,6 @@ class _Encode(beam.DoFn):
   def __init__(self, folder: str):
     self._folder = folder
 
-  def setup(self):
-    cli.import_tensorflow()
-
   def start_bundle(self):
     self._totals = {}
 
@@ -210,7 +205,7 @@ class _Encode(beam.DoFn):
       if split not in self._totals:
         self._totals[split] = Totals(tokenizer.vocab_size)
       self._totals[split].add(encoded)
-      yield (split, shard), (encoded.digest, encoded.record())
+      yield (split, shard), (encoded.digest, encoded.record)
 
   def finish_bundle(self):
     for item in self._totals.items():
@@ -237,17 +232,12 @@ def _write_shard(
   plan: Plan,
 ) -> tuple[tuple[str, int], int]:
   """Writes a file and returns its size in bytes."""
-  cli.import_tensorflow()
-  import tensorflow as tf
-
   (split, number), records = shard_and_records
   path = corpus_format.shard_paths(folder, split, plan.shards[split])[number]
-  with _reported(folder), tempfile.NamedTemporaryFile() as f:
-    with tf.io.TFRecordWriter(f.name) as writer:
-      for _, record in sorted(filter(None, records)):
-        writer.write(record)
-    fsspec.url_to_fs(path)[0].put_file(f.name, path)
-    return (split, number), os.path.getsize(f.name)
+  with _reported(folder), fsspec.open(path, 'wb') as f:
+    for _, record in sorted(filter(None, records)):
+      f.write(record)
+    return (split, number), f.tell()
 
 
 def _describe(

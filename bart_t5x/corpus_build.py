@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import heapq
 import itertools
@@ -33,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from bart_t5x import cli, corpus_format, text_sources, tokenization, tokenizer_training
+from bart_t5x import corpus_format, text_sources, tokenization, tokenizer_training
 from bart_t5x.corpus_format import TRAIN, VALIDATION
 
 # Bytes of text sent to a worker at a time, enough to amortize the transfer.
@@ -298,7 +297,7 @@ class Totals:
     self.tokens += document.ids.size
     self.bytes += document.bytes
     self.words += document.words
-    self.sentences += document.sentence_starts.size
+    self.sentences += document.sentences
     self.lengths[document.ids.size] += 1
     np.add.at(self.histogram, document.ids, 1)
 
@@ -314,12 +313,9 @@ class Document(NamedTuple):
   digest: int
   bytes: int
   words: int  # separated by white space
+  sentences: int
   ids: np.ndarray
-  sentence_starts: np.ndarray
-
-  def record(self) -> bytes:
-    """Returns the document as written to a shard."""
-    return corpus_format.serialize(self.ids, self.sentence_starts, self.digest)
+  record: bytes  # as written to a shard
 
 
 def encode(
@@ -327,12 +323,14 @@ def encode(
 ) -> list[Document]:
   """Encodes documents, given as digest and text."""
   texts = [text.decode('utf-8') for _, text in batch]
-  return [
-    Document(digest, len(content), len(text.split()), ids, sentence_starts)
-    for (digest, content), text, (ids, sentence_starts) in zip(
-      batch, texts, corpus_format.encode(tokenizer, texts), strict=True
-    )
-  ]
+  documents = []
+  for (digest, content), text, (ids, starts) in zip(
+    batch, texts, corpus_format.encode(tokenizer, texts), strict=True
+  ):
+    record = corpus_format.tfrecord(corpus_format.serialize(ids, starts, digest))
+    words = len(text.split())
+    documents.append(Document(digest, len(content), words, starts.size, ids, record))
+  return documents
 
 
 def _write_shards(
@@ -342,9 +340,6 @@ def _write_shards(
   folder: str,
   num_workers: int | None,
 ) -> dict[str, Totals]:
-  cli.import_tensorflow()
-  import tensorflow as tf
-
   totals = {split: Totals(tokenizer.vocab_size) for split in plan.shards}
   # For little text, a pool costs more than it saves.
   cores = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
@@ -356,17 +351,14 @@ def _write_shards(
   for path in itertools.chain(*paths.values()):
     open(path, 'wb').close()  # a file may get no document
   encoded = _progress(_encoded(spool.read(), tokenizer, workers), plan.documents)
-  try:
-    # In order of digest, so one file after another.
-    for (split, shard), documents in itertools.groupby(
-      encoded, lambda document: plan.shard_of(document.digest)
-    ):
-      with tf.io.TFRecordWriter(paths[split][shard]) as writer:
-        for document in documents:
-          totals[split].add(document)
-          writer.write(document.record())
-  except tf.errors.OpError as e:
-    raise OSError(errno.EIO, e.message) from e
+  # In order of digest, so one file after another.
+  for (split, shard), documents in itertools.groupby(
+    encoded, lambda document: plan.shard_of(document.digest)
+  ):
+    with open(paths[split][shard], 'wb') as f:
+      for document in documents:
+        totals[split].add(document)
+        f.write(document.record)
   return totals
 
 

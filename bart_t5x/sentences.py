@@ -18,6 +18,7 @@ In running text most errors are headings without a stop that run into the next s
 """
 
 import re
+from collections.abc import Iterator
 
 # Abbreviations that are followed by text of the same sentence.
 _BINDING = frozenset(
@@ -91,10 +92,10 @@ _HEADING = re.compile(
 )
 _CLOSERS = '»"”“’\')\\]'
 _OPENERS = '«"“”„‘\'(\\['
-# A stop followed by white space, or the last character of a line without a stop.
-# (Possessive, so that a long run of stops is scanned once.)
-_CANDIDATE = re.compile(
-  rf'(?<![.!?…])[.!?…]++[{_CLOSERS}]*+(?=\s)|[^\s.!?…](?=[^\S\n]*+\n)'
+# A stop followed by white space, or the end of a line. (`re` searches quickly for a
+# character class. Possessive, so that a long run of stops is scanned once.)
+_STOP_OR_LINE_END = re.compile(
+  rf'[.!?…\n](?:(?<=\n)|(?<![.!?…][.!?…])[.!?…]*+[{_CLOSERS}]*+(?=\s))'
 )
 # White space, then openers (quotes, dashes), then the first word or character. Bounded,
 # so that the time for a column of dashes is linear.
@@ -116,13 +117,31 @@ def sentence_starts(text: str) -> list[int]:
   if not text or text.isspace():
     return []
   starts = [0]
-  for match in _CANDIDATE.finditer(text):
-    following = _NEXT.match(text, match.end())
+  for stop, end in _candidates(text):
+    following = _NEXT.match(text, end)
     if following is None:  # only white space and openers follow
       break
-    if _ends(text, starts[-1], match, following):
-      starts.append(match.end())
+    if _ends(text, starts[-1], stop, end, following):
+      starts.append(end)
   return starts
+
+
+def _candidates(text: str) -> Iterator[tuple[str, int]]:
+  """Yields stops, with the offset after them and their closing marks.
+
+  A line that ends without one has '' for it.
+  """
+  line = after = 0  # where the line begins, and the last candidate ends
+  for match in _STOP_OR_LINE_END.finditer(text):
+    stop, end = match.group(), match.end()
+    if stop != '\n':
+      yield stop, end
+    else:
+      content = text[line : match.start()].rstrip()
+      line, stop, end = end, '', line + len(content)
+      if content and end > after and content[-1] not in '.!?…':
+        yield stop, end
+    after = end
 
 
 def split_sentences(text: str) -> list[str]:
@@ -131,16 +150,15 @@ def split_sentences(text: str) -> list[str]:
   return [text[a:b] for a, b in zip(starts, [*starts[1:], None])]
 
 
-def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
-  """Whether a sentence from `start` ends where `match` does."""
+def _ends(text: str, start: int, stop: str, end: int, following: re.Match) -> bool:
+  """Whether a sentence from `start` ends at `end`, after `stop`."""
   space, opener, word = following.groups()
-  stop = match.group()
   new_line = '\n' in space
   if new_line:
     if _BLANK_LINE.search(space):
       return True
-    if stop[0] not in '.!?…':
-      return _line_ends(text, start, match.end(), following)
+    if not stop:
+      return _line_ends(text, start, end, following)
   if word[0].islower():
     # A list item in lower case, but not the continuation of a quotation.
     return new_line and bool(opener) and opener[0] in '•*·-–'
@@ -148,7 +166,7 @@ def _ends(text: str, start: int, match: re.Match, following: re.Match) -> bool:
     return False
   if stop[0] != '.' or stop.startswith('..'):
     return True
-  return _full_stop_ends(text, start, match.start() + 1, following)
+  return _full_stop_ends(text, start, end - len(stop) + 1, following)
 
 
 def _line_ends(text: str, start: int, end: int, following: re.Match) -> bool:

@@ -1,8 +1,10 @@
 """Documents of a corpus: token ids, sentence starts, digests, records."""
 
+import hypothesis
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import strategies as st
 
 from bart_t5x import corpus_format, sentences, tokenization, tokenizer_training
 
@@ -63,14 +65,29 @@ def test_digest_is_stable_and_fits_int64():
   assert abs(np.mean(values) / 2**63 - 0.5) < 0.03
 
 
-def test_records_are_examples_with_sorted_names():
-  ids, starts = np.array([5, 300, 70_000], np.int32), np.array([0, 2], np.int32)
-  record = corpus_format.serialize(ids, starts, 2**63 - 1)
-  feature = tf.train.Example.FromString(record).features.feature
-  assert {name: list(f.int64_list.value) for name, f in feature.items()} == {
-    'tokens': [5, 300, 70_000],
-    'sentence_starts': [0, 2],
-    'example_id': [2**63 - 1],
-  }
-  places = [record.index(name) for name in (b'example_id', b'sentence_st', b'tokens')]
-  assert places == sorted(places)
+@hypothesis.given(
+  st.lists(st.integers(0, 2**31 - 1), max_size=300),
+  st.lists(st.integers(0, 2**31 - 1), max_size=30),
+  st.integers(0, 2**63 - 1),
+)
+@hypothesis.example([0], [0], 0)
+@hypothesis.example([127, 128, 16_383, 16_384, 2**21], [0, 4], 2**63 - 1)
+@hypothesis.example([], [], 1)
+def test_records_are_those_of_tensorflow(ids, starts, example_id):
+  ids, starts = np.array(ids, np.int32), np.array(starts, np.int32)
+  example = tf.train.Example()
+  feature = example.features.feature
+  feature['tokens'].int64_list.value.extend(ids)
+  feature['sentence_starts'].int64_list.value.extend(starts)
+  feature['example_id'].int64_list.value.append(example_id)
+  record = corpus_format.serialize(ids, starts, example_id)
+  assert record == example.SerializeToString(deterministic=True)
+
+
+def test_tfrecords_are_those_of_tensorflow(tmp_path):
+  records = [b'', b'a', bytes(range(256)) * 300]
+  with tf.io.TFRecordWriter(str(tmp_path / 'theirs')) as writer:
+    for record in records:
+      writer.write(record)
+  ours = b''.join(map(corpus_format.tfrecord, records))
+  assert ours == (tmp_path / 'theirs').read_bytes()

@@ -54,19 +54,6 @@ def test_spans_by_hand():
   assert scores['span_f1'] == pytest.approx(100 * 2 * 2 / 7)
 
 
-def test_spans_agree_with_seqeval():
-  seqeval = pytest.importorskip('seqeval.metrics')
-  gold = [['B-PER', 'I-PER', 'O', 'B-LOC'], ['O', 'B-ORG', 'O', 'O']]
-  guess = [['B-PER', 'I-PER', 'O', 'B-ORG'], ['O', 'B-ORG', 'O', 'B-LOC']]
-  as_text = (
-    ['PER: Kari Dahl | LOC: Oslo', 'ORG: NRK'],
-    ['PER: Kari Dahl | ORG: Oslo', 'ORG: NRK | LOC: her'],
-  )
-  scores = metrics.entity_spans(*as_text)
-  assert scores['span_f1'] == pytest.approx(100 * seqeval.f1_score(gold, guess))
-  assert scores['span_recall'] == pytest.approx(100 * seqeval.recall_score(gold, guess))
-
-
 def test_an_entity_named_once_too_often_is_wrong():
   scores = metrics.entity_spans(['LOC: Oslo'], ['LOC: Oslo | LOC: Oslo'])
   assert (scores['span_precision'], scores['span_recall']) == (50.0, 100.0)

@@ -262,12 +262,11 @@ def test_full_disk(text_file, tmp_path, limit):
 
 def kill_a_worker(*args):
   os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-  return b''
 
 
 def test_worker_that_dies(text_file, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(corpus_build, '_BATCH_BYTES', 2000)
-  monkeypatch.setattr(corpus_build.Document, 'record', kill_a_worker)
+  monkeypatch.setattr(corpus_build.Totals, 'add', kill_a_worker)
   args = arguments(text_file, tmp_path / 'out', '--num_workers=2')
   assert prepare.main(args) == 1
   assert '--num_workers' in one_line(capsys)
@@ -357,3 +356,16 @@ def test_help_imports_nothing_heavy():
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert run.stdout.splitlines()[-1] == '[]'
   assert '--vocab_size' in run.stdout
+
+
+def test_makes_a_corpus_without_tensorflow(text_file, tmp_path):
+  code = (
+    'import sys; from bart_t5x import prepare\n'
+    'assert prepare.main(sys.argv[1:]) == 0\n'
+    "print('tensorflow' in sys.modules)"
+  )
+  args = arguments(text_file, tmp_path / 'out', '--num_workers=1')
+  run = subprocess.run(
+    [sys.executable, '-c', code, *args], capture_output=True, text=True
+  )
+  assert run.stdout.splitlines()[-1] == 'False', run.stderr
