@@ -8,5 +8,5 @@ import gin
 # is next to this one in a checkout, and inside it when installed from a wheel.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 for _folder in (_HERE, os.path.dirname(_HERE)):
-  if os.path.isfile(os.path.join(_folder, 'gin', 'denoising.gin')):
+  if os.path.isfile(os.path.join(_folder, 'gin', 'eval.gin')):
     gin.add_config_file_search_path(_folder)

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--gin_file',
     action='append',
-    help='noise recipe gin/noise/….gin; may be repeated (default: gin/denoising.gin)',
+    help='noise recipe; may be repeated (default: gin/noise/default.gin)',
   )
   add('--module', help='module that registers the task, in addition to `tasks`')
   return parser
@@ -380,7 +380,7 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   cli.quiet_warnings()
   for module in filter(None, ('tasks', args.module)):  # may define gin's configurables
     data.import_tasks(module, '--module')
-  files = args.gin_file or ['gin/denoising.gin']
+  files = args.gin_file or ['gin/noise/default.gin']
   gin_utils.parse_gin_flags([], files, bindings, finalize_config=False)
   try:
     views, rows = load(args)

@@ -43,8 +43,8 @@ class Recipe:
 
   Applied in this order: permutation, infilling, masks, deletion, insertion, random
   tokens, rotation. The defaults are the paper's choice for large models: all sentences
-  permuted, 30 % of the tokens infilled, spans of mean 3. Runs take gin/denoising.gin,
-  which differs.
+  permuted, 30 % of the tokens infilled, spans of mean 3. Runs take
+  gin/noise/default.gin, which differs.
   """
 
   # Share of the sentences that are shuffled among themselves, and whether the last

@@ -83,7 +83,7 @@ def main():
   parser.add_argument('--batch_size', type=int, default=32)
   parser.add_argument('--seconds', type=float, default=60)
   parser.add_argument('--cores', type=int, default=2)
-  parser.add_argument('--gin_file', default='gin/denoising.gin')
+  parser.add_argument('--gin_file', default='gin/noise/default.gin')
   args = parser.parse_args()
   # Before TensorFlow counts the cores.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])

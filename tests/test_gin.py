@@ -50,7 +50,7 @@ RUNS = {
   'infer': ('infer', ("CHECKPOINT_PATH = 'c'", "INPUT_FILE = 'sentences.txt'")),
 }
 # Included by run files, which define what these use.
-PARTS = ('adamw', 'denoising')
+PARTS = ('adamw',)
 # Given after a run's file.
 ADDITIONS = ('from_checkpoint', 'push_to_hub')
 # Set by run files for model files.

@@ -63,7 +63,7 @@ def test_shows_examples_rows_and_the_table(capsys):
   assert 'padding, decoder' in out
   share = float(out.split('tokens masked')[1].split('%')[0])
   assert 29 < share < 34  # whole words, rounded up
-  assert 'whole_words=True' in out  # gin/denoising.gin
+  assert 'whole_words=True' in out  # gin/noise/default.gin
   assert '\033[' not in out
   assert 'Ġ' not in out  # random tokens too are spelt as text
 

@@ -138,7 +138,7 @@ def test_gin_binds_the_noise_after_the_task_is_registered(gin_task):
   plain = sources_of(gin_task)
   with gin.unlock_config():
     gin.parse_config_files_and_bindings(
-      ['gin/denoising.gin'],
+      ['gin/noise/default.gin'],
       [
         'noise.Recipe.permute_ratio = 0.0',
         'noise.Recipe.infill_ratio = 0.0',
