@@ -10,6 +10,7 @@ import copy
 import difflib
 import importlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 import gin
@@ -84,6 +85,9 @@ def find_task(
   known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if mixture_or_task_name not in known:
     near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
+    if 'tasks' in sys.modules and 'tasks.pretrain' not in sys.modules:
+      found = getattr(sys.modules['tasks'], '__file__', 'Another module')
+      hint = f'{found} takes the place of the package `tasks` of bart-t5x. Rename it.'
     raise ValueError(
       f'Unknown task or mixture {mixture_or_task_name!r}. '
       + (f'Nearest: {", ".join(near)}. ' if near else '')

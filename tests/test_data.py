@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import gin
 import numpy as np
@@ -199,6 +200,16 @@ def test_missing_module_and_failed_import_in_a_module(tmp_path, monkeypatch):
     data.find_task('any', 'absent')
   with pytest.raises(ImportError, match="^No module named 'no_such_library'"):
     data.import_tasks('lacking_module')
+
+
+def test_a_module_of_the_users_that_is_named_tasks(tmp_path, monkeypatch):
+  for name in [name for name in sys.modules if name.partition('.')[0] == 'tasks']:
+    monkeypatch.delitem(sys.modules, name)
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'tasks.py').write_text('')
+  with pytest.raises(ValueError, match=str(tmp_path / 'tasks.py')):
+    data.find_task('no_such_task', 'tasks')
+  monkeypatch.delitem(sys.modules, 'tasks')
 
 
 def test_module_registers_configurables_after_gin_was_locked(tmp_path, monkeypatch):
