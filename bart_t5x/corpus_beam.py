@@ -44,6 +44,8 @@ def build(
     RuntimeError: the runner failed.
     OSError: the workers do not share the folder.
   """
+  if wrong := [option for option in options if not option.startswith('--')]:
+    raise cli.UsageError(f'--pipeline_options: {wrong[0]!r} does not begin with --.')
   parsed = PipelineOptions(list(options))
   runner = parsed.view_as(StandardOptions).runner
   known = parsed.get_all_options()

@@ -55,6 +55,10 @@ def data_root() -> str:
 
 def import_tasks(module: str, setting: str = 'MIXTURE_OR_TASK_MODULE') -> None:
   """Imports a module that registers tasks; errors mention the setting that names it."""
+  if not all(name.isidentifier() for name in module.split('.')):
+    raise ValueError(
+      f'{setting} must be a module as in `import`, such as my_tasks. Got: {module!r}.'
+    )
   try:
     # Gin may be locked by now, but the module may still register configurables.
     with gin.unlock_config():
@@ -84,7 +88,7 @@ def find_task(
     import_tasks(module)
   known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if mixture_or_task_name not in known:
-    near = difflib.get_close_matches(mixture_or_task_name, sorted(known))
+    near = difflib.get_close_matches(str(mixture_or_task_name), sorted(known))
     if 'tasks' in sys.modules and 'tasks.pretrain' not in sys.modules:
       found = getattr(sys.modules['tasks'], '__file__', 'Another module')
       hint = f'{found} takes the place of the package `tasks` of bart-t5x. Rename it.'

@@ -12,6 +12,7 @@ the counts that `prepare` took.
 import argparse
 import functools
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -381,7 +382,11 @@ def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
   for module in filter(None, ('tasks', args.module)):  # may define gin's configurables
     data.import_tasks(module, '--module')
   files = args.gin_file or ['gin/noise/default.gin']
-  gin_utils.parse_gin_flags([], files, bindings, finalize_config=False)
+  logging.disable(logging.ERROR)  # gin reports each folder without the file as an error
+  try:
+    gin_utils.parse_gin_flags([], files, bindings, finalize_config=False)
+  finally:
+    logging.disable(logging.NOTSET)
   try:
     views, rows = load(args)
   except tf.errors.DataLossError as e:

@@ -202,6 +202,8 @@ def _open_source(args: argparse.Namespace) -> text_sources.Source:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
   """Rejects values that are out of range and arguments that would be ignored."""
+  if not args.output_dir:
+    raise cli.UsageError('--output_dir is empty. Name a folder.')
   if args.tokenizer_file and '://' in args.tokenizer_file:
     raise cli.UsageError(
       f'--tokenizer_file={args.tokenizer_file} is not on a local disk. Copy it first.'
@@ -394,9 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   cli.set_up_libraries()
   parser = _parser()
   args = parser.parse_args(argv)
-  args.output_dir = os.path.expanduser(args.output_dir).rstrip('/') or '/'
   try:
     _check(args, parser)
+    args.output_dir = os.path.expanduser(args.output_dir).rstrip('/') or '/'
     prepare(args)
   except OSError as e:
     if e.strerror and not e.filename:  # from a write, such as to a full disk

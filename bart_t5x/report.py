@@ -14,7 +14,8 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from bart_t5x import cli, corpus_format, inspect
 
@@ -37,18 +38,28 @@ def read_curves(model_dir: pathlib.Path) -> dict[str, dict[str, Curve]]:
   """Returns {source: {metric: curve}} of a run's metrics.jsonl, finite values only."""
   path = model_dir / 'metrics.jsonl'
   curves = {}
-  if not path.exists():
-    return curves
-  with path.open(encoding='utf-8') as lines:
-    for line in lines:
-      if not line.endswith('\n'):  # a run is writing it
-        break
-      report = json.loads(line)
-      source = curves.setdefault(report['source'], {})
-      for name, value in report['values'].items():
-        if math.isfinite(value):
-          source.setdefault(name, []).append((report['step'], value))
+
+  def add(report):
+    source = curves.setdefault(report['source'], {})
+    for name, value in report['values'].items():
+      if math.isfinite(value):
+        source.setdefault(name, []).append((int(report['step']), value))
+
+  if path.exists():
+    _for_lines(path, 't5x.train', add)
   return curves
+
+
+def _for_lines(path: pathlib.Path, writer: str, use: Callable[[Any], None]) -> None:
+  number = 0
+  # Not splitlines(), which also splits at a U+2028 inside a text.
+  with path.open(encoding='utf-8') as lines:
+    try:
+      for number, line in enumerate(lines, 1):
+        if line.endswith('\n'):  # else a run is writing it
+          use(json.loads(line))
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+      raise ValueError(f'{path}, line {number}, is not as {writer} writes it.') from e
 
 
 def evaluations(curves: Mapping[str, Mapping[str, Curve]]) -> dict:
@@ -95,13 +106,13 @@ def _table(curves, baselines):
 
 def read_predictions(path: pathlib.Path) -> list[tuple[str, str]]:
   """Returns (text with masks, the model's text) of a file that t5x.infer wrote."""
-  # Not splitlines(), which also splits at a U+2028 inside a text.
-  with path.open(encoding='utf-8') as lines:
-    rows = [json.loads(line) for line in lines]
-  try:
-    return [(row['inputs']['inputs_pretokenized'], row['prediction']) for row in rows]
-  except KeyError as e:
-    raise ValueError(f'{path} has no {e}: it must be what t5x.infer wrote') from e
+  predictions = []
+
+  def add(row):
+    predictions.append((row['inputs']['inputs_pretokenized'], row['prediction']))
+
+  _for_lines(path, 't5x.infer', add)
+  return predictions
 
 
 def fill_in_parts(masked: str, filled: str) -> list[str]:

@@ -265,6 +265,9 @@ FAULTS = {
   'has 301 ids, the model 300': change_config(vocab_size=300),
   'neither config.json': remove('config.json'),
   'config.json is damaged': lambda model: (model / 'config.json').write_text('{'),
+  'config.json has no JSON object': lambda model: (model / 'config.json').write_text(
+    '[]'
+  ),
   'num_encoder_layers = 1000000000000, the weights 2': change_config(
     encoder_layers=10**12
   ),

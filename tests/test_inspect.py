@@ -115,6 +115,7 @@ def test_mixture_shows_each_of_its_tasks(capsys):
     ('inspect_test', ['--gin.noise.Recipe.infil_ratio=1'], "mean 'infill_ratio'?"),
     ('inspect_test', ['--gin_file=no_such.gin'], 'no_such.gin'),
     ('inspect_test', ['--module=no_such_module'], "names 'no_such_module', which"),
+    ('inspect_test', ['--module=./tasks.py'], "'./tasks.py'"),
   ],
 )
 def test_bad_input_is_reported_on_one_line(capsys, task, args, message):

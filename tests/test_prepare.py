@@ -112,6 +112,8 @@ def test_changed_sources_need_another_corpus(text_file, tmp_path, capsys):
     (['--beam', '--max_documents=3'], '--max_documents'),
     (['--beam', '--pipeline_options=--runner=DaskRunner'], 'DaskRunner'),
     (['--beam', '--pipeline_options=--runer=FlinkRunner'], 'runer'),
+    (['--beam', '--pipeline_options=runner=FlinkRunner'], 'runner=FlinkRunner'),
+    (['--output_dir='], '--output_dir'),
     (['--validation_share=0.5', '--min_validation_documents=400'], 'too few'),
     (['--validation_share=0.6'], '--validation_share'),
     (['--unit=file'], 'holds 1 distinct'),

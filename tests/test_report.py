@@ -113,6 +113,16 @@ class Page(HTMLParser):
     self.texts.append(data)
 
 
+@pytest.mark.parametrize('line', ['no json', '[1]', '{"step": 1}', '{"source": 1}'])
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'predictions'])
+def test_a_damaged_line_is_named(run, capsys, name, line):
+  with (run / name).open('a') as file:
+    file.write(line + '\n')
+  number = len((run / name).read_text().split('\n')) - 1
+  assert report.main(arguments(run, predictions=run / 'predictions')) == 1
+  assert f'{run / name}, line {number}' in capsys.readouterr().err
+
+
 def test_page_has_all_and_refers_to_nothing(run):
   paths = {name: run / name for name in ('predictions', 'noise')}
   assert report.main(arguments(run, html=run / 'report.html', **paths)) == 0

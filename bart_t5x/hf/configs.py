@@ -180,12 +180,15 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
   path.write_text(text, encoding='utf-8')
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads JSON; raises ValueError with the path if the file is damaged."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object; raises ValueError with the path if the file has no such."""
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    content = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as e:
     raise ValueError(f'{path} is damaged: {e}. Download it again.') from e
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} has no JSON object, but a {type(content).__name__}.')
+  return content
 
 
 # ---- config.gin --------------------------------------------------------------

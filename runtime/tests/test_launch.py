@@ -64,6 +64,14 @@ def test_a_wrong_command_line_is_one_message_without_traceback(args, message):
   assert len(err.splitlines()) <= 2
 
 
+def test_a_platform_that_is_not_there_is_one_message(tmp_path, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', 'no_such_platform')
+  (tmp_path / 'x.gin').write_text('')
+  code, _, err = call('-m', 't5x.train', f'--gin_file={tmp_path / "x.gin"}')
+  assert code == 1
+  assert 'no_such_platform' in err and 'Traceback' not in err
+
+
 @pytest.fixture
 def ended(monkeypatch):
   """Catches the exit code that the program would end with."""

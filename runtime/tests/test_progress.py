@@ -126,7 +126,7 @@ def test_resumed_run_recalls_its_reports_and_drops_later_ones(tmp_path):
     metrics_log.add(step, 'train', {'loss': step / 10})
     metrics_log.add(step, 'training_eval/task', {'loss': step * 1.0})
   path = tmp_path / 'metrics.jsonl'
-  path.write_text(path.read_text() + '{"step": 7, "sou')
+  path.write_text(path.read_text() + '[7]\n{"step": 7, "sou')
 
   resumed = progress.MetricsLog(str(tmp_path), 4)
   assert resumed.recall('train', 'loss') == [0.2, 0.4]

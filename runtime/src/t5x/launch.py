@@ -478,9 +478,13 @@ def _join_processes() -> None:
     multiprocess_gpu=FLAGS.multiprocess_gpu,
     initialization_timeout=FLAGS.initialization_timeout,
   )
+  try:
+    process_count = jax.process_count()
+  except RuntimeError as error:  # JAX_PLATFORMS names an accelerator that is not there.
+    raise OSError(f'JAX cannot start: {error}') from error
   handler = logging.get_absl_handler().python_handler
-  if jax.process_count() > 1 and isinstance(handler.formatter, _Line):
-    process = f'[{jax.process_index()}/{jax.process_count()}] '
+  if process_count > 1 and isinstance(handler.formatter, _Line):
+    process = f'[{jax.process_index()}/{process_count}] '
     handler.setFormatter(_Line(process))
 
 

@@ -156,11 +156,12 @@ class MetricsLog:
     for line in self._path.read_text().splitlines():
       try:
         report = json.loads(line)
-      except ValueError:  # A killed run was writing this line.
+        again = evaluates_first and report['source'] != 'train'
+        if report['step'] < step + (not again):
+          self._before.append(report)
+      # A killed run was writing this line.
+      except (ValueError, LookupError, TypeError):
         continue
-      again = evaluates_first and report['source'] != 'train'
-      if report['step'] < step + (not again):
-        self._before.append(report)
     with whole_files.whole_file(self._path) as file:
       file.writelines(json.dumps(report) + '\n' for report in self._before)
 
