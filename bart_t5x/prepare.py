@@ -63,6 +63,14 @@ def positive_integer(text: str) -> int:
   return int(text)
 
 
+def positive_int32(text: str) -> int:
+  """For numbers that the trainers of tokenizers hold in 32 bits."""
+  number = positive_integer(text)
+  if number >= 2**31:
+    raise argparse.ArgumentTypeError(f'must be less than 2**31, got {text!r}')
+  return number
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m bart_t5x.prepare',
@@ -116,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
   # The tokenizer.
   add(
     '--vocab_size',
-    type=positive_integer,
+    type=positive_int32,
     help='exact number of tokens, special ones included (default: '
     f"{TRAINING_DEFAULTS['vocab_size']}, BART's)",
   )
@@ -127,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add(
     '--min_frequency',
-    type=positive_integer,
+    type=positive_int32,
     help='minimum frequency of a pair that is merged (bytelevel; default: 2)',
   )
   add(

@@ -287,6 +287,8 @@ def read_tokenizer(path: str, content: bytes | None = None) -> Tokenizer:
           f'The folder {folder!r} has neither {BYTE_LEVEL_FILE} nor '
           f'{SENTENCEPIECE_FILE}.'
         )
+    elif os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+      raise ValueError(f'The tokenizer {path!r} is not a regular file. Copy it to one.')
     with open(path, 'rb') as f:
       content = f.read()
   kind = ByteLevelTokenizer if is_json(content) else SentencePieceTokenizer

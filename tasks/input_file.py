@@ -33,9 +33,11 @@ def dataset(path: str = '', prompt: str = '') -> dict[str, list[str]]:
       'no input file is set. Name a file with one input per line: '
       '--gin.INPUT_FILE="\'sentences.txt\'"'
     )
-  if not os.path.exists(path):
+  # An integer would be a file descriptor, and the file is read twice: no pipe.
+  if not isinstance(path, str) or not os.path.isfile(path):
     raise FileNotFoundError(
-      f'the input file {path!r} (INPUT_FILE) does not exist on a local disk'
+      f'the input file {path!r} (INPUT_FILE) does not exist on a local disk, or is not '
+      'a regular file'
     )
   texts = list(_texts(path))
   kept = [text for text in texts if text.strip()]

@@ -133,6 +133,15 @@ def test_bad_arguments(text_file, tmp_path, capsys, more, message):
   assert not out.exists()
 
 
+@pytest.mark.parametrize('name', ['--vocab_size', '--min_frequency'])
+def test_number_too_large_for_the_trainers(text_file, tmp_path, capsys, name):
+  with pytest.raises(SystemExit):
+    prepare.main(arguments(text_file, tmp_path / 'out', f'{name}={2**64}'))
+  error = capsys.readouterr().err
+  assert name in error
+  assert str(2**64) in error
+
+
 @pytest.mark.parametrize(
   ('source', 'missing'), [('text', '--input'), ('hf', '--dataset')]
 )

@@ -1,5 +1,6 @@
 """Text-to-text tasks as users register them, and files of inputs."""
 
+import os
 import pathlib
 import re
 import runpy
@@ -244,6 +245,13 @@ def test_errors_name_the_input_file(name, content, message, tmp_path):
   (tmp_path / name).write_text(content)
   with pytest.raises(ValueError, match=message):
     read(tmp_path / name)
+
+
+def test_input_that_is_not_a_regular_file(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  for path in (str(tmp_path / 'pipe'), str(tmp_path), 3):
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(path))):
+      input_file.dataset(path)
 
 
 def test_no_input_file():

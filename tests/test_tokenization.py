@@ -1,6 +1,7 @@
 """Tokenizers and their training: lossless, and special tokens in text stay text."""
 
 import json
+import os
 import re
 
 import hypothesis
@@ -228,3 +229,9 @@ def test_endless_words_do_not_count():
   ]
   assert train('bytelevel', 345, texts=texts[:-1]) == plain
   assert train('bytelevel', 345, texts=texts) != plain
+
+
+def test_a_pipe_is_not_a_tokenizer(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  with pytest.raises(ValueError, match=str(tmp_path / 'pipe')):
+    tokenization.read_tokenizer(str(tmp_path / 'pipe'))
