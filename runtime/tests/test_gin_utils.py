@@ -293,3 +293,15 @@ def test_run_files_need_only_their_required_macros(monkeypatch, script, file):
   }
   bindings = [f'{name} = {values.get(name, "x")!r}' for name in ['MODEL', *names]]
   gin_utils.parse_gin_flags([root], [f'configs/runs/{file}.gin'], bindings)
+
+
+def test_cyclic_macros():
+  with pytest.raises(ValueError, match='FIRST.*SECOND|SECOND.*FIRST'):
+    gin_utils.parse_gin_flags([], [], ['FIRST = %SECOND', 'SECOND = [%FIRST]'])
+
+
+def test_a_file_that_includes_itself(tmp_path):
+  path = tmp_path / 'own.gin'
+  path.write_text(f"include '{path}'\n")
+  with pytest.raises(ValueError, match=re.escape(str(path))):
+    gin_utils.parse_gin_flags([], [str(path)], [])

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import graphlib
 import importlib.util
 import inspect
 import numbers
@@ -159,6 +160,17 @@ def _check_macros() -> set[str]:
       f'Macros are used but never defined: {", ".join(undefined)}.'
       f'{nearest(undefined[0], bound)} Set them with --gin.{undefined[0]}=VALUE.'
     )
+  uses = {
+    name: ['/'.join(r.scopes) for r in gin_config.iterate_references(value, to=macro)]
+    for name, value in bound.items()
+  }
+  try:
+    graphlib.TopologicalSorter(uses).prepare()
+  except graphlib.CycleError as error:
+    cycle = ' -> '.join(error.args[1])
+    raise ValueError(
+      f'Macros refer to themselves: {cycle}. Set one of them to a value.'
+    ) from None
   if unset := sorted(n for n, value in bound.items() if str(value) == '%gin.REQUIRED'):
     raise ValueError(
       f'Required and not set: {", ".join(unset)}. Set them in a gin file or with '
@@ -288,6 +300,8 @@ def parse_gin_flags(
         raise
       kind = OSError if isinstance(error, OSError) else ImportError
       raise kind(f'{error}{hint}') from error
+    except RecursionError:
+      raise ValueError(f'{path} or a file that it includes includes itself.') from None
     except (tokenize.TokenError, UnicodeDecodeError) as error:
       raise ValueError(f'{path} or a file that it includes: {error}.') from None
   applied = _apply_command_line(gin_bindings or (), skip_unknown)
