@@ -33,7 +33,7 @@ def dataset(path: str = '', prompt: str = '') -> dict[str, list[str]]:
       'no input file is set. Name a file with one input per line: '
       '--gin.INPUT_FILE="\'sentences.txt\'"'
     )
-  # An integer would be a file descriptor, and the file is read twice: no pipe.
+  # An integer would be a file descriptor, and a pipe can be read only once.
   if not isinstance(path, str) or not os.path.isfile(path):
     raise FileNotFoundError(
       f'the input file {path!r} (INPUT_FILE) does not exist on a local disk, or is not '
